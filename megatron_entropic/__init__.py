@@ -1,0 +1,1 @@
+"""Entropy-stable reinforcement learning of language models: EntroPIC on Megatron-core with vLLM rollouts."""

@@ -1,0 +1,269 @@
+"""The typed tree of every knob. Units are in the names; one name for one thing everywhere.
+
+Only shape and type live here, with the checks that need a single section. `config_loading` reads YAML and
+dotted overrides into this tree and refuses combinations that cannot work, all violations in one error.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Dtype = Literal["float32", "bfloat16"]
+Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+
+
+def _off_is_a_word(value: Any) -> Any:
+    """YAML 1.1 reads a bare `off` as False; a user who writes it means the word."""
+    return "off" if value is False else value
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values are checked when assigned."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, validate_assignment=True)
+
+
+class RunConfig(Section):
+    """Identity of a run and where its files go."""
+
+    name: str = "run"
+    output_dir: Path = Field(Path("runs/run"), description="Everything a run writes lies below this folder.")
+    seed: int = Field(1, ge=0)
+    resume: Literal["auto", "never"] = Field(
+        "auto",
+        description="auto: continue from the newest complete checkpoint in output_dir; never: refuse if one exists.",
+    )
+
+
+class ModelConfig(Section):
+    """The policy's starting point, a Hugging Face directory (config.json, safetensors, tokenizer)."""
+
+    hf_dir: Path
+    dtype: Dtype = Field("bfloat16", description="Parameter and activation dtype of policy and engines.")
+
+
+class PolicyConfig(Section):
+    """How the megatron-core policy is laid out over ranks and micro-batches."""
+
+    tensor_parallel: int = Field(1, ge=1)
+    pipeline_parallel: int = Field(1, ge=1)
+    data_parallel: int = Field(1, ge=1)
+    context_parallel: int = Field(1, ge=1)
+    expert_parallel: int = Field(1, ge=1)
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = True
+    tokens_per_microbatch: int = Field(
+        16384, ge=1, description="Packed tokens of one forward; a longer sequence goes alone."
+    )
+    recompute: Literal["none", "selective", "full"] = "none"
+    distributed_timeout_s: float = Field(600.0, gt=0, description="Limit of every collective between policy ranks.")
+
+    @property
+    def world_size(self) -> int:
+        """Number of policy ranks."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(1e-6, gt=0)
+    min_learning_rate: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
+    weight_decay: float = Field(0.01, ge=0, description="Not applied to norms and biases.")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    gradient_clip: float = Field(1.0, ge=0, description="Global norm; 0 switches clipping off.")
+
+
+class RolloutConfig(Section):
+    """Sampling from vLLM engines."""
+
+    engines: int = Field(1, ge=1)
+    tensor_parallel: int = Field(1, ge=1, description="vLLM tensor parallel size of each engine.")
+    prompts_per_step: int = Field(512, ge=1)
+    samples_per_prompt: int = Field(8, ge=1)
+    max_response_tokens: int = Field(8192, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(-1, ge=-1)
+    max_concurrent_sequences: int = Field(256, ge=1, description="vLLM max_num_seqs per engine.")
+    kv_cache_gb: float = Field(1.0, gt=0, description="KV cache on CPU; on GPU gpu_memory_fraction decides.")
+    gpu_memory_fraction: float = Field(0.85, gt=0, lt=1)
+    enforce_eager: bool | None = Field(None, description="None: eager on CPU, compiled with CUDA graphs on GPU.")
+    importance_correction: Literal["none", "tis"] = Field(
+        "none", description="tis: multiply the policy loss by min(pi_old / pi_rollout, importance_cap), per token."
+    )
+    importance_cap: float = Field(2.0, gt=0)
+
+    @property
+    def samples_per_step(self) -> int:
+        """Responses of one rollout."""
+        return self.prompts_per_step * self.samples_per_prompt
+
+
+class KlConfig(Section):
+    """KL penalty in the loss against a frozen reference."""
+
+    coefficient: float = Field(0.0, ge=0)
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    reference_hf_dir: Path | None = Field(None, description="None: the model the run started from.")
+
+
+class AlgorithmConfig(Section):
+    """Advantages, policy loss, aggregation."""
+
+    advantage: Literal["grpo", "grpo_no_std", "rloo", "reinforce_plus_plus_baseline"] = "grpo"
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.2, gt=0)
+    dual_clip: float | None = Field(
+        3.0, gt=1, description="Lower bound c of the dual clip for A < 0; null switches it off."
+    )
+    aggregation: Aggregation = "token-mean"
+    optimizer_steps_per_rollout: int = Field(1, ge=1)
+    kl: KlConfig = KlConfig()
+
+
+class EntropyControlConfig(Section):
+    """EntroPIC (arXiv 2511.15248): alpha = clip(K_p e + K_i sum(e), -1, 1), e = H - target."""
+
+    controller: Annotated[Literal["off", "p", "pi"], BeforeValidator(_off_is_a_word)] = "pi"
+    target: float = Field(0.1, ge=0, description="Token-mean entropy in nats of softmax(logits / rollout.temperature).")
+    kp: float = Field(1.0, ge=0, description="K_p, per nat.")
+    ki: float = Field(0.01, ge=0, description="K_i, per nat and optimizer step; unused by controller p.")
+    tau: float = Field(0.95, ge=0, lt=1, description="A token is high-probability if its current probability > tau.")
+    denominator: Literal["all_tokens", "high_prob_tokens"] = "all_tokens"
+    ratio_clip: Literal["none", "ppo"] = "none"
+    feedback: Literal["auto", "score_pass", "previous_step", "microbatch_local"] = Field(
+        "auto",
+        description="Where H comes from. auto: score_pass with one optimizer step per rollout, else previous_step. "
+        "microbatch_local reproduces the published code: alpha per rank and micro-batch, nothing reduced.",
+    )
+    anti_windup: Literal["conditional", "none"] = Field(
+        "conditional",
+        description="conditional: the integral stands still while alpha is saturated in the direction of e.",
+    )
+    integral_limit: float | None = Field(None, gt=0, description="Limit of |sum of errors|, in nats.")
+    integral_leak: float = Field(0.0, ge=0, lt=1, description="Fraction of the integral forgotten per optimizer step.")
+    dead_band: float = Field(0.0, ge=0, description="Errors smaller than this count as 0, in nats.")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is controlled at all."""
+        return self.controller != "off"
+
+
+class DataConfig(Section):
+    """Prompts."""
+
+    train_files: list[Path] = Field(min_length=1, description="Parquet or JSON lines.")
+    max_prompt_tokens: int = Field(1024, ge=1)
+    too_long: Literal["error", "drop"] = Field("error", description="What to do with prompts over max_prompt_tokens.")
+    apply_chat_template: bool = Field(False, description="Format prompts with the tokenizer's chat template.")
+    prompt_key: str = Field("prompt", description="verl layout: a list of messages, or a string.")
+    shuffle: bool = True
+
+
+class RewardConfig(Section):
+    """How a response is judged."""
+
+    verifier: str = Field("math", description="countdown, math, exact, or module:function.")
+    workers: int = Field(1, ge=0, description="Verifier processes; 0 judges in the driver.")
+    timeout_s: float = Field(10.0, gt=0)
+
+
+class WarmStartConfig(Section):
+    """A short supervised run on (prompt, response) pairs before reinforcement learning; 0 steps switches it off."""
+
+    steps: int = Field(0, ge=0)
+    file: Path | None = Field(None, description="Parquet or JSON lines with the columns prompt and response.")
+    sequences_per_step: int = Field(256, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(10, ge=0)
+
+    @model_validator(mode="after")
+    def _needs_a_file(self) -> WarmStartConfig:
+        if self.steps and self.file is None:
+            raise ValueError("warm_start.file is needed when warm_start.steps > 0")
+        return self
+
+
+class TrainConfig(Section):
+    """Length of the run."""
+
+    steps: int = Field(2000, ge=0, description="Rollout steps.")
+
+
+class CheckpointConfig(Section):
+    """Resumable state: model, optimizer, controller, RNG, data position."""
+
+    every_steps: int = Field(50, ge=0, description="0: only at the end.")
+    keep_last: int = Field(2, ge=1)
+    export_hf: bool = Field(True, description="Write the final policy as a Hugging Face directory.")
+
+
+class LoggingConfig(Section):
+    """Sinks beside metrics.jsonl, which is always written."""
+
+    tensorboard: bool = True
+    wandb: Annotated[Literal["off", "auto", "offline", "online"], BeforeValidator(_off_is_a_word)] = Field(
+        "auto", description="auto: online with WANDB_API_KEY, else offline."
+    )
+    wandb_project: str = "megatron_entropic"
+    samples_per_step: int = Field(4, ge=0, description="Responses written to samples.jsonl each step.")
+
+
+class ClusterConfig(Section):
+    """Ray, placement and the limits of every wait between processes."""
+
+    address: str = Field(
+        "local", description="local starts Ray on loopback; auto or host:port joins a running cluster."
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    startup_timeout_s: float = Field(600.0, gt=0)
+    generate_timeout_s: float = Field(3600.0, gt=0)
+    score_timeout_s: float = Field(1800.0, gt=0)
+    update_timeout_s: float = Field(3600.0, gt=0)
+    publish_timeout_s: float = Field(600.0, gt=0)
+    checkpoint_timeout_s: float = Field(1800.0, gt=0)
+
+
+class Config(Section):
+    """One run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    reward: RewardConfig = RewardConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    entropy_control: EntropyControlConfig = EntropyControlConfig()
+    policy: PolicyConfig = PolicyConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def sequences_per_optimizer_step(self) -> int:
+        """Responses of one optimizer step."""
+        return self.rollout.samples_per_step // self.algorithm.optimizer_steps_per_rollout
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest sequence the policy can meet: prompt and response."""
+        return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+    @property
+    def feedback(self) -> str:
+        """entropy_control.feedback with `auto` resolved (specification S2)."""
+        if self.entropy_control.feedback != "auto":
+            return self.entropy_control.feedback
+        return "score_pass" if self.algorithm.optimizer_steps_per_rollout == 1 else "previous_step"

