@@ -12,12 +12,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Dtype = Literal["float32", "bfloat16"]
+Device = Literal["cpu", "cuda"]
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 
 def _off_is_a_word(value: Any) -> Any:
     """YAML 1.1 reads a bare `off` as False; a user who writes it means the word."""
     return "off" if value is False else value
+
+
+def _one_is_a_list(value: Any) -> Any:
+    """A single path may stand where a list of paths is expected."""
+    return [value] if isinstance(value, str | Path) else value
 
 
 class Section(BaseModel):
@@ -161,7 +167,9 @@ class EntropyControlConfig(Section):
 class DataConfig(Section):
     """Prompts."""
 
-    train_files: list[Path] = Field(min_length=1, description="Parquet or JSON lines.")
+    train_files: Annotated[list[Path], BeforeValidator(_one_is_a_list)] = Field(
+        min_length=1, description="Parquet or JSON lines."
+    )
     max_prompt_tokens: int = Field(1024, ge=1)
     too_long: Literal["error", "drop"] = Field("error", description="What to do with prompts over max_prompt_tokens.")
     apply_chat_template: bool = Field(False, description="Format prompts with the tokenizer's chat template.")

@@ -22,6 +22,17 @@ class Prompt:
 
 
 @dataclass(slots=True)
+class GenerationRequest:
+    """One response that an engine shall sample."""
+
+    prompt: Prompt
+    sample_index: int
+    """Which of the responses to this prompt."""
+    seed: int
+    """Of this response alone, so that it depends neither on its neighbours in the batch nor on restarts."""
+
+
+@dataclass(slots=True)
 class Sample:
     """One response of an engine to one prompt."""
 

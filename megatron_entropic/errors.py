@@ -1,0 +1,15 @@
+"""Failures with a message meant for the person who started the run."""
+
+from __future__ import annotations
+
+
+class RunError(RuntimeError):
+    """A run cannot go on; the message says what happened, where, and what to do."""
+
+
+class PeerDied(RunError):
+    """A process of the run is gone: the message names it and the phase it was needed in."""
+
+
+class PhaseTimeout(RunError):
+    """A wait between processes passed its limit: the message names the phase and who is missing."""

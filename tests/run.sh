@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Builds the environment if needed and runs every CPU test. Arguments go to pytest:
+#
+#   bash tests/run.sh
+#   bash tests/run.sh tests/unit -k entropy
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash tools/environment.sh
+
+# One thread per process, and none that spins while it waits: the ranks of a test share few cores.
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# Nothing reports home and nothing is fetched from a hub.
+export RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 WANDB_MODE=offline
+export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+
+exec .venv/bin/python tools/run_and_reap.py .venv/bin/python -m pytest --durations=10 "$@"

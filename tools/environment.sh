@@ -1,0 +1,154 @@
+#!/usr/bin/env bash
+# Builds or refreshes the Python environment of this checkout, `.venv`, from the locked versions in requirements/.
+#
+#   bash tools/environment.sh          CPU environment (Python 3.11)
+#   bash tools/environment.sh gpu      CUDA environment (Python 3.12)
+#
+# Needs a Python interpreter of that version and, once, a package index. Neither root nor an installed pip is required.
+# A second call finds the stamp of the first and returns at once; an interrupted call is simply repeated.
+set -euo pipefail
+
+platform=${1:-cpu}
+case $platform in
+  cpu) python_version=3.11 ;;
+  gpu) python_version=3.12 ;;
+  *) echo "environment: unknown platform '$platform', choose cpu or gpu" >&2; exit 2 ;;
+esac
+
+checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+cd "$checkout"
+lock=requirements/$platform.txt
+stamp=.venv/.environment_stamp
+uv_folder=.uv
+# The first release with `pip install --torch-backend` is much older; this is the one the lock was made with.
+uv_requirement='uv>=0.8,<1'
+
+say() { echo "environment: $*" >&2; }
+fail() { say "$*"; exit 1; }
+
+# What the environment depends on: a change of any of these makes the stamp stale.
+wanted_stamp() {
+  echo "$platform $checkout"
+  sha256sum "$lock" setup.py tools/environment.sh
+  .venv/bin/python -c 'import sys; print(sys.version)' 2>/dev/null || echo "no interpreter"
+}
+
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-}" "python$python_version" python3 "/usr/bin/python$python_version" /usr/bin/python3; do
+    [ -n "$candidate" ] || continue
+    # A version manager's shim may exist for an interpreter that does not start, hence the question to itself.
+    "$candidate" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$python_version')" 2>/dev/null || continue
+    "$candidate" -c 'import sys; print(sys.executable)'
+    return
+  done
+  fail "no Python $python_version found. Install it (apt-get install python$python_version where the distribution has" \
+    "it; without root: uv python install $python_version, conda or pyenv), or name one that is elsewhere:" \
+    "PYTHON=FOLDER/python$python_version bash tools/environment.sh $platform"
+}
+
+# Unpacks one Debian package into $scratch/NAME. Downloading needs no root as long as apt's state lies in a folder of
+# ours.
+unpack_debian_package() {
+  local name=$1 apt=$scratch/apt settings
+  command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || return 1
+  settings=(-o "Dir::State=$apt" -o "Dir::State::lists=$apt/lists" -o "Dir::Cache=$apt/cache"
+    -o Dir::State::status=/var/lib/dpkg/status -o Debug::NoLocking=1 -o APT::Sandbox::User= -qq)
+  if [ ! -d "$apt" ]; then
+    mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial"
+    # A third-party source that does not answer must not stand in the way of the one that has the package.
+    apt-get "${settings[@]}" update >&2 || say "apt-get update reported the errors above; trying the download anyway"
+  fi
+  (cd "$apt" && apt-get "${settings[@]}" download "$name" >&2) && dpkg-deb -x "$apt/${name}"_*.deb "$scratch/$name"
+}
+
+# Prints the path of a uv to use: the user's own, the one a former call fetched, or a new one inside the checkout.
+find_uv() {
+  local python=$1 wheel
+  if command -v uv >/dev/null && uv pip install --help 2>/dev/null | grep -q -- --torch-backend; then
+    command -v uv
+    return
+  fi
+  if ! "$uv_folder/bin/uv" --version >/dev/null 2>&1; then
+    say "fetching uv"
+    if ! "$python" -m pip --version >/dev/null 2>&1; then
+      # Debian keeps pip, as a wheel that runs from where it lies, in a package of its own.
+      say "this Python has no pip; taking Debian's"
+      unpack_debian_package python3-pip-whl || fail "neither uv nor pip is here, and apt-get could not download" \
+        "python3-pip-whl. Install one of uv, python3-pip or python3-venv and run this again"
+      wheel=$(echo "$scratch"/python3-pip-whl/usr/share/python-wheels/pip-*.whl)
+      export PYTHONPATH=$wheel
+    fi
+    # pip warns root about the system's packages; nothing is installed there.
+    PIP_ROOT_USER_ACTION=ignore "$python" -m pip install --quiet --disable-pip-version-check \
+      --target "$scratch/uv" "$uv_requirement" >&2 || fail "pip could not install '$uv_requirement'; see its message above"
+    rm -rf "$uv_folder"
+    mv "$scratch/uv" "$uv_folder"
+  fi
+  echo "$checkout/$uv_folder/bin/uv"
+}
+
+# vLLM's CPU kernels are linked against libnuma, which a minimal system lacks. Loading it by its path at interpreter
+# start is enough: the dynamic linker then knows the name.
+provide_libnuma() {
+  local library
+  .venv/bin/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null && return
+  say "this system has no libnuma; taking Debian's into .venv"
+  unpack_debian_package libnuma1 || fail "vLLM needs libnuma.so.1 and apt-get could not download libnuma1." \
+    "Have the package libnuma1 (numactl-libs elsewhere) installed and run this again"
+  library=$(find "$scratch/libnuma1" -name libnuma.so.1)
+  cp -L "$library" .venv/lib/libnuma.so.1
+  echo 'import ctypes, sys; ctypes.CDLL(sys.prefix + "/lib/libnuma.so.1")' \
+    >".venv/lib/python$python_version/site-packages/libnuma.pth"
+}
+
+# uv reads its own variables only; whoever told pip where packages come from has said it once already.
+take_pip_settings() {
+  local settings
+  settings=$("$1" tools/pip_settings.py)
+  eval "$settings"
+}
+
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted_stamp)" ]; then
+  exit 0
+fi
+[ -f "$lock" ] || fail "$lock is missing; tools/lock_requirements.sh $platform makes it"
+
+# One builder at a time: a test run and a quickstart may be started together.
+if command -v flock >/dev/null; then
+  exec 9>.environment_lock
+  flock --wait 900 9 || fail "another call has been building the environment for 15 minutes; end it and run this again"
+  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted_stamp)" ]; then
+    exit 0
+  fi
+fi
+
+started=$SECONDS
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+python=$(find_python)
+uv=$(find_uv "$python")
+take_pip_settings "$python"
+# With several indexes uv would stop at the first that knows a name; pip considers all of them.
+export UV_INDEX_STRATEGY=unsafe-best-match UV_PYTHON_DOWNLOADS=never
+unset VIRTUAL_ENV CONDA_PREFIX
+
+if ! .venv/bin/python -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$python_version')" 2>/dev/null; then
+  say "creating .venv with $("$python" --version)"
+  "$uv" venv --quiet --clear --python "$python" .venv
+fi
+rm -f "$stamp"
+
+say "installing $(grep -c '==' "$lock") locked packages"
+if [ "$platform" = cpu ]; then
+  torch=$(grep '^torch==' "$lock")
+  if ! "$uv" pip install --quiet --python .venv --dry-run --no-deps "$torch" 2>/dev/null; then
+    say "the configured indexes have no $torch; taking it from PyTorch's own CPU index"
+    "$uv" pip install --quiet --python .venv --no-deps --torch-backend cpu "$torch"
+  fi
+fi
+# Compiling now, on all cores, keeps the first start of a dozen processes from doing it one import at a time.
+"$uv" pip sync --quiet --compile-bytecode --python .venv "$lock" requirements/project.txt
+[ "$platform" = gpu ] || provide_libnuma
+wanted_stamp >"$stamp"
+say ".venv is ready after $((SECONDS - started)) s"
