@@ -1,0 +1,228 @@
+"""What a Hugging Face config.json says about a model's size, checked against what the project can train."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_entropic.weights.architectures import ARCHITECTURES, Architecture
+
+_LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_REQUIRED_INTEGERS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class ModelDimensions:
+    """Sizes and switches of one dense decoder; everything is counted in elements of the unsharded model."""
+
+    family: str
+    """Key of `ARCHITECTURES`: qwen3, qwen2 or llama."""
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    """Number of key/value heads."""
+    head_dim: int
+    vocab_size: int
+    """Rows of the Hugging Face embedding, before any padding for tensor parallelism."""
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+    """None for plain RoPE; for Llama 3.x rope_type "llama3", factor, low_freq_factor, high_freq_factor and
+    original_max_position_embeddings."""
+    rms_norm_eps: float
+    max_position_embeddings: int
+
+    def size(self, axis: str) -> int:
+        """Length of a named axis, as the architecture tables spell it.
+
+        Raises:
+            KeyError: unknown axis name.
+        """
+        return {
+            "hidden": self.hidden_size,
+            "ffn": self.ffn_hidden_size,
+            "query": self.num_attention_heads * self.head_dim,
+            "key_value": self.num_query_groups * self.head_dim,
+            "head": self.head_dim,
+            "vocab": self.vocab_size,
+        }[axis]
+
+    def padded_vocab_size(self, tensor_parallel: int) -> int:
+        """The vocabulary rounded up so that `tensor_parallel` divides it; the added rows are zero."""
+        return -(-self.vocab_size // tensor_parallel) * tensor_parallel
+
+    def parallel_problems(self, tensor_parallel: int, pipeline_parallel: int = 1) -> list[str]:
+        """Why this model cannot be laid out so; empty if it can."""
+        problems = []
+        if tensor_parallel > self.num_query_groups:
+            problems.append(
+                f"tensor_parallel={tensor_parallel} exceeds the model's {self.num_query_groups} key/value heads"
+            )
+        for name, size in (
+            ("attention heads", self.num_attention_heads),
+            ("key/value heads", self.num_query_groups),
+            ("feed-forward width", self.ffn_hidden_size),
+        ):
+            if size % tensor_parallel:
+                problems.append(f"tensor_parallel={tensor_parallel} does not divide the {name} ({size})")
+        if self.num_layers % pipeline_parallel:
+            problems.append(f"pipeline_parallel={pipeline_parallel} does not divide the {self.num_layers} layers")
+        return problems
+
+    def check_parallel(self, tensor_parallel: int, pipeline_parallel: int = 1) -> None:
+        """Refuse a layout.
+
+        Raises:
+            ValueError: listing everything `parallel_problems` finds.
+        """
+        problems = self.parallel_problems(tensor_parallel, pipeline_parallel)
+        if problems:
+            raise ValueError("this model cannot be laid out as asked:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def read_dimensions(hf_dir: Path) -> ModelDimensions:
+    """Read config.json of a Hugging Face directory (as transformers 4 or 5 wrote it).
+
+    Raises:
+        ValueError: no directory, no readable config.json, or a model the project cannot train; one error lists
+            everything that is wrong.
+    """
+    config = _read_config(Path(hf_dir))
+    architecture, problems = _architecture_of(config)
+    if architecture is None:
+        raise ValueError(_problem_list(hf_dir, problems))
+    problems += _unsupported_features(config)
+    rope_theta, rope_scaling, rope_problems = _rope(config)
+    problems += rope_problems + _bad_sizes(config)
+    if problems:
+        raise ValueError(_problem_list(hf_dir, problems))
+    dimensions = _dimensions(config, architecture, rope_theta, rope_scaling)
+    if dimensions.num_attention_heads % dimensions.num_query_groups:
+        problem = f"{dimensions.num_attention_heads} heads cannot share {dimensions.num_query_groups} key/value heads"
+        raise ValueError(_problem_list(hf_dir, [problem]))
+    return dimensions
+
+
+def _dimensions(
+    config: dict[str, Any], architecture: Architecture, rope_theta: float, rope_scaling: dict[str, Any] | None
+) -> ModelDimensions:
+    """Fill the dataclass from a config that passed every check; absent keys get transformers' class defaults."""
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or architecture.default_head_dim or config["hidden_size"] // heads
+    return ModelDimensions(
+        family=architecture.family,
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=config.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        vocab_size=config["vocab_size"],
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=architecture.qkv_bias,
+        qk_norm=architecture.qk_norm,
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        max_position_embeddings=config["max_position_embeddings"],
+    )
+
+
+def _read_config(hf_dir: Path) -> dict[str, Any]:
+    if not hf_dir.is_dir():
+        raise ValueError(f"{hf_dir}: no such model directory")
+    path = hf_dir / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{hf_dir}: no config.json, so this is not a Hugging Face model directory")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def _problem_list(hf_dir: Path, problems: list[str]) -> str:
+    return f"{Path(hf_dir) / 'config.json'}: this model cannot be used:\n" + "\n".join(f"  - {p}" for p in problems)
+
+
+def _architecture_of(config: dict[str, Any]) -> tuple[Architecture | None, list[str]]:
+    """Find the table by `architectures`, or by `model_type` where a bare config names no class."""
+    names = config.get("architectures") or []
+    for architecture in ARCHITECTURES.values():
+        if architecture.hf_class in names or (not names and config.get("model_type") == architecture.family):
+            return architecture, []
+    found = ", ".join(names) or f"model_type {config.get('model_type')!r}"
+    supported = ", ".join(a.hf_class for a in ARCHITECTURES.values())
+    problems = [f"architecture {found} is not supported (supported: {supported})"]
+    return None, problems + _unsupported_features(config)
+
+
+def _unsupported_features(config: dict[str, Any]) -> list[str]:
+    problems = []
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else "unknown"
+        problems.append(f"the checkpoint is quantised ({method}); training needs the unquantised weights")
+    if _uses_sliding_window(config):
+        problems.append("sliding-window attention is in use (use_sliding_window or layer_types)")
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            problems.append(f"{key}=true: biases other than Qwen2's on q, k and v are not supported")
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        problems.append(f"hidden_act={activation!r}: only silu is supported")
+    return problems
+
+
+def _uses_sliding_window(config: dict[str, Any]) -> bool:
+    """Whether any layer attends to a window, by the rule of transformers' Qwen configs."""
+    layer_types = config.get("layer_types")
+    if layer_types:
+        return any(kind != "full_attention" for kind in layer_types)
+    if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
+        return False
+    return config.get("max_window_layers", 28) < config.get("num_hidden_layers", 0)
+
+
+def _rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None, list[str]]:
+    """RoPE base, scaling and problems; transformers 5 writes rope_parameters, 4 rope_theta and rope_scaling."""
+    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
+    problems = []
+    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        problems.append(f"partial_rotary_factor={partial}: only 1.0 is supported")
+    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    if rope_type == "default":
+        return theta, None, problems
+    if rope_type != "llama3":
+        return theta, None, [*problems, f"rope type {rope_type!r} is not supported (supported: default, llama3)"]
+    missing = [key for key in _LLAMA3_ROPE_KEYS if key not in parameters]
+    if missing:
+        return theta, None, [*problems, f"rope type 'llama3' lacks {', '.join(missing)}"]
+    return theta, {"rope_type": "llama3"} | {key: parameters[key] for key in _LLAMA3_ROPE_KEYS}, problems
+
+
+def _bad_sizes(config: dict[str, Any]) -> list[str]:
+    problems = []
+    optional = [key for key in ("num_key_value_heads", "head_dim") if config.get(key) is not None]
+    for key in (*_REQUIRED_INTEGERS, *optional):
+        value = config.get(key)
+        if type(value) is not int or value < 1:
+            problems.append(f"{key} must be a positive integer, found {value!r}")
+    return problems

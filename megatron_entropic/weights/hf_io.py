@@ -1,0 +1,306 @@
+"""Hugging Face checkpoint directories: read through memory maps after a complete check, written atomically."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megatron_entropic.weights.dimensions import read_dimensions
+from megatron_entropic.weights.layouts import Shape
+from megatron_entropic.weights.parameter_map import ParameterMap
+from megatron_entropic.weights.safetensors_files import SafetensorsWriter, read_header, sync
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
+_LISTED_PER_KIND = 20
+_COPIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.model",
+    "*.tiktoken",
+)
+"""What belongs to a model beside config.json and weights; a model card would describe another model."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies, by the header of its file."""
+
+    path: Path
+    dtype: str
+    shape: Shape
+
+
+class _Problems:
+    """Everything wrong with a set of tensors, grouped by kind for one error."""
+
+    def __init__(self) -> None:
+        self._by_kind: dict[str, list[str]] = {}
+
+    def add(self, kind: str, detail: str) -> None:
+        self._by_kind.setdefault(kind, []).append(detail)
+
+    def raise_if_any(self, headline: str) -> None:
+        """Raise one ValueError with every kind of problem; long lists are cut with a count."""
+        if not self._by_kind:
+            return
+        lines = [headline]
+        for kind, details in self._by_kind.items():
+            lines.append(f"  {kind} ({len(details)}):")
+            lines += [f"    - {detail}" for detail in details[:_LISTED_PER_KIND]]
+            if len(details) > _LISTED_PER_KIND:
+                lines.append(f"    - and {len(details) - _LISTED_PER_KIND} more")
+        raise ValueError("\n".join(lines))
+
+
+class HfReader(Mapping[str, Tensor]):
+    """The tensors of a Hugging Face directory by name, read through memory maps when asked for.
+
+    Opening it reads headers only and compares them with what the model's config.json calls for. `lm_head.weight` of
+    a tied checkpoint and rotary inv_freq buffers are tolerated and not offered. Tensors are views of the map: copy
+    them, never write to them.
+
+    Raises:
+        ValueError: from `read_dimensions`, or one error that lists every missing, unexpected or wrongly shaped
+            tensor and every missing or truncated file.
+    """
+
+    def __init__(self, hf_dir: Path) -> None:
+        self.hf_dir = Path(hf_dir)
+        self.parameter_map = ParameterMap(read_dimensions(self.hf_dir))
+        expected = self.parameter_map.hf_tensors
+        problems = _Problems()
+        stored = _read_headers(self.hf_dir, expected, problems)
+        _compare(stored, expected, problems)
+        problems.raise_if_any(f"{self.hf_dir}: the checkpoint does not fit its config.json:")
+        self._stored = {name: stored[name] for name in expected}
+        self._open_files: dict[Path, Any] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors, in the order of the forward pass."""
+        return tuple(self._stored)
+
+    def __getitem__(self, name: str) -> Tensor:
+        path = self._stored[name].path
+        if path not in self._open_files:
+            self._open_files[path] = safe_open(path, framework="pt", device="cpu")
+        tensor: Tensor = self._open_files[path].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def _read_headers(hf_dir: Path, expected: Mapping[str, Shape], problems: _Problems) -> dict[str, _Stored]:
+    """What every weight file holds. Expected tensors that nobody stores are reported, unless the file that should
+    hold them is itself reported."""
+    stored: dict[str, _Stored] = {}
+    explained: set[str] = set()
+    for path, promised in _weight_files(hf_dir, expected, problems).items():
+        if not path.is_file():
+            problems.add("unusable files", f"{path.name}: missing, though {INDEX_FILE} names it")
+            explained |= promised
+            continue
+        try:
+            header, damage = read_header(path)
+        except ValueError as error:
+            problems.add("unusable files", f"{path.name}: {error}")
+            explained |= promised
+            continue
+        if damage:
+            problems.add("unusable files", f"{path.name}: {damage}")
+        for name, tensor in header.items():
+            if name in stored:
+                problems.add("tensors stored twice", f"{name}: in {stored[name].path.name} and {path.name}")
+            stored[name] = _Stored(path, tensor["dtype"], tuple(tensor["shape"]))
+    for name in expected:
+        if name not in stored and name not in explained:
+            problems.add("missing tensors", name)
+    return stored
+
+
+def _weight_files(hf_dir: Path, expected: Mapping[str, Shape], problems: _Problems) -> dict[Path, set[str]]:
+    """Weight files and the tensors each should hold.
+
+    Raises:
+        ValueError: there are none, or the index cannot be read (nothing else can be said then).
+    """
+    if (hf_dir / SINGLE_FILE).is_file():
+        return {hf_dir / SINGLE_FILE: set(expected)}
+    index = hf_dir / INDEX_FILE
+    if not index.is_file():
+        others = sorted(path.name for pattern in ("*.safetensors", "*.bin", "*.pt") for path in hf_dir.glob(pattern))
+        found = f"; found {', '.join(others[:5])}, which cannot be read without it" if others else ""
+        raise ValueError(f"{hf_dir}: neither {SINGLE_FILE} nor {INDEX_FILE} exists{found}")
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files: dict[Path, set[str]] = {}
+        for name, file_name in sorted(weight_map.items(), key=lambda item: (item[1], item[0])):
+            files.setdefault(hf_dir / file_name, set()).add(name)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index}: not a safetensors index ({type(error).__name__}: {error})") from error
+    return files
+
+
+def _compare(stored: Mapping[str, _Stored], expected: Mapping[str, Shape], problems: _Problems) -> None:
+    """Report tensors that are not what the model needs."""
+    for name, tensor in stored.items():
+        if name not in expected:
+            if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
+                problems.add("unexpected tensors", name)
+        elif tensor.dtype not in _FLOAT_DTYPES:
+            problems.add("quantised tensors, which cannot be trained", f"{name}: {tensor.dtype}")
+        elif tensor.shape != expected[name]:
+            problems.add("wrong shapes", f"{name}: {list(tensor.shape)}, expected {list(expected[name])}")
+
+
+def write_hf_directory(
+    output_dir: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    template_dir: Path,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> None:
+    """Write a checkpoint of the template's architecture that transformers and vLLM load.
+
+    `tensors` may come in any order and are written as they come: one is in memory at a time, and it may be a view of
+    a buffer that is used again for the next. They must be exactly those the template's config.json calls for, all
+    of one dtype, which is noted in the new config.json. Tokenizer and generation settings are copied. Everything is
+    written to a hidden directory beside `output_dir`, flushed and renamed; whatever fails, `output_dir` is either
+    complete or as it was before. With `overwrite` an existing directory steps aside as `.NAME.replaced` until the new
+    one is in place.
+
+    Raises:
+        ValueError: `output_dir` exists and is not empty (with `overwrite`: and is not a model), or one error that
+            lists every missing, unexpected, repeated, wrongly shaped or wrongly typed tensor.
+        OSError: the disk is full or not writable.
+    """
+    output_dir, template_dir = Path(output_dir).absolute(), Path(template_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        if not overwrite:
+            raise ValueError(f"{output_dir}: exists and is not empty; a model is not written over it")
+        if not (output_dir / "config.json").is_file():
+            raise ValueError(f"{output_dir}: exists and is not a model directory; only a model is replaced")
+    expected = ParameterMap(read_dimensions(template_dir)).hf_tensors
+    with _appears_when_complete(output_dir) as partial:
+        dtype = _write_weights(partial, tensors, expected, max_shard_bytes, output_dir)
+        _copy_companions(partial, template_dir, dtype)
+        for path in partial.iterdir():
+            sync(path)
+        sync(partial)
+
+
+@contextmanager
+def _appears_when_complete(output_dir: Path) -> Iterator[Path]:
+    """A hidden sibling of `output_dir`, renamed to it if the body succeeds and removed if it does not."""
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    partial = output_dir.with_name(f".{output_dir.name}.partial")
+    replaced = output_dir.with_name(f".{output_dir.name}.replaced")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        if output_dir.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            output_dir.rename(replaced)
+        partial.rename(output_dir)
+        sync(output_dir.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _write_weights(
+    directory: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    expected: Mapping[str, Shape],
+    max_shard_bytes: int,
+    output_dir: Path,
+) -> torch.dtype:
+    """Fill the weight files in the order of arrival; the first tensor's dtype is everyone's."""
+    problems = _Problems()
+    writers: dict[str, SafetensorsWriter] = {}
+    dtype: torch.dtype | None = None
+    written: set[str] = set()
+    for name, tensor in tensors:
+        if dtype is None:
+            dtype = tensor.dtype
+            writers = _create_weight_files(directory, expected, dtype, max_shard_bytes)
+        if name not in expected:
+            problems.add("unexpected tensors", name)
+        elif name in written:
+            problems.add("repeated tensors", name)
+        elif tuple(tensor.shape) != expected[name]:
+            problems.add("wrong shapes", f"{name}: {list(tensor.shape)}, expected {list(expected[name])}")
+        elif tensor.dtype != dtype:
+            problems.add("mixed dtypes", f"{name}: {tensor.dtype} among {dtype}")
+        else:
+            writers[name].write(name, tensor)
+        written.add(name)
+    for name in expected:
+        if name not in written:
+            problems.add("missing tensors", name)
+    problems.raise_if_any(f"{output_dir}: not written, the tensors do not make up the model:")
+    assert dtype is not None, "a model without tensors was reported above"
+    return dtype
+
+
+def _create_weight_files(
+    directory: Path, expected: Mapping[str, Shape], dtype: torch.dtype, max_shard_bytes: int
+) -> dict[str, SafetensorsWriter]:
+    """Weight files of at most `max_shard_bytes` of data (one tensor may exceed it) and their index; writer by name."""
+    shards: list[dict[str, Shape]] = [{}]
+    shard_bytes = total_bytes = 0
+    for name, shape in expected.items():
+        size = prod(shape) * dtype.itemsize
+        if shards[-1] and shard_bytes + size > max_shard_bytes:
+            shards.append({})
+            shard_bytes = 0
+        shards[-1][name] = shape
+        shard_bytes += size
+        total_bytes += size
+    if len(shards) == 1:
+        file_names = [SINGLE_FILE]
+    else:
+        file_names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        weight_map = {name: file for file, shard in zip(file_names, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    writers: dict[str, SafetensorsWriter] = {}
+    for file_name, shard in zip(file_names, shards, strict=True):
+        writer = SafetensorsWriter(directory / file_name, shard, dtype)
+        writers |= dict.fromkeys(shard, writer)
+    return writers
+
+
+def _copy_companions(directory: Path, template_dir: Path, dtype: torch.dtype) -> None:
+    """config.json with the new dtype, under the key the template uses (torch_dtype before transformers 5)."""
+    config = json.loads((template_dir / "config.json").read_text(encoding="utf-8"))
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    config |= dict.fromkeys(keys, str(dtype).removeprefix("torch."))
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for pattern in _COPIED:
+        for source in template_dir.glob(pattern):
+            if source.is_file():
+                shutil.copyfile(source, directory / source.name)

@@ -1,0 +1,179 @@
+"""The one map between Megatron parameters and Hugging Face tensors of a model.
+
+Bijective by construction: every Hugging Face tensor belongs to exactly one exported entry, and a layout moves values
+in both directions by one definition. Loading, publishing and export are derived from it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_entropic.weights.architectures import ARCHITECTURES, Row
+from megatron_entropic.weights.dimensions import ModelDimensions
+from megatron_entropic.weights.layouts import Layout, Shape, join_slices, slice_for_rank
+
+# Transformer Engine's layer specs fuse a norm into the linear layer behind it.
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+_LAYER_PREFIX = re.compile(r"^decoder\.layers\.(\d+)\.")
+_OUTPUT_LAYER = "output_layer.weight"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Megatron parameter of the unsharded model."""
+
+    megatron_name: str
+    """With the global layer number, counted over all pipeline stages."""
+    hf_names: tuple[str, ...]
+    hf_shapes: tuple[Shape, ...]
+    layout: Layout
+    shape: Shape
+    """Of the Megatron parameter before sharding and padding."""
+    layer: int | None
+    """Global layer number; None outside the layers."""
+    exported: bool = True
+    """False for the output layer of a model with tied embeddings: a copy of the embedding, which is exported."""
+
+
+def to_global_name(local_name: str, first_layer: int) -> str:
+    """Name of a pipeline stage's parameter (layers counted from 0) in the whole model.
+
+    `first_layer` is the global number of the stage's layer 0. Other names pass unchanged.
+    """
+    return _LAYER_PREFIX.sub(lambda match: f"decoder.layers.{int(match[1]) + first_layer}.", local_name)
+
+
+def to_local_name(global_name: str, first_layer: int) -> str:
+    """Inverse of `to_global_name`."""
+    return to_global_name(global_name, -first_layer)
+
+
+class ParameterMap:
+    """All parameters of one model, in the order of the forward pass."""
+
+    def __init__(self, dimensions: ModelDimensions) -> None:
+        self.dimensions = dimensions
+        self.entries: tuple[Entry, ...] = tuple(_entries(dimensions))
+        self._by_name = {entry.megatron_name: entry for entry in self.entries}
+        self.hf_tensors: dict[str, Shape] = {
+            name: shape
+            for entry in self.entries
+            if entry.exported
+            for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True)
+        }
+        """Name and shape of every tensor of the Hugging Face checkpoint (a tied one has no lm_head.weight)."""
+
+    def by_megatron_name(self, name: str) -> Entry:
+        """Entry of a global Megatron name; norms may be named as Transformer Engine fuses them.
+
+        Raises:
+            KeyError: the model has no such parameter.
+        """
+        prefix = _LAYER_PREFIX.match(name)
+        if prefix is not None:
+            rest = name[prefix.end() :]
+            name = prefix[0] + _FUSED_NORMS.get(rest, rest)
+        if name not in self._by_name:
+            raise KeyError(f"{name}: no such parameter in a {self.dimensions.family} model")
+        return self._by_name[name]
+
+    def stage_of(self, entry: Entry, pipeline_parallel: int) -> int:
+        """Pipeline stage that owns a parameter: equal runs of layers, embedding first, final norm and output last."""
+        self.dimensions.check_parallel(1, pipeline_parallel)
+        if entry.layer is not None:
+            return entry.layer // (self.dimensions.num_layers // pipeline_parallel)
+        return 0 if entry.megatron_name == self.entries[0].megatron_name else pipeline_parallel - 1
+
+    def first_layer(self, stage: int, pipeline_parallel: int) -> int:
+        """Global number of a pipeline stage's layer 0."""
+        self.dimensions.check_parallel(1, pipeline_parallel)
+        return stage * (self.dimensions.num_layers // pipeline_parallel)
+
+    def entries_of_stage(self, stage: int, pipeline_parallel: int) -> tuple[Entry, ...]:
+        """Parameters that a stage's GPTModel holds.
+
+        With tied embeddings the output layer is a parameter of its own only where the last stage is not the first.
+        """
+        return tuple(
+            entry
+            for entry in self.entries
+            if self.stage_of(entry, pipeline_parallel) == stage and (entry.exported or pipeline_parallel > 1)
+        )
+
+    def shard_shape(self, entry: Entry, tp_size: int) -> Shape:
+        """Shape of the parameter on each of `tp_size` ranks, padding included.
+
+        Raises:
+            ValueError: the model cannot be laid out over `tp_size` ranks.
+        """
+        self.dimensions.check_parallel(tp_size)
+        if entry.layout.partition_dim is None:
+            return entry.shape
+        shape = list(entry.shape)
+        shape[entry.layout.partition_dim] = -(-shape[entry.layout.partition_dim] // tp_size)
+        return tuple(shape)
+
+    def to_megatron_shard(self, entry: Entry, hf: Mapping[str, Tensor], tp_rank: int, tp_size: int) -> Tensor:
+        """One rank's parameter from Hugging Face tensors; only this rank's slices are read.
+
+        The result may be a view of the tensors in `hf` (copy it, never write to it); dtype is theirs.
+
+        Raises:
+            ValueError: the model cannot be laid out over `tp_size` ranks.
+        """
+        self.dimensions.check_parallel(tp_size)
+        dim = entry.layout.partition_dim
+        parts = [slice_for_rank(hf[name], dim, tp_rank, tp_size) for name in entry.hf_names]
+        return entry.layout.combine(self.dimensions, parts)
+
+    def to_hf(self, entry: Entry, shards: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Hugging Face tensors from the parameter of every TP rank, in rank order; padding is dropped.
+
+        The results may be views of the shards. Replicated parameters are taken from rank 0.
+
+        Raises:
+            ValueError: the model cannot be laid out over that many ranks.
+        """
+        self.dimensions.check_parallel(len(shards))
+        dim = entry.layout.partition_dim
+        per_rank = [entry.layout.separate(self.dimensions, shard) for shard in shards]
+        tensors = {}
+        for index, (name, shape) in enumerate(zip(entry.hf_names, entry.hf_shapes, strict=True)):
+            length = shape[dim] if dim is not None else 0
+            tensors[name] = join_slices([parts[index] for parts in per_rank], dim, length)
+        return tensors
+
+
+def _entries(dimensions: ModelDimensions) -> list[Entry]:
+    """Rows before, in and after the layers, in table order."""
+    rows = ARCHITECTURES[dimensions.family].rows
+    in_layers = [row for row in rows if row.per_layer]
+    first = rows.index(in_layers[0])
+    assert rows[first : first + len(in_layers)] == tuple(in_layers), "rows of a layer stand together"
+    entries = [_entry(row, dimensions, None) for row in rows[:first]]
+    entries += [_entry(row, dimensions, layer) for layer in range(dimensions.num_layers) for row in in_layers]
+    return entries + [_entry(row, dimensions, None) for row in rows[first + len(in_layers) :]]
+
+
+def _entry(row: Row, dimensions: ModelDimensions, layer: int | None) -> Entry:
+    """A row with its layer number and sizes filled in."""
+    tied_output = dimensions.tie_word_embeddings and row.megatron == _OUTPUT_LAYER
+    hf_names = ARCHITECTURES[dimensions.family].rows[0].hf if tied_output else row.hf
+    hf_shapes = row.layout.hf_shapes(dimensions)
+    return Entry(
+        megatron_name=row.megatron.format(layer=layer),
+        hf_names=tuple(name.format(layer=layer) for name in hf_names),
+        hf_shapes=hf_shapes,
+        layout=row.layout,
+        # Every layout with several tensors stacks them along axis 0.
+        shape=(sum(shape[0] for shape in hf_shapes), *hf_shapes[0][1:]),
+        layer=layer,
+        exported=not tied_output,
+    )

@@ -1,0 +1,89 @@
+"""The safetensors container: headers read without reading data, files filled tensor by tensor in any order.
+
+Format: 8 bytes little-endian header length, JSON header (name -> dtype, shape, data_offsets; and __metadata__), data
+without gaps. The header comes first, so a writer that knows all shapes beforehand needs one tensor in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_entropic.weights.layouts import Shape
+
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """Header of a safetensors file without its metadata, and what is wrong with the file's size (None: nothing).
+
+    Raises:
+        ValueError: there is no readable header.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if 8 + length > size:
+            raise ValueError(f"truncated inside its header, or not a safetensors file ({size} bytes)")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError("not a safetensors file (its header is not JSON)") from error
+    if not isinstance(header, dict):
+        raise ValueError("not a safetensors file (its header is not a JSON object)")
+    header.pop("__metadata__", None)
+    expected = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    if size != expected:
+        word = "truncated" if size < expected else "too long"
+        return header, f"{word}: {size} bytes, but its header calls for {expected}"
+    return header, None
+
+
+class SafetensorsWriter:
+    """One safetensors file whose tensors are announced at first and written one by one, in any order."""
+
+    def __init__(self, path: Path, shapes: dict[str, Shape], dtype: torch.dtype) -> None:
+        """Create the file with its header; `shapes` fixes names and order.
+
+        Raises:
+            ValueError: a dtype that Hugging Face checkpoints of these models do not use.
+        """
+        if dtype not in DTYPE_NAMES:
+            raise ValueError(f"cannot write tensors of {dtype}; supported: {', '.join(map(str, DTYPE_NAMES))}")
+        self.path = path
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, shape in shapes.items():
+            end = offset + prod(shape) * dtype.itemsize
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._positions = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in shapes}
+        with path.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + offset)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one announced tensor; shape and dtype must be as announced (the caller checks)."""
+        data = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
+        with self.path.open("r+b") as file:
+            file.seek(self._positions[name])
+            file.write(data.data)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a directory (which makes the names in it durable)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,285 @@
+"""Broadcasting weights from one policy rank to the rollout engines' workers over gloo.
+
+    sender (rank 0)                              receivers (ranks 1..n)
+    GlooSender(host, n)   listens at once
+    accept()              <---- store: join/r -- GlooReceiver(address, r)      rendezvous
+    send(contents, flat)  ----- store: k ------> receive(contents)             announcement k: what comes next
+                          ===== gloo broadcast =>                              one flat tensor
+
+An announcement precedes every broadcast: a receiver that expects something else fails with both descriptions instead
+of reading foreign bytes, and one whose sender never comes fails by its own time limit. Nothing here knows vLLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from math import prod
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from megatron_entropic.errors import PeerDied, PhaseTimeout
+from megatron_entropic.weights.plan import Bucket
+
+# Announcements are deleted this many broadcasts later. A gloo broadcast is a tree, so a sender can be ahead of its last
+# receiver by the depth of that tree and no more.
+_KEPT_ANNOUNCEMENTS = 64
+
+
+@dataclass(frozen=True)
+class FlatContents:
+    """What one flat buffer holds: tensors of one dtype, one behind the other."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: str
+    """Name of a torch dtype, such as float32."""
+
+    @classmethod
+    def of_bucket(cls, bucket: Bucket) -> FlatContents:
+        """Contents of the buffer that a publish plan sends to the engines for one bucket."""
+        return cls(bucket.hf_names, bucket.hf_shapes, bucket.dtype)
+
+    @classmethod
+    def of_update(cls, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]]) -> FlatContents:
+        """Contents from the parallel lists that vLLM's update calls carry.
+
+        Raises:
+            ValueError: no tensors, lists of different lengths or more than one dtype.
+        """
+        if not names or not len(names) == len(dtypes) == len(shapes):
+            raise ValueError(
+                f"{len(names)} names, {len(dtypes)} dtypes and {len(shapes)} shapes: one of each per tensor"
+            )
+        if len(set(dtypes)) > 1:
+            raise ValueError(f"a flat buffer holds one dtype, not {sorted(set(dtypes))}")
+        return cls(tuple(names), tuple(tuple(shape) for shape in shapes), dtypes[0])
+
+    def update_info(self) -> dict[str, list]:
+        """The lists that vLLM's update calls carry; inverse of `of_update`."""
+        return {
+            "names": list(self.names),
+            "dtype_names": [self.dtype] * len(self.names),
+            "shapes": [list(shape) for shape in self.shapes],
+        }
+
+    @property
+    def elements(self) -> int:
+        """Length of the flat buffer."""
+        return sum(prod(shape) for shape in self.shapes)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself.
+
+        Raises:
+            ValueError: torch has no such dtype.
+        """
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{self.dtype}: not a torch dtype")
+        return dtype
+
+    def describe(self) -> str:
+        """For messages and announcements; the digest makes it differ if any name or shape differs."""
+        digest = hashlib.sha256(repr((self.names, self.shapes)).encode()).hexdigest()[:12]
+        return (
+            f"{self.names[0]} .. {self.names[-1]} ({len(self.names)} tensors, {self.elements} elements "
+            f"of {self.dtype}, names and shapes {digest})"
+        )
+
+    def split(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and view of every tensor in `flat` [elements]."""
+        pieces = flat.split([prod(shape) for shape in self.shapes])
+        for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True):
+            yield name, piece.view(shape)
+
+
+class WeightSender(Protocol):
+    """The policy's end of a transfer group; its other ranks are vLLM workers."""
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port at which the workers find this group, valid from the start."""
+
+    def accept(self) -> None:
+        """Waits until every worker has joined."""
+
+    def send(self, contents: FlatContents, flat: torch.Tensor) -> None:
+        """Broadcasts one flat buffer; every worker must be receiving the same contents."""
+
+    def close(self) -> None:
+        """Leaves the group."""
+
+
+class GlooSender:
+    """`WeightSender` for CPU tensors. Listens on `host` only, on a port of the system's choice."""
+
+    def __init__(self, host: str, receivers: int, timeout_s: float) -> None:
+        """Open the rendezvous for `receivers` workers; every later wait is limited to `timeout_s`."""
+        self._host = host
+        self._receivers = receivers
+        self._timeout_s = timeout_s
+        self._sent = 0
+        self._group: dist.ProcessGroupGloo | None = None
+        listener = socket.create_server((host, 0))
+        self._port = int(listener.getsockname()[1])
+        self._store = dist.TCPStore(
+            host,
+            self._port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=timeout_s),
+            master_listen_fd=listener.detach(),  # the store owns the socket from here on
+        )
+        self._store.set("receivers", str(receivers))
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port at which receivers find this group."""
+        return self._host, self._port
+
+    def accept(self) -> None:
+        """Waits until every receiver has joined.
+
+        Raises:
+            PhaseTimeout: naming the receivers that did not come.
+        """
+        phase = f"publish: rendezvous at {self._host}:{self._port}"
+        ranks = range(1, self._receivers + 1)
+        try:
+            self._store.wait([f"join/{rank}" for rank in ranks], timedelta(seconds=self._timeout_s))
+        except dist.DistStoreError as error:
+            missing = ", ".join(str(rank) for rank in ranks if not self._store.check([f"join/{rank}"]))
+            raise PhaseTimeout(
+                f"{phase}: the sending policy rank waited {self._timeout_s:g} s for engine worker {missing} "
+                f"of {self._receivers}"
+            ) from error
+        with named_wait(phase, "the sending policy rank", f"{self._receivers} engine workers that have joined"):
+            self._group = _gloo_group(self._store, 0, self._receivers + 1, self._host, self._timeout_s)
+
+    def send(self, contents: FlatContents, flat: torch.Tensor) -> None:
+        """Announces `contents`, then broadcasts `flat` [contents.elements] to all receivers.
+
+        Raises:
+            PhaseTimeout, PeerDied: naming the buffer and how far each receiver has come.
+        """
+        assert self._group is not None, "accept() comes before send()"
+        assert flat.numel() == contents.elements
+        assert flat.dtype == contents.torch_dtype
+        self._store.set(f"announcement/{self._sent}", contents.describe())
+        phase = f"publish: broadcast {self._sent}, {contents.describe()}"
+        try:
+            with named_wait(phase, "the sending policy rank", "the engine workers"):
+                _broadcast(self._group, flat)
+        except (PhaseTimeout, PeerDied) as error:
+            raise type(error)(f"{error}; {self._progress()}") from error.__cause__
+        if self._sent >= _KEPT_ANNOUNCEMENTS:
+            self._store.delete_key(f"announcement/{self._sent - _KEPT_ANNOUNCEMENTS}")
+        self._sent += 1
+
+    def close(self) -> None:
+        """Drops the connections; receivers that still wait fail at once."""
+        self._group = None
+        del self._store
+
+    def _progress(self) -> str:
+        """How many buffers each receiver asked for, as it wrote into the store."""
+        asked = {rank: int(self._store.get(f"asked/{rank}")) for rank in range(1, self._receivers + 1)}
+        return "broadcasts begun by engine worker: " + ", ".join(f"{rank}: {count}" for rank, count in asked.items())
+
+
+class GlooReceiver:
+    """One worker's end of a transfer group."""
+
+    def __init__(self, host: str, port: int, rank: int, receivers: int, timeout_s: float) -> None:
+        """Join the group of the sender at `host`:`port` as `rank` (1 to `receivers`).
+
+        Raises:
+            PhaseTimeout: the sender or another receiver did not come.
+            ValueError: the sender counts another number of receivers.
+        """
+        self._name = f"engine worker {rank}"
+        self._sender = f"the sending policy rank at {host}:{port}"
+        self._rank = rank
+        self._timeout_s = timeout_s
+        self._received = 0
+        phase = f"publish: rendezvous at {host}:{port}"
+        limit = timedelta(seconds=timeout_s)
+        with named_wait(phase, self._name, self._sender):
+            self._store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
+            expected = int(self._store.get("receivers"))
+        if expected != receivers or not 1 <= rank <= receivers:
+            raise ValueError(f"{phase}: the sender expects {expected} engine workers, this is {rank} of {receivers}")
+        self._store.set(f"asked/{rank}", "0")
+        self._store.set(f"join/{rank}", "")
+        with named_wait(phase, self._name, f"{self._sender} and {receivers - 1} other engine workers"):
+            self._group = _gloo_group(self._store, rank, receivers + 1, _local_address(host, port), timeout_s)
+
+    def receive(self, contents: FlatContents) -> torch.Tensor:
+        """The next flat buffer, [contents.elements] on the CPU; freshly allocated, so views of it stay valid.
+
+        Raises:
+            PhaseTimeout, PeerDied: the sender did not come or is gone.
+            ValueError: the sender announces something else.
+        """
+        phase = f"publish: broadcast {self._received}, {contents.describe()}"
+        with named_wait(phase, self._name, self._sender):
+            self._store.set(f"asked/{self._rank}", str(self._received + 1))
+            key = f"announcement/{self._received}"
+            self._store.wait([key], timedelta(seconds=self._timeout_s))
+            announced = self._store.get(key).decode()
+        if announced != contents.describe():
+            raise ValueError(f"{phase}: {self._name} expected this, but the sender announces {announced}")
+        flat = torch.empty(contents.elements, dtype=contents.torch_dtype)
+        with named_wait(phase, self._name, self._sender):
+            _broadcast(self._group, flat)
+        self._received += 1
+        return flat
+
+
+def _gloo_group(store: dist.Store, rank: int, size: int, host: str, timeout_s: float) -> dist.ProcessGroupGloo:
+    """A process group outside torch.distributed's global state, bound to one local address."""
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = timedelta(seconds=timeout_s)
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    return dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, options)
+
+
+def _broadcast(group: dist.ProcessGroupGloo, flat: torch.Tensor) -> None:
+    options = dist.BroadcastOptions()
+    options.rootRank = 0
+    group.broadcast([flat], options).wait()  # type: ignore[attr-defined]
+
+
+def _local_address(host: str, port: int) -> str:
+    """Address of this machine on the route to `host`; nothing is sent."""
+    family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)
+        return str(probe.getsockname()[0])
+
+
+@contextmanager
+def named_wait(phase: str, waiter: str, peer: str) -> Iterator[None]:
+    """Gives torch.distributed's errors a phase, who waited and for whom.
+
+    Raises:
+        PhaseTimeout, PeerDied: in place of the RuntimeError that the block raised.
+    """
+    started = time.monotonic()
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if "timed out" in reason.lower() or "timeout" in reason.lower():
+            elapsed = time.monotonic() - started
+            raise PhaseTimeout(f"{phase}: {waiter} waited {elapsed:.1f} s for {peer} ({reason})") from error
+        raise PeerDied(f"{phase}: {waiter} lost {peer} ({reason})") from error

@@ -1,0 +1,71 @@
+"""Tiny models of every family, written by transformers itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+# Odd sizes, so that no two axes can be taken for each other; the vocabulary is not divisible by 2 or 4.
+_SIZES = {
+    "vocab_size": 53,
+    "hidden_size": 24,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "initializer_range": 0.5,
+}
+
+
+def build_tiny(family: str, tied: bool) -> PreTrainedModel:
+    """A random model whose norms and biases are not trivial either."""
+    torch.manual_seed(7)
+    model: PreTrainedModel
+    if family == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=10, tie_word_embeddings=tied))
+    elif family == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**_SIZES, tie_word_embeddings=tied))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**_SIZES, tie_word_embeddings=tied))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="session", params=[(f, t) for f in ("qwen3", "qwen2", "llama") for t in (False, True)], ids=str)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
+    """(model, directory) of every family, tied and untied. Read only: the directory is shared."""
+    family, tied = request.param
+    directory = tmp_path_factory.mktemp(f"{family}_{tied}")
+    model = build_tiny(family, tied)
+    model.save_pretrained(directory)
+    return model, directory
+
+
+@pytest.fixture
+def qwen3_dir(tmp_path: Path) -> Path:
+    """An untied Qwen3 directory that a test may damage."""
+    directory = tmp_path / "model"
+    build_tiny("qwen3", False).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def qwen3_sharded_dir(tmp_path: Path) -> Path:
+    """The same in several files with an index."""
+    directory = tmp_path / "sharded"
+    build_tiny("qwen3", False).save_pretrained(directory, max_shard_size="10KB")
+    return directory

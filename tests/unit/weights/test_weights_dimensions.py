@@ -1,0 +1,172 @@
+"""config.json of any age is understood, and what cannot be trained is refused with every reason at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, PreTrainedModel
+
+from megatron_entropic.weights.dimensions import ModelDimensions, read_dimensions
+
+# As published with Qwen3-8B by transformers 4 (shortened to what describes the model).
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+LLAMA3_ROPE = {
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+
+def read(directory: Path, config: dict[str, Any]) -> ModelDimensions:
+    (directory / "config.json").write_text(json.dumps(config))
+    return read_dimensions(directory)
+
+
+def test_published_qwen3_8b(tmp_path: Path):
+    assert read(tmp_path, QWEN3_8B) == ModelDimensions(
+        family="qwen3",
+        num_layers=36,
+        hidden_size=4096,
+        ffn_hidden_size=12288,
+        num_attention_heads=32,
+        num_query_groups=8,
+        head_dim=128,
+        vocab_size=151936,
+        tie_word_embeddings=False,
+        qkv_bias=False,
+        qk_norm=True,
+        rope_theta=1e6,
+        rope_scaling=None,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=40960,
+    )
+
+
+def test_old_and_new_spelling_of_rope_agree(tmp_path: Path):
+    new = {k: v for k, v in QWEN3_8B.items() if k not in ("rope_theta", "rope_scaling")}
+    new["rope_parameters"] = {"rope_type": "default", "rope_theta": 1000000}
+    assert read(tmp_path, new) == read(tmp_path, QWEN3_8B)
+    llama = {**QWEN3_8B, "architectures": ["LlamaForCausalLM"], "rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE}
+    old = read(tmp_path, llama)
+    del llama["rope_theta"], llama["rope_scaling"]
+    assert read(tmp_path, llama | {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 500000.0}}) == old
+    assert old.rope_theta == 500000.0
+    assert old.rope_scaling == LLAMA3_ROPE
+
+
+def test_what_transformers_writes_is_what_is_read(tiny: tuple[PreTrainedModel, Path]):
+    model, directory = tiny
+    dims = read_dimensions(directory)
+    config = model.config
+    assert dims.family == config.model_type
+    assert dims.head_dim * dims.num_attention_heads == model.model.layers[0].self_attn.q_proj.out_features
+    assert dims.tie_word_embeddings == config.tie_word_embeddings
+    assert dims.qkv_bias == (model.model.layers[0].self_attn.q_proj.bias is not None)
+    assert dims.qk_norm == hasattr(model.model.layers[0].self_attn, "q_norm")
+    assert dims.rope_theta == config.rope_parameters["rope_theta"]
+
+
+def test_llama3_rope_saved_by_transformers(tmp_path: Path):
+    config = LlamaConfig(num_hidden_layers=2, rope_parameters=LLAMA3_ROPE | {"rope_theta": 5e5})
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    dims = read_dimensions(tmp_path)
+    assert dims.rope_scaling == LLAMA3_ROPE
+    assert dims.num_query_groups == 32, "Llama without num_key_value_heads has one per attention head"
+
+
+def test_absent_keys_get_the_family_s_defaults(tmp_path: Path):
+    config = {k: v for k, v in QWEN3_8B.items() if k not in ("head_dim", "rope_theta", "tie_word_embeddings")}
+    config["hidden_size"] = 2560
+    assert read(tmp_path, config).head_dim == 128
+    assert read(tmp_path, config).rope_theta == 10000.0
+    assert read(tmp_path, config | {"architectures": ["Qwen2ForCausalLM"]}).head_dim == 80
+
+
+def test_switched_off_sliding_window_is_accepted(tmp_path: Path):
+    assert read(tmp_path, QWEN3_8B | {"sliding_window": 32768}).num_layers == 36
+    window_after_last_layer = {"use_sliding_window": True, "sliding_window": 32768, "max_window_layers": 36}
+    assert read(tmp_path, QWEN3_8B | window_after_last_layer).num_layers == 36
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"architectures": ["MistralForCausalLM"]},
+            ["MistralForCausalLM", "Qwen3ForCausalLM, Qwen2ForCausalLM, Llama"],
+        ),
+        ({"architectures": ["Qwen2ForSequenceClassification"]}, ["Qwen2ForSequenceClassification is not supported"]),
+        ({"architectures": None, "model_type": "gpt2"}, ["model_type 'gpt2' is not supported"]),
+        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 35}, ["sliding-window"]),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, ["sliding-window"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope type 'yarn' is not supported"]),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0, "factor": 2.0}}, ["rope type 'linear'"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["lacks low_freq_factor, high_freq_factor, orig"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, ["quantised (fp8)"]),
+        ({"attention_bias": True}, ["attention_bias=true"]),
+        ({"mlp_bias": True}, ["mlp_bias=true"]),
+        ({"hidden_act": "gelu"}, ["hidden_act='gelu'"]),
+        ({"num_hidden_layers": None, "vocab_size": "many"}, ["num_hidden_layers must be", "vocab_size must be"]),
+        ({"num_key_value_heads": 5}, ["32 heads cannot share 5"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_unsupported_models_are_refused_by_name(tmp_path: Path, change: dict[str, Any], words: list[str]):
+    with pytest.raises(ValueError, match="this model cannot be used") as error:
+        read(tmp_path, QWEN3_8B | change)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_one_error_lists_every_problem(tmp_path: Path):
+    change = {
+        "quantization_config": {"quant_method": "awq"},
+        "rope_scaling": {"type": "dynamic"},
+        "attention_bias": True,
+        "hidden_size": 0,
+    }
+    with pytest.raises(ValueError, match="cannot be used") as error:
+        read(tmp_path, QWEN3_8B | change)
+    for word in ("awq", "dynamic", "attention_bias", "hidden_size must be a positive integer, found 0"):
+        assert word in str(error.value)
+
+
+def test_missing_and_broken_files_are_said_plainly(tmp_path: Path):
+    with pytest.raises(ValueError, match="nowhere: no such model directory"):
+        read_dimensions(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        read_dimensions(tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": [')
+    with pytest.raises(ValueError, match="not readable as JSON"):
+        read_dimensions(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="expected a JSON object"):
+        read_dimensions(tmp_path)

@@ -1,0 +1,141 @@
+"""The map names exactly what transformers' models hold, and loses nothing on the way to Megatron and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from megatron_entropic.weights.dimensions import read_dimensions
+from megatron_entropic.weights.parameter_map import ParameterMap, to_global_name, to_local_name
+
+Tiny = tuple[PreTrainedModel, Path]
+
+
+def state_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a checkpoint of the model holds: a tied one has no lm_head.weight."""
+    tied = model.config.tie_word_embeddings
+    return {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+
+
+def test_names_and_shapes_are_those_of_transformers(tiny: Tiny):
+    model, directory = tiny
+    mapped = ParameterMap(read_dimensions(directory)).hf_tensors
+    assert mapped == {name: tuple(tensor.shape) for name, tensor in state_of(model).items()}
+
+
+def test_every_tensor_belongs_to_exactly_one_exported_entry(tiny: Tiny):
+    model, directory = tiny
+    mapping = ParameterMap(read_dimensions(directory))
+    names = [name for entry in mapping.entries if entry.exported for name in entry.hf_names]
+    assert sorted(names) == sorted(state_of(model))
+    megatron = [entry.megatron_name for entry in mapping.entries]
+    assert len(set(megatron)) == len(megatron)
+    numbers = sum(torch.Size(entry.shape).numel() for entry in mapping.entries if entry.exported)
+    assert numbers == sum(tensor.numel() for tensor in state_of(model).values())
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_whole_model_round_trip(tiny: Tiny, tp: int):
+    model, directory = tiny
+    mapping, state = ParameterMap(read_dimensions(directory)), state_of(model)
+    back: dict[str, torch.Tensor] = {}
+    for entry in mapping.entries:
+        shards = [mapping.to_megatron_shard(entry, state, rank, tp) for rank in range(tp)]
+        assert all(tuple(shard.shape) == mapping.shard_shape(entry, tp) for shard in shards)
+        if entry.exported:
+            back |= mapping.to_hf(entry, shards)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_megatron_s_use_of_the_tensors_computes_what_transformers_computes(tiny: Tiny):
+    """Projections of one layer: k and v, or gate and up, have equal shapes, so only their use tells them apart."""
+    model, directory = tiny
+    dims = read_dimensions(directory)
+    mapping, state = ParameterMap(dims), state_of(model)
+    hf_layer = model.model.layers[1]
+    full = {
+        entry.megatron_name.removeprefix("decoder.layers.1."): mapping.to_megatron_shard(entry, state, 0, 1)
+        for entry in mapping.entries
+        if entry.layer == 1
+    }
+    x = torch.randn(3, dims.hidden_size)
+    linear = torch.nn.functional.linear
+    qkv = linear(x, full["self_attention.linear_qkv.weight"], full.get("self_attention.linear_qkv.bias"))
+    ratio = dims.num_attention_heads // dims.num_query_groups
+    by_group = qkv.view(3, dims.num_query_groups, ratio + 2, dims.head_dim)
+    q, k, v = by_group.split([ratio, 1, 1], dim=2)
+    attention = hf_layer.self_attn
+    torch.testing.assert_close(q.reshape(3, -1), attention.q_proj(x))
+    torch.testing.assert_close(k.reshape(3, -1), attention.k_proj(x))
+    torch.testing.assert_close(v.reshape(3, -1), attention.v_proj(x))
+    gate, up = linear(x, full["mlp.linear_fc1.weight"]).chunk(2, dim=-1)
+    mlp = linear(torch.nn.functional.silu(gate) * up, full["mlp.linear_fc2.weight"])
+    torch.testing.assert_close(mlp, hf_layer.mlp(x))
+    torch.testing.assert_close(
+        linear(q.flatten(1), full["self_attention.linear_proj.weight"]), attention.o_proj(q.flatten(1))
+    )
+    same = {
+        "input_layernorm": hf_layer.input_layernorm,
+        "pre_mlp_layernorm": hf_layer.post_attention_layernorm,
+    }
+    if dims.qk_norm:
+        same |= {"self_attention.q_layernorm": attention.q_norm, "self_attention.k_layernorm": attention.k_norm}
+    assert all(torch.equal(full[f"{name}.weight"], norm.weight) for name, norm in same.items())
+
+
+def test_tied_output_layer_comes_from_the_embedding_and_is_not_exported(tiny: Tiny):
+    model, directory = tiny
+    mapping = ParameterMap(read_dimensions(directory))
+    output = mapping.by_megatron_name("output_layer.weight")
+    tied = model.config.tie_word_embeddings
+    assert output.exported is not tied
+    assert output.hf_names == (("model.embed_tokens.weight",) if tied else ("lm_head.weight",))
+    # A tied GPTModel has an output weight of its own only on a last stage that has no embedding.
+    assert (output in mapping.entries_of_stage(0, 1)) is not tied
+    assert output in mapping.entries_of_stage(1, 2)
+
+
+def test_fused_norm_names_are_aliases(tiny: Tiny):
+    mapping = ParameterMap(read_dimensions(tiny[1]))
+    for fused, plain in (
+        ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
+        ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
+    ):
+        entry = mapping.by_megatron_name(f"decoder.layers.1.{fused}")
+        assert entry is mapping.by_megatron_name(f"decoder.layers.1.{plain}")
+    with pytest.raises(KeyError, match=r"decoder\.layers\.2\."):
+        mapping.by_megatron_name("decoder.layers.2.input_layernorm.weight")
+
+
+def test_stages_share_out_the_parameters(tiny: Tiny):
+    mapping = ParameterMap(read_dimensions(tiny[1]))
+    stages = [mapping.entries_of_stage(stage, 2) for stage in range(2)]
+    assert stages[0] + stages[1] == mapping.entries
+    assert stages[0][0].megatron_name == "embedding.word_embeddings.weight"
+    assert [entry.megatron_name for entry in stages[1][-2:]] == [
+        "decoder.final_layernorm.weight",
+        "output_layer.weight",
+    ]
+    assert {entry.layer for entry in stages[1][:-2]} == {1}
+    assert [mapping.first_layer(stage, 2) for stage in range(2)] == [0, 1]
+
+
+def test_layouts_that_the_model_does_not_allow_are_refused(tiny: Tiny):
+    mapping = ParameterMap(read_dimensions(tiny[1]))
+    with pytest.raises(ValueError, match="tensor_parallel=8 exceeds the model's 4 key/value heads"):
+        mapping.shard_shape(mapping.entries[0], 8)
+    with pytest.raises(ValueError, match="tensor_parallel=8 exceeds"):
+        mapping.to_megatron_shard(mapping.entries[0], {}, 0, 8)
+    with pytest.raises(ValueError, match="pipeline_parallel=3 does not divide the 2 layers"):
+        mapping.entries_of_stage(0, 3)
+
+
+def test_stage_names_and_model_names():
+    local = "decoder.layers.3.mlp.linear_fc1.weight"
+    assert to_global_name(local, 18) == "decoder.layers.21.mlp.linear_fc1.weight"
+    assert to_local_name(to_global_name(local, 18), 18) == local
+    assert to_global_name("decoder.final_layernorm.weight", 18) == "decoder.final_layernorm.weight"
