@@ -1,0 +1,103 @@
+"""JSON lines that survive a kill: appended durably, read back with a torn last line, cut on resume."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class JsonLinesWriter:
+    """Appends objects to a file; each is on disk when `append` returns.
+
+    Opening repairs a last line that a kill left half written, so that appending never glues two objects together.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+        _cut(path, _end_of_last_whole_line(path.read_bytes()))
+        # Unbuffered: what a failed write left unwritten must not come back at close.
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one object.
+
+        Raises:
+            OSError: naming the file; a half-written line is taken back first where that is possible.
+        """
+        self.append_all([row])
+
+    def append_all(self, rows: list[dict[str, Any]]) -> None:
+        """Write some objects with one sync; see `append`."""
+        before = os.fstat(self._file.fileno()).st_size
+        text = "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+        # A lone surrogate, as a broken response can have, becomes its JSON escape.
+        content = memoryview(text.encode("utf-8", errors="backslashreplace"))
+        try:
+            while content:
+                content = content[self._file.write(content) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), before)
+            raise OSError(error.errno, f"cannot write to {self.path}: {error.strerror}") from error
+
+    def truncate_after(self, step: int) -> None:
+        """Drop every row from the first whose `step` is greater than `step`."""
+        offset = 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            if json.loads(line)["step"] > step:
+                break
+            offset += len(line)
+        _cut(self.path, offset)
+
+    def close(self) -> None:
+        """Close the file; writing afterwards is an error."""
+        self._file.close()
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Every object of a file, in order. A torn last line, as a kill leaves it, is left out.
+
+    Raises:
+        ValueError: naming file and line of anything else that is not a JSON object.
+        FileNotFoundError: no such file.
+    """
+    content = path.read_bytes()
+    rows = []
+    for number, line in enumerate(content[: _end_of_last_whole_line(content)].splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def _end_of_last_whole_line(content: bytes) -> int:
+    """Offset behind the last line that ends in a newline and is JSON.
+
+    A power failure can also leave a last line of zero bytes, length on disk and content not; that is torn as well.
+    """
+    end = content.rfind(b"\n") + 1
+    start = content.rfind(b"\n", 0, max(end - 1, 0)) + 1
+    if end == 0:
+        return 0
+    try:
+        json.loads(content[start:end])
+    except ValueError:
+        return start
+    return end
+
+
+def _cut(path: Path, size: int) -> None:
+    if path.stat().st_size == size:
+        return
+    with path.open("r+b") as file:
+        file.truncate(size)
+        os.fsync(file.fileno())

@@ -1,0 +1,204 @@
+"""The metrics of a run: metrics.jsonl is the truth; TensorBoard and Weights & Biases are sinks of the same numbers.
+
+Names are `group/name`, units are in the names (`_s`, `_mb`). A value that is not finite is null in the file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Protocol
+
+from megatron_entropic.config import LoggingConfig
+from megatron_entropic.observability.jsonl import JsonLinesWriter, read_json_lines
+
+METRICS_FILE = "metrics.jsonl"
+WANDB_ID_FILE = "wandb_run_id"
+ENTROPY_BAND = 0.1
+"""Entropy within this fraction of its target counts as on target, wherever it is shown."""
+
+logger = logging.getLogger(__name__)
+
+
+class _Sink(Protocol):
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsWriter:
+    """Writes one object a step to metrics.jsonl, then the same to the sinks of the configuration.
+
+    Use as a context manager, or call `close`. On resume call `truncate_after(step of the checkpoint)` before the
+    first `write`: later steps are written again, and TensorBoard forgets them too.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        config: LoggingConfig,
+        *,
+        run_name: str = "run",
+        run_config: Mapping[str, Any] | None = None,
+    ):
+        """Open the file and check that the sinks' libraries are there.
+
+        Args:
+            output_dir: the run's directory; created if missing.
+            run_config: what W&B shows as the run's configuration (`Config.model_dump(mode="json")`).
+
+        Raises:
+            ValueError: a sink is asked for and its library is not installed.
+        """
+        if config.tensorboard:
+            _optional_import("tensorboard", "logging.tensorboard=false")
+        if config.wandb != "off":
+            _optional_import("wandb", "logging.wandb=off")
+        self._output_dir = output_dir
+        self._config = config
+        self._run_name = run_name
+        self._run_config = dict(run_config or {})
+        self._lines = JsonLinesWriter(output_dir / METRICS_FILE)
+        self._sinks: list[_Sink] | None = None
+
+    def truncate_after(self, step: int) -> None:
+        """Forget every step after `step`, and open the sinks to go on from there.
+
+        Raises:
+            ValueError: `logging.wandb=online`, and W&B does not start.
+        """
+        assert self._sinks is None, "truncate_after comes before the first write"
+        self._lines.truncate_after(step)
+        self._sinks = self._open_sinks(step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record one step; it is on disk when this returns.
+
+        Raises:
+            OSError: the disk refuses; the message names the file.
+        """
+        if self._sinks is None:
+            self._sinks = self._open_sinks(step)
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._lines.append({"step": step} | row)
+        finite = {name: value for name, value in row.items() if value is not None}
+        for sink in self._sinks:
+            sink.write(step, finite)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        for sink in self._sinks or ():
+            sink.close()
+        self._lines.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open_sinks(self, first_step: int) -> list[_Sink]:
+        sinks: list[_Sink] = []
+        if self._config.tensorboard:
+            sinks.append(_TensorBoardSink(self._output_dir / "tensorboard", first_step))
+        if self._config.wandb != "off":
+            sinks.append(_WandbSink(self._output_dir, self._config, self._run_name, self._run_config))
+        return sinks
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl in order of step; a torn last line is left out.
+
+    Raises:
+        ValueError: no such file, no step in it, or a damaged line; the message names the run.
+    """
+    path = run_dir / METRICS_FILE
+    if not run_dir.is_dir():
+        raise ValueError(f"{run_dir}: no such run directory")
+    if not path.is_file():
+        raise ValueError(f"{run_dir}: not a run directory, it has no {METRICS_FILE}")
+    rows = read_json_lines(path)
+    if not rows:
+        raise ValueError(f"{run_dir}: {METRICS_FILE} has no complete step yet")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row.get("step"), int):
+            raise ValueError(f"{path}, line {number}: no integer 'step'")
+    return rows
+
+
+class _TensorBoardSink:
+    """Scalars in RUN_DIR/tensorboard."""
+
+    def __init__(self, log_dir: Path, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step hides what an interrupted run had written from this step on.
+        self._writer = SummaryWriter(str(log_dir), purge_step=first_step)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandbSink:
+    """One W&B run for one run directory: its id is kept there, so that a resumed run goes on in the same charts."""
+
+    def __init__(self, output_dir: Path, config: LoggingConfig, run_name: str, run_config: dict[str, Any]):
+        self._wandb = _optional_import("wandb", "logging.wandb=off")
+        mode = config.wandb
+        if mode == "auto":
+            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        arguments = {
+            "project": config.wandb_project,
+            "name": run_name,
+            "id": self._run_id(output_dir / WANDB_ID_FILE),
+            "dir": str(output_dir),
+            "config": run_config,
+        }
+        try:
+            self._run = self._start(mode, arguments)
+        except self._wandb.Error as error:
+            if config.wandb == "online":
+                raise ValueError(f"logging.wandb=online, but W&B does not start: {error}") from error
+            logger.warning("W&B cannot be reached (%s): this run is recorded offline", error)
+            self._run = self._start("offline", arguments)
+        # The step is a metric like any other, since W&B refuses to write an own step again after a resume.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **metrics})
+
+    def close(self) -> None:
+        self._run.finish()
+
+    def _start(self, mode: str, arguments: dict[str, Any]) -> Any:
+        settings = self._wandb.Settings(silent=True, console="off")
+        resume = "allow" if mode == "online" else None
+        return self._wandb.init(mode=mode, resume=resume, settings=settings, **arguments)
+
+    def _run_id(self, path: Path) -> str:
+        if path.is_file():
+            return path.read_text(encoding="utf-8").strip()
+        run_id = secrets.token_hex(4)
+        path.write_text(run_id + "\n", encoding="utf-8")
+        return run_id
+
+
+def _optional_import(module: str, switch: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"the library {module!r} is not installed: install it, or set {switch}") from error

@@ -1,0 +1,203 @@
+"""What a person sees while a run goes on: a live panel in a terminal, one plain line a step anywhere else.
+
+with Progress(config.train.steps, done=resumed_steps, target=0.1) as progress:
+    progress.phase("generate")
+    progress.update(step, metrics)
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from statistics import median
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from megatron_entropic.observability.metrics import ENTROPY_BAND
+
+_HISTORY = 40
+_BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+_GAUGE_CELLS = 21
+_RECENT_STEPS = 20
+
+
+class Progress:
+    """Shows a run's steps; `console.is_terminal` decides between the live panel and plain lines."""
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        target: float | None = None,
+        title: str = "",
+        console: Console | None = None,
+    ):
+        """Args:
+        total_steps: steps of the whole run.
+        target: entropy target in nats; None where nothing is controlled.
+        """
+        self._total, self._target, self._title = total_steps, target, title
+        self._console = console or Console()
+        self._step = 0
+        self._phase = "starting"
+        self._metrics: Mapping[str, float] = {}
+        self._history: dict[str, deque[float]] = {
+            name: deque(maxlen=_HISTORY) for name in ("reward/mean", "entropy/mean", "entropy/alpha")
+        }
+        self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._live = Live(get_renderable=self._panel, console=self._console, refresh_per_second=4, transient=False)
+
+    def __enter__(self) -> Progress:
+        if self._console.is_terminal:
+            self._live.start(refresh=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._phase = "failed" if kind else "finished"
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def phase(self, name: str) -> None:
+        """Show what is going on now; plain output does not mention it."""
+        self._phase = name
+
+    def log(self, message: str) -> None:
+        """Show a message above the panel, or as a plain line."""
+        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show a finished step. Names are those of metrics.jsonl; what is missing is not shown."""
+        self._step, self._metrics = step, metrics
+        if "time/step_s" in metrics:
+            self._step_seconds.append(metrics["time/step_s"])
+        for name, values in self._history.items():
+            if name in metrics:
+                values.append(metrics[name])
+        if not self._console.is_terminal:
+            self.log(self._line())
+
+    def seconds_left(self) -> float | None:
+        """Time left in seconds, from the median of the recent steps' time/step_s; None before the first of them."""
+        if not self._step_seconds:
+            return None
+        return max(0, self._total - self._step) * median(self._step_seconds)
+
+    def _line(self) -> str:
+        """One step as plain text, with the same columns each time so that a log reads like a table."""
+        metrics, width = self._metrics, len(str(self._total))
+        parts = [f"step {self._step:>{width}}/{self._total}"]
+        if "reward/mean" in metrics:
+            parts.append(f"reward {metrics['reward/mean']:.3f}")
+        if "entropy/mean" in metrics:
+            aim = "" if self._target is None else f" (target {self._target:g})"
+            parts.append(f"entropy {metrics['entropy/mean']:.3f}{aim}")
+        if "entropy/alpha" in metrics:
+            parts.append(f"alpha {metrics['entropy/alpha']:+.3f}")
+        if "mismatch/logprob_abs_max" in metrics:
+            parts.append(f"mismatch {metrics['mismatch/logprob_abs_max']:.1e}")
+        if "throughput/tokens_per_s" in metrics:
+            parts.append(f"{metrics['throughput/tokens_per_s']:,.0f} tokens/s")
+        left = self.seconds_left()
+        if left is not None and self._step < self._total:
+            parts.append(f"{duration(left)} left")
+        return "  ".join(parts)
+
+    def _panel(self) -> Panel:
+        head = Table.grid(expand=True, padding=(0, 2))
+        head.add_column(no_wrap=True)
+        head.add_column(ratio=1)
+        head.add_column(justify="right", no_wrap=True)
+        left = self.seconds_left()
+        bar = ProgressBar(total=max(self._total, 1), completed=self._step, complete_style="cyan", pulse=False)
+        head.add_row(
+            Text(f"step {self._step} / {self._total}", style="bold"),
+            bar,
+            Text(f"{duration(left)} left" if left is not None else ""),
+        )
+        rows = Table.grid(padding=(0, 2))
+        rows.add_column(style="dim", min_width=9)
+        rows.add_column(justify="right", min_width=8)
+        rows.add_column(no_wrap=True)
+        for row in self._rows():
+            rows.add_row(*row)
+        foot = Text(self._phase, style="cyan")
+        return Panel(Group(head, Text(), rows, Text(), foot), title=self._title or None, title_align="left")
+
+    def _rows(self) -> list[tuple[str, Text, Text]]:
+        metrics, history = self._metrics, self._history
+        rows = []
+        if "reward/mean" in metrics:
+            rows.append(
+                ("reward", Text(f"{metrics['reward/mean']:.3f}"), Text(sparkline(history["reward/mean"]), "green"))
+            )
+        if "entropy/mean" in metrics:
+            entropy = metrics["entropy/mean"]
+            near = self._target is not None and abs(entropy - self._target) <= ENTROPY_BAND * self._target
+            style = "" if self._target is None else "green" if near else "yellow"
+            aim = "" if self._target is None else f"  target {self._target:g}, off by {entropy - self._target:+.3f}"
+            line = Text(sparkline(history["entropy/mean"], include=self._target), "magenta").append(aim, "dim")
+            rows.append(("entropy", Text(f"{entropy:.3f}", style), line))
+        if "entropy/alpha" in metrics:
+            alpha = metrics["entropy/alpha"]
+            rows.append(("alpha", Text(f"{alpha:+.3f}", "red" if abs(alpha) >= 1 else ""), gauge(alpha)))
+        if "mismatch/logprob_abs_max" in metrics:
+            rows.append(
+                (
+                    "mismatch",
+                    Text(f"{metrics['mismatch/logprob_abs_max']:.1e}"),
+                    Text("largest, policy to engine", "dim"),
+                )
+            )
+        if "throughput/tokens_per_s" in metrics:
+            seconds = metrics.get("time/step_s")
+            per_step = f"{seconds:.1f} s a step" if seconds is not None else ""
+            rows.append(("tokens/s", Text(f"{metrics['throughput/tokens_per_s']:,.0f}"), Text(per_step, "dim")))
+        return rows
+
+
+def sparkline(values: Sequence[float], *, include: float | None = None) -> str:
+    """Block characters between the smallest and the largest value; `include` widens the range to a target.
+
+    A value that is not finite is a gap.
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return ""
+    bounds = finite if include is None else [*finite, include]
+    low, span = min(bounds), max(bounds) - min(bounds)
+    last = len(_BLOCKS) - 1
+    return "".join(
+        " " if not math.isfinite(value) else _BLOCKS[round((value - low) / span * last) if span else last // 2]
+        for value in values
+    )
+
+
+def gauge(alpha: float) -> Text:
+    """alpha on a scale from -1 to 1 with a mark in the middle: the side shows which way entropy is pushed."""
+    half = _GAUGE_CELLS // 2
+    clipped = min(1.0, max(-1.0, alpha)) if math.isfinite(alpha) else 0.0
+    cells = round(abs(clipped) * half)
+    left = "\u2588" * cells if clipped < 0 else ""
+    right = "\u2588" * cells if clipped > 0 else ""
+    text = Text("-1 ", "dim").append(f"{left:>{half}}", "blue").append("\u2502", "dim")
+    text.append(f"{right:<{half}}", "red").append(" 1", "dim")
+    text.append("  raises entropy" if clipped < 0 else "  lowers entropy" if clipped > 0 else "", "dim")
+    return text
+
+
+def duration(seconds: float) -> str:
+    """3725 -> `1 h 02 min`, 80 -> `1 min 20 s`, 8 -> `8 s`."""
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,192 @@
+"""A page about one run, or about several side by side: self-contained HTML, and its figures as PNGs beside it."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from megatron_entropic.observability import plots
+from megatron_entropic.observability.metrics import ENTROPY_BAND
+from megatron_entropic.observability.progress import duration
+from megatron_entropic.observability.summary import LAST_STEPS, Run, Summary, load_run, summarise
+
+REPORT_FILE = "report.html"
+_SAMPLES_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Card:
+    """One number of a run, and what it says about it."""
+
+    label: str
+    value: str
+    note: str = ""
+    tone: str = ""
+    """good, warn or nothing: the colour of the value."""
+
+
+def write_report(run_dirs: Sequence[Path], output_dir: Path) -> Path:
+    """Write REPORT_FILE and one PNG a figure into `output_dir`; returns the page's path.
+
+    Args:
+        run_dirs: one or several run directories; their figures are overlaid.
+
+    Raises:
+        ValueError: naming every run that cannot be read, and why.
+    """
+    runs = _load(run_dirs)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    figures = []
+    for plot in plots.PLOTS:
+        light, dark = (plots.render(plot, runs, theme) for theme in (plots.LIGHT, plots.DARK))
+        if light is None or dark is None:
+            continue
+        (output_dir / f"{plot.slug}.png").write_bytes(light)
+        figures.append({"plot": plot, "light": _data_uri(light), "dark": _data_uri(dark)})
+    summaries = [summarise(run) for run in runs]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.jinja").render(
+        title=" / ".join(run.name for run in runs),
+        runs=[
+            {
+                "run": run,
+                "colours": (plots.LIGHT.runs[i % len(plots.LIGHT.runs)], plots.DARK.runs[i % len(plots.DARK.runs)]),
+                "facts": _facts(run, summary),
+                "cards": _cards(summary),
+                "samples": _samples(run),
+            }
+            for i, (run, summary) in enumerate(zip(runs, summaries, strict=True))
+        ],
+        figures=figures,
+        differences=_differences(runs),
+        last_metrics=_last_metrics(runs),
+    )
+    path = output_dir / REPORT_FILE
+    # A page that is being looked at is replaced as a whole.
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+    os.replace(temporary, path)
+    return path
+
+
+def _load(run_dirs: Sequence[Path]) -> list[Run]:
+    """Every run, with distinct names."""
+    runs, problems = [], []
+    for path in run_dirs:
+        try:
+            runs.append(load_run(Path(path)))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    if not runs:
+        raise ValueError("a report needs at least one run directory")
+    for name_of in (lambda run: run.name, lambda run: run.path.resolve().name, lambda run: f"{run.name} ({run.path})"):
+        names = [name_of(run) for run in runs]
+        if len(set(names)) == len(names):
+            break
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def _facts(run: Run, summary: Summary) -> list[str]:
+    """The line below a run's name."""
+    planned = summary.planned_steps
+    facts = [f"{summary.steps:,} of {planned:,} steps" if planned else f"{summary.steps:,} steps"]
+    model = run.setting("model.hf_dir")
+    if model:
+        facts.append(Path(str(model)).name)
+    controller = run.setting("entropy_control.controller")
+    if controller == "off":
+        facts.append("no entropy control")
+    elif controller:
+        integral = f", K_i {run.setting('entropy_control.ki')}" if controller == "pi" else ""
+        facts.append(f"EntroPIC-{str(controller).upper()}, K_p {run.setting('entropy_control.kp')}{integral}")
+    prompts, samples = run.setting("rollout.prompts_per_step"), run.setting("rollout.samples_per_prompt")
+    if prompts and samples:
+        facts.append(f"{prompts} prompts x {samples} responses")
+    if summary.hours is not None:
+        facts.append(duration(summary.hours * 3600))
+    return facts
+
+
+def _cards(summary: Summary) -> Iterator[Card]:
+    """The numbers a person looks for first; those the run does not say are left out."""
+    last = f"last {LAST_STEPS} steps"
+    if summary.reward is not None:
+        start = "" if summary.reward_start is None else f"from {summary.reward_start:.3f} at the start"
+        yield Card("Reward", f"{summary.reward:.3f}", start or last)
+    if summary.entropy is not None:
+        aim = "no target" if summary.target is None else f"target {summary.target:g} nats"
+        yield Card("Entropy", f"{summary.entropy:.3f}", aim)
+    if summary.tracking_error is not None:
+        tone = "good" if summary.on_target else "warn"
+        note = f"{'within' if summary.on_target else 'beyond'} {ENTROPY_BAND:.0%} of the target"
+        yield Card("Mean |H \u2212 target|", f"{summary.tracking_error:.4f}", f"{last}, {note}", tone)
+    if summary.saturated is not None:
+        tone = "warn" if summary.saturated > 0.5 else ""
+        yield Card("Alpha at its limit", f"{summary.saturated:.0%}", "of all steps", tone)
+    if summary.worst_mismatch is not None:
+        yield Card("Worst mismatch", f"{summary.worst_mismatch:.1e}", "largest |log-prob difference|, nats")
+    if summary.tokens_per_s is not None:
+        yield Card("Tokens per second", f"{summary.tokens_per_s:,.0f}", "median of the steps")
+
+
+def _samples(run: Run) -> list[dict[str, Any]]:
+    """The responses of the last step that has some."""
+    last = max((row.get("step", 0) for row in run.samples), default=0)
+    return [row for row in run.samples if row.get("step", 0) == last][:_SAMPLES_SHOWN]
+
+
+def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """(dotted key, value in each run) of every setting that is not the same in all; paths of the run aside."""
+    if len(runs) < 2:
+        return []
+    flat = [dict(_flatten(run.config)) for run in runs]
+    keys = {key: None for settings in flat for key in settings if key not in ("run.name", "run.output_dir")}
+    rows = [(key, [str(settings.get(key, "\u2013")) for settings in flat]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _last_metrics(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """[(group, [(metric, last value in each run)])] in order of name."""
+    names = sorted({name for run in runs for name in run.rows[-1]} - {"step"})
+    groups: dict[str, list[tuple[str, list[str]]]] = {}
+    for name in names:
+        group, _, short = name.rpartition("/")
+        groups.setdefault(group or "other", []).append((short, [_number(run.rows[-1].get(name)) for run in runs]))
+    return sorted(groups.items())
+
+
+def _number(value: Any) -> str:
+    """A metric for reading: 4 significant digits, thousands separated; a dash where there is none."""
+    if value is None:
+        return "\u2013"
+    if not isinstance(value, int | float):
+        return str(value)
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

@@ -1,0 +1,140 @@
+"""A finished or running run, read back from its directory, and the few numbers that sum it up."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import yaml
+
+from megatron_entropic.observability.jsonl import read_json_lines
+from megatron_entropic.observability.metrics import ENTROPY_BAND, read_metrics
+from megatron_entropic.observability.samples import SAMPLES_FILE
+
+CONFIG_FILE = "config.yaml"
+LAST_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory says."""
+
+    path: Path
+    name: str
+    rows: list[dict[str, Any]]
+    """metrics.jsonl, one row a step."""
+    config: dict[str, Any]
+    """The resolved configuration; empty if it is missing."""
+    config_text: str
+    samples: list[dict[str, Any]]
+
+    @property
+    def steps(self) -> list[int]:
+        """The step of each row."""
+        return [row["step"] for row in self.rows]
+
+    def series(self, name: str) -> list[float]:
+        """The values of a metric, one for each row; NaN where it is missing or was not finite."""
+        return [float("nan") if row.get(name) is None else float(row[name]) for row in self.rows]
+
+    def finite(self, name: str) -> list[float]:
+        """The finite values of a metric."""
+        return [value for value in self.series(name) if math.isfinite(value)]
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """A value of the configuration by its dotted key."""
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return default if value is None else value
+
+    @cached_property
+    def target(self) -> float | None:
+        """The entropy target in nats; None where nothing was controlled."""
+        if self.setting("entropy_control.controller") == "off":
+            return None
+        logged = self.finite("entropy/target")
+        return logged[-1] if logged else self.setting("entropy_control.target")
+
+    @property
+    def phases(self) -> list[str]:
+        """Names of the phases that were timed, in order of first appearance."""
+        names = {key: None for row in self.rows for key in row if key.startswith("time/") and key != "time/step_s"}
+        return [name.removeprefix("time/").removesuffix("_s") for name in names]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The numbers of a run that fit on cards; None where the run does not say."""
+
+    steps: int
+    planned_steps: int | None
+    reward: float | None
+    """Mean of the last steps."""
+    reward_start: float | None
+    """Mean of the first steps."""
+    entropy: float | None
+    """Mean of the last steps, nats."""
+    target: float | None
+    tracking_error: float | None
+    """Mean |H - target| over the last steps, nats."""
+    saturated: float | None
+    """Share of steps with alpha at its limit."""
+    worst_mismatch: float | None
+    """Largest |log-prob difference| between policy and engines of any step."""
+    tokens_per_s: float | None
+    """Median."""
+    hours: float | None
+
+    @property
+    def on_target(self) -> bool:
+        """Whether entropy ended within `ENTROPY_BAND` of its target."""
+        return self.tracking_error is not None and self.tracking_error <= ENTROPY_BAND * (self.target or 0.0)
+
+
+def load_run(path: Path) -> Run:
+    """Read a run directory.
+
+    Raises:
+        ValueError: no metrics, or damaged files; the message names the run.
+    """
+    rows = read_metrics(path)
+    config_path, samples_path = path / CONFIG_FILE, path / SAMPLES_FILE
+    text = config_path.read_text(encoding="utf-8") if config_path.is_file() else ""
+    try:
+        config = yaml.safe_load(text) if text else {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{config_path}: not valid YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_path}: expected sections, found {type(config).__name__}")
+    samples = read_json_lines(samples_path) if samples_path.is_file() else []
+    section = config.get("run")
+    name = str(section["name"]) if isinstance(section, dict) and section.get("name") else path.resolve().name
+    return Run(path, name, rows, config, text, samples)
+
+
+def summarise(run: Run) -> Summary:
+    """The numbers of a run's cards."""
+    entropy = run.finite("entropy/mean")[-LAST_STEPS:]
+    rewards, alpha = run.finite("reward/mean"), run.finite("entropy/alpha")
+    mismatch, speed = run.finite("mismatch/logprob_abs_max"), run.finite("throughput/tokens_per_s")
+    seconds = run.finite("time/step_s")
+    target = run.target
+    tracked = entropy and target is not None
+    return Summary(
+        steps=run.steps[-1],
+        planned_steps=run.setting("train.steps"),
+        reward=fmean(rewards[-LAST_STEPS:]) if rewards else None,
+        reward_start=fmean(rewards[:LAST_STEPS]) if len(rewards) >= 2 * LAST_STEPS else None,
+        entropy=fmean(entropy) if entropy else None,
+        target=target,
+        tracking_error=fmean(abs(value - target) for value in entropy) if tracked and target is not None else None,
+        saturated=fmean(abs(value) >= 1 for value in alpha) if alpha and target is not None else None,
+        worst_mismatch=max(mismatch) if mismatch else None,
+        tokens_per_s=median(speed) if speed else None,
+        hours=sum(seconds) / 3600 if seconds else None,
+    )

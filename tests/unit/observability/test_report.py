@@ -1,0 +1,209 @@
+"""The report: self-contained, escaped, right in its numbers, and clear about what it cannot read."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+import yaml
+
+from megatron_entropic.observability.report import write_report
+from megatron_entropic.observability.samples import SampleLog
+from megatron_entropic.observability.summary import load_run, summarise
+from megatron_entropic.types import Prompt, Sample
+
+HOSTILE = "<script>alert('x')</script> & $x_1$ \"quoted\""
+
+
+def metrics(step: int, controlled: bool) -> dict[str, Any]:
+    entropy = 0.5 + 0.1 * math.exp(-step / 5) if controlled else 0.5 - 0.005 * step
+    row: dict[str, Any] = {
+        "step": step,
+        "entropy/mean": entropy,
+        "reward/mean": step / 100,
+        "mismatch/logprob_abs_mean": 1e-7 if step % 2 else 0.0,
+        "mismatch/logprob_abs_max": 1e-6 * step,
+        "response/length_mean": 5.0,
+        "grad_norm": None if step == 3 else 0.5,
+        "throughput/tokens_per_s": 1000.0 + step,
+        "time/generate_s": 1.0,
+        "time/update_s": 0.5,
+        "time/step_s": 2.0,
+    }
+    if controlled:
+        alpha = -1.0 if step <= 10 else 0.25
+        row |= {
+            "entropy/target": 0.5,
+            "entropy/alpha": alpha,
+            "entropy/proportional": 0.2,
+            "entropy/integral_term": 0.1,
+        }
+    return row
+
+
+def make_run(path: Path, name: str, *, controlled: bool = True, steps: int = 40) -> Path:
+    path.mkdir()
+    config = {
+        "run": {"name": name, "output_dir": str(path)},
+        "model": {"hf_dir": "/models/tiny"},
+        "rollout": {"prompts_per_step": 4, "samples_per_prompt": 2},
+        "entropy_control": {"controller": "pi" if controlled else "off", "target": 0.5, "kp": 5.0, "ki": 0.2},
+        "train": {"steps": 40},
+    }
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    rows = (metrics(step, controlled) for step in range(1, steps + 1))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+class Page(HTMLParser):
+    """What the page refers to, and its visible text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.references += [value or "" for name, value in attrs if name in ("src", "srcset", "href", "data", "action")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_one_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", "my run")
+    path = write_report([run], tmp_path / "out")
+    content = path.read_text()
+    page = Page(content)
+    assert page.references
+    assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
+    assert "http" not in re.sub(r"base64,[^\"]*", "", content)
+    for part in ("my run", "40 of 40 steps", "EntroPIC-PI, K_p 5.0, K_i 0.2", "Mean |H \u2212 target|", "25%"):
+        assert part in page.text, part
+    slugs = {"entropy", "alpha", "reward", "mismatch", "response_length", "gradient_norm", "time"}
+    assert {image.stem for image in (tmp_path / "out").glob("*.png")} == slugs
+    for image in (tmp_path / "out").glob("*.png"):
+        assert matplotlib.image.imread(image).std() > 0.01
+    assert len(page.references) == 2 * len(slugs)
+
+
+def test_the_numbers_on_the_cards(tmp_path: Path) -> None:
+    summary = summarise(load_run(make_run(tmp_path / "a", "a")))
+    last = range(21, 41)
+    assert summary.steps == 40
+    assert summary.reward == pytest.approx(sum(step / 100 for step in last) / 20)
+    assert summary.reward_start == pytest.approx(0.105)
+    assert summary.tracking_error == pytest.approx(sum(0.1 * math.exp(-step / 5) for step in last) / 20)
+    assert summary.on_target
+    assert summary.saturated == 0.25
+    assert summary.worst_mismatch == pytest.approx(40e-6)
+    assert summary.tokens_per_s == 1020.5
+    assert summary.hours == pytest.approx(80 / 3600)
+
+
+def test_several_runs_overlaid(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a", "controlled"), make_run(tmp_path / "b", "free", controlled=False, steps=30)]
+    page = Page(write_report(runs, tmp_path / "out").read_text())
+    for part in ("Comparison of 2 runs", "controlled", "free", "no entropy control", "What differs", "30 of 40 steps"):
+        assert part in page.text, part
+    assert "entropy_control.controller" in page.text.split("What differs")[1].split("Metrics of the last step")[0]
+    assert "run.output_dir" not in page.text.split("What differs")[1].split("Metrics of the last step")[0]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "first", "same"), make_run(tmp_path / "second", "same")]
+    text = Page(write_report(runs, tmp_path / "out").read_text()).text
+    assert "first" in text
+    assert "second" in text
+    (tmp_path / "x").mkdir()
+    runs.append(make_run(tmp_path / "x" / "second", "same"))
+    text = Page(write_report(runs, tmp_path / "out").read_text()).text
+    for run in runs:
+        assert f"same ({run})" in text
+
+
+def test_text_of_models_and_users_is_escaped(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", HOSTILE)
+    log = SampleLog(run, 2)
+    prompt = Prompt(index=0, tokens=[1], text=f"prompt {HOSTILE}", ground_truth="")
+    sample = Sample(prompt, 0, [1, 2], [0.0, 0.0], "length", 0, f"\udc80 response {HOSTILE}", 0.0, "timeout")
+    log.write(40, [sample])
+    log.close()
+    page = Page(write_report([run], tmp_path / "out").read_text())
+    assert "script" not in page.tags
+    assert page.text.count(HOSTILE) >= 4
+    assert "cut off at the limit" in page.text
+    assert "verifier: timeout" in page.text
+
+
+def test_samples_of_different_prompts_come_first(tmp_path: Path) -> None:
+    prompts = [Prompt(index=i, tokens=[1], text=f"p{i}", ground_truth="") for i in range(3)]
+    samples = [Sample(prompt, k, [1], [0.0], "stop", 0, f"r{k}", 1.0, "ok") for prompt in prompts for k in range(4)]
+    log = SampleLog(tmp_path, 4)
+    log.write(1, samples)
+    log.write(2, samples)
+    log.truncate_after(1)
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["prompt"], row["response"]) for row in rows] == [
+        (1, "p0", "r0"),
+        (1, "p1", "r0"),
+        (1, "p2", "r0"),
+        (1, "p0", "r1"),
+    ]
+    SampleLog(tmp_path / "none", 0).write(1, samples)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_torn_last_line_and_a_single_step(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", "young", steps=1)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "entr')
+    assert "1 of 40 steps" in Page(write_report([run], tmp_path / "out").read_text()).text
+
+
+def test_a_run_with_almost_nothing(tmp_path: Path) -> None:
+    """Figures and cards without data are left out."""
+    run = tmp_path / "bare"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 1.0}\n')
+    page = Page(write_report([run], tmp_path / "out").read_text())
+    assert [image.stem for image in (tmp_path / "out").glob("*.png")] == ["reward"]
+    assert "bare" in page.text
+    assert "Worst mismatch" not in page.text
+
+
+def test_every_unreadable_run_is_named(tmp_path: Path) -> None:
+    good = make_run(tmp_path / "good", "good")
+    (tmp_path / "empty").mkdir()
+    torn = make_run(tmp_path / "torn", "torn")
+    (torn / "metrics.jsonl").write_text('{"step": 1')
+    damaged = make_run(tmp_path / "damaged", "damaged")
+    (damaged / "metrics.jsonl").write_text('{"step": 1}\nnoise\n{"step": 3}\n')
+    with pytest.raises(ValueError) as caught:
+        write_report([good, tmp_path / "nowhere", tmp_path / "empty", torn, damaged], tmp_path / "out")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4
+    for line, (name, reason) in zip(
+        lines,
+        [
+            ("nowhere", "no such run directory"),
+            ("empty", "no metrics.jsonl"),
+            ("torn", "no complete step yet"),
+            ("damaged", "line 2: not valid JSON"),
+        ],
+        strict=True,
+    ):
+        assert str(tmp_path / name) in line
+        assert reason in line
+    assert not (tmp_path / "out").exists()
