@@ -1,0 +1,7 @@
+"""Prompts and warm-start pairs: reading, tokenising, and an order that resumes anywhere."""
+
+from megatron_entropic.data.dataset import PromptDataset
+from megatron_entropic.data.tokenizer import load_tokenizer
+from megatron_entropic.data.warm_start import WarmStartPairs
+
+__all__ = ["PromptDataset", "WarmStartPairs", "load_tokenizer"]

@@ -1,0 +1,94 @@
+"""The files of `megatron-entropic score`, JSON lines.
+
+    in    {"tokens": [...], "prompt_length": n}
+    out   the same line with "logprobs" and "entropies" (nats) of the tokens after the prompt
+
+Any other keys of a line are carried along.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TokenLine:
+    """One line of the input."""
+
+    tokens: list[int]
+    """Prompt followed by response."""
+    prompt_length: int
+    record: dict[str, Any]
+    """The whole line, other keys included."""
+
+
+def read_token_file(path: Path, vocab_size: int) -> list[TokenLine]:
+    """Reads and checks every line; blank lines are skipped.
+
+    Args:
+        path: JSON lines.
+        vocab_size: Token ids must lie in [0, vocab_size).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: one error that lists every bad line; or a file without lines.
+    """
+    lines = []
+    problems = []
+    for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if not text.strip():
+            continue
+        try:
+            lines.append(_parse(text, vocab_size))
+        except ValueError as error:
+            problems.append(f"  - line {number}: {error}")
+    if problems:
+        raise ValueError(f"{path}: {len(problems)} lines cannot be scored:\n" + "\n".join(problems))
+    if not lines:
+        raise ValueError(f"{path}: no lines to score")
+    return lines
+
+
+def _parse(text: str, vocab_size: int) -> TokenLine:
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error})") from error
+    if not isinstance(record, dict) or not {"tokens", "prompt_length"} <= record.keys():
+        raise ValueError('expected an object with "tokens" and "prompt_length"')
+    tokens, prompt_length = record["tokens"], record["prompt_length"]
+    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        raise ValueError('"tokens" must be a list of integers')
+    outside = [token for token in tokens if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(f"tokens {outside[:5]} are outside the vocabulary of {vocab_size}")
+    if type(prompt_length) is not int or not 1 <= prompt_length < len(tokens):
+        raise ValueError(
+            f"prompt_length {prompt_length!r} must be at least 1 and less than the number of tokens ({len(tokens)})"
+        )
+    return TokenLine(tokens, prompt_length, record)
+
+
+def write_scored_file(
+    path: Path,
+    lines: Sequence[TokenLine],
+    logprobs: Sequence[Sequence[float]],
+    entropies: Sequence[Sequence[float] | None],
+) -> None:
+    """Writes each line with `logprobs` and `entropies` (nats; null where unknown) of the tokens after its prompt.
+
+    The file appears when it is complete, with the folders above it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        for line, line_logprobs, line_entropies in zip(lines, logprobs, entropies, strict=True):
+            values = None if line_entropies is None else list(line_entropies)
+            file.write(json.dumps({**line.record, "logprobs": list(line_logprobs), "entropies": values}) + "\n")
+    os.replace(unfinished, path)

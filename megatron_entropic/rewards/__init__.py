@@ -1,0 +1,9 @@
+"""Verifiers: what a response is worth. A verifier that fails or hangs is counted, and is not a wrong answer.
+
+Imports neither torch nor anything heavy: verifier processes start from this package.
+"""
+
+from megatron_entropic.rewards.scorer import RewardScorer
+from megatron_entropic.rewards.verifiers import Verifier, build_verifier
+
+__all__ = ["RewardScorer", "Verifier", "build_verifier"]

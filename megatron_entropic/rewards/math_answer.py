@@ -1,0 +1,76 @@
+r"""A mathematical answer in \boxed{}, compared by math-verify.
+
+math-verify's own time limits are off: they measure wall time, and turn a slow machine into a silent "wrong". The
+process this runs in is killed from outside instead, and that is counted (`pool`).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from math_verify import parse, verify
+
+_ANSWER_CHARACTERS = 300
+
+for _name in ("math_verify.parser", "math_verify.grader"):
+    # Otherwise every comparison warns that the limits are off.
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+
+def math_answer(response: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:
+    r"""1.0 if the last \boxed{} of the response equals the ground truth mathematically, else 0.0.
+
+    No box, an unclosed one, or an answer far longer than any right one is wrong without being parsed.
+
+    Args:
+        ground_truth: LaTeX or a number, with or without \boxed{}; or a dictionary with `answer` or `target`.
+
+    Raises:
+        ValueError: a ground truth that cannot be read.
+    """
+    gold, answer = _gold(ground_truth), last_boxed(response)
+    if answer is None or len(answer) > max(_ANSWER_CHARACTERS, 2 * len(gold)):
+        return 0.0
+    if _bare(answer) == _bare(gold):
+        return 1.0
+    parsed_gold = _parse(gold)
+    if not parsed_gold:
+        raise ValueError(f"the ground truth {gold!r} cannot be read as mathematics")
+    return float(verify(parsed_gold, _parse(answer), timeout_seconds=None, raise_on_error=True))
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What stands in the last \boxed{} of a text, braces balanced; None without one or if it is not closed."""
+    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
+    if start < 0:
+        return None
+    start = text.index("{", start) + 1
+    depth = 1
+    for brace in re.finditer(r"\\.|[{}]", text[start:]):
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        if depth == 0:
+            return text[start : start + brace.start()].strip()
+    return None
+
+
+def _gold(ground_truth: Any) -> str:
+    if isinstance(ground_truth, dict):
+        ground_truth = ground_truth.get("answer", ground_truth.get("target"))
+    if ground_truth is None or not str(ground_truth).strip():
+        raise ValueError("the ground truth is empty")
+    text = str(ground_truth).strip()
+    boxed = last_boxed(text)
+    return text if boxed is None else boxed
+
+
+def _bare(text: str) -> str:
+    """Without white space and dollar signs: enough for most right answers, and far quicker than parsing."""
+    return re.sub(r"[\s$]", "", text)
+
+
+def _parse(latex: str) -> list[Any]:
+    parsed: list[Any] = parse(rf"\boxed{{{latex.replace('$', '')}}}", parsing_timeout=None, raise_on_error=True)
+    return parsed

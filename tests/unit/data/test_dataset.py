@@ -1,0 +1,210 @@
+"""Prompts from real files and a real tokenizer; everything that is wrong with the data in one error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_entropic.config import DataConfig
+from megatron_entropic.data import PromptDataset, WarmStartPairs, load_tokenizer
+
+CHARACTERS = "0123456789+-*,>:$_ abcdefghijklmnopqrstuvwxyz<|\n"
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}|{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant|{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A character tokenizer with `$` as end of sequence, saved as transformers saves one."""
+    inner = Tokenizer(models.WordLevel({character: i for i, character in enumerate(CHARACTERS)}, unk_token="_"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="$", pad_token="_", unk_token="_")
+    tokenizer.chat_template = TEMPLATE
+    path = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_dir: Path) -> Any:
+    return load_tokenizer(tokenizer_dir)
+
+
+def config(*files: Path, **values: Any) -> DataConfig:
+    return DataConfig(**({"train_files": list(files), "max_prompt_tokens": 30} | values))
+
+
+def jsonl(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def parquet(path: Path, *rows: dict[str, Any]) -> Path:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+    return path
+
+
+def verl_row(number: int) -> dict[str, Any]:
+    return {
+        "data_source": "countdown",
+        "prompt": [{"role": "user", "content": f"{number},2>03:"}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": json.dumps({"numbers": [number, 2], "target": 3})},
+        "extra_info": {"index": number},
+    }
+
+
+def test_the_verl_layout_from_parquet(tmp_path: Path, tokenizer: Any) -> None:
+    dataset = PromptDataset(config(parquet(tmp_path / "a.parquet", *map(verl_row, range(5)))), tokenizer, seed=1)
+    assert len(dataset) == 5
+    prompt = dataset[3]
+    assert (prompt.index, prompt.text, prompt.data_source) == (3, "3,2>03:", "countdown")
+    assert tokenizer.decode(prompt.tokens) == "3,2>03:"
+    assert json.loads(prompt.ground_truth) == {"numbers": [3, 2], "target": 3}
+    assert prompt.extra_info == {"index": 3}
+
+
+def test_the_plain_layout_and_several_files(tmp_path: Path, tokenizer: Any) -> None:
+    first = jsonl(tmp_path / "a.jsonl", {"problem": "1+1", "answer": "2"}, {"question": "1+2", "answer": 3})
+    second = tmp_path / "b.json"
+    second.write_text(json.dumps([{"problem": "2+2", "answer": "4"}]))
+    third = parquet(tmp_path / "c.parquet", {"problem": "0", "answer": "0"})
+    dataset = PromptDataset(config(first, second, third), tokenizer, seed=1)
+    assert [prompt.text for prompt in dataset] == ["1+1", "1+2", "2+2", "0"]
+    assert [prompt.ground_truth for prompt in dataset] == ["2", 3, "4", "0"]
+    assert [prompt.index for prompt in dataset] == [0, 1, 2, 3]
+    assert [prompt.data_source for prompt in dataset] == ["a", "a", "b", "c"]
+
+
+def test_steps_take_prompts_by_seed_and_step_alone(tmp_path: Path, tokenizer: Any) -> None:
+    file = parquet(tmp_path / "a.parquet", *map(verl_row, range(7)))
+    dataset = PromptDataset(config(file), tokenizer, seed=5)
+    steps = [[prompt.index for prompt in dataset.at_step(step, 3)] for step in range(1, 8)]
+    flat = [index for step in steps for index in step]
+    assert [sorted(flat[start : start + 7]) for start in (0, 7, 14)] == [list(range(7))] * 3
+    again = PromptDataset(config(file), tokenizer, seed=5)
+    assert [prompt.index for prompt in again.at_step(5, 3)] == steps[4]
+    unshuffled = PromptDataset(config(file, shuffle=False), tokenizer, seed=5)
+    assert [prompt.index for prompt in unshuffled.at_step(3, 3)] == [6, 0, 1]
+
+
+def test_the_chat_template(tmp_path: Path, tokenizer: Any) -> None:
+    file = jsonl(
+        tmp_path / "a.jsonl",
+        {"prompt": [{"role": "system", "content": "add"}, {"role": "user", "content": "1+1"}], "answer": "2"},
+        {"prompt": "1+2", "answer": "3"},
+    )
+    with_template = PromptDataset(config(file, apply_chat_template=True, max_prompt_tokens=40), tokenizer, seed=1)
+    assert [p.text for p in with_template] == [
+        "<system|add<user|1+1<assistant|",
+        "<user|1+2<assistant|",
+    ]
+    plain = PromptDataset(config(file), tokenizer, seed=1)
+    assert [p.text for p in plain] == ["add\n\n1+1", "1+2"]
+
+
+def test_a_chat_template_that_is_not_there(tmp_path: Path, tokenizer_dir: Path) -> None:
+    bare = load_tokenizer(tokenizer_dir)
+    bare.chat_template = None
+    file = jsonl(tmp_path / "a.jsonl", {"problem": "1", "answer": "1"})
+    with pytest.raises(ValueError, match="no chat template"):
+        PromptDataset(config(file, apply_chat_template=True), bare, seed=1)
+
+
+def test_everything_wrong_in_one_error(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 is not enough")
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"problem": "\xe9"}')
+    lines = [
+        '{"problem": "1", "answer": "1"}',
+        '{"problem": ',
+        "[1]",
+        '{"answer": "1"}',
+        '{"problem": "1"}',
+        '{"problem": "", "answer": 1}',
+    ]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    names = ["missing.parquet", "broken.parquet", "empty.jsonl", "latin.jsonl", "lines.jsonl"]
+    with pytest.raises(ValueError) as caught:
+        PromptDataset(config(*[tmp_path / name for name in names]), tokenizer, seed=1)
+    message = str(caught.value)
+    for part in (
+        "9 problem(s)",
+        "missing.parquet: no such file",
+        "broken.parquet: not a readable parquet file",
+        "empty.jsonl: the file has no rows",
+        "latin.jsonl: not UTF-8 text",
+        "lines.jsonl, line 2: not valid JSON",
+        "lines.jsonl, line 3: expected a JSON object, found list",
+        "lines.jsonl, line 4: no prompt (looked for a string or messages in prompt, problem, question; ",
+        "lines.jsonl, line 5: no ground truth",
+        "lines.jsonl, line 6: no prompt",
+    ):
+        assert part in message, part
+
+
+def test_many_bad_rows_are_counted_not_all_shown(tmp_path: Path, tokenizer: Any) -> None:
+    file = jsonl(tmp_path / "a.jsonl", *[{"text": "x"}] * 100)
+    with pytest.raises(ValueError, match=r"200 problem\(s\)(.|\n)*and 190 more like these"):
+        PromptDataset(config(file), tokenizer, seed=1)
+
+
+def test_prompts_over_the_budget(tmp_path: Path, tokenizer: Any) -> None:
+    file = jsonl(tmp_path / "a.jsonl", *[{"problem": "1" * n, "answer": "1"} for n in (29, 30, 31, 60)])
+    with pytest.raises(ValueError) as caught:
+        PromptDataset(config(file), tokenizer, seed=1)
+    assert "line 3: 31 tokens, more than data.max_prompt_tokens=30" in str(caught.value)
+    assert "line 4: 60 tokens" in str(caught.value)
+    dataset = PromptDataset(config(file, too_long="drop"), tokenizer, seed=1)
+    assert (len(dataset), dataset.dropped) == (2, 2)
+    with pytest.raises(ValueError, match=r"all 4 prompts are longer than data\.max_prompt_tokens=3"):
+        PromptDataset(config(file, too_long="drop", max_prompt_tokens=3), tokenizer, seed=1)
+
+
+def test_warm_start_pairs_end_in_one_end_of_sequence(tmp_path: Path, tokenizer: Any) -> None:
+    file = parquet(
+        tmp_path / "pairs.parquet",
+        {"prompt": "1,2>03:", "response": "1+2"},
+        {"prompt": "2,2>04:", "response": "2+2$"},
+    )
+    pairs = WarmStartPairs(file, tokenizer, 11)
+    assert len(pairs) == 2
+    for index, (prompt, response) in enumerate([("1,2>03:", "1+2$"), ("2,2>04:", "2+2$")]):
+        assert [tokenizer.decode(tokens) for tokens in pairs[index]] == [prompt, response]
+    with pytest.raises(ValueError, match=r"row 0: 7 \+ 4 tokens, more than the budget of 10"):
+        WarmStartPairs(file, tokenizer, 10)
+
+
+def test_warm_start_prompts_equal_those_of_training(tmp_path: Path, tokenizer: Any) -> None:
+    row = {"problem": "1+1", "answer": "2", "response": "2"}
+    file = jsonl(tmp_path / "a.jsonl", row)
+    dataset = PromptDataset(config(file, apply_chat_template=True), tokenizer, seed=1)
+    pairs = WarmStartPairs(file, tokenizer, 100, apply_chat_template=True)
+    assert pairs[0][0] == dataset[0].tokens
+
+
+def test_warm_start_rows_without_a_response(tmp_path: Path, tokenizer: Any) -> None:
+    file = jsonl(tmp_path / "a.jsonl", {"prompt": "1"}, {"prompt": "1", "response": ""}, {"response": "1"})
+    with pytest.raises(ValueError, match=r"3 problem\(s\)"):
+        WarmStartPairs(file, tokenizer, 100)
+
+
+def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such model directory"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)
+    inner = Tokenizer(models.WordLevel({"a": 0, "_": 1}, unk_token="_"))
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="_").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,185 @@
+"""Verifiers that hang, crash, lie or print, in real processes: counted, killed, replaced, and nothing left behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_entropic.config import RewardConfig
+from megatron_entropic.rewards import RewardScorer
+from megatron_entropic.types import Prompt, Sample
+
+VERIFIER = """
+    import os, signal, subprocess, sys, time
+
+    def judge(response, ground_truth, extra_info):
+        if response == "hang":
+            time.sleep(1000)
+        if response == "hang in C":
+            9 ** 9 ** 9
+        if response == "hang with a child":
+            subprocess.run(["sleep", "1000"])
+        if response == "deaf":
+            signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))
+            while True:
+                pass
+        if response == "crash":
+            os.abort()
+        if response == "exit":
+            os._exit(7)
+        if response == "raise":
+            raise KeyError("hostile")
+        if response == "nan":
+            return float("nan")
+        if response == "print":
+            print("noise " * 1000)
+            sys.stdout.flush()
+            os.write(1, b"more noise")
+        if response == "pid":
+            return os.getpid()
+        return float(response == ground_truth) + extra_info.get("bonus", 0)
+"""
+
+
+@pytest.fixture
+def verifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A hostile verifier in the current directory; afterwards no child of this test may be left."""
+    name = f"hostile_{os.getpid()}_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(textwrap.dedent(VERIFIER))
+    monkeypatch.chdir(tmp_path)
+    before = set(psutil.Process().children(recursive=True))
+    yield f"{name}:judge"
+    left = set(psutil.Process().children(recursive=True)) - before
+    assert not left
+
+
+def sample(text: str, truth: object = "4", *, prompt: int = 0, index: int = 0, extra: dict | None = None) -> Sample:
+    return Sample(
+        prompt=Prompt(index=prompt, tokens=[1], text="", ground_truth=truth, extra_info=extra or {}),
+        sample_index=index,
+        response_tokens=[1],
+        rollout_logprobs=[0.0],
+        finish_reason="stop",
+        weights_version=0,
+        text=text,
+    )
+
+
+def test_every_way_to_fail_is_counted_and_the_rest_is_judged(verifier: str, caplog: pytest.LogCaptureFixture) -> None:
+    texts = ["4", "hang", "5", "crash", "raise", "4", "hang in C", "exit", "nan", "hang with a child", "deaf", "4"]
+    samples = [sample(text, prompt=number) for number, text in enumerate(texts)]
+    begin = time.monotonic()
+    with (
+        RewardScorer(RewardConfig(verifier=verifier, workers=2, timeout_s=1.5)) as scorer,
+        caplog.at_level(logging.WARNING),
+    ):
+        metrics = scorer.judge(samples)
+        again = [sample("4"), sample("5", prompt=1)]
+        assert scorer.judge(again) == {"reward/verifier_errors": 0.0, "reward/verifier_timeouts": 0.0}
+    assert time.monotonic() - begin < 60
+    assert metrics == {"reward/verifier_errors": 4.0, "reward/verifier_timeouts": 4.0}
+    assert {s.text: s.verifier_status for s in samples} == {
+        "4": "ok",
+        "5": "ok",
+        "hang": "timeout",
+        "hang in C": "timeout",
+        "hang with a child": "timeout",
+        "deaf": "timeout",
+        "crash": "error",
+        "exit": "error",
+        "raise": "error",
+        "nan": "error",
+    }
+    assert [s.reward for s in samples if s.verifier_status == "ok"] == [1.0, 0.0, 1.0, 1.0]
+    assert [s.reward for s in again] == [1.0, 0.0]
+    assert "failed on 8 of 12 responses" in caplog.text
+
+
+def test_processes_are_reused_and_run_beside_this_one(verifier: str) -> None:
+    with RewardScorer(RewardConfig(verifier=verifier, workers=1)) as scorer:
+        samples = [sample("pid", prompt=number) for number in range(20)]
+        scorer.judge(samples)
+    assert len({s.reward for s in samples}) == 1
+    assert samples[0].reward != os.getpid()
+
+
+def test_a_verifier_may_print_and_sees_extra_info(verifier: str) -> None:
+    with RewardScorer(RewardConfig(verifier=verifier, workers=1)) as scorer:
+        samples = [sample("print", "print"), sample("4", prompt=1, extra={"bonus": 2})]
+        scorer.judge(samples)
+    assert [s.reward for s in samples] == [1.0, 3.0]
+
+
+def test_a_custom_verifier_in_the_driver(verifier: str) -> None:
+    with RewardScorer(RewardConfig(verifier=verifier, workers=0)) as scorer:
+        samples = [sample("pid"), sample("raise", prompt=1)]
+        assert scorer.judge(samples)["reward/verifier_errors"] == 1.0
+    assert samples[0].reward == os.getpid()
+
+
+def test_a_failed_verdict_takes_the_mean_of_its_group(verifier: str) -> None:
+    """Its group-relative advantage is then zero. A prompt drawn twice in a row is two groups."""
+    texts = ["4", "5", "raise", "4"], ["5", "5", "5", "raise"], ["raise", "raise", "4", "4"]
+    samples = [sample(text, index=index) for group in texts for index, text in enumerate(group)]
+    with RewardScorer(RewardConfig(verifier=verifier, workers=0)) as scorer:
+        scorer.judge(samples)
+    rewards = [s.reward for s in samples]
+    assert rewards[:4] == pytest.approx([1, 0, 2 / 3, 1])
+    assert rewards[4:8] == [0, 0, 0, 0]
+    assert rewards[8:] == [1, 1, 1, 1]
+
+
+def test_a_verifier_that_does_not_import_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.raises(ValueError, match="no_such_verifier_module"):
+        RewardScorer(RewardConfig(verifier="no_such_verifier_module:judge", workers=2))
+    assert set(psutil.Process().children(recursive=True)) == before
+
+
+def test_instant_verifiers_start_no_process() -> None:
+    before = set(psutil.Process().children(recursive=True))
+    with RewardScorer(RewardConfig(verifier="countdown", workers=8)) as scorer:
+        samples = [sample("3*7+5", {"numbers": [3, 7, 5], "target": 26})]
+        scorer.judge(samples)
+        assert set(psutil.Process().children(recursive=True)) == before
+    assert samples[0].reward == 1.0
+
+
+def test_math_verify_survives_a_tower_of_powers() -> None:
+    """math-verify computes what it is told to; the right answers beside it must not suffer."""
+    texts = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{4.0}", r"\boxed{(10^8)!}", r"\boxed{\frac{8}{2}}", r"\boxed{5}"]
+    samples = [sample(text, prompt=number) for number, text in enumerate(texts)]
+    with RewardScorer(RewardConfig(verifier="math", workers=2, timeout_s=4)) as scorer:
+        metrics = scorer.judge(samples)
+    assert samples[0].verifier_status in ("timeout", "error")
+    assert [samples[i].reward for i in (1, 3, 4)] == [1.0, 1.0, 0.0]
+    assert [samples[i].verifier_status for i in (1, 3, 4)] == ["ok", "ok", "ok"]
+    assert sum(metrics.values()) >= 1
+
+
+def test_verifier_processes_do_not_outlive_a_killed_driver(verifier: str) -> None:
+    program = (
+        "import sys, time\n"
+        "from megatron_entropic.rewards.pool import VerifierPool\n"
+        f"pool = VerifierPool({verifier!r}, 2, 5.0)\n"
+        "print(*[int(v.reward) for v in pool.judge([('pid', '', {})] * 2)], flush=True)\n"
+        "time.sleep(1000)\n"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    workers = [psutil.Process(int(pid)) for pid in set(driver.stdout.readline().split())]
+    driver.kill()
+    driver.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert workers
+    assert not alive
