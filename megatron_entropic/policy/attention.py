@@ -1,0 +1,92 @@
+"""Core attention on torch's scaled_dot_product_attention, for packed sequences, where Transformer Engine is absent."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_entropic.policy.segments import SegmentGroup, SegmentPlan
+
+if TYPE_CHECKING:
+    from megatron_entropic.policy.microbatch import MicroBatch
+
+
+@dataclass
+class PackedSegments(PackedSeqParams):
+    """What megatron-core passes to attention and RoPE of a packed micro-batch, with the plan of its segments."""
+
+    plan: SegmentPlan | None = None
+
+
+def packed_segments(micro_batch: MicroBatch) -> PackedSegments:
+    """The attention parameters of a micro-batch."""
+    return PackedSegments(
+        qkv_format="thd",
+        cu_seqlens_q=micro_batch.cu_seqlens,
+        cu_seqlens_kv=micro_batch.cu_seqlens,
+        max_seqlen_q=micro_batch.max_seqlen,
+        max_seqlen_kv=micro_batch.max_seqlen,
+        plan=micro_batch.plan,
+    )
+
+
+class SegmentedAttention(MegatronModule):
+    """Causal grouped-query attention within each segment of a packed micro-batch.
+
+    Segments of similar length run as one batch, padded on the right (see `segments`): under the causal mask no real
+    query sees a padded key, and outputs of padded queries are dropped, so their gradients are exactly zero.
+    """
+
+    def __init__(
+        self, config: Any, layer_number: int, attn_mask_type: Any, softmax_scale: float | None = None, **_unused: Any
+    ) -> None:
+        super().__init__(config=config)
+        assert config.context_parallel_size == 1
+        assert config.attention_dropout == 0.0
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: None,
+        packed_seq_params: PackedSegments,
+        **_unused: Any,
+    ) -> torch.Tensor:
+        """Attends within segments.
+
+        Args:
+            query: [T, query heads, head_dim].
+            key: [T, key/value heads, head_dim].
+            value: As key.
+            attention_mask: None, the mask is causal.
+            packed_seq_params: With the plan of the T packed rows.
+
+        Returns:
+            [T, query heads * head_dim].
+        """
+        plan = packed_seq_params.plan
+        assert plan is not None
+        outputs = [self._attend(query, key, value, group) for group in plan.groups]
+        packed = torch.cat(outputs).index_select(0, plan.order)
+        return packed.flatten(1)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: SegmentGroup) -> torch.Tensor:
+        """[count * length, query heads, head_dim] for the rows of one group."""
+        q, k, v = (
+            tensor.index_select(0, group.rows).unflatten(0, (group.count, group.length)).transpose(1, 2)
+            for tensor in (query, key, value)
+        )
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
+        return output.transpose(1, 2).flatten(0, 1)
+
+    def sharded_state_dict(self, *_position: Any, **_options: Any) -> dict[str, Any]:
+        """Nothing: attention has no parameters."""
+        return {}

@@ -1,0 +1,135 @@
+"""Where checkpoints lie and which of them count. Plain files, no processes: the driver uses it too.
+
+root/step_00000050/            a checkpoint is a directory that was renamed into place, never written in place
+    COMPLETE                   names and sizes of all files; without it the directory does not count
+    state.json                 controller, counters and the driver's own state
+    *.distcp, .metadata, ...   tensors, megatron-core torch_dist
+root/.step_00000060.partial/   being written, or left by a crash; removed by the next save
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_entropic.errors import RunError
+
+MANIFEST = "COMPLETE"
+STATE = "state.json"
+_NAME = re.compile(r"^step_(\d+)$")
+
+
+class CheckpointError(RunError):
+    """A checkpoint could not be written or read. Checkpoints that were complete before are untouched."""
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """Directory of the checkpoint of a step."""
+    return root / f"step_{step:08d}"
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints below `root`, oldest step first; empty when there is no such folder."""
+    if not root.is_dir():
+        return []
+    named = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.match(path.name))]
+    return [path for _, path in sorted(named) if (path / MANIFEST).is_file()]
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The complete checkpoint with the highest step, or None."""
+    complete = complete_checkpoints(root)
+    return complete[-1] if complete else None
+
+
+def prune_checkpoints(root: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` complete checkpoints, and what interrupted saves left behind.
+
+    Raises:
+        ValueError: keep_last < 1.
+    """
+    if keep_last < 1:
+        raise ValueError(f"checkpoint.keep_last must be at least 1, not {keep_last}")
+    leftovers = [path for pattern in (".step_*.partial", ".step_*.old") for path in root.glob(pattern)]
+    for path in [*leftovers, *complete_checkpoints(root)[:-keep_last]]:
+        # Without its manifest a half-deleted checkpoint cannot be mistaken for a complete one.
+        (path / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path)
+
+
+def partial_path(directory: Path) -> Path:
+    """Where a checkpoint is written before it is renamed to `directory`."""
+    return directory.with_name(f".{directory.name}.partial")
+
+
+def begin_checkpoint(directory: Path) -> Path:
+    """Create the empty folder to write to; what an interrupted save of the same step left is removed."""
+    partial = partial_path(directory)
+    discard(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def discard(directory: Path) -> None:
+    """Remove a folder with everything in it, if it exists."""
+    if directory.exists():
+        shutil.rmtree(directory)
+
+
+def finish_checkpoint(directory: Path, state: dict[str, Any]) -> None:
+    """Write `state` and the manifest into the partial folder, flush everything to disk and rename it to `directory`.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+        TypeError: `state` is not JSON.
+    """
+    partial = partial_path(directory)
+    (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    manifest = {str(path.relative_to(partial)): path.stat().st_size for path in files}
+    (partial / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1), encoding="utf-8")
+    for path in [*files, partial / MANIFEST, partial]:
+        _flush(path)
+    replaced = directory.with_name(f".{directory.name}.old")
+    discard(replaced)
+    if directory.exists():
+        directory.rename(replaced)
+    partial.rename(directory)
+    _flush(directory.parent)
+    discard(replaced)
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """The contents of state.json of a checkpoint, after comparing its files with the manifest.
+
+    Raises:
+        CheckpointError: not a complete checkpoint; names the files that are missing or have another size.
+    """
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
+        problems = [
+            f"{name} has {_size(directory / name)} bytes instead of {size}"
+            for name, size in manifest.items()
+            if _size(directory / name) != size
+        ]
+        if problems:
+            raise CheckpointError(f"checkpoint {directory} is damaged: {'; '.join(problems)}")
+        return json.loads((directory / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{directory} is not a complete checkpoint: {error}") from error
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,94 @@
+"""One optimizer step over a list of sequences, whatever the loss: the machinery under update and warm start.
+
+    sequences --align--> micro-batches --1F1B--> gradients and measurements --optimizer--> outcome
+
+Every replica runs as many micro-batches as every other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from megatron_entropic.policy.collectives import largest, sum_of_token_statistics
+from megatron_entropic.policy.forward import OutputOptions, TokenStatistics, run_forward, run_forward_backward
+from megatron_entropic.policy.microbatch import MicroBatch, pack
+from megatron_entropic.policy.optimizer import PolicyOptimizer, StepOutcome
+from megatron_entropic.policy.parallel import ParallelState
+from megatron_entropic.types import Sequence
+
+Share = Callable[[MicroBatch, TokenStatistics], tuple[torch.Tensor, torch.Tensor]]
+"""A micro-batch's share of the loss: (scalar with gradient, [k] float64 measurements that add up)."""
+
+
+class GradientStep:
+    """Runs optimizer steps on one rank.
+
+    Args:
+        model: this rank's pipeline stage, from `optimizer.wrap_data_parallel`.
+        parallel: this rank's place.
+        device: of the model.
+        tokens_per_microbatch: budget of one packed micro-batch.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, parallel: ParallelState, device: torch.device, tokens_per_microbatch: int
+    ) -> None:
+        self.model = model
+        self.parallel = parallel
+        self.device = device
+        self._tokens_per_microbatch = tokens_per_microbatch
+
+    def align(self, sequences: list[Sequence]) -> list[MicroBatch]:
+        """Pack this replica's sequences into a number of micro-batches that all replicas agree on.
+
+        A replica with too few sequences gets micro-batches without any: they run through the model and every collective
+        like the others.
+        """
+        multiple = self.parallel.token_multiple
+        own = pack(sequences, self._tokens_per_microbatch, token_multiple=multiple)
+        count = largest(len(own), self.device)
+        if count == len(own):
+            return own
+        return pack(sequences, self._tokens_per_microbatch, token_multiple=multiple, at_least=count)
+
+    def measure(self, batch: list[MicroBatch], count: Callable[[torch.Tensor], float], options: OutputOptions) -> float:
+        """Global sum of `count(logprobs [R])` over micro-batches and replicas, in a pass without gradients."""
+
+        def collect(micro_batch: MicroBatch, statistics: TokenStatistics) -> torch.Tensor:
+            return torch.tensor([count(statistics.logprobs)], dtype=torch.float64, device=self.device)
+
+        return float(self._sums(run_forward(self.model, batch, collect, options), width=1))
+
+    def run(
+        self, batch: list[MicroBatch], share: Share, options: OutputOptions, optimizer: PolicyOptimizer, *, width: int
+    ) -> tuple[torch.Tensor, StepOutcome]:
+        """Gradients of the sum of all shares, then the optimizer step.
+
+        Args:
+            batch: from `align`.
+            share: called on the last stage for every micro-batch that holds sequences.
+            options: what the last stage computes.
+            optimizer: steps, or refuses on all ranks.
+            width: k, the number of measurements a share returns.
+
+        Returns:
+            ([k] float64 measurements summed over micro-batches and replicas, the outcome), equal on every rank.
+        """
+
+        def loss(micro_batch: MicroBatch, statistics: TokenStatistics) -> tuple[torch.Tensor, torch.Tensor]:
+            if not micro_batch.sequences:
+                return statistics.logprobs.sum() * 0.0, torch.zeros(width, dtype=torch.float64, device=self.device)
+            return share(micro_batch, statistics)
+
+        optimizer.zero_grad()
+        collected = run_forward_backward(self.model, batch, loss, options)
+        sums = self._sums(collected, width)
+        return sums, optimizer.step()
+
+    def _sums(self, collected: list[torch.Tensor], width: int) -> torch.Tensor:
+        local = torch.zeros(width, dtype=torch.float64, device=self.device)
+        for values in collected:
+            local = local + values
+        return sum_of_token_statistics(local, self.parallel)

@@ -1,0 +1,43 @@
+"""Fills this rank's parameters from a Hugging Face directory; each rank reads only its own slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_entropic.policy.parallel import ParallelState
+from megatron_entropic.weights.hf_io import HfReader
+from megatron_entropic.weights.parameter_map import Entry, ParameterMap, to_global_name
+
+
+def named_entries(
+    model: torch.nn.Module, parameter_map: ParameterMap, state: ParallelState
+) -> Iterator[tuple[Entry, torch.nn.Parameter]]:
+    """This rank's parameters with the map's rows for them.
+
+    Args:
+        model: This rank's stage, not wrapped.
+
+    Raises:
+        KeyError: a parameter that the map does not know.
+    """
+    first_layer = parameter_map.first_layer(state.pipeline_rank, state.pipeline_size)
+    for name, parameter in model.named_parameters():
+        yield parameter_map.by_megatron_name(to_global_name(name, first_layer)), parameter
+
+
+def load_weights(model: torch.nn.Module, hf_dir: Path, state: ParallelState) -> None:
+    """Copies the checkpoint into every parameter, converting to the parameter's dtype; padded rows become zero.
+
+    Raises:
+        ValueError: the checkpoint is incomplete or does not fit its config.json (see `HfReader`).
+    """
+    reader = HfReader(hf_dir)
+    parameter_map = reader.parameter_map
+    with torch.no_grad():
+        for entry, parameter in named_entries(model, parameter_map, state):
+            shard = parameter_map.to_megatron_shard(entry, reader, state.tensor_rank, state.tensor_size)
+            assert shard.shape == parameter.shape, f"{entry.megatron_name}: {shard.shape} for {parameter.shape}"
+            parameter.copy_(shard)

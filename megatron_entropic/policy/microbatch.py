@@ -1,0 +1,147 @@
+"""Packs sequences of different lengths into micro-batches without padding between them.
+
+Shapes: T packed tokens of a micro-batch (padding tail included), R response tokens in it, n sequences.
+
+    tokens      p0 p1 r0 r1 | p0 r0 r1 r2 | pad      T = 9 with the multiple 3
+    rows              1  2       4  5  6             the positions whose logits predict a response token
+    targets           r0 r1      r0 r1 r2            R = 5, sequence after sequence
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+
+import torch
+
+from megatron_entropic.policy.segments import SegmentPlan, plan_segments
+from megatron_entropic.types import Sequence
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some sequences laid end to end, with what the last stage needs to give statistics of the response tokens."""
+
+    tokens: torch.Tensor
+    """[1, T] int64."""
+    position_ids: torch.Tensor
+    """[1, T] int64, from 0 in each sequence."""
+    cu_seqlens: torch.Tensor
+    """[segments + 1] int32, where each segment starts, and T. A padding tail is a segment of its own, the last."""
+    rows: torch.Tensor
+    """[R] int64, positions in T whose logits predict the response tokens, in the order of `targets`."""
+    targets: torch.Tensor
+    """[R] int64, the response tokens of all sequences, one sequence after the other."""
+    plan: SegmentPlan
+    """How core attention batches the segments, computed once for all layers."""
+    max_seqlen: int
+    """Tokens of the longest segment."""
+    response_lengths: tuple[int, ...]
+    """Response tokens of each sequence; they sum to R."""
+    sequences: tuple[Sequence, ...]
+    """The sequences themselves, as the caller gave them (on the caller's device)."""
+    indices: tuple[int, ...]
+    """Where each sequence stood in the caller's list."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch with its packed tensors on `device`; `sequences` stay where they are."""
+        moved = {
+            field.name: getattr(self, field.name).to(device)
+            for field in fields(self)
+            if isinstance(getattr(self, field.name), torch.Tensor)
+        }
+        return replace(self, plan=self.plan.to(device), **moved)
+
+    def split(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Cuts a [R] tensor into one tensor per sequence."""
+        return list(values.split(list(self.response_lengths)))
+
+
+def pack(
+    sequences: list[Sequence], tokens_per_microbatch: int, *, token_multiple: int = 1, at_least: int = 1
+) -> list[MicroBatch]:
+    """Distributes sequences over as few micro-batches as first-fit decreasing needs; deterministic.
+
+    Args:
+        sequences: Each with at least one prompt and one response token.
+        tokens_per_microbatch: Budget of one micro-batch; a longer sequence gets one of its own.
+        token_multiple: T is padded to a multiple of this (`ParallelState.token_multiple`).
+        at_least: Number of micro-batches wanted at least, so that data-parallel ranks can agree on one number; those
+            for which there is no sequence left hold padding only and R = 0.
+
+    Raises:
+        ValueError: a sequence without prompt or response.
+    """
+    lengths = [sequence.tokens.numel() for sequence in sequences]
+    groups = first_fit_decreasing(lengths, tokens_per_microbatch)
+    while len(groups) < at_least:
+        groups = _halve_largest(groups, lengths)
+    return [pack_one([sequences[i] for i in group], group, token_multiple) for group in groups]
+
+
+def first_fit_decreasing(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices of `lengths` in groups whose sums stay within `budget`; an item over the budget is alone in its group.
+
+    Within a group lengths fall; ties keep the order given.
+    """
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = next((i for i, free in enumerate(room) if lengths[index] <= free), len(groups))
+        if place == len(groups):
+            groups.append([])
+            room.append(budget)
+        groups[place].append(index)
+        room[place] -= lengths[index]
+    return groups
+
+
+def _halve_largest(groups: list[list[int]], lengths: list[int]) -> list[list[int]]:
+    """Splits the fullest group that holds several items in two of similar size; adds an empty one if none does."""
+    divisible = [group for group in groups if len(group) > 1]
+    if not divisible:
+        return [*groups, []]
+    fullest = max(divisible, key=lambda group: sum(lengths[i] for i in group))
+    halves: tuple[list[int], list[int]] = ([], [])
+    for index in fullest:
+        min(halves, key=lambda half: sum(lengths[i] for i in half)).append(index)
+    place = groups.index(fullest)
+    return [*groups[:place], *halves, *groups[place + 1 :]]
+
+
+def pack_one(sequences: list[Sequence], indices: list[int], token_multiple: int = 1) -> MicroBatch:
+    """One micro-batch of these sequences, in this order.
+
+    Args:
+        sequences: Each with at least one prompt and one response token; may be empty.
+        indices: Where each stood in the caller's list, to find its statistics again.
+        token_multiple: T is padded to a multiple of this, and to at least 1.
+
+    Raises:
+        ValueError: a sequence without prompt or response.
+    """
+    bad = [i for i, s in zip(indices, sequences, strict=True) if s.prompt_length < 1 or s.response_length < 1]
+    if bad:
+        raise ValueError(f"sequences {bad} lack a prompt or a response token, so they have nothing to score")
+    lengths = [sequence.tokens.numel() for sequence in sequences]
+    padding = -sum(lengths) % token_multiple if lengths else token_multiple
+    segments = [*lengths, padding] if padding else lengths
+    starts = [0, *accumulate(segments)]
+    tokens = torch.cat([*(s.tokens.cpu() for s in sequences), torch.zeros(padding, dtype=torch.int64)])
+    rows = [
+        torch.arange(start + s.prompt_length - 1, start + s.tokens.numel() - 1)
+        for s, start in zip(sequences, starts, strict=False)
+    ]
+    rows_of_all = torch.cat([torch.empty(0, dtype=torch.int64), *rows])
+    return MicroBatch(
+        tokens=tokens.unsqueeze(0),
+        position_ids=torch.cat([torch.arange(length) for length in segments]).unsqueeze(0),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        rows=rows_of_all,
+        targets=tokens[rows_of_all + 1],
+        plan=plan_segments(segments),
+        max_seqlen=max(segments),
+        response_lengths=tuple(s.response_length for s in sequences),
+        sequences=tuple(sequences),
+        indices=tuple(indices),
+    )

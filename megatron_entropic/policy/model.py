@@ -1,0 +1,140 @@
+"""This rank's part of the policy: a real megatron-core GPTModel whose last stage returns token statistics, not logits.
+
+    tokens [1, T] -> embedding -> layers -> final norm -> hidden [T, 1, H]       [T/tp, 1, H] with sequence parallelism
+    hidden -> rows that predict response tokens [R, 1, H] -> output layer -> logits shard [R, V/tp] -> statistics [R]
+
+Full-vocabulary logits exist on no rank, and logits of prompt and padding positions on none at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megatron_entropic.config import Dtype, PolicyConfig
+from megatron_entropic.policy.attention import SegmentedAttention, packed_segments
+from megatron_entropic.policy.forward import OutputOptions
+from megatron_entropic.policy.microbatch import MicroBatch
+from megatron_entropic.policy.norms import RMSNorm
+from megatron_entropic.policy.parallel import ParallelState
+from megatron_entropic.policy.platform import Platform
+from megatron_entropic.policy.rotary import scale_frequencies
+from megatron_entropic.policy.transformer_config import build_transformer_config
+from megatron_entropic.tensor_parallel import logprob_and_entropy
+from megatron_entropic.weights.dimensions import ModelDimensions
+
+
+class PolicyModel(GPTModel):
+    """One pipeline stage of the policy. `forward(micro_batch=..., options=...)` is its only use."""
+
+    def __init__(self, dimensions: ModelDimensions, config: Any, spec: Any, state: ParallelState) -> None:
+        super().__init__(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=dimensions.padded_vocab_size(state.tensor_size),
+            max_sequence_length=dimensions.max_position_embeddings,
+            pre_process=state.is_first_stage,
+            post_process=state.is_last_stage,
+            parallel_output=True,
+            share_embeddings_and_output_weights=dimensions.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=dimensions.rope_theta,
+        )
+        self.real_vocab_size = dimensions.vocab_size
+        if dimensions.rope_scaling is not None:
+            scale_frequencies(self.rotary_pos_emb, dimensions.rope_scaling)
+        if self.post_process and config.sequence_parallel:
+            _leave_gathering_to_the_model(self.output_layer)
+
+    def forward(
+        self, micro_batch: MicroBatch, options: OutputOptions
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        """Runs this stage.
+
+        Returns:
+            Hidden states for the next stage, or on the last stage (log-probs [R] float32, entropies [R] float32 or
+            None), equal on all tensor-parallel ranks.
+        """
+        output: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] = super().forward(
+            input_ids=micro_batch.tokens,
+            position_ids=micro_batch.position_ids,
+            attention_mask=None,
+            packed_seq_params=packed_segments(micro_batch),
+            # GPTModel hands `labels` to `_postprocess` and looks at it nowhere else.
+            labels=(micro_batch, options),
+        )
+        return output
+
+    def _postprocess(
+        self, hidden_states: torch.Tensor, labels: tuple[MicroBatch, OutputOptions], **_unused: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        """Replaces GPTModel's logits over all T positions."""
+        if not self.post_process:
+            return hidden_states
+        micro_batch, options = labels
+        if self.config.sequence_parallel:
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True, group=self.pg_collection.tp
+            )
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _bias = self.output_layer(hidden_states.index_select(0, micro_batch.rows), weight=weight)
+        return logprob_and_entropy(
+            logits.squeeze(1),
+            micro_batch.targets,
+            group=self.pg_collection.tp,
+            temperature=options.temperature,
+            need_entropy=options.entropy,
+            entropy_gradient=options.entropy_gradient,
+            vocab_size=self.real_vocab_size,
+        )
+
+
+def _leave_gathering_to_the_model(output_layer: Any) -> None:
+    """The model gathers tokens itself, to select rows before the large matrix product.
+
+    The gather's backward sums the input gradients of all tensor ranks while it scatters them, so the layer must neither
+    gather nor sum.
+    """
+    output_layer.sequence_parallel = False
+    output_layer.disable_grad_reduce = True
+    assert not output_layer.allreduce_dgrad
+
+
+def build_model(
+    dimensions: ModelDimensions, policy: PolicyConfig, dtype: Dtype, state: ParallelState, platform: Platform
+) -> PolicyModel:
+    """This rank's stage on the platform's device, parameters uninitialised (see `load_weights`).
+
+    Raises:
+        ValueError: the layout does not divide the model.
+    """
+    config = build_transformer_config(dimensions, policy, dtype, state, platform)
+    spec = _transformer_engine_spec(config) if platform.transformer_engine else _plain_spec(config, state)
+    model: PolicyModel = PolicyModel(dimensions, config, spec, state).to(platform.device)
+    return model
+
+
+def _transformer_engine_spec(config: Any) -> Any:
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+
+
+def _plain_spec(config: Any, state: ParallelState) -> TransformerBlockSubmodules:
+    """megatron-core's own linear layers with our norms and attention."""
+    spec: ModuleSpec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.core_attention = SegmentedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    layers = config.num_layers // state.pipeline_size
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)

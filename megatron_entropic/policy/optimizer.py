@@ -1,0 +1,220 @@
+"""AdamW over a model that is split over ranks: gradient summation, schedule, clipping, the step and its refusal.
+
+    wrap_data_parallel   model chunks -> megatron DistributedDataParallel
+    PolicyOptimizer      megatron's optimizer (distributed or not) with its schedule
+
+Gradients are sums over micro-batches and ranks, never means: the loss carries its own normalisers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_entropic.config import OptimizerConfig
+from megatron_entropic.policy.collectives import all_ranks
+from megatron_entropic.policy.optimizer_patches import apply_optimizer_patches
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What an optimizer step did; the same on every rank."""
+
+    stepped: bool
+    """False: a gradient was not finite, so parameters and optimizer state are what they were."""
+    gradient_norm: float
+    """Of all gradients before clipping; not finite when the step was refused."""
+
+
+def wrap_data_parallel(chunks: Sequence[Any], *, distributed_optimizer: bool, overlap: bool) -> list[Any]:
+    """Wrap model chunks so that gradients are summed in float32 over micro-batches and over data and context ranks.
+
+    By default megatron-core divides the loss by the number of micro-batches and averages gradients over ranks. With
+    `calculate_per_token_loss` it does neither and divides by a token count at the end; that division is left out here,
+    because the loss already carries its global normalisers (see `loss`).
+
+    Args:
+        chunks: this rank's GPTModel chunks; their TransformerConfig is changed as said above.
+        distributed_optimizer: shard optimizer state over data-parallel ranks.
+        overlap: communicate gradients during backward and, with the distributed optimizer, parameters during the next
+            forward. Then parameters are stale after a step until `PolicyOptimizer.synchronize_parameters`.
+
+    Returns:
+        megatron DistributedDataParallel, one for each chunk.
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed_optimizer,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and distributed_optimizer,
+        # A gradient that is not finite is handled by PolicyOptimizer.step, on all ranks alike.
+        check_for_nan_in_grad=False,
+    )
+    model_config = chunks[0].config
+    model_config.calculate_per_token_loss = True
+    model_config.finalize_model_grads_func = _sum_gradients
+    wrapped = [
+        DistributedDataParallel(config=model_config, ddp_config=settings, module=chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    if overlap:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
+
+
+def _sum_gradients(model: list[Any], num_tokens: torch.Tensor | None = None, **options: Any) -> None:
+    """megatron's reduction of gradients over data, tensor (sequence) and embedding groups, without its division."""
+    from megatron.core.distributed import finalize_model_grads
+
+    finalize_model_grads(model, None, **options)
+
+
+class PolicyOptimizer:
+    """AdamW with weight decay on matrices only, gradient clipping and a schedule in successful steps.
+
+    Args:
+        chunks: from `wrap_data_parallel`.
+        config: the `optimizer` section.
+        total_steps: optimizer steps after which `linear` and `cosine` reach min_learning_rate.
+        dtype: of the parameters; bfloat16 keeps float32 main parameters.
+    """
+
+    def __init__(self, chunks: Sequence[Any], config: OptimizerConfig, *, total_steps: int, dtype: torch.dtype) -> None:
+        from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+        from megatron.core.optimizer import get_megatron_optimizer
+
+        apply_optimizer_patches()
+        self.config = config
+        self._chunks = list(chunks)
+        self._device = next(self._chunks[0].parameters()).device
+        settings = self._chunks[0].ddp_config
+        self.megatron = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.learning_rate,
+                min_lr=config.min_learning_rate,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.beta1,
+                adam_beta2=config.beta2,
+                adam_eps=config.epsilon,
+                clip_grad=config.gradient_clip,
+                bf16=dtype == torch.bfloat16,
+                params_dtype=dtype,
+                use_distributed_optimizer=settings.use_distributed_optimizer,
+                overlap_param_gather=settings.overlap_param_gather,
+            ),
+            self._chunks,
+            use_gloo_process_groups=False,
+        )
+        self._create_state()
+        self.scheduler = self._build_scheduler(total_steps)
+
+    @property
+    def learning_rate(self) -> float:
+        """Rate of the last step taken; before the first, the schedule's start."""
+        return float(self.megatron.param_groups[0]["lr"])
+
+    @property
+    def steps_taken(self) -> int:
+        """Successful steps, which is where the schedule stands."""
+        return int(self.scheduler.num_steps)
+
+    def zero_grad(self) -> None:
+        """Clear all gradients; to be called before the first backward of a step."""
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        # What `step` attached: for float32 parameters the buffer itself, into which autograd would add a second time.
+        for group in self.megatron.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> StepOutcome:
+        """Clip and step, or refuse on all ranks alike when any rank's gradients are not finite."""
+        overflow = self.megatron.prepare_grads()
+        norm = float(self.megatron.get_grad_norm())
+        if not all_ranks(not overflow and math.isfinite(norm), self._device):
+            return StepOutcome(stepped=False, gradient_norm=norm)
+        if self.config.gradient_clip > 0:
+            self._clip(norm)
+        self.scheduler.step(1)
+        self.megatron.step_with_ready_grads()
+        return StepOutcome(stepped=True, gradient_norm=norm)
+
+    def synchronize_parameters(self) -> None:
+        """Complete the parameters of every rank after a step whose parameter gather overlaps with the next forward.
+
+        Whoever reads parameters without a forward pass (publishing, export, checkpoint) needs it: without, each rank
+        has the new values of its own shard only. Costs nothing when there is no such overlap.
+        """
+        for chunk in self._chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+    def sharded_state_dict(self, model_state: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+        """State for megatron's dist_checkpointing, in a format that any later layout can read."""
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+        return self.megatron.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
+
+    def load_state_dict(self, state: dict[str, Any], *, steps_taken: int) -> None:
+        """Restore moments, main parameters and step counts; rates and decay follow the current configuration."""
+        self.megatron.load_state_dict(state)
+        # A state saved before the first step has no step counts, and the groups hold the rates of the run that saved.
+        self._create_state()
+        for group in self.megatron.param_groups:
+            group.update(max_lr=self.config.learning_rate, min_lr=self.config.min_learning_rate)
+            group.update(betas=(self.config.beta1, self.config.beta2), eps=self.config.epsilon)
+        self.scheduler.num_steps = steps_taken
+        self.scheduler.step(0)
+
+    def _build_scheduler(self, total_steps: int) -> Any:
+        """The schedule; building it switches weight decay off for norms and biases.
+
+        megatron's optimizer only notes `wd_mult = 0` for them. The scheduler multiplies, in its constructor and at each
+        of its steps: an optimizer stepped without one decays norms too.
+        """
+        from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+        config = self.config
+        return OptimizerParamScheduler(
+            self.megatron,
+            init_lr=0.0,
+            max_lr=config.learning_rate,
+            min_lr=config.min_learning_rate,
+            lr_warmup_steps=config.warmup_steps,
+            lr_decay_steps=max(total_steps, config.warmup_steps + 1),
+            lr_decay_style=config.schedule,
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    def _create_state(self) -> None:
+        """Allocate Adam's state now: saving and loading need it, also before the first step.
+
+        megatron's own initialisation leaves out the step count of torch's AdamW.
+        """
+        for part in self._parts():
+            part.init_state_fn(part.optimizer, part.config)
+            if not isinstance(part.optimizer, torch.optim.Adam):
+                continue
+            for state in part.optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0, dtype=torch.float32))
+
+    def _clip(self, norm: float) -> None:
+        from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+        for part in self._parts():
+            clip_grad_by_total_norm_fp32(part.get_parameters(), self.config.gradient_clip, norm)
+
+    def _parts(self) -> list[Any]:
+        """The optimizers of dense and of expert parameters that hold something on this rank."""
+        return [part for part in self.megatron.chained_optimizers if not part.is_stub_optimizer]

@@ -1,0 +1,126 @@
+"""Which part of the policy this rank holds: sizes, ranks and groups of every kind of parallelism."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron_entropic.config import PolicyConfig
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """This rank's place in the layout. Groups are megatron-core's own; sizes of 1 have a group of one."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    context_rank: int
+    context_size: int
+    sequence_parallel: bool
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    data_context_group: dist.ProcessGroup
+    """Ranks that hold the same parameters and different tokens (data x context parallel)."""
+    model_group: dist.ProcessGroup
+    """Ranks that together hold one replica of the policy (tensor x pipeline parallel)."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output layer, hence the token statistics."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def reports(self) -> bool:
+        """True on exactly one rank of each data-parallel replica: the first of its last stage's tensor ranks."""
+        return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last stage of this rank's own pipeline, the source of broadcasts within it."""
+        return dist.get_global_rank(self.pipeline_group, self.pipeline_size - 1)
+
+    @property
+    def token_multiple(self) -> int:
+        """Packed micro-batches must be a multiple of this: sequence parallelism gives each tensor rank equal tokens."""
+        return self.tensor_size if self.sequence_parallel else 1
+
+    def describe(self) -> str:
+        """Short name for messages, such as `rank 3 (tp 1, pp 1, dp 0)`."""
+        return f"rank {self.rank} (tp {self.tensor_rank}, pp {self.pipeline_rank}, dp {self.data_rank})"
+
+
+def layout_problems(policy: PolicyConfig, world_size: int) -> list[str]:
+    """Why a layout cannot be built on `world_size` ranks; empty if it can."""
+    problems = []
+    if policy.context_parallel > 1:
+        problems.append(f"context_parallel={policy.context_parallel}: context parallelism is not available yet, use 1")
+    if policy.expert_parallel > 1:
+        problems.append(f"expert_parallel={policy.expert_parallel}: expert parallelism is not available yet, use 1")
+    if policy.world_size != world_size:
+        problems.append(
+            f"tensor x pipeline x context x data parallel = {policy.world_size}, but there are {world_size} ranks"
+        )
+    return problems
+
+
+def initialise_model_parallel(policy: PolicyConfig) -> ParallelState:
+    """Creates megatron-core's process groups for this layout; torch.distributed must be initialised.
+
+    Raises:
+        ValueError: the layout is not supported or does not fit the number of ranks (all reasons in one message).
+    """
+    from megatron.core import parallel_state
+
+    problems = layout_problems(policy, dist.get_world_size())
+    if problems:
+        raise ValueError("the policy cannot be laid out as asked:\n" + "\n".join(f"  - {p}" for p in problems))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=policy.tensor_parallel,
+        pipeline_model_parallel_size=policy.pipeline_parallel,
+        context_parallel_size=policy.context_parallel,
+        expert_model_parallel_size=policy.expert_parallel,
+        distributed_timeout_minutes=policy.distributed_timeout_s / 60,
+    )
+    return _current_state(policy)
+
+
+def _current_state(policy: PolicyConfig) -> ParallelState:
+    from megatron.core import parallel_state
+
+    return ParallelState(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=policy.tensor_parallel,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=policy.pipeline_parallel,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=policy.data_parallel,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=policy.context_parallel,
+        # With one tensor rank there is nothing to split: megatron-core would only warn and switch it off.
+        sequence_parallel=policy.sequence_parallel and policy.tensor_parallel > 1,
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        model_group=parallel_state.get_model_parallel_group(),
+    )
+
+
+def destroy_model_parallel() -> None:
+    """Forgets the groups, so that another layout can be initialised in the same processes."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()

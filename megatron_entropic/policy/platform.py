@@ -1,0 +1,136 @@
+"""The one place that knows the device: CPU with gloo, or CUDA with NCCL, chosen once at start.
+
+A platform is taken before anything of megatron-core is used: it checks the installed version, silences known noise and,
+on a CPU, patches what assumes CUDA.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import resource
+from abc import ABC, abstractmethod
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from megatron_entropic.errors import PhaseTimeout
+from megatron_entropic.policy.cpu_patches import apply_cpu_patches
+from megatron_entropic.policy.megatron_versions import check_megatron_version, installed_megatron_version
+from megatron_entropic.policy.noise import silence_known_noise
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Platform(ABC):
+    """Device and communication of one policy rank."""
+
+    backend: str
+    """torch.distributed's name of the communication library."""
+    fused_kernels: bool
+    """Whether megatron-core's fused element-wise kernels are used."""
+    transformer_engine: bool
+    """Whether layers are Transformer Engine's, else megatron-core's with our norms and attention."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where this process's tensors live."""
+
+    @abstractmethod
+    def peak_memory_mb(self) -> float:
+        """Highest memory use of this process so far, in units of 2**20 bytes."""
+
+    def init_process_group(
+        self, *, rank: int, world_size: int, master_address: str, master_port: int, timeout_s: float
+    ) -> None:
+        """Joins the process group of all policy ranks; `timeout_s` also limits each of its collectives.
+
+        Raises:
+            PhaseTimeout: not all ranks joined in time.
+        """
+        try:
+            dist.init_process_group(
+                self.backend,
+                init_method=f"tcp://{master_address}:{master_port}",
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout_s),
+            )
+        except dist.DistError as error:
+            raise PhaseTimeout(
+                f"phase rendezvous: policy rank {rank} did not meet all {world_size} ranks at "
+                f"{master_address}:{master_port} within {timeout_s:g} s: {error}"
+            ) from error
+
+    def manual_seed(self, seed: int) -> None:
+        """Seeds torch and megatron-core's per-rank generators; model parallelism must be initialised."""
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed)
+
+
+class CpuPlatform(Platform):
+    """CPU with gloo."""
+
+    backend = "gloo"
+    fused_kernels = False
+    transformer_engine = False
+
+    def __init__(self, megatron_version: tuple[int, int]) -> None:
+        apply_cpu_patches(megatron_version)
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    def peak_memory_mb(self) -> float:
+        """Peak resident set of the process (Linux counts it in units of 1024 bytes)."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class CudaPlatform(Platform):
+    """CUDA with NCCL, one GPU a rank."""
+
+    backend = "nccl"
+    fused_kernels = True
+
+    def __init__(self) -> None:
+        self.transformer_engine = importlib.util.find_spec("transformer_engine") is not None
+        # A launcher that gives each process its own GPU makes it device 0; torchrun numbers them.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's GPU."""
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def peak_memory_mb(self) -> float:
+        """Peak of torch's allocator on this GPU."""
+        return torch.cuda.max_memory_allocated() / 2**20
+
+
+@functools.cache
+def select_platform(device: Device = "auto") -> Platform:
+    """The platform of this process; asked again, the same object.
+
+    Args:
+        device: "auto" takes CUDA where torch finds a GPU.
+
+    Raises:
+        ValueError: CUDA asked for where there is none, or megatron-core missing or of an unknown version.
+    """
+    version = check_megatron_version(installed_megatron_version())
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch finds no GPU (cluster.device=cpu runs without one)")
+    silence_known_noise()
+    # One hardware queue keeps megatron-core's communication ahead of the computation it overlaps with; it insists.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        return CudaPlatform()
+    return CpuPlatform(version)

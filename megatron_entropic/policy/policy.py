@@ -1,0 +1,305 @@
+"""One policy rank: everything the driver can ask of it. Every method is called on all ranks together.
+
+    score --> old log-probs, entropy of the batch --> update (one optimizer step) --> publish, save, export
+
+The driver calls it through an actor; nothing here knows how.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_entropic.config import Config
+from megatron_entropic.policy import checkpoint
+from megatron_entropic.policy.collectives import sum_of_token_statistics
+from megatron_entropic.policy.control import (
+    EntropyControl,
+    EntropyMeasurement,
+    build_control,
+    collect_control_state,
+    restore_control_state,
+)
+from megatron_entropic.policy.export import export_hf
+from megatron_entropic.policy.gradient_step import GradientStep
+from megatron_entropic.policy.load_weights import load_weights
+from megatron_entropic.policy.loss import LossSettings
+from megatron_entropic.policy.optimizer import PolicyOptimizer, wrap_data_parallel
+from megatron_entropic.policy.parallel import destroy_model_parallel, initialise_model_parallel
+from megatron_entropic.policy.platform import Device, select_platform
+from megatron_entropic.policy.publish import BUCKET_BYTES, Publisher, SenderType
+from megatron_entropic.policy.score import score_sequences
+from megatron_entropic.policy.transformer_config import DTYPES
+from megatron_entropic.policy.update import PolicyUpdate
+from megatron_entropic.policy.warm_start import warm_start_optimizer, warm_start_step
+from megatron_entropic.types import Scores, Sequence
+from megatron_entropic.weights.dimensions import read_dimensions
+from megatron_entropic.weights.parameter_map import ParameterMap
+from megatron_entropic.weights.plan import PublishPlan, publish_plan
+from megatron_entropic.weights.transport import GlooSender
+
+if TYPE_CHECKING:
+    from megatron_entropic.policy.model import PolicyModel
+
+
+class Policy:
+    """One rank's part of the policy: process group, model, optimizer, entropy control.
+
+    Args:
+        config: of the run.
+        rank, world_size, master_address, master_port: of the process group of all policy ranks.
+        device: "auto" takes CUDA where there is one.
+        sender_type: what carries weights to the rollout engines.
+
+    Attributes that others build on: `platform`, `parallel`, `parameter_map` (with `.dimensions`), `model` (this rank's
+    stage, not wrapped), `plan` (buckets of its parameters), `optimizer`.
+
+    Raises:
+        ValueError: the model directory or the layout does not work; all reasons in one message.
+        PhaseTimeout: not all ranks joined in time.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        rank: int,
+        world_size: int,
+        master_address: str,
+        master_port: int,
+        device: Device = "auto",
+        sender_type: SenderType = GlooSender,
+    ) -> None:
+        self.config = config
+        self.platform = select_platform(device)
+        self.platform.init_process_group(
+            rank=rank,
+            world_size=world_size,
+            master_address=master_address,
+            master_port=master_port,
+            timeout_s=config.policy.distributed_timeout_s,
+        )
+        self.parallel = initialise_model_parallel(config.policy)
+        self.platform.manual_seed(config.run.seed)
+        self.parameter_map = ParameterMap(read_dimensions(config.model.hf_dir))
+        self.model = self._load(config.model.hf_dir)
+        self._reference = self._load_reference() if config.algorithm.kl.coefficient > 0 else None
+        self._wrapped = wrap_data_parallel(
+            [self.model],
+            distributed_optimizer=config.policy.distributed_optimizer,
+            overlap=self.platform.backend == "nccl",
+        )
+        self._machinery = GradientStep(
+            self._wrapped[0], self.parallel, self.platform.device, config.policy.tokens_per_microbatch
+        )
+        self._control = build_control(config, self.parallel, self.platform.device)
+        settings = LossSettings.from_config(config)
+        self._update = PolicyUpdate(self._machinery, settings, config.rollout.temperature, self._control)
+        self.plan = self._plan()
+        self._publisher = self._build_publisher(master_address, sender_type)
+        self._scored: EntropyMeasurement | None = None
+        self._freshly_scored = False
+        self._warming_up = config.warm_start.steps > 0
+        self.optimizer = self._build_optimizer()
+
+    def score(self, sequences: list[Sequence], *, reference: bool = False) -> Scores | None:
+        """Log-probs and entropies of this replica's response tokens at the rollout temperature, without gradients.
+
+        The entropy of all replicas' tokens becomes the measurement that drives alpha.
+
+        Args:
+            sequences: of this replica; may be empty.
+            reference: under the frozen reference weights, for the KL penalty; measures nothing.
+
+        Returns:
+            On one rank of each replica (`parallel.reports`) statistics in the caller's order, else None.
+
+        Raises:
+            ValueError: the reference is asked for, but algorithm.kl.coefficient is 0.
+        """
+        model = self._reference if reference else self._machinery.model
+        if model is None:
+            raise ValueError("no reference model: algorithm.kl.coefficient is 0")
+        scores: Scores | None = Scores([], [])
+        if sequences:
+            scores = score_sequences(
+                model,
+                sequences,
+                self.parallel,
+                temperature=self.config.rollout.temperature,
+                tokens_per_microbatch=self.config.policy.tokens_per_microbatch,
+            )
+        if not reference:
+            self._measure(scores)
+        return scores if self.parallel.reports else None
+
+    def update(self, minibatch: list[Sequence]) -> dict[str, float]:
+        """One optimizer step on this replica's part of a mini-batch.
+
+        Returns:
+            Metrics, equal on all ranks; see `PolicyUpdate.step`.
+
+        Raises:
+            ValueError: a sequence lacks what the loss reads, nothing was scored yet, or the warm start has not ended.
+            RuntimeError: the controller's replicas differ between ranks.
+        """
+        if self._warming_up:
+            raise ValueError("the warm start has not ended: begin_reinforcement_learning() comes before update()")
+        metrics = self._update.step(minibatch, self.optimizer, freshly_scored=self._freshly_scored)
+        if not metrics["optimizer/skipped"]:
+            self._freshly_scored = False
+        if self._control is None and self._scored is not None:
+            # Nothing is controlled, but a run without control is compared with one that has it.
+            metrics |= {"entropy/mean": self._scored.mean, "entropy/alpha": 0.0, "entropy/alpha_unclipped": 0.0}
+            metrics |= {"entropy/target": self.config.entropy_control.target, "entropy/integral": 0.0}
+        return metrics
+
+    def warm_start_step(self, sequences: list[Sequence]) -> dict[str, float]:
+        """One supervised optimizer step: maximum likelihood of the responses of all replicas."""
+        metrics = warm_start_step(self._machinery, sequences, self.optimizer)
+        self._freshly_scored = False
+        return metrics
+
+    def begin_reinforcement_learning(self) -> None:
+        """Fresh optimizer state with the schedule of the `optimizer` section; ends the warm start."""
+        self._warming_up = False
+        self.synchronize_parameters()
+        del self.optimizer  # its state is as large as the next one's
+        self.optimizer = self._build_optimizer()
+
+    def save_checkpoint(self, directory: Path, driver_state: dict[str, Any]) -> None:
+        """Write everything this run needs to go on, with the driver's own JSON state, atomically.
+
+        Older checkpoints beside it are deleted down to `checkpoint.keep_last`.
+
+        Raises:
+            CheckpointError: on every rank; earlier checkpoints are complete.
+        """
+        self.synchronize_parameters()
+        state = {
+            "warming_up": self._warming_up,
+            "control": collect_control_state(self._control, self.parallel),
+            "scored": None if self._scored is None else [self._scored.entropy_sum, self._scored.token_count],
+            "driver": driver_state,
+        }
+        keep_last = self.config.checkpoint.keep_last
+        checkpoint.save_checkpoint(directory, self.model, self.optimizer, state, keep_last=keep_last)
+
+    def load_checkpoint(self, directory: Path) -> dict[str, Any]:
+        """Restore a checkpoint of any layout; returns the driver's state.
+
+        Raises:
+            CheckpointError: not a complete checkpoint, or it does not fit the model.
+        """
+        if self._warming_up and not checkpoint.read_state(directory)["state"]["warming_up"]:
+            self.begin_reinforcement_learning()
+        state = checkpoint.load_checkpoint(directory, self.model, self.optimizer)
+        restore_control_state(self._control, state["control"], self.parallel)
+        self._scored = None if state["scored"] is None else EntropyMeasurement(*state["scored"])
+        self._freshly_scored = False
+        return state["driver"]
+
+    def export_hf(self, output_dir: Path) -> None:
+        """Write the policy as a Hugging Face directory that transformers and vLLM load."""
+        self.synchronize_parameters()
+        export_hf(
+            output_dir,
+            self.model,
+            self.plan,
+            self.parameter_map,
+            self.parallel,
+            template_dir=self.config.model.hf_dir,
+        )
+
+    def publish_plan(self) -> PublishPlan:
+        """The buckets that `publish` sends, in order."""
+        return self.plan
+
+    def open_transport(self, receivers: int) -> dict[str, Any]:
+        """Begin a weight-transfer rendezvous with `receivers` engine workers; rank 0 returns how to connect."""
+        return self._publisher.open(receivers)
+
+    def accept_receivers(self) -> None:
+        """Wait until all engine workers have joined."""
+        self._publisher.accept()
+
+    def publish(self) -> None:
+        """Send the current weights to all engines, which must be receiving."""
+        self.synchronize_parameters()
+        self._publisher.publish()
+
+    def synchronize_parameters(self) -> None:
+        """Make `model`'s parameters current; whoever reads them without a forward pass calls this first."""
+        self.optimizer.synchronize_parameters()
+
+    def close(self) -> None:
+        """Leave the engines and the process group."""
+        self._publisher.close()
+        destroy_model_parallel()
+        dist.destroy_process_group()
+
+    def peak_memory_mb(self) -> float:
+        """Highest memory use of this rank so far, MiB."""
+        return self.platform.peak_memory_mb()
+
+    def _load(self, hf_dir: Path) -> PolicyModel:
+        # Imports megatron-core, which the platform must have prepared for.
+        from megatron_entropic.policy.model import build_model
+
+        dimensions = self.parameter_map.dimensions
+        model = build_model(dimensions, self.config.policy, self.config.model.dtype, self.parallel, self.platform)
+        load_weights(model, hf_dir, self.parallel)
+        return model
+
+    def _load_reference(self) -> PolicyModel:
+        reference_dir = self.config.algorithm.kl.reference_hf_dir or self.config.model.hf_dir
+        if read_dimensions(reference_dir) != self.parameter_map.dimensions:
+            raise ValueError(f"algorithm.kl.reference_hf_dir={reference_dir} is not of the policy's architecture")
+        model = self._load(reference_dir)
+        model.requires_grad_(False)
+        return model
+
+    def _plan(self) -> PublishPlan:
+        return publish_plan(
+            self.parameter_map,
+            pipeline_parallel=self.parallel.pipeline_size,
+            tensor_parallel=self.parallel.tensor_size,
+            bucket_bytes=BUCKET_BYTES,
+            dtype=self.config.model.dtype,
+        )
+
+    def _build_publisher(self, host: str, sender_type: SenderType) -> Publisher:
+        return Publisher(
+            self.plan,
+            self.parameter_map,
+            self.model,
+            self.parallel,
+            host=host,
+            # Shorter than the driver's limit of the whole publication: this error says more.
+            timeout_s=0.9 * self.config.cluster.publish_timeout_s,
+            sender_type=sender_type,
+        )
+
+    def _build_optimizer(self) -> PolicyOptimizer:
+        config = self.config
+        total_steps = config.train.steps * config.algorithm.optimizer_steps_per_rollout
+        return PolicyOptimizer(
+            self._wrapped,
+            warm_start_optimizer(config) if self._warming_up else config.optimizer,
+            total_steps=config.warm_start.steps if self._warming_up else total_steps,
+            dtype=DTYPES[config.model.dtype],
+        )
+
+    def _measure(self, scores: Scores | None) -> None:
+        local = torch.zeros(2, dtype=torch.float64, device=self.platform.device)
+        # Scores hold whole sequences on each context-parallel rank: one of them counts.
+        if scores is not None and self.parallel.context_rank == 0:
+            local[0] = sum(float(entropies.double().sum()) for entropies in scores.entropies)
+            local[1] = sum(entropies.numel() for entropies in scores.entropies)
+        self._scored = EntropyMeasurement(*sum_of_token_statistics(local, self.parallel).tolist())
+        self._freshly_scored = True
+        if isinstance(self._control, EntropyControl):
+            self._control.scored(self._scored)

@@ -1,0 +1,50 @@
+"""RoPE of packed sequences in one gather, and Llama 3's frequencies.
+
+megatron-core applies RoPE to packed sequences one segment after the other; with hundreds of short segments that loop
+costs more than the arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def packed_positions(cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """[T] int64, the position of each packed token within its segment, from `cu_seqlens` [segments + 1]."""
+    starts = cu_seqlens[:-1].long()
+    lengths = cu_seqlens[1:].long() - starts
+    return torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device) - starts.repeat_interleave(lengths)
+
+
+def apply_rotary_packed(
+    tensor: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, *_unused: Any, **_options: Any
+) -> torch.Tensor:
+    """Stands for megatron-core's `_apply_rotary_pos_emb_thd`, with its arguments.
+
+    Args:
+        tensor: [T, heads, head_dim], all of which is rotated, in halves (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
+        cu_seqlens: [segments + 1] int32; the last is T.
+        freqs: [max_s, 1, 1, head_dim] angles in float32, by position within a segment.
+    """
+    positions = packed_positions(cu_seqlens)
+    # [max_s, 1, d] before the gather: the cosine is taken once for each position, not for each token.
+    cos = freqs.squeeze(2).cos().to(tensor.dtype)[positions]
+    sin = freqs.squeeze(2).sin().to(tensor.dtype)[positions]
+    first, second = tensor.chunk(2, dim=-1)
+    return tensor * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def scale_frequencies(rotary: Any, rope_scaling: dict[str, Any]) -> None:
+    """Gives a megatron-core RotaryEmbedding Llama 3's frequencies, with the parameters of config.json.
+
+    The formula is megatron-core's; its constructor exposes only the factor, not the three other parameters.
+    """
+    rotary.inv_freq = rotary._apply_scaling(
+        rotary.inv_freq,
+        factor=rope_scaling["factor"],
+        low_freq_factor=rope_scaling["low_freq_factor"],
+        high_freq_factor=rope_scaling["high_freq_factor"],
+        original_max_position_embeddings=rope_scaling["original_max_position_embeddings"],
+    )

@@ -1,0 +1,67 @@
+"""The score pass: log-probabilities and entropies of responses under the current weights, without gradients."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_entropic.policy.forward import OutputOptions, TokenStatistics, run_forward
+from megatron_entropic.policy.microbatch import MicroBatch, pack
+from megatron_entropic.policy.parallel import ParallelState
+from megatron_entropic.types import Scores, Sequence
+
+Scored = tuple[tuple[int, ...], list[torch.Tensor], list[torch.Tensor]]
+
+
+def score(
+    model: torch.nn.Module, micro_batches: list[MicroBatch], state: ParallelState, *, temperature: float
+) -> Scores | None:
+    """Scores the response tokens of packed sequences; every rank of the replica calls it with the same micro-batches.
+
+    Args:
+        model: This rank's pipeline stage, wrapped for data parallelism or not.
+        micro_batches: From `microbatch.pack`.
+        temperature: Statistics are those of softmax(logits / temperature).
+
+    Returns:
+        On the last stage (all its tensor ranks alike) float32 CPU tensors in the order of the sequences given to
+        `pack`; None on other stages.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        scored = run_forward(model, micro_batches, _to_host, OutputOptions(temperature=temperature))
+    finally:
+        model.train(was_training)
+    return _in_callers_order(scored) if state.is_last_stage else None
+
+
+def score_sequences(
+    model: torch.nn.Module,
+    sequences: list[Sequence],
+    state: ParallelState,
+    *,
+    temperature: float,
+    tokens_per_microbatch: int,
+) -> Scores | None:
+    """`score` of sequences not packed yet."""
+    micro_batches = pack(sequences, tokens_per_microbatch, token_multiple=state.token_multiple)
+    return score(model, micro_batches, state, temperature=temperature)
+
+
+def _to_host(micro_batch: MicroBatch, statistics: TokenStatistics) -> Scored:
+    assert statistics.entropies is not None
+    return (
+        micro_batch.indices,
+        micro_batch.split(statistics.logprobs.cpu()),
+        micro_batch.split(statistics.entropies.cpu()),
+    )
+
+
+def _in_callers_order(scored: list[Scored]) -> Scores:
+    logprobs: dict[int, torch.Tensor] = {}
+    entropies: dict[int, torch.Tensor] = {}
+    for indices, some_logprobs, some_entropies in scored:
+        logprobs.update(zip(indices, some_logprobs, strict=True))
+        entropies.update(zip(indices, some_entropies, strict=True))
+    order = sorted(logprobs)
+    return Scores([logprobs[i] for i in order], [entropies[i] for i in order])

@@ -1,0 +1,161 @@
+"""The megatron backend of `megatron-entropic score`: the policy's own score pass over a file, in any layout.
+
+    parent   check input, write the job, run the ranks, merge their results, write the output
+    rank     load its shard, score its data-parallel share, write scores-<data rank>.json
+
+Ranks are processes of this machine; Ray is not involved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_entropic.config import Dtype, PolicyConfig
+from megatron_entropic.data.token_file import TokenLine, read_token_file, write_scored_file
+from megatron_entropic.policy.data_parallel import data_parallel_shards
+from megatron_entropic.policy.load_weights import load_weights
+from megatron_entropic.policy.local_ranks import run_local_ranks, tell_phase
+from megatron_entropic.policy.microbatch import pack
+from megatron_entropic.policy.parallel import ParallelState, initialise_model_parallel, layout_problems
+from megatron_entropic.policy.platform import Device, Platform, select_platform
+from megatron_entropic.policy.score import score
+from megatron_entropic.types import Scores, Sequence
+from megatron_entropic.weights.hf_io import HfReader
+
+_MICROBATCHES_PER_REPORT = 16
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the parent hands to the ranks, as job.json."""
+
+    hf_dir: str
+    policy: dict[str, Any]
+    temperature: float
+    dtype: Dtype
+    device: Device
+    tokens: list[list[int]]
+    prompt_lengths: list[int]
+
+
+def score_file(
+    hf_dir: Path,
+    tokens_path: Path,
+    output_path: Path,
+    policy: PolicyConfig,
+    temperature: float,
+    dtype: Dtype,
+    device: Device,
+) -> None:
+    """Scores every line of a token file with a policy laid out over `policy.world_size` processes of this machine.
+
+    Raises:
+        FileNotFoundError, ValueError: bad input (model, layout or lines), before any process starts.
+        PeerDied, PhaseTimeout: a rank failed or all stood still for `policy.distributed_timeout_s`.
+    """
+    dimensions = HfReader(hf_dir).parameter_map.dimensions
+    lines = read_token_file(tokens_path, dimensions.vocab_size)
+    problems = [
+        *layout_problems(policy, policy.world_size),
+        *dimensions.parallel_problems(policy.tensor_parallel, policy.pipeline_parallel),
+    ]
+    if temperature <= 0:
+        problems.append(f"temperature {temperature:g} must be positive")
+    if policy.data_parallel > len(lines):
+        problems.append(f"data_parallel={policy.data_parallel}, but there are {len(lines)} sequences")
+    if problems:
+        raise ValueError(f"{hf_dir} cannot be scored as asked:\n" + "\n".join(f"  - {p}" for p in problems))
+    job = _Job(
+        hf_dir=str(Path(hf_dir).absolute()),
+        policy=policy.model_dump(),
+        temperature=temperature,
+        dtype=dtype,
+        device=device,
+        tokens=[line.tokens for line in lines],
+        prompt_lengths=[line.prompt_length for line in lines],
+    )
+    with tempfile.TemporaryDirectory(prefix="megatron-entropic-score-") as folder:
+        _run_job(job, Path(folder), policy)
+        _write_output(output_path, lines, Path(folder), policy.data_parallel)
+
+
+def _run_job(job: _Job, job_dir: Path, policy: PolicyConfig) -> None:
+    (job_dir / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
+    run_local_ranks(__name__, job_dir, policy.world_size, stall_timeout_s=policy.distributed_timeout_s)
+
+
+def _write_output(output_path: Path, lines: list[TokenLine], job_dir: Path, data_parallel: int) -> None:
+    scored: dict[str, tuple[list[float], list[float]]] = {}
+    for data_rank in range(data_parallel):
+        scored |= json.loads((job_dir / f"scores-{data_rank}.json").read_text(encoding="utf-8"))
+    in_order = [scored[str(index)] for index in range(len(lines))]
+    write_scored_file(output_path, lines, [pair[0] for pair in in_order], [pair[1] for pair in in_order])
+
+
+def run_rank(job_dir: Path) -> None:
+    """One rank of a job, from start to end; reads its place from the environment."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    job = _Job(**json.loads((job_dir / "job.json").read_text(encoding="utf-8")))
+    policy = PolicyConfig(**job.policy)
+    tell_phase(job_dir, rank, "rendezvous")
+    platform = select_platform(job.device)
+    platform.init_process_group(
+        rank=rank,
+        world_size=world_size,
+        master_address=os.environ["MASTER_ADDR"],
+        master_port=int(os.environ["MASTER_PORT"]),
+        timeout_s=policy.distributed_timeout_s,
+    )
+    state = initialise_model_parallel(policy)
+    tell_phase(job_dir, rank, "load weights")
+    model = _load_model(job, policy, platform, state)
+    indices, results = _score_own_share(model, job, policy, state, job_dir)
+    if state.reports:
+        scored = {
+            index: (logprobs.tolist(), entropies.tolist())
+            for index, logprobs, entropies in zip(indices, results.logprobs, results.entropies, strict=True)
+        }
+        (job_dir / f"scores-{state.data_rank}.json").write_text(json.dumps(scored), encoding="utf-8")
+    torch.distributed.destroy_process_group()
+
+
+def _load_model(job: _Job, policy: PolicyConfig, platform: Platform, state: ParallelState) -> torch.nn.Module:
+    from megatron_entropic.policy.model import build_model
+
+    platform.manual_seed(0)
+    dimensions = HfReader(Path(job.hf_dir)).parameter_map.dimensions
+    model = build_model(dimensions, policy, job.dtype, state, platform)
+    load_weights(model, Path(job.hf_dir), state)
+    return model
+
+
+def _score_own_share(
+    model: torch.nn.Module, job: _Job, policy: PolicyConfig, state: ParallelState, job_dir: Path
+) -> tuple[list[int], Scores]:
+    """Indices into the file and scores of this replica's sequences, scores in that order (last stage only)."""
+    own = data_parallel_shards([len(tokens) for tokens in job.tokens], state.data_size)[state.data_rank]
+    sequences = [Sequence(torch.tensor(job.tokens[i]), job.prompt_lengths[i]) for i in own]
+    micro_batches = pack(sequences, policy.tokens_per_microbatch, token_multiple=state.token_multiple)
+    order: list[int] = []
+    scored = Scores([], [])
+    for first in range(0, len(micro_batches), _MICROBATCHES_PER_REPORT):
+        tell_phase(job_dir, state.rank, f"score micro-batch {first} of {len(micro_batches)}")
+        some = micro_batches[first : first + _MICROBATCHES_PER_REPORT]
+        order += sorted(index for micro_batch in some for index in micro_batch.indices)
+        scores = score(model, some, state, temperature=job.temperature)
+        if scores is not None:
+            scored.logprobs.extend(scores.logprobs)
+            scored.entropies.extend(scores.entropies)
+    return [own[index] for index in order], scored
+
+
+if __name__ == "__main__":
+    run_rank(Path(sys.argv[1]))

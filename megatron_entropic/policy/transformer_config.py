@@ -1,0 +1,97 @@
+"""Model dimensions and layout -> megatron-core's TransformerConfig."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_entropic.config import Dtype, PolicyConfig
+from megatron_entropic.policy.parallel import ParallelState
+from megatron_entropic.policy.platform import Platform
+from megatron_entropic.weights.dimensions import ModelDimensions
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build_transformer_config(
+    dimensions: ModelDimensions, policy: PolicyConfig, dtype: Dtype, state: ParallelState, platform: Platform
+) -> TransformerConfig:
+    """The configuration every module of this rank's model shares.
+
+    Raises:
+        ValueError: the layout does not divide the model.
+    """
+    from megatron.core.transformer import TransformerConfig
+
+    dimensions.check_parallel(state.tensor_size, state.pipeline_size)
+    params_dtype = DTYPES[dtype]
+    return TransformerConfig(
+        **_architecture(dimensions),
+        **_fusions(platform),
+        **_recompute(policy),
+        tensor_model_parallel_size=state.tensor_size,
+        pipeline_model_parallel_size=state.pipeline_size,
+        context_parallel_size=state.context_size,
+        sequence_parallel=state.sequence_parallel,
+        params_dtype=params_dtype,
+        pipeline_dtype=params_dtype,
+        bf16=params_dtype is torch.bfloat16,
+        # Micro-batches are packed without padding, so each has its own length.
+        variable_seq_lengths=True,
+        # Looked at for dense models too: the default excludes variable lengths.
+        moe_token_dispatcher_type="alltoall",
+        batch_p2p_comm=False,
+        deallocate_pipeline_outputs=True,
+        # Parameters stay uninitialised until `load_weights` has filled every one of them.
+        init_method=_leave_uninitialised,
+        output_layer_init_method=_leave_uninitialised,
+    )
+
+
+def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _architecture(dimensions: ModelDimensions) -> dict[str, Any]:
+    return {
+        "num_layers": dimensions.num_layers,
+        "hidden_size": dimensions.hidden_size,
+        "ffn_hidden_size": dimensions.ffn_hidden_size,
+        "num_attention_heads": dimensions.num_attention_heads,
+        "num_query_groups": dimensions.num_query_groups,
+        "kv_channels": dimensions.head_dim,
+        "qk_layernorm": dimensions.qk_norm,
+        "add_qkv_bias": dimensions.qkv_bias,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": dimensions.rms_norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
+def _fusions(platform: Platform) -> dict[str, Any]:
+    """Fused kernels exist on CUDA only, those of RoPE in Transformer Engine only."""
+    return {
+        "bias_activation_fusion": platform.fused_kernels,
+        "bias_dropout_fusion": platform.fused_kernels,
+        "apply_rope_fusion": platform.transformer_engine,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+    }
+
+
+def _recompute(policy: PolicyConfig) -> dict[str, Any]:
+    if policy.recompute == "none":
+        return {}
+    if policy.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

@@ -1,0 +1,166 @@
+"""One optimizer step of EntroPIC: counts, alpha, forward and backward of all micro-batches, step, controller, metrics.
+
+    global counts --> alpha --> 1F1B over micro-batches --> clip and step, or refuse --> controller advances
+
+Alpha is fixed before the first backward pass and is the same on every rank (specification S2).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_entropic.policy.control import EntropyControl, EntropyMeasurement, MicrobatchLocalControl
+from megatron_entropic.policy.forward import OutputOptions, TokenStatistics
+from megatron_entropic.policy.gradient_step import GradientStep
+from megatron_entropic.policy.loss import (
+    SUMS,
+    LossSettings,
+    count_high_prob,
+    local_normalizers,
+    microbatch_loss,
+    token_fields,
+)
+from megatron_entropic.policy.microbatch import MicroBatch
+from megatron_entropic.policy.normalizers import Normalizers, global_counts
+from megatron_entropic.policy.optimizer import PolicyOptimizer, StepOutcome
+from megatron_entropic.types import Sequence
+
+LOCAL_SUMS = ("alpha", "alpha_unclipped", "integral", "microbatches")
+"""What `feedback: microbatch_local` measures besides SUMS."""
+
+
+class PolicyUpdate:
+    """The update step of one rank.
+
+    Args:
+        machinery: of this rank.
+        settings: knobs of the loss.
+        temperature: of the rollout; all statistics are those of softmax(logits / temperature).
+        control: None when the controller is off: then no entropy is computed and the loss is the base loss.
+    """
+
+    def __init__(
+        self,
+        machinery: GradientStep,
+        settings: LossSettings,
+        temperature: float,
+        control: EntropyControl | MicrobatchLocalControl | None,
+    ) -> None:
+        self._machinery = machinery
+        self._settings = settings
+        self._temperature = temperature
+        self._replicated = control if isinstance(control, EntropyControl) else None
+        self._local = control if isinstance(control, MicrobatchLocalControl) else None
+
+    def step(self, sequences: list[Sequence], optimizer: PolicyOptimizer, *, freshly_scored: bool) -> dict[str, float]:
+        """One optimizer step.
+
+        Args:
+            sequences: this replica's part of the mini-batch, with advantages and old_logprobs, and rollout_logprobs or
+                reference_logprobs where the configured loss reads them.
+            optimizer: to step.
+            freshly_scored: old_logprobs are those of the current weights, so high-probability tokens can be counted
+                without another forward pass.
+
+        Returns:
+            Metrics, equal on all ranks: loss/policy, loss/entropic, loss/kl, ratio/clip_fraction, ratio/mean,
+            grad_norm, learning_rate, optimizer/skipped, response/tokens, entropy/high_prob_fraction,
+            entropy/nonzero_advantage_fraction, and those of the controller.
+
+        Raises:
+            ValueError: a sequence lacks what the loss reads, or entropy control has no usable measurement.
+            RuntimeError: the controller's replicas differ between ranks.
+        """
+        for sequence in sequences:
+            token_fields([sequence], self._settings, torch.device("cpu"))
+        batch = self._machinery.align(sequences)
+        counts = self._counts(sequences, batch, freshly_scored)
+        alpha = self._replicated.alpha_for_step() if self._replicated else None
+        entropy = self._local is not None or (self._replicated is not None and self._replicated.measures_updates)
+        options = OutputOptions(temperature=self._temperature, entropy=entropy)
+        width = len(SUMS) + (len(LOCAL_SUMS) if self._local else 0)
+
+        def share(micro_batch: MicroBatch, statistics: TokenStatistics) -> tuple[torch.Tensor, torch.Tensor]:
+            return self._share(micro_batch, statistics, counts, alpha, len(sequences))
+
+        sums, outcome = self._machinery.run(batch, share, options, optimizer, width=width)
+        measured = dict(zip((*SUMS, *LOCAL_SUMS), sums.tolist(), strict=False))
+        if self._replicated:
+            measurement = EntropyMeasurement(measured["entropy"], measured["tokens"]) if entropy else None
+            has_advantage = measured["nonzero_advantage"] > 0
+            self._replicated.commit(measurement, stepped=outcome.stepped, has_advantage=has_advantage)
+        return self._metrics(measured, outcome, optimizer)
+
+    def _counts(self, sequences: list[Sequence], batch: list[MicroBatch], freshly_scored: bool) -> Normalizers:
+        machinery, settings = self._machinery, self._settings
+        if not settings.high_prob_denominator or self._local:
+            return global_counts(sequences, machinery.parallel, machinery.device)
+        if freshly_scored:
+            scored = [sequence.old_logprobs for sequence in sequences if sequence.old_logprobs is not None]
+            own = sum(count_high_prob(logprobs, settings) for logprobs in scored)
+            return global_counts(sequences, machinery.parallel, machinery.device, own)
+        options = OutputOptions(temperature=self._temperature, entropy=False)
+        everywhere = machinery.measure(batch, lambda logprobs: count_high_prob(logprobs, settings), options)
+        counts = global_counts(sequences, machinery.parallel, machinery.device)
+        return Normalizers(counts.tokens, counts.sequences, everywhere)
+
+    def _share(
+        self,
+        micro_batch: MicroBatch,
+        statistics: TokenStatistics,
+        counts: Normalizers,
+        alpha: float | None,
+        minibatch_sequences: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        fields = token_fields(micro_batch.sequences, self._settings, self._machinery.device)
+        logprobs, entropies = statistics.logprobs, statistics.entropies
+        if self._local is None:
+            return microbatch_loss(logprobs, entropies, fields, self._settings, counts, alpha)
+        assert entropies is not None
+        n_sequences = len(micro_batch.sequences)
+        local_alpha = self._local.alpha(entropies, n_sequences, minibatch_sequences)
+        local = local_normalizers(fields, minibatch_sequences, self._machinery.parallel.data_size)
+        loss, sums = microbatch_loss(logprobs, entropies, fields, self._settings, local, local_alpha)
+        controller = self._local.controller
+        own = [local_alpha, controller.alpha_unclipped, controller.integral, 1.0]
+        return loss, torch.cat([sums, torch.tensor(own, dtype=torch.float64, device=sums.device)])
+
+    def _metrics(
+        self, measured: dict[str, float], outcome: StepOutcome, optimizer: PolicyOptimizer
+    ) -> dict[str, float]:
+        tokens = measured["tokens"]
+        metrics = {
+            "loss/policy": measured["policy_loss"],
+            "loss/entropic": measured["entropic_loss"],
+            "loss/kl": measured["kl_loss"],
+            "ratio/clip_fraction": measured["clipped"] / tokens,
+            "ratio/mean": measured["ratio"] / tokens,
+            "entropy/high_prob_fraction": measured["high_prob"] / tokens,
+            "entropy/nonzero_advantage_fraction": measured["nonzero_advantage"] / tokens,
+            "response/tokens": tokens,
+            "grad_norm": outcome.gradient_norm,
+            "learning_rate": optimizer.learning_rate,
+            "optimizer/skipped": float(not outcome.stepped),
+        }
+        if self._replicated:
+            return metrics | self._replicated.metrics()
+        if self._local:
+            return metrics | _local_metrics(measured, self._local)
+        return metrics
+
+
+def _local_metrics(measured: dict[str, float], control: MicrobatchLocalControl) -> dict[str, float]:
+    """Means over all micro-batches of all replicas, which each had an alpha of their own."""
+    controller = control.controller
+    mean = {name: measured[name] / measured["microbatches"] for name in LOCAL_SUMS[:3]}
+    entropy = measured["entropy"] / measured["tokens"]
+    return {
+        "entropy/mean": entropy,
+        "entropy/target": controller.target,
+        "entropy/error": entropy - controller.target,
+        "entropy/proportional": controller.kp * (entropy - controller.target),
+        "entropy/integral_term": controller.ki * mean["integral"],
+        "entropy/alpha": mean["alpha"],
+        "entropy/alpha_unclipped": mean["alpha_unclipped"],
+        "entropy/integral": mean["integral"],
+    }

@@ -1,0 +1,132 @@
+"""The update step written out plainly over a transformers model in float64: loops, one sequence at a time, torch AdamW.
+
+Nothing of the project is used here, so that an error in its formulas cannot cancel.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def load_model(hf_dir: Path) -> Any:
+    """The model in float64."""
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).double().eval()
+
+
+def statistics(model: Any, sequences: list[dict], temperature: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(log-probs, entropies) [R] of every response, with gradient."""
+    result = []
+    for sequence in sequences:
+        tokens, prompt = sequence["tokens"], sequence["prompt_length"]
+        logits = model(torch.tensor([tokens])).logits[0, prompt - 1 : -1] / temperature
+        logprobs = logits.log_softmax(-1)
+        chosen = logprobs.gather(-1, torch.tensor(tokens[prompt:]).unsqueeze(-1)).squeeze(-1)
+        result.append((chosen, -(logprobs.exp() * logprobs).sum(-1)))
+    return result
+
+
+def mean_entropy(stats: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Token mean over all responses."""
+    entropies = torch.cat([entropy.detach() for _, entropy in stats])
+    return float(entropies.mean())
+
+
+def loss_terms(stats: list[tuple[torch.Tensor, torch.Tensor]], sequences: list[dict], case: dict, alpha: float) -> dict:
+    """policy, entropic and kl of the specification, each a scalar with gradient, and the counts behind the metrics."""
+    n_tokens = sum(len(s["advantages"]) for s in sequences)
+    n_high = sum(int((lp.exp() > case["tau"]).sum()) for lp, _ in stats)
+    terms = {"policy": 0.0, "entropic": 0.0, "kl": 0.0}
+    clipped = 0
+    for (logprobs, _), sequence in zip(stats, sequences, strict=True):
+        high_here = int((logprobs.exp() > case["tau"]).sum())
+        for t, logprob in enumerate(logprobs):
+            advantage = float(sequence["advantages"][t])
+            old = float(sequence["old_logprobs"][t])
+            correction = 1.0
+            if case["importance_cap"]:
+                correction = min(math.exp(old - float(sequence["rollout_logprobs"][t])), case["importance_cap"])
+            ratio = torch.exp(logprob - old)
+            bounded = ratio.clamp(1 - case["clip_low"], 1 + case["clip_high"])
+            surrogate = torch.maximum(-advantage * ratio, -advantage * bounded)
+            if advantage < 0:
+                surrogate = torch.minimum(surrogate, torch.tensor(-advantage * case["dual_clip"], dtype=torch.float64))
+            raw = ratio.item()
+            used = -surrogate.item() / advantage if advantage else raw
+            clipped += abs(used - raw) > 1e-12
+            weight = _weight(case, len(logprobs), n_tokens, len(sequences))
+            terms["policy"] = terms["policy"] + weight * correction * surrogate
+            d = logprob - float(sequence["reference_logprobs"][t])
+            terms["kl"] = terms["kl"] + case["kl"] * weight * (torch.exp(-d) - 1 + d)
+            if logprob.exp() > case["tau"]:
+                held = case["ratio_clip"] == "ppo" and abs(used - raw) > 1e-12
+                adjusted = -abs(advantage) * (used if held else ratio)
+                if case["denominator"] == "high_prob_tokens":
+                    weight = _weight(case, high_here, n_high, len(sequences))
+                terms["entropic"] = terms["entropic"] + alpha * weight * correction * adjusted
+    return {**terms, "high_prob_fraction": n_high / n_tokens, "clip_fraction": clipped / n_tokens}
+
+
+def _weight(case: dict, own_tokens: int, all_tokens: int, n_sequences: int) -> float:
+    return {
+        "token-mean": 1 / all_tokens,
+        "seq-mean-token-sum": 1 / n_sequences,
+        "seq-mean-token-mean": 1 / (n_sequences * own_tokens),
+        "seq-mean-token-sum-norm": 1 / (n_sequences * case["max_response_tokens"]),
+    }[case["aggregation"]]
+
+
+def gradients(hf_dir: Path, sequences: list[dict], case: dict) -> dict:
+    """Loss, alpha and gradients by Hugging Face name of the first update."""
+    model = load_model(hf_dir)
+    stats = statistics(model, sequences, case["temperature"])
+    alpha = max(-1.0, min(1.0, case["kp"] * (mean_entropy(stats) - case["target"])))
+    terms = loss_terms(stats, sequences, case, alpha)
+    (terms["policy"] + terms["entropic"] + terms["kl"]).backward()
+    values = {name: float(torch.as_tensor(value).detach()) for name, value in terms.items()}
+    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
+    return {**values, "alpha": alpha, "entropy": mean_entropy(stats), "grad_norm": norm, "gradients": grads}
+
+
+def train(hf_dir: Path, sequences: list[dict], case: dict, optimizer: dict, steps: int) -> dict:
+    """Several updates with AdamW, decay on matrices only, clipping and a linear schedule with warm-up."""
+    model = load_model(hf_dir)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    adam = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": optimizer["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(optimizer["beta1"], optimizer["beta2"]),
+        eps=optimizer["epsilon"],
+    )
+    trace: dict[str, list[float]] = {"alpha": [], "grad_norm": [], "learning_rate": []}
+    accumulated = 0.0
+    for step in range(1, steps + 1):
+        stats = statistics(model, sequences, case["temperature"])
+        error = mean_entropy(stats) - case["target"]
+        alpha = max(-1.0, min(1.0, case["kp"] * error + case["ki"] * accumulated))
+        accumulated += error
+        terms = loss_terms(stats, sequences, case, alpha)
+        adam.zero_grad()
+        (terms["policy"] + terms["entropic"] + terms["kl"]).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer["gradient_clip"])
+        rate = _rate(step, optimizer)
+        for group in adam.param_groups:
+            group["lr"] = rate
+        adam.step()
+        for name, value in (("alpha", alpha), ("grad_norm", float(norm)), ("learning_rate", rate)):
+            trace[name].append(value)
+    return {**trace, "parameters": {name: p.detach().clone() for name, p in model.named_parameters()}}
+
+
+def _rate(step: int, optimizer: dict) -> float:
+    """Linear warm-up, then linear decay to the minimum at `total_steps`."""
+    top, bottom, warmup = optimizer["learning_rate"], optimizer["min_learning_rate"], optimizer["warmup_steps"]
+    if step <= warmup:
+        return top * step / warmup
+    return top + (bottom - top) * (step - warmup) / (optimizer["total_steps"] - warmup)

@@ -1,0 +1,170 @@
+"""Silent traps of the optimizer: what happens with and without what the project does about each.
+
+Usage: optimizer_traps.py WORK_DIR, which holds model/
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from policy_ranks import WORLD_SIZE, Rendezvous, replica_part
+
+from megatron_entropic.config import OptimizerConfig, PolicyConfig
+from megatron_entropic.policy.checkpoint import checkpoint_path
+from megatron_entropic.policy.gradient_step import GradientStep
+from megatron_entropic.policy.load_weights import load_weights
+from megatron_entropic.policy.optimizer import PolicyOptimizer, wrap_data_parallel
+from megatron_entropic.policy.policy import Policy
+from megatron_entropic.policy.warm_start import warm_start_step
+from megatron_entropic.types import Sequence
+
+OPTIMIZER = {"learning_rate": 1e-3, "weight_decay": 0.5, "epsilon": 1e-5}
+
+
+def batch() -> list[Sequence]:
+    generator = torch.Generator().manual_seed(31)
+    lengths = ((3, 14), (17, 1), (9, 21), (2, 45), (30, 7))
+    return [Sequence(torch.randint(251, (p + r,), generator=generator), p) for p, r in lengths]
+
+
+def steps_of(policy: Policy) -> list[torch.Tensor]:
+    parts = policy.optimizer.megatron.chained_optimizers
+    return [state["step"] for part in parts for state in part.optimizer.state.values()]
+
+
+def shared_step(work: Path, rendezvous: Rendezvous) -> dict[str, Any]:
+    """Resume with and without each patch of the distributed optimizer, then train one step."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    report: dict[str, Any] = {}
+    path = checkpoint_path(work / "checkpoints", 2)
+    warm = {"steps": 9, "file": "unused", "learning_rate": 1e-3, "warmup_steps": 0}
+    with rendezvous.policy(work / "model", optimizer=OPTIMIZER, warm_start=warm) as policy:
+        part = replica_part(policy, batch())
+        for _ in range(2):
+            warm_start_step(policy._machinery, part, policy.optimizer)
+        policy.save_checkpoint(path, {})
+        report["children"] = len(psutil.Process().children(recursive=True))
+        report["went on"] = exact(policy.warm_start_step(part))
+    patched = {
+        name: DistributedOptimizer.__dict__[name]
+        for name in ("load_state_dict", "_set_main_param_and_optimizer_states")
+    }
+    for label, without in (("patched", None), *((name, name) for name in patched)):
+        with rendezvous.policy(work / "model", optimizer=OPTIMIZER, warm_start=warm) as policy:
+            if without is not None:
+                setattr(DistributedOptimizer, without, patched[without].__wrapped__)
+            try:
+                report[label] = resumed(policy, path)
+            finally:
+                for name, function in patched.items():
+                    setattr(DistributedOptimizer, name, function)
+    return report
+
+
+def resumed(policy: Policy, path: Path) -> dict[str, Any]:
+    part = replica_part(policy, batch())
+    try:
+        policy.load_checkpoint(path)
+    except KeyError as error:
+        return {"error": str(error)}
+    tensors = len({step.data_ptr() for step in steps_of(policy)})
+    parameters = len(steps_of(policy))
+    metrics = exact(policy.warm_start_step(part))
+    counts = sorted({float(step) for step in steps_of(policy)})
+    return {"tensors": tensors, "parameters": parameters, "metrics": metrics, "counts": counts}
+
+
+def exact(metrics: dict[str, float]) -> dict[str, str]:
+    return {name: float(value).hex() for name, value in metrics.items()}
+
+
+def weight_decay(work: Path, rendezvous: Rendezvous, distributed: bool) -> dict[str, Any]:
+    """The first step, with gradients of zero: whatever changes is decay."""
+    from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    layout = {"distributed_optimizer": distributed}
+    with rendezvous.policy(work / "model", optimizer=OPTIMIZER, policy=layout) as policy:
+        before = {name: value.detach().clone() for name, value in policy.model.named_parameters()}
+        policy.optimizer.zero_grad()
+        policy.optimizer.step()
+        policy.synchronize_parameters()
+        factors = {
+            name: float((value.detach().double() / before[name].double()).median())
+            for name, value in policy.model.named_parameters()
+        }
+        unscheduled = get_megatron_optimizer(
+            MegatronOptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.5, use_distributed_optimizer=distributed),
+            policy._wrapped,
+            use_gloo_process_groups=False,
+        )
+        upstream = [group["weight_decay"] for group in unscheduled.param_groups if group["wd_mult"] == 0.0]
+    return {"factors": factors, "vectors": [n for n, v in before.items() if v.dim() == 1], "upstream": upstream}
+
+
+def overlapped(work: Path, rendezvous: Rendezvous) -> dict[str, Any]:
+    """Steps with gradient and parameter communication overlapped, as on CUDA, beside steps without."""
+    report: dict[str, Any] = {}
+    with rendezvous.policy(work / "model") as policy:
+        found = {overlap: three_steps(policy, work / "model", overlap) for overlap in (False, True)}
+    plain, overlap = found[False], found[True]
+    report["metrics"] = [plain["metrics"], overlap["metrics"]]
+    report["stale before"] = [plain["stale"], overlap["stale"]]
+    report["stale after"] = [plain["synchronised"], overlap["synchronised"]]
+    report["distance"] = max(
+        float((a - b).abs().max()) for a, b in zip(plain["values"], overlap["values"], strict=True)
+    )
+    return report
+
+
+def three_steps(policy: Policy, hf_dir: Path, overlap: bool) -> dict[str, Any]:
+    from megatron_entropic.policy.model import build_model
+
+    dimensions, layout = policy.parameter_map.dimensions, PolicyConfig(data_parallel=WORLD_SIZE)
+    model = build_model(dimensions, layout, "float32", policy.parallel, policy.platform)
+    load_weights(model, hf_dir, policy.parallel)
+    chunks = wrap_data_parallel([model], distributed_optimizer=True, overlap=overlap)
+    config = OptimizerConfig(learning_rate=1e-3, epsilon=1e-5)
+    optimizer = PolicyOptimizer(chunks, config, total_steps=9, dtype=torch.float32)
+    machinery = GradientStep(chunks[0], policy.parallel, policy.platform.device, 40)
+    part = replica_part(policy, batch())
+    metrics = [exact(warm_start_step(machinery, part, optimizer)) for _ in range(3)]
+    stale = largest_difference_between_ranks(model)
+    optimizer.synchronize_parameters()
+    synchronised = largest_difference_between_ranks(model)
+    metrics.append(exact(warm_start_step(machinery, part, optimizer)))
+    optimizer.synchronize_parameters()
+    return {
+        "metrics": metrics,
+        "stale": stale,
+        "synchronised": synchronised,
+        "values": [parameter.detach().clone() for parameter in model.parameters()],
+    }
+
+
+def largest_difference_between_ranks(model: torch.nn.Module) -> float:
+    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    other = [torch.empty_like(flat) for _ in range(WORLD_SIZE)]
+    dist.all_gather(other, flat)
+    return float((other[0] - other[1]).abs().max())
+
+
+def main(work: Path) -> None:
+    rendezvous = Rendezvous()
+    report = {
+        "shared step": shared_step(work, rendezvous),
+        "weight decay": [weight_decay(work, rendezvous, distributed) for distributed in (False, True)],
+        "overlapped": overlapped(work, rendezvous),
+    }
+    sys.stdout.write(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,105 @@
+"""What rank scripts share: policies of several layouts, one after the other, in the same processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_entropic.config import Config
+from megatron_entropic.policy.control import build_control
+from megatron_entropic.policy.data_parallel import data_parallel_shards
+from megatron_entropic.policy.gather import gather_hf_tensors
+from megatron_entropic.policy.load_weights import load_weights, named_entries
+from megatron_entropic.policy.loss import LossSettings
+from megatron_entropic.policy.policy import Policy
+from megatron_entropic.policy.update import PolicyUpdate
+from megatron_entropic.types import Sequence
+
+RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def configuration(hf_dir: Path, **sections: dict[str, Any]) -> Config:
+    """A configuration, of float32 unless told; data parallelism fills up the ranks that the layout leaves over."""
+    layout = {"distributed_timeout_s": 120, **sections.pop("policy", {})}
+    model_ranks = layout.get("tensor_parallel", 1) * layout.get("pipeline_parallel", 1)
+    layout["data_parallel"] = WORLD_SIZE // model_ranks
+    model = {"hf_dir": hf_dir, "dtype": "float32", **sections.pop("model", {})}
+    return Config(model=model, data={"train_files": ["unused"]}, policy=layout, **sections)
+
+
+def start_over(policy: Policy, config: Config) -> None:
+    """What `Policy(config)` would be, without building groups and model again; the layout stays as it is."""
+    policy.config = config
+    load_weights(policy.model, config.model.hf_dir, policy.parallel)
+    policy._control = build_control(config, policy.parallel, policy.platform.device)
+    settings = LossSettings.from_config(config)
+    policy._update = PolicyUpdate(policy._machinery, settings, config.rollout.temperature, policy._control)
+    policy.optimizer = policy._build_optimizer()
+
+
+class Rendezvous:
+    """Ports for one process group after the other: the next is agreed on within the one before."""
+
+    def __init__(self) -> None:
+        self._port = int(os.environ["MASTER_PORT"])
+
+    @contextmanager
+    def policy(self, hf_dir: Path, **sections: dict[str, Any]) -> Iterator[Policy]:
+        """A policy of `configuration`, in a process group of its own."""
+        policy = Policy(
+            configuration(hf_dir, **sections),
+            rank=RANK,
+            world_size=WORLD_SIZE,
+            master_address=os.environ["MASTER_ADDR"],
+            master_port=self._port,
+            device="cpu",
+        )
+        try:
+            yield policy
+        finally:
+            port = [_free_port()]
+            dist.broadcast_object_list(port, src=0)
+            self._port = port[0]
+            policy.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def replica_part(policy: Policy, sequences: list[Sequence]) -> list[Sequence]:
+    """What this rank's replica gets of a batch."""
+    lengths = [sequence.tokens.numel() for sequence in sequences]
+    shard = data_parallel_shards(lengths, policy.parallel.data_size)[policy.parallel.data_rank]
+    return [sequences[index] for index in shard]
+
+
+def hf_parameters(policy: Policy) -> dict[str, torch.Tensor]:
+    """All parameters under their Hugging Face names on rank 0; empty elsewhere."""
+    policy.synchronize_parameters()
+    return _gather(policy, {entry.megatron_name: value.detach() for entry, value in _entries(policy)})
+
+
+def hf_gradients(policy: Policy) -> dict[str, torch.Tensor]:
+    """All main gradients, likewise; only without the distributed optimizer does every replica hold them whole."""
+    return _gather(policy, {entry.megatron_name: value.main_grad for entry, value in _entries(policy)})
+
+
+def _entries(policy: Policy) -> Iterator[Any]:
+    return named_entries(policy.model, policy.parameter_map, policy.parallel)
+
+
+def _gather(policy: Policy, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if policy.parallel.data_rank:
+        return {}
+    gathered = gather_hf_tensors(policy.plan, values, policy.parameter_map, policy.parallel, "test")
+    return {name: tensor.clone() for name, tensor in gathered}

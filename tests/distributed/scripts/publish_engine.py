@@ -1,0 +1,67 @@
+"""A vLLM engine that generates with weights version 0, 1 and 2, the latter received from policy ranks."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_entropic.config import RolloutConfig
+from megatron_entropic.rollout.engine import RolloutEngine
+from megatron_entropic.types import GenerationRequest, Prompt
+from megatron_entropic.weights.dimensions import read_dimensions
+from megatron_entropic.weights.parameter_map import ParameterMap
+from megatron_entropic.weights.plan import PublishPlan, publish_plan
+
+WAIT_S = 240
+
+
+def plan_for(hf_dir: Path) -> PublishPlan:
+    parameter_map = ParameterMap(read_dimensions(hf_dir))
+    return publish_plan(parameter_map, pipeline_parallel=1, tensor_parallel=2, bucket_bytes=100_000, dtype="float32")
+
+
+def generate(engine: RolloutEngine) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(3)
+    requests = []
+    for index, length in enumerate((150, 1, 30)):
+        prompt = Prompt(index, torch.randint(4, 97, (length,), generator=generator).tolist(), "", None)
+        requests += [GenerationRequest(prompt, sample, 10 * index + sample) for sample in range(3)]
+    return [
+        {
+            "prompt": sample.prompt.tokens,
+            "response": sample.response_tokens,
+            "logprobs": sample.rollout_logprobs,
+            "version": sample.weights_version,
+        }
+        for sample in engine.generate(requests)
+    ]
+
+
+def main(directory: Path) -> None:
+    config = RolloutConfig(max_response_tokens=24, temperature=0.8, kv_cache_gb=0.1, max_concurrent_sequences=16)
+    engine = RolloutEngine(directory / "zero", "float32", config, max_model_tokens=180, seed=1, device="cpu")
+    seen: dict[str, Any] = {"0": generate(engine)}
+    try:
+        engine.receive(plan_for(directory / "other"), 5)
+    except ValueError as error:
+        seen["misfit"] = str(error)
+    rendezvous = directory / "rendezvous.json"
+    deadline = time.monotonic() + WAIT_S
+    while not rendezvous.exists():
+        assert time.monotonic() < deadline, "the policy ranks did not open a rendezvous"
+        time.sleep(0.1)
+    engine.connect({**json.loads(rendezvous.read_text()), "rank_offset": 1})
+    plan = plan_for(directory / "zero")
+    for version in (1, 2):
+        engine.receive(plan, version)
+        seen[str(version)] = generate(engine)
+    torch.save(seen, directory / "seen.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

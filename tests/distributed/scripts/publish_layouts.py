@@ -1,0 +1,126 @@
+"""Publishes models under several layouts to receivers in threads of rank 0; prints what arrived, as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from megatron_entropic.config import PolicyConfig
+from megatron_entropic.policy.load_weights import load_weights
+from megatron_entropic.policy.parallel import ParallelState, destroy_model_parallel, initialise_model_parallel
+from megatron_entropic.policy.platform import Platform, select_platform
+from megatron_entropic.weights.dimensions import read_dimensions
+from megatron_entropic.weights.parameter_map import ParameterMap
+from megatron_entropic.weights.plan import PublishPlan, publish_plan
+from megatron_entropic.weights.transport import FlatContents, GlooReceiver
+
+BUCKET_BYTES = 200_000
+RECEIVERS = 2
+CALLS = ("all_gather_into_tensor", "all_gather", "send")
+
+
+class Counted:
+    """Counts this rank's calls of torch.distributed, which still happen."""
+
+    def __init__(self) -> None:
+        self.calls = dict.fromkeys(CALLS, 0)
+        for name in CALLS:
+            setattr(dist, name, self._counting(name, getattr(dist, name)))
+
+    def _counting(self, name: str, function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            self.calls[name] += 1
+            return function(*args, **options)
+
+        return call
+
+
+def receive(rendezvous: dict[str, Any], plan: PublishPlan, rank: int) -> dict[str, torch.Tensor]:
+    address, port = rendezvous["master_address"], rendezvous["master_port"]
+    receiver = GlooReceiver(address, port, rank, RECEIVERS, rendezvous["timeout_s"])
+    tensors = {}
+    for bucket in plan.buckets:
+        contents = FlatContents.of_bucket(bucket)
+        tensors.update(contents.split(receiver.receive(contents)))
+    return tensors
+
+
+def differences(hf_dir: Path, received: dict[str, torch.Tensor]) -> list[str]:
+    """Names that are missing, unknown or not equal to the checkpoint bit for bit."""
+    wanted = load_file(hf_dir / "model.safetensors")
+    return sorted(
+        name
+        for name in wanted.keys() | received.keys()
+        if name not in wanted or name not in received or not torch.equal(received[name], wanted[name])
+    )
+
+
+def publish_layout(
+    platform: Platform, policy: PolicyConfig, hf_dir: Path, counted: Counted
+) -> tuple[ParallelState, dict[str, Any]]:
+    from megatron_entropic.policy.model import build_model
+    from megatron_entropic.policy.publish import Publisher
+
+    parallel = initialise_model_parallel(policy)
+    platform.manual_seed(1)
+    parameter_map = ParameterMap(read_dimensions(hf_dir))
+    model = build_model(parameter_map.dimensions, policy, "float32", parallel, platform)
+    load_weights(model, hf_dir, parallel)
+    plan = publish_plan(
+        parameter_map,
+        pipeline_parallel=policy.pipeline_parallel,
+        tensor_parallel=policy.tensor_parallel,
+        bucket_bytes=BUCKET_BYTES,
+        dtype="float32",
+    )
+    publisher = Publisher(plan, parameter_map, model, parallel, host="127.0.0.1", timeout_s=60)
+    found: dict[str, Any] = {"tensors": len(parameter_map.hf_tensors), "buckets": len(plan.buckets)}
+    with ThreadPoolExecutor(RECEIVERS) as threads:
+        rendezvous = publisher.open(RECEIVERS)
+        assert bool(rendezvous) == (parallel.rank == 0)
+        pending = [threads.submit(receive, rendezvous, plan, 1 + r) for r in range(RECEIVERS) if rendezvous]
+        publisher.accept()
+        before = dict(counted.calls)
+        publisher.publish()
+        found["calls"] = {name: counted.calls[name] - before[name] for name in CALLS}
+        found["differences"] = [differences(hf_dir, future.result()) for future in pending]
+    publisher.close()
+    found["owned"] = sum(bucket.owner_stage == parallel.pipeline_rank for bucket in plan.buckets)
+    destroy_model_parallel()
+    return parallel, found
+
+
+def main(directory: Path) -> None:
+    platform = select_platform("cpu")
+    platform.init_process_group(
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        master_address=os.environ["MASTER_ADDR"],
+        master_port=int(os.environ["MASTER_PORT"]),
+        timeout_s=120,
+    )
+    counted = Counted()
+    report = {}
+    for family in json.loads((directory / "families.json").read_text()):
+        for name, layout in json.loads((directory / "layouts.json").read_text()).items():
+            parallel, found = publish_layout(platform, PolicyConfig(**layout), directory / family, counted)
+            found["place"] = {
+                "data": parallel.data_rank,
+                "tensor": parallel.tensor_rank,
+                "tensor_size": parallel.tensor_size,
+                "stage": parallel.pipeline_rank,
+            }
+            report[f"{family} {name}"] = found
+    sys.stdout.write(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,51 @@
+"""Two policy ranks (TP=2) that publish twice to an engine in another process: weights `one`, then `two`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from megatron_entropic.config import PolicyConfig
+from megatron_entropic.policy.load_weights import load_weights
+from megatron_entropic.policy.parallel import initialise_model_parallel
+from megatron_entropic.policy.platform import select_platform
+from megatron_entropic.weights.dimensions import read_dimensions
+from megatron_entropic.weights.parameter_map import ParameterMap
+from megatron_entropic.weights.plan import publish_plan
+
+
+def main(directory: Path) -> None:
+    platform = select_platform("cpu")
+    platform.init_process_group(
+        rank=int(os.environ["RANK"]),
+        world_size=2,
+        master_address=os.environ["MASTER_ADDR"],
+        master_port=int(os.environ["MASTER_PORT"]),
+        timeout_s=300,
+    )
+    from megatron_entropic.policy.model import build_model
+    from megatron_entropic.policy.publish import Publisher
+
+    policy = PolicyConfig(tensor_parallel=2)
+    parallel = initialise_model_parallel(policy)
+    platform.manual_seed(1)
+    parameter_map = ParameterMap(read_dimensions(directory / "one"))
+    model = build_model(parameter_map.dimensions, policy, "float32", parallel, platform)
+    plan = publish_plan(parameter_map, pipeline_parallel=1, tensor_parallel=2, bucket_bytes=100_000, dtype="float32")
+    publisher = Publisher(plan, parameter_map, model, parallel, host="127.0.0.1", timeout_s=240)
+    rendezvous = publisher.open(1)
+    if rendezvous:
+        unfinished = directory / "rendezvous.unfinished"
+        unfinished.write_text(json.dumps(rendezvous))
+        unfinished.rename(directory / "rendezvous.json")
+    publisher.accept()
+    for weights in ("one", "two"):
+        load_weights(model, directory / weights, parallel)
+        publisher.publish()
+    publisher.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

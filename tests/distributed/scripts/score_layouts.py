@@ -1,0 +1,66 @@
+"""Scores the same sequences under several layouts and prints their distance from the reference, as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_entropic.config import PolicyConfig
+from megatron_entropic.policy.load_weights import load_weights
+from megatron_entropic.policy.parallel import destroy_model_parallel, initialise_model_parallel
+from megatron_entropic.policy.platform import Platform, select_platform
+from megatron_entropic.types import Scores, Sequence
+from megatron_entropic.weights.dimensions import read_dimensions
+
+
+def score_layout(platform: Platform, policy: PolicyConfig, hf_dir: Path, case: dict) -> Scores | None:
+    from megatron_entropic.policy.model import build_model
+    from megatron_entropic.policy.score import score_sequences
+
+    state = initialise_model_parallel(policy)
+    platform.manual_seed(1)
+    model = build_model(read_dimensions(hf_dir), policy, "float32", state, platform)
+    load_weights(model, hf_dir, state)
+    sequences = [Sequence(torch.tensor(tokens), prompt) for tokens, prompt in case["sequences"]]
+    scores = score_sequences(
+        model,
+        sequences,
+        state,
+        temperature=case["temperature"],
+        tokens_per_microbatch=policy.tokens_per_microbatch,
+    )
+    assert (scores is not None) == state.is_last_stage
+    destroy_model_parallel()
+    return scores
+
+
+def main(directory: Path) -> None:
+    platform = select_platform("cpu")
+    platform.init_process_group(
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        master_address=os.environ["MASTER_ADDR"],
+        master_port=int(os.environ["MASTER_PORT"]),
+        timeout_s=120,
+    )
+    distances = {}
+    for family in json.loads((directory / "families.json").read_text()):
+        case = torch.load(directory / f"{family}.pt")
+        for name, layout in json.loads((directory / "layouts.json").read_text()).items():
+            scores = score_layout(platform, PolicyConfig(**layout), directory / family, case)
+            if scores is not None:
+                found = [torch.cat(scores.logprobs), torch.cat(scores.entropies)]
+                wanted = [torch.cat([pair[i] for pair in case["reference"]]) for i in range(2)]
+                distances[f"{family} {name}"] = [
+                    (float((f - w).abs().max()), int((f != w.float()).sum()), f.numel())
+                    for f, w in zip(found, wanted, strict=True)
+                ]
+    sys.stdout.write(json.dumps(distances))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,123 @@
+"""Updates the same batch under several layouts; prints metrics as JSON, rank 0 saves gradients and parameters.
+
+Usage: update_layouts.py CASES_DIR LAYOUTS_JSON SAVED_PT
+
+CASES_DIR holds plan.json and for each family a model directory and its sequences.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from policy_ranks import RANK, Rendezvous, configuration, hf_gradients, hf_parameters, replica_part, start_over
+
+from megatron_entropic.policy.policy import Policy
+from megatron_entropic.types import Sequence
+
+
+def sections(case: dict[str, Any], layout: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A case in the project's own configuration."""
+    corrected = case["importance_cap"] is not None
+    return {
+        "policy": layout,
+        "rollout": {
+            "temperature": case["temperature"],
+            "max_response_tokens": case["max_response_tokens"],
+            "importance_correction": "tis" if corrected else "none",
+            "importance_cap": case["importance_cap"] or 2.0,
+        },
+        "algorithm": {
+            "aggregation": case["aggregation"],
+            "clip_low": case["clip_low"],
+            "clip_high": case["clip_high"],
+            "dual_clip": case["dual_clip"],
+            "kl": {"coefficient": case["kl"], "estimator": "k3"},
+        },
+        "entropy_control": {
+            name: case[name] for name in ("target", "kp", "ki", "tau", "denominator", "ratio_clip", "feedback")
+        },
+        "optimizer": optimizer,
+        "train": {"steps": case["steps"]},
+    }
+
+
+def sequences_of(case: dict[str, Any], fields: list[dict[str, Any]]) -> list[Sequence]:
+    """Sequences with everything that some loss reads; on-policy cases are scored under the starting weights."""
+    old = "current_logprobs" if case["on_policy"] else "old_logprobs"
+    return [
+        Sequence(
+            tokens=torch.tensor(field["tokens"]),
+            prompt_length=field["prompt_length"],
+            advantages=field["advantages"],
+            old_logprobs=field[old].float(),
+            rollout_logprobs=field["rollout_logprobs"].float(),
+            reference_logprobs=field["reference_logprobs"].float(),
+        )
+        for field in fields
+    ]
+
+
+def first_update(policy: Policy, directory: Path, case: dict[str, Any], layout: dict[str, Any]) -> Any:
+    """Metrics and gradients of one update."""
+    optimizer = {"gradient_clip": 0.0, "learning_rate": 1e-4}
+    start_over(policy, configuration(directory / case["family"], **sections(case, layout, optimizer)))
+    part = replica_part(policy, sequences_of(case, torch.load(directory / f"{case['family']}.pt")))
+    policy.score(part)
+    # Old log-probs of another policy say nothing about which tokens are probable now.
+    policy._freshly_scored = case["on_policy"]
+    metrics = policy.update(part)
+    batch = policy._machinery.align(part)
+    idle = sum(not micro_batch.sequences for micro_batch in batch)
+    return _exact(metrics), hf_gradients(policy), [len(batch), idle]
+
+
+def train(policy: Policy, directory: Path, plan: Any, layout: dict[str, Any]) -> Any:
+    """Metrics of several updates, the parameters after them."""
+    case = plan["cases"][plan["train_case"]]
+    optimizer = {**plan["optimizer"], "schedule": "linear"}
+    del optimizer["total_steps"]
+    start_over(policy, configuration(directory / case["family"], **sections(case, layout, optimizer)))
+    part = replica_part(policy, sequences_of(case, torch.load(directory / f"{case['family']}.pt")))
+    trace = []
+    for _ in range(plan["train_steps"]):
+        policy.score(part)
+        policy._freshly_scored = False
+        trace.append(_exact(policy.update(part)))
+    return trace, hf_parameters(policy)
+
+
+def main(directory: Path, layouts: dict[str, dict[str, Any]], saved_path: Path) -> None:
+    plan = json.loads((directory / "plan.json").read_text())
+    rendezvous = Rendezvous()
+    report: dict[str, Any] = {}
+    saved: dict[str, Any] = {}
+    for name, entry in layouts.items():
+        plain = {**entry["layout"], "distributed_optimizer": False}
+        for family in ("qwen3", "qwen2"):
+            cases = {c: plan["cases"][c] for c in entry["cases"] if plan["cases"][c]["family"] == family}
+            with rendezvous.policy(directory / family, **sections(next(iter(cases.values())), plain, {})) as policy:
+                for label, case in cases.items():
+                    metrics, saved[f"{name}/{label}"], counts = first_update(policy, directory, case, plain)
+                    report[f"{name}/{label}"] = {"metrics": metrics, "micro_batches": counts}
+        for kind in entry["train"]:
+            chosen = {**entry["layout"], "distributed_optimizer": kind == "distributed"}
+            case = plan["cases"][plan["train_case"]]
+            with rendezvous.policy(directory / case["family"], **sections(case, chosen, {})) as policy:
+                trace, saved[f"{name}/train/{kind}"] = train(policy, directory, plan, chosen)
+                report[f"{name}/train/{kind}"] = {"trace": trace}
+    if RANK == 0:
+        torch.save(saved, saved_path)
+    sys.stdout.write(json.dumps(report))
+
+
+def _exact(metrics: dict[str, float]) -> dict[str, str]:
+    """Bits, not digits: ranks must agree on them."""
+    return {name: float(value).hex() for name, value in metrics.items()}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3]))

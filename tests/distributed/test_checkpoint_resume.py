@@ -1,0 +1,155 @@
+"""Resuming is training on: the steps after a resume, in other processes, against those of the run that went on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from tiny_models import random_sequences, transformers_statistics, write_tiny_model
+
+SCRIPT = Path(__file__).parent / "scripts" / "checkpoint_resume.py"
+PLAIN = {"distributed_optimizer": False}
+LOCAL = {"feedback": "microbatch_local"}
+
+
+def _run(name: str, checkpoint: str, layout: dict[str, Any] | None = None, dtype: str = "float32", **more: Any) -> dict:
+    return {"name": name, "checkpoint": checkpoint, "layout": layout or {}, "dtype": dtype, **more}
+
+
+SAVED = {
+    "tp2": _run("tp2", "from_tp2", {"tensor_parallel": 2}),
+    "dp2": _run("dp2", "from_dp2"),
+    "dp2 plain": _run("dp2 plain", "from_dp2_plain", PLAIN),
+    "dp2 bfloat16": _run("dp2 bfloat16", "from_dp2_bfloat16", dtype="bfloat16"),
+    "dp2 local": _run("dp2 local", "from_dp2_local", control=LOCAL),
+}
+RESHARDED = {
+    2: {
+        "tp2 to dp2": _run("tp2 to dp2", "from_tp2"),
+        "tp2 to pp2": _run("tp2 to pp2", "from_tp2", {"pipeline_parallel": 2}),
+        "dp2 to tp2 sp": _run("dp2 to tp2 sp", "from_dp2", {"tensor_parallel": 2, "sequence_parallel": True}),
+        "dp2 plain to tp2": _run("dp2 plain to tp2", "from_dp2_plain", {"tensor_parallel": 2, **PLAIN}),
+    },
+    1: {
+        "tp2 to one rank": _run("tp2 to one rank", "from_tp2"),
+        "dp2 to one rank": _run("dp2 to one rank", "from_dp2"),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoints")
+    write_tiny_model("qwen3", directory / "model")
+    generator = torch.Generator().manual_seed(29)
+    fields = [
+        {
+            "tokens": tokens,
+            "prompt_length": prompt,
+            "advantages": torch.randn(len(tokens) - prompt, generator=generator),
+            "old_logprobs": -5.0 + 0.3 * torch.randn(len(tokens) - prompt, generator=generator),
+        }
+        for tokens, prompt in random_sequences()
+    ]
+    torch.save(fields, directory / "sequences.pt")
+    return directory
+
+
+def _launch(run_ranks: Any, mode: str, world_size: int, work: Path, runs: dict[str, dict]) -> list[dict[str, Any]]:
+    outputs = run_ranks(SCRIPT, world_size, mode, work, json.dumps(list(runs.values())), timeout_s=540)
+    return [json.loads(output) for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def trained(run_ranks_once, work) -> list[dict[str, Any]]:
+    """What each rank of each uninterrupted run saw after its checkpoint."""
+    return _launch(run_ranks_once, "train", 2, work, SAVED)
+
+
+@pytest.fixture(scope="module")
+def resumed(run_ranks_once, work, trained) -> list[dict[str, Any]]:
+    """The same runs continued by other processes, and those with another layout."""
+    return _launch(run_ranks_once, "resume", 2, work, {**SAVED, **RESHARDED[2]})
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_the_same_layout_goes_on_bit_for_bit(trained, resumed, work, name):
+    for before, after in zip(trained, resumed, strict=True):
+        assert after[name] == {key: before[name][key] for key in after[name]}
+    went_on, came_back = (torch.load(work / f"{name}.{mode}.pt") for mode in ("train", "resume"))
+    assert all(torch.equal(went_on[key], came_back[key]) for key in went_on)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_the_comparison_can_fail(trained, name):
+    first, second = trained[0][name]["trace"]
+    assert first["grad_norm"] != second["grad_norm"]
+    assert first["learning_rate"] != second["learning_rate"], "the schedule stands still: its state is not tested"
+    assert first["entropy/integral"] != second["entropy/integral"]
+    assert trained[0][name]["adam steps"] == [[2.0], [4.0]]
+    assert trained[0][name]["random"] != trained[1][name]["random"], "the generators of ranks are in the same state"
+
+
+@pytest.mark.parametrize("name", RESHARDED[2])
+def test_another_layout_goes_on_to_rounding(trained, resumed, work, name):
+    _compare(trained[0], resumed[0], work, name)
+
+
+def test_another_number_of_ranks_goes_on_to_rounding(run_ranks, trained, work):
+    (report,) = _launch(run_ranks, "resume", 1, work, RESHARDED[1])
+    for name in RESHARDED[1]:
+        _compare(trained[0], report, work, name)
+
+
+def _compare(trained: dict[str, Any], resumed: dict[str, Any], work: Path, name: str) -> None:
+    source = name.split(" to ")[0]
+    for expected, found in zip(trained[source]["trace"], resumed[name]["trace"], strict=True):
+        for key in ("loss/policy", "grad_norm", "entropy/alpha", "entropy/mean", "learning_rate", "entropy/integral"):
+            value = float.fromhex(expected[key])
+            assert float.fromhex(found[key]) == pytest.approx(value, rel=5e-6), (name, key)
+    assert resumed[name]["adam steps"] == trained[source]["adam steps"]
+    expected, found = torch.load(work / f"{source}.train.pt"), torch.load(work / f"{name}.resume.pt")
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        assert float((found[key] - value).abs().max()) < 2e-6, f"{name}: {key}"
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_the_export_is_the_trained_model_to_transformers(trained, work, name):
+    exported = safetensors.torch.load_file(work / f"{name}.hf" / "model.safetensors")
+    parameters = torch.load(work / f"{name}.train.pt")
+    assert set(exported) == set(parameters)
+    assert all(torch.equal(exported[key], parameters[key]) for key in parameters)
+    if SAVED[name]["dtype"] != "float32":
+        return
+    statistics = transformers_statistics(work / f"{name}.hf", random_sequences(), temperature=1.0)
+    entropies = torch.cat([entropy for _, entropy in statistics])
+    for report in trained:
+        assert report[name]["entropy of the exported"] == pytest.approx(float(entropies.mean()), rel=1e-6)
+
+
+def test_a_save_that_fails_costs_nothing(run_ranks, work):
+    run = _run("fail", "failing", {"tensor_parallel": 2})
+    reports = [report["fail"] for report in _launch(run_ranks, "fail", 2, work, {"fail": run})]
+    for report in reports:
+        for case, cause in (
+            ("rank 0 cannot write", "File too large"),
+            ("rank 1 cannot write", "rank 1: "),
+            ("disk too small", "MiB are free"),
+        ):
+            message, left, state = report[case]
+            assert "step_00000002 could not be written" in message, case
+            assert "earlier checkpoints are complete" in message, case
+            assert cause in message, case
+            assert left == ["step_00000001"], f"{case}: the partial checkpoint is still there"
+            assert state["driver"] == {"step": 1}
+        message, exists = report["export"]
+        assert "export to" in message
+        assert "File too large" in message
+        assert not exists
+        assert report["kept"] == ["step_00000003", "step_00000004"], "keep_last is 2"
+    assert reports[0] == reports[1], "ranks must agree, messages included"

@@ -1,0 +1,59 @@
+"""The score pass of every family under every layout against transformers, in float32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import LENGTHS, random_sequences, transformers_statistics, write_tiny_model
+
+SCRIPTS = Path(__file__).parent / "scripts"
+TEMPERATURE = 0.7
+FAMILIES = ("qwen3", "qwen2", "llama")
+# Data parallelism fills up four ranks, so that one launch serves all layouts; micro-batches of 60 tokens hold one to
+# several sequences each.
+LAYOUTS = {
+    "tp1": {"data_parallel": 4, "tokens_per_microbatch": 60},
+    "tp1 one micro-batch": {"data_parallel": 4},
+    "tp2": {"tensor_parallel": 2, "data_parallel": 2, "tokens_per_microbatch": 60},
+    "tp2 sp": {"tensor_parallel": 2, "data_parallel": 2, "sequence_parallel": True, "tokens_per_microbatch": 60},
+    "pp2": {"pipeline_parallel": 2, "data_parallel": 2, "tokens_per_microbatch": 60},
+    "tp2 pp2": {"tensor_parallel": 2, "pipeline_parallel": 2, "tokens_per_microbatch": 60},
+    "tp2 pp2 sp": {
+        "tensor_parallel": 2,
+        "pipeline_parallel": 2,
+        "sequence_parallel": True,
+        "tokens_per_microbatch": 60,
+    },
+}
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, sequences and transformers' statistics, for the ranks to find."""
+    directory = tmp_path_factory.mktemp("score_parity")
+    sequences = random_sequences()
+    for family in FAMILIES:
+        write_tiny_model(family, directory / family)
+        reference = transformers_statistics(directory / family, sequences, TEMPERATURE)
+        case = {"sequences": sequences, "reference": reference, "temperature": TEMPERATURE}
+        torch.save(case, directory / f"{family}.pt")
+    (directory / "families.json").write_text(json.dumps(FAMILIES))
+    (directory / "layouts.json").write_text(json.dumps(LAYOUTS))
+    return directory
+
+
+def test_every_layout_agrees_with_transformers(run_ranks, cases):
+    distances_of_ranks = [json.loads(text) for text in run_ranks(SCRIPTS / "score_layouts.py", 4, cases)]
+    last = distances_of_ranks[-1]
+    assert set(last) == {f"{family} {layout}" for family in FAMILIES for layout in LAYOUTS}
+    tokens = sum(response for _, response in LENGTHS)
+    for distances in distances_of_ranks:
+        for case, statistics in distances.items():
+            for name, (distance, different, count) in zip(("log-prob", "entropy"), statistics, strict=True):
+                assert count == tokens
+                assert distance < TOLERANCE, f"{case}: {name} is off by {distance}"
+                assert different > 0, f"{case}: {name} is bit-equal, so nothing was compared"

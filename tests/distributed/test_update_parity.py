@@ -1,0 +1,217 @@
+"""One update and a short training under every layout against plain autograd over transformers in float64."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference_update
+import torch
+from tiny_models import random_sequences, write_tiny_model
+
+SCRIPT = Path(__file__).parent / "scripts" / "update_layouts.py"
+TOLERANCE = 1e-5
+"""Relative; both sides share the float32 weights, one computes in float32."""
+BASE: dict[str, Any] = {
+    "family": "qwen3",
+    "temperature": 0.7,
+    "max_response_tokens": 64,
+    "aggregation": "token-mean",
+    "clip_low": 0.2,
+    "clip_high": 0.28,
+    "dual_clip": 3.0,
+    "importance_cap": None,
+    "kl": 0.0,
+    "kp": 0.07,
+    "ki": 0.05,
+    "denominator": "all_tokens",
+    "ratio_clip": "none",
+    "feedback": "score_pass",
+    "on_policy": False,
+    "steps": 5,
+}
+EVERYTHING = {"importance_cap": 1.3, "kl": 0.07, "ratio_clip": "ppo"}
+CASES: dict[str, dict[str, Any]] = {
+    "token-mean": {},
+    "token-mean high": {"denominator": "high_prob_tokens", **EVERYTHING},
+    "token-mean high on-policy": {"denominator": "high_prob_tokens", "on_policy": True},
+    "seq-mean-token-sum": {"aggregation": "seq-mean-token-sum", **EVERYTHING},
+    "seq-mean-token-sum high": {"aggregation": "seq-mean-token-sum", "denominator": "high_prob_tokens"},
+    "seq-mean-token-mean": {"aggregation": "seq-mean-token-mean", **EVERYTHING},
+    "seq-mean-token-mean high": {"aggregation": "seq-mean-token-mean", "denominator": "high_prob_tokens"},
+    "seq-mean-token-sum-norm": {"aggregation": "seq-mean-token-sum-norm", **EVERYTHING},
+    "seq-mean-token-sum-norm high": {"aggregation": "seq-mean-token-sum-norm", "denominator": "high_prob_tokens"},
+    "tied embeddings and biases": {"family": "qwen2", **EVERYTHING},
+}
+TRAIN_CASE, TRAIN_STEPS = "token-mean high", 5
+OPTIMIZER = {
+    "learning_rate": 2e-3,
+    "min_learning_rate": 1e-4,
+    "warmup_steps": 2,
+    # Large, so that a decayed norm would show.
+    "weight_decay": 0.3,
+    "beta1": 0.9,
+    "beta2": 0.99,
+    # A gradient of rounding noise must not become a step of full size.
+    "epsilon": 1e-4,
+    "gradient_clip": 0.5,
+    "total_steps": BASE["steps"],
+}
+FEWER = ("token-mean high", "seq-mean-token-mean", "tied embeddings and biases")
+"""For layouts that combine others."""
+
+
+def _layout(cases: Any = FEWER, train: tuple[str, ...] = ("distributed",), **layout: Any) -> dict[str, Any]:
+    return {"layout": {"tokens_per_microbatch": 40, **layout}, "cases": list(cases), "train": train}
+
+
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {
+        "one rank": _layout(CASES, ("plain", "distributed"), tokens_per_microbatch=16384),
+        "one rank, small micro-batches": _layout(),
+    },
+    2: {
+        "tp2": _layout(CASES, tensor_parallel=2),
+        "tp2 sp": _layout(tensor_parallel=2, sequence_parallel=True),
+        "pp2": _layout(pipeline_parallel=2),
+        "dp2": _layout(CASES, ("plain", "distributed"), tokens_per_microbatch=60),
+        "dp2, one sequence a micro-batch": _layout(tokens_per_microbatch=1),
+    },
+    4: {
+        "tp2 pp2 sp": _layout(tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True),
+        "pp2 dp2": _layout(pipeline_parallel=2),
+    },
+}
+
+
+def _sequences(hf_dir: Path) -> tuple[list[dict], dict[str, float]]:
+    """Sequences with fields of every kind, and what the model thinks of them: mean entropy, a tau in a wide gap."""
+    generator = torch.Generator().manual_seed(17)
+    sequences: list[dict] = []
+    for tokens, prompt in random_sequences():
+        advantages = torch.randn(len(tokens) - prompt, generator=generator)
+        advantages[torch.rand(advantages.shape, generator=generator) < 0.1] = 0.0
+        sequences.append({"tokens": tokens, "prompt_length": prompt, "advantages": advantages})
+    model = reference_update.load_model(hf_dir)
+    with torch.no_grad():
+        stats = reference_update.statistics(model, sequences, BASE["temperature"])
+    for sequence, (logprobs, _) in zip(sequences, stats, strict=True):
+        sequence["current_logprobs"] = logprobs.float()
+        for name, size in (("old", 0.5), ("rollout", 0.6), ("reference", 0.4)):
+            noise = size * torch.randn(logprobs.shape, generator=generator)
+            sequence[f"{name}_logprobs"] = (logprobs + noise).float()
+    probabilities = torch.cat([logprobs for logprobs, _ in stats]).exp().sort().values
+    middle = probabilities[len(probabilities) // 2 : -5]
+    # In the upper half: some tokens on either side, none so near that rounding could move it across.
+    widest = int((middle[1:] / middle[:-1]).argmax())
+    tau = float((middle[widest] * middle[widest + 1]).sqrt())
+    return sequences, {"entropy": reference_update.mean_entropy(stats), "tau": tau}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Models, sequences and the plan for the ranks; what plain autograd makes of every case."""
+    # Beside other processes, a second thread for tensors this small costs eight times the work.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _prepare(tmp_path_factory.mktemp("update_parity"))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _prepare(directory: Path) -> tuple[Path, dict[str, Any]]:
+    fields: dict[str, list[dict]] = {}
+    facts = {}
+    for family in ("qwen3", "qwen2"):
+        write_tiny_model(family, directory / family)
+        fields[family], facts[family] = _sequences(directory / family)
+        torch.save(fields[family], directory / f"{family}.pt")
+    cases = {}
+    for name, changes in CASES.items():
+        case = {**BASE, **changes}
+        fact = facts[case["family"]]
+        cases[name] = {**case, "tau": fact["tau"], "target": fact["entropy"] - 4.0}
+    plan = {"cases": cases, "train_case": TRAIN_CASE, "train_steps": TRAIN_STEPS, "optimizer": OPTIMIZER}
+    (directory / "plan.json").write_text(json.dumps(plan))
+    expected: dict[str, Any] = {}
+    for name, case in cases.items():
+        sequences = fields[case["family"]]
+        if case["on_policy"]:
+            sequences = [{**sequence, "old_logprobs": sequence["current_logprobs"]} for sequence in sequences]
+        expected[name] = reference_update.gradients(directory / case["family"], sequences, case)
+    train = cases[TRAIN_CASE]
+    expected["train"] = reference_update.train(
+        directory / train["family"], fields[train["family"]], train, OPTIMIZER, TRAIN_STEPS
+    )
+    return directory, expected
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_updates_do_not_depend_on_the_layout(run_ranks, prepared, tmp_path, world_size):
+    directory, expected = prepared
+    saved_path = tmp_path / "saved.pt"
+    layouts = LAYOUTS[world_size]
+    outputs = run_ranks(SCRIPT, world_size, directory, json.dumps(layouts), saved_path, timeout_s=540)
+    reports = [json.loads(output) for output in outputs]
+    saved = torch.load(saved_path)
+    assert len(saved) == sum(len(layout["cases"]) + len(layout["train"]) for layout in layouts.values())
+    for name, layout in layouts.items():
+        for case in layout["cases"]:
+            label = f"{name}/{case}"
+            _check_metrics([report[label]["metrics"] for report in reports], expected[case], label)
+            _check_tensors(saved[label], expected[case]["gradients"], label)
+        for kind in layout["train"]:
+            label = f"{name}/train/{kind}"
+            _check_training([report[label]["trace"] for report in reports], saved[label], expected["train"], label)
+    if world_size == 2:
+        counts = [report[f"dp2, one sequence a micro-batch/{FEWER[0]}"]["micro_batches"] for report in reports]
+        assert counts[0][0] == counts[1][0], "replicas ran different numbers of micro-batches"
+        assert sum(idle for _, idle in counts) > 0, "no replica had to wait for the other: nothing was tested"
+
+
+def _check_metrics(by_rank: list[dict[str, str]], expected: dict[str, Any], name: str) -> None:
+    assert all(metrics == by_rank[0] for metrics in by_rank), f"{name}: ranks report different metrics"
+    metrics = {key: float.fromhex(value) for key, value in by_rank[0].items()}
+    scale = max(abs(expected[term]) for term in ("policy", "entropic", "kl"))
+    assert abs(expected["entropic"]) > 1e-3 * scale, f"{name}: the EntroPIC term is too small to be tested"
+    for key, term in (("loss/policy", "policy"), ("loss/entropic", "entropic"), ("loss/kl", "kl")):
+        assert metrics[key] == pytest.approx(expected[term], rel=TOLERANCE, abs=TOLERANCE * scale), (name, key)
+    for key, term in (
+        ("entropy/alpha", "alpha"),
+        ("entropy/mean", "entropy"),
+        ("grad_norm", "grad_norm"),
+        ("entropy/high_prob_fraction", "high_prob_fraction"),
+        ("ratio/clip_fraction", "clip_fraction"),
+    ):
+        assert metrics[key] == pytest.approx(expected[term], rel=TOLERANCE, abs=1e-12), (name, key)
+    assert metrics["optimizer/skipped"] == 0.0
+
+
+def _check_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], name: str) -> None:
+    assert set(found) == set(expected)
+    for key, reference in expected.items():
+        distance = float((found[key].double() - reference).norm() / reference.norm())
+        assert distance < TOLERANCE, f"{name}: gradient of {key} is off by {distance:.1e} of its norm"
+        assert distance > 0, f"{name}: {key} is bit-equal to float64, so nothing was compared"
+
+
+def _check_training(traces: list[list[dict[str, str]]], parameters: Any, expected: dict[str, Any], name: str) -> None:
+    assert all(trace == traces[0] for trace in traces), f"{name}: ranks report different metrics"
+    assert min(expected["grad_norm"]) > OPTIMIZER["gradient_clip"], "clipping was never active"
+    for step, metrics in enumerate(traces[0]):
+        for key, term in (("entropy/alpha", "alpha"), ("grad_norm", "grad_norm"), ("learning_rate", "learning_rate")):
+            # Rounding differences grow a little with every step.
+            assert float.fromhex(metrics[key]) == pytest.approx(expected[term][step], rel=3 * TOLERANCE), (
+                name,
+                step,
+                key,
+            )
+    moved = sum(expected["learning_rate"])
+    for key, reference in expected["parameters"].items():
+        distance = float((parameters[key].double() - reference).abs().max())
+        assert distance < 2e-4 * moved, f"{name}: {key} is off by {distance:.1e} after steps of {moved:.1e} in sum"
+        assert math.isfinite(distance)

@@ -1,0 +1,98 @@
+"""Tiny random models of every supported family, as transformers writes them, with transformers' own statistics.
+
+Sizes are odd on purpose: with reduction lengths such as 256 two implementations can agree to the last bit, and a
+comparison that compares nothing goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCABULARY = 251
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 202,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+}
+LENGTHS = [(1, 1), (3, 14), (17, 1), (9, 21), (2, 45), (30, 7), (5, 12), (11, 33), (4, 4)]
+"""(prompt, response) tokens of each sequence."""
+
+
+def write_tiny_model(family: str, directory: Path) -> Path:
+    """Writes a Hugging Face directory with random weights; norms and biases are not trivial."""
+    import transformers
+
+    plain_rope = {"rope_type": "default", "rope_theta": 1e6}
+    llama_rope = {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 3.0,
+        # Short, so that all three branches of the formula matter within a few dozen tokens.
+        "original_max_position_embeddings": 64,
+    }
+    config = {
+        "qwen3": lambda: transformers.Qwen3Config(
+            hidden_size=90, head_dim=22, tie_word_embeddings=False, rope_parameters=plain_rope, **COMMON
+        ),
+        "qwen2": lambda: transformers.Qwen2Config(
+            hidden_size=132, tie_word_embeddings=True, rope_parameters=plain_rope, **COMMON
+        ),
+        "llama": lambda: transformers.LlamaConfig(
+            hidden_size=102, head_dim=26, tie_word_embeddings=False, rope_parameters=llama_rope, **COMMON
+        ),
+    }[family]()
+    torch.manual_seed(11)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            elif name.endswith("bias"):
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(4.0)
+    model.save_pretrained(directory)
+    return directory
+
+
+def random_sequences(seed: int = 5) -> list[tuple[list[int], int]]:
+    """(tokens, prompt length) of sequences of very different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randint(VOCABULARY, (prompt + response,), generator=generator).tolist(), prompt)
+        for prompt, response in LENGTHS
+    ]
+
+
+def write_token_file(path: Path, sequences: list[tuple[list[int], int]]) -> Path:
+    """The input of `score_file`."""
+    lines = [json.dumps({"tokens": tokens, "prompt_length": prompt}) for tokens, prompt in sequences]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def transformers_statistics(
+    hf_dir: Path, sequences: list[tuple[list[int], int]], temperature: float
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(log-probs, entropies) [R] of each response: one float32 forward a sequence, the softmax in float64."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
+    statistics = []
+    for tokens, prompt in sequences:
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens])).logits[0, prompt - 1 : -1].double() / temperature
+        logprobs = logits.log_softmax(-1)
+        chosen = logprobs.gather(-1, torch.tensor(tokens[prompt:]).unsqueeze(-1)).squeeze(-1)
+        statistics.append((chosen, -(logprobs.exp() * logprobs).sum(-1)))
+    return statistics

@@ -1,0 +1,110 @@
+"""Which directories count as checkpoints, and what happens to those that do not."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_entropic.policy.checkpoint_files import (
+    CheckpointError,
+    begin_checkpoint,
+    checkpoint_path,
+    complete_checkpoints,
+    finish_checkpoint,
+    latest_checkpoint,
+    prune_checkpoints,
+    read_state,
+)
+
+
+def save(root: Path, step: int, content: str = "tensors") -> Path:
+    directory = checkpoint_path(root, step)
+    partial = begin_checkpoint(directory)
+    (partial / "data").mkdir()
+    (partial / "data" / "0.bin").write_text(content)
+    finish_checkpoint(directory, {"step": step, "nothing": None, "third": 1 / 3})
+    return directory
+
+
+def test_a_finished_checkpoint_is_found_and_read(tmp_path):
+    directory = save(tmp_path, 7)
+    assert latest_checkpoint(tmp_path) == directory
+    assert read_state(directory) == {"step": 7, "nothing": None, "third": 1 / 3}
+    assert (directory / "data" / "0.bin").read_text() == "tensors"
+    assert [path.name for path in tmp_path.iterdir()] == [directory.name]
+
+
+def test_nothing_there_is_none(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path / "missing") is None
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    for step in (99_999_999, 5, 100_000_000):
+        save(tmp_path, step)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == [
+        "step_00000005",
+        "step_99999999",
+        "step_100000000",
+    ]
+
+
+def test_what_is_not_complete_is_invisible(tmp_path):
+    complete = save(tmp_path, 1)
+    (begin_checkpoint(checkpoint_path(tmp_path, 2)) / "half").write_text("half")
+    unmarked = save(tmp_path, 3)
+    (unmarked / "COMPLETE").unlink()
+    (tmp_path / "step_00000009").write_text("a file")
+    assert complete_checkpoints(tmp_path) == [complete]
+
+
+def test_an_interrupted_save_is_started_afresh(tmp_path):
+    (begin_checkpoint(checkpoint_path(tmp_path, 2)) / "old").write_text("old")
+    directory = save(tmp_path, 2)
+    assert not (directory / "old").exists()
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    save(tmp_path, 2, "first")
+    directory = save(tmp_path, 2, "second")
+    assert (directory / "data" / "0.bin").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == [directory.name]
+
+
+def test_a_state_that_cannot_be_written_leaves_the_earlier_checkpoint(tmp_path):
+    save(tmp_path, 2)
+    begin_checkpoint(checkpoint_path(tmp_path, 2))
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        finish_checkpoint(checkpoint_path(tmp_path, 2), {"bad": object()})
+    assert read_state(checkpoint_path(tmp_path, 2))["step"] == 2
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove"])
+def test_damage_is_named(tmp_path, damage):
+    directory = save(tmp_path, 4)
+    victim = directory / "data" / "0.bin"
+    if damage == "truncate":
+        victim.write_text("ten")
+    else:
+        victim.unlink()
+    with pytest.raises(CheckpointError, match=r"step_00000004 is damaged: data/0\.bin has [03] bytes instead of 7"):
+        read_state(directory)
+
+
+def test_a_directory_that_is_no_checkpoint_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
+        read_state(tmp_path)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in range(1, 6):
+        save(tmp_path, step)
+    begin_checkpoint(checkpoint_path(tmp_path, 6))
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "step_x").mkdir()
+    prune_checkpoints(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "step_00000004", "step_00000005", "step_x"]
+
+
+def test_keeping_none_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="keep_last must be at least 1"):
+        prune_checkpoints(tmp_path, 0)

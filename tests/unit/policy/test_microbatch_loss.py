@@ -1,0 +1,147 @@
+"""A micro-batch's share of the loss: shares add up, alpha 0 changes nothing, missing fields are named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_entropic.algorithms import kl_penalty, policy_loss, token_weights, truncated_importance_weights
+from megatron_entropic.config import Config
+from megatron_entropic.policy.loss import (
+    SUMS,
+    LossSettings,
+    TokenFields,
+    count_high_prob,
+    local_normalizers,
+    microbatch_loss,
+    token_fields,
+)
+from megatron_entropic.policy.normalizers import Normalizers
+from megatron_entropic.types import Sequence
+
+LENGTHS = (3, 11, 1, 6)
+MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+CPU = torch.device("cpu")
+
+
+def settings(**changes) -> LossSettings:
+    config = Config(
+        model={"hf_dir": "unused"},
+        data={"train_files": ["unused"]},
+        rollout={"importance_correction": "tis", "max_response_tokens": 20},
+        algorithm={"kl": {"coefficient": 0.1}},
+        entropy_control={"tau": 0.6},
+    )
+    return replace(LossSettings.from_config(config), **changes)
+
+
+def sequences() -> list[Sequence]:
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(n: int) -> torch.Tensor:
+        return torch.randn(n, generator=generator)
+
+    return [
+        Sequence(
+            tokens=torch.arange(n + 2),
+            prompt_length=2,
+            advantages=noise(n),
+            old_logprobs=-0.5 + 0.3 * noise(n),
+            rollout_logprobs=-0.5 + 0.3 * noise(n),
+            reference_logprobs=-0.5 + 0.3 * noise(n),
+        )
+        for n in LENGTHS
+    ]
+
+
+def logprobs() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return (-torch.rand(sum(LENGTHS), generator=generator)).requires_grad_()
+
+
+def normalizers(high: float) -> Normalizers:
+    return Normalizers(tokens=sum(LENGTHS), sequences=len(LENGTHS), high_prob_tokens=high)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("high_prob_denominator", [False, True])
+def test_shares_add_up_to_the_loss_of_one_microbatch(mode, high_prob_denominator):
+    chosen = settings(aggregation=mode, high_prob_denominator=high_prob_denominator)
+    whole, parts = logprobs(), logprobs()
+    counts = normalizers(count_high_prob(whole.detach(), chosen))
+    assert 0 < counts.high_prob_tokens < sum(LENGTHS)
+    loss, sums = microbatch_loss(whole, None, token_fields(sequences(), chosen, CPU), chosen, counts, 0.4)
+    loss.backward()
+    added = torch.zeros(len(SUMS), dtype=torch.float64)
+    starts = [0, 3, 14, 15, 21]
+    for members in ([0], [1, 2], [3]):
+        piece = parts[starts[members[0]] : starts[members[-1] + 1]]
+        some = [sequences()[i] for i in members]
+        share, measured = microbatch_loss(piece, None, token_fields(some, chosen, CPU), chosen, counts, 0.4)
+        share.backward()
+        added += measured
+    torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(added, sums, rtol=1e-6, atol=1e-8)
+    names = dict(zip(SUMS, sums.tolist(), strict=True))
+    assert loss.item() == pytest.approx(names["policy_loss"] + names["entropic_loss"] + names["kl_loss"], rel=1e-6)
+    assert names["high_prob"] == counts.high_prob_tokens
+    assert names["tokens"] == sum(LENGTHS)
+
+
+@pytest.mark.parametrize("alpha", [None, 0.0])
+def test_without_alpha_it_is_the_base_loss_bit_for_bit(alpha):
+    chosen = settings()
+    fields = token_fields(sequences(), chosen, CPU)
+    results = []
+    for coefficient in (alpha, 0.3):
+        values = logprobs()
+        loss, sums = microbatch_loss(values, None, fields, chosen, normalizers(0), coefficient)
+        loss.backward()
+        results.append((loss, sums[0], values.grad))
+    base = logprobs()
+    correction = truncated_importance_weights(fields.old_logprobs, fields.rollout_logprobs, chosen.importance_cap)
+    terms = policy_loss(
+        base, fields.old_logprobs, fields.advantages, clip_low=0.2, clip_high=0.2, dual_clip=3.0,
+        importance_weights=correction,
+    )  # fmt: skip
+    weights = token_weights("token-mean", fields.lengths, global_tokens=21, global_sequences=4, max_response_tokens=20)
+    loss = (weights * terms.loss).sum() + 0.1 * (weights * kl_penalty(base, fields.reference_logprobs, "k3")).sum()
+    loss.backward()
+    assert torch.equal(results[0][0], loss)
+    assert torch.equal(results[0][2], base.grad)
+    assert not torch.equal(results[1][2], base.grad), "the EntroPIC term changes nothing: it was not tested"
+
+
+def test_a_token_that_crossed_tau_since_the_count_does_not_blow_up():
+    chosen = settings(high_prob_denominator=True)
+    fields = token_fields(sequences(), chosen, CPU)
+    loss, sums = microbatch_loss(logprobs(), None, fields, chosen, normalizers(0), 0.5)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(sums).all()
+
+
+def test_local_normalizers_are_the_published_weights():
+    fields = TokenFields(torch.tensor([3, 4]), torch.zeros(7), torch.zeros(7), None, None)
+    assert local_normalizers(fields, minibatch_sequences=8, data_parallel=2) == Normalizers(
+        tokens=7.0, sequences=2, scale=2 / 16
+    )
+
+
+@pytest.mark.parametrize("name", ["old_logprobs", "advantages", "rollout_logprobs", "reference_logprobs"])
+def test_a_missing_or_misshapen_field_is_named(name):
+    for value, found in ((None, "nothing"), (torch.zeros(5), r"shape \(5,\)")):
+        batch = sequences()
+        setattr(batch[1], name, value)
+        with pytest.raises(ValueError, match=rf"sequence 1: {name} needs \[11\], got {found}"):
+            token_fields(batch, settings(), CPU)
+
+
+def test_fields_that_no_loss_reads_may_be_missing():
+    batch = sequences()
+    for sequence in batch:
+        sequence.rollout_logprobs = sequence.reference_logprobs = None
+    fields = token_fields(batch, settings(importance_cap=None, kl_coefficient=0.0), CPU)
+    assert fields.rollout_logprobs is None
+    assert fields.reference_logprobs is None
