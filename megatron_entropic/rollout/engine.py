@@ -1,0 +1,277 @@
+"""One vLLM engine: samples responses, scores given tokens, takes in new weights.
+
+    requests --> generate --> samples with log pi_engine(token) at the rollout temperature
+    plan, version --> receive: start, one update per bucket, finish, empty prefix cache, check the version
+
+Sampling is a function of weights and requests: every response has a seed of its own and the batch is scheduled in this
+process, so the same calls in a fresh process give the same tokens and the same log-probs bit for bit (on the CPU).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_entropic.config import Dtype, RolloutConfig
+from megatron_entropic.rollout.environment import Device, prepare_environment
+from megatron_entropic.rollout.noise import silence_known_noise
+from megatron_entropic.types import GenerationRequest, Sample
+from megatron_entropic.weights.dimensions import read_dimensions
+from megatron_entropic.weights.parameter_map import ParameterMap
+from megatron_entropic.weights.plan import PublishPlan
+from megatron_entropic.weights.transport import FlatContents
+
+
+class RolloutEngine:
+    """A vLLM `LLM` in this process; workers of tensor parallelism are its children."""
+
+    def __init__(
+        self,
+        hf_dir: Path,
+        dtype: Dtype,
+        config: RolloutConfig,
+        *,
+        max_model_tokens: int,
+        seed: int,
+        device: Device,
+        max_batched_tokens: int | None = None,
+    ) -> None:
+        """Load the model of `hf_dir` as weights version 0.
+
+        Args:
+            hf_dir: Hugging Face directory; the tokenizer is not read.
+            dtype: of weights, activations and KV cache.
+            config: sampling and memory.
+            max_model_tokens: longest prompt and response together.
+            seed: of vLLM's own generators, which nothing here draws from.
+            device: cpu or cuda.
+            max_batched_tokens: tokens of one forward pass; None leaves the choice to vLLM.
+
+        Raises:
+            ValueError: an architecture that the weight map does not know, or a limit that vLLM refuses.
+        """
+        prepare_environment(device)
+        silence_known_noise()
+        from vllm import LLM
+
+        from megatron_entropic.rollout.plugin import register
+
+        register()
+        self._config = config
+        self._device = device
+        self._max_model_tokens = max_model_tokens
+        self._hf_tensors = ParameterMap(read_dimensions(hf_dir)).hf_tensors
+        self._stop_token_ids = stop_token_ids(hf_dir)
+        self._weights_version: int | None = 0
+        options = _engine_options(dtype, config, device)
+        if max_batched_tokens is not None:
+            options["max_num_batched_tokens"] = max_batched_tokens
+        self._llm = LLM(model=str(hf_dir), max_model_len=max_model_tokens, seed=seed, **options)
+
+    @property
+    def weights_version(self) -> int:
+        """Version of the loaded weights, 0 for those of the Hugging Face directory.
+
+        Raises:
+            RuntimeError: an update broke off, so the weights are a mixture.
+        """
+        if self._weights_version is None:
+            raise RuntimeError("a weight update broke off: the engine's weights are incomplete, publish again")
+        return self._weights_version
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Sample]:
+        """One response to each request, in the order of the requests.
+
+        Raises:
+            ValueError: a prompt that leaves no room for max_response_tokens.
+            RuntimeError: the weights are incomplete.
+        """
+        from vllm import SamplingParams, TokensPrompt
+
+        version = self.weights_version
+        self._check_lengths(requests)
+        parameters = [
+            SamplingParams(
+                temperature=self._config.temperature,
+                top_p=self._config.top_p,
+                top_k=self._config.top_k,
+                seed=request.seed,
+                max_tokens=self._config.max_response_tokens,
+                stop_token_ids=self._stop_token_ids,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        prompts = [TokensPrompt(prompt_token_ids=request.prompt.tokens) for request in requests]
+        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        return [_sample(request, output, version) for request, output in zip(requests, outputs, strict=True)]
+
+    def score_tokens(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[list[float]]:
+        """Log-probs at temperature 1 of the tokens after each prompt.
+
+        Args:
+            sequences: (tokens [L], prompt_length), 1 <= prompt_length < L < max_model_tokens.
+
+        Returns:
+            For each sequence its L - prompt_length log-probs, in the caller's order.
+
+        Raises:
+            ValueError: vLLM has no room for a sequence and one token more.
+            RuntimeError: the weights are incomplete.
+        """
+        _ = self.weights_version  # refuses incomplete weights
+        from vllm import SamplingParams, TokensPrompt
+
+        # vLLM must generate something: one greedy token, which is thrown away.
+        parameters = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+        )
+        prompts = [TokensPrompt(prompt_token_ids=list(tokens)) for tokens, _ in sequences]
+        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        return [
+            [output.prompt_logprobs[i][tokens[i]].logprob for i in range(prompt_length, len(tokens))]
+            for (tokens, prompt_length), output in zip(sequences, outputs, strict=True)
+        ]
+
+    def connect(self, rendezvous: dict[str, Any]) -> None:
+        """Join the transfer group of the policy.
+
+        Args:
+            rendezvous: what the policy's `Publisher.open` returned, and `rank_offset`, the group rank of this engine's
+                first worker (the sender is rank 0).
+
+        Raises:
+            PhaseTimeout: naming phase, worker and peer.
+        """
+        init_info = dict(rendezvous)
+        if self._device == "cuda":
+            from megatron_entropic.rollout.nccl_transport import packing_options
+
+            del init_info["timeout_s"]
+            init_info |= packing_options()[0]
+        self._llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def receive(self, plan: PublishPlan, weights_version: int) -> None:
+        """Take in all buckets of `plan` while the policy publishes them; the weights are then `weights_version`.
+
+        Raises:
+            ValueError: the plan does not hold exactly this model's tensors; nothing has been received.
+            PhaseTimeout, PeerDied: naming bucket, worker and peer.
+            RuntimeError: the prefix cache could not be emptied, or vLLM reports another version afterwards.
+        """
+        buckets = [FlatContents.of_bucket(bucket) for bucket in plan.buckets]
+        check_complete(buckets, self._hf_tensors)
+        extra: dict[str, Any] = {}
+        if self._device == "cuda":
+            from megatron_entropic.rollout.nccl_transport import packing_options
+
+            extra = packing_options()[1]
+        self._weights_version = None
+        self._llm.start_weight_update()
+        for contents in buckets:
+            self._llm.update_weights({"update_info": contents.update_info() | extra})
+        self._finish_update(weights_version)
+        # Cached keys and values belong to the old weights, and vLLM keeps them.
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("publish: vLLM could not empty its prefix cache, a request is still running")
+        self._weights_version = weights_version
+
+    def _finish_update(self, version: int) -> None:
+        """Finish, and let vLLM keep the version where it can (its LLM class has no version up to 0.24)."""
+        if not hasattr(self._llm, "get_weight_version"):
+            self._llm.finish_weight_update()
+            return
+        self._llm.finish_weight_update(weight_version=str(version))
+        reported = self._llm.get_weight_version()
+        if reported != str(version):
+            raise RuntimeError(f"publish: vLLM reports weights version {reported} after update {version}")
+
+    def _check_lengths(self, requests: Sequence[GenerationRequest]) -> None:
+        room = self._max_model_tokens - self._config.max_response_tokens
+        too_long = [r.prompt for r in requests if len(r.prompt.tokens) > room]
+        if too_long:
+            worst = max(too_long, key=lambda prompt: len(prompt.tokens))
+            raise ValueError(
+                f"{len(too_long)} prompts are longer than the {room} tokens that max_response_tokens="
+                f"{self._config.max_response_tokens} leaves of {self._max_model_tokens}; the longest is prompt "
+                f"{worst.index} with {len(worst.tokens)}"
+            )
+
+
+def check_complete(buckets: Sequence[FlatContents], hf_tensors: dict[str, tuple[int, ...]]) -> None:
+    """Refuse an update that does not hold every tensor of the model once and in its shape.
+
+    vLLM keeps the old values of tensors that an update leaves out, without a word.
+
+    Raises:
+        ValueError: listing every difference.
+    """
+    sent = [pair for contents in buckets for pair in zip(contents.names, contents.shapes, strict=True)]
+    names = [name for name, _ in sent]
+    problems = [f"{name}: sent twice" for name in sorted({n for n in names if names.count(n) > 1})]
+    problems += [f"{name}: missing" for name in hf_tensors if name not in set(names)]
+    for name, shape in sent:
+        if name not in hf_tensors:
+            problems.append(f"{name}: the model has no such tensor")
+        elif tuple(shape) != tuple(hf_tensors[name]):
+            problems.append(f"{name}: shape {tuple(shape)}, the model has {tuple(hf_tensors[name])}")
+    if problems:
+        raise ValueError("publish: the update does not fit the engine's model:\n  " + "\n  ".join(problems))
+
+
+def stop_token_ids(hf_dir: Path) -> list[int]:
+    """End-of-sequence ids of generation_config.json and config.json, ascending; empty if neither names one."""
+    found: set[int] = set()
+    for file in ("generation_config.json", "config.json"):
+        path = hf_dir / file
+        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+        if value is not None:
+            found |= set(value) if isinstance(value, list) else {value}
+    return sorted(found)
+
+
+def _engine_options(dtype: Dtype, config: RolloutConfig, device: Device) -> dict[str, Any]:
+    """Arguments of vLLM's LLM that follow from the configuration alone."""
+    from vllm.config import WeightTransferConfig
+
+    on_cpu = device == "cpu"
+    memory: dict[str, Any] = (
+        {"kv_cache_memory_bytes": int(config.kv_cache_gb * 2**30)}
+        if on_cpu
+        else {"gpu_memory_utilization": config.gpu_memory_fraction}
+    )
+    return {
+        "dtype": dtype,
+        "skip_tokenizer_init": True,
+        "use_tqdm_on_load": False,
+        # What the policy's log-probs at the rollout temperature are compared with.
+        "logprobs_mode": "processed_logprobs",
+        # A model's own sampling defaults (top_k, temperature) must not change the experiment.
+        "generation_config": "vllm",
+        "tensor_parallel_size": config.tensor_parallel,
+        # Inside a Ray actor vLLM would otherwise place its workers through Ray.
+        "distributed_executor_backend": "uni" if config.tensor_parallel == 1 else "mp",
+        "max_num_seqs": config.max_concurrent_sequences,
+        "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
+        "weight_transfer_config": WeightTransferConfig(backend="gloo" if on_cpu else "nccl"),
+        **memory,
+    }
+
+
+def _sample(request: GenerationRequest, output: Any, weights_version: int) -> Sample:
+    """vLLM's request output as a sample."""
+    (completion,) = output.outputs
+    tokens, logprobs = list(completion.token_ids), completion.logprobs
+    assert list(logprobs.token_ids) == tokens, "one log-prob for each sampled token"
+    return Sample(
+        prompt=request.prompt,
+        sample_index=request.sample_index,
+        response_tokens=tokens,
+        rollout_logprobs=list(logprobs.logprobs),
+        finish_reason=str(completion.finish_reason),
+        weights_version=weights_version,
+    )

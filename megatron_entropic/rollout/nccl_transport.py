@@ -1,0 +1,82 @@
+"""The CUDA side of publishing: vLLM's own NCCL engine receives, and its trainer-side calls send.
+
+vLLM's interface has two generations. Up to 0.24 the packing options travel with every update; later they are part of
+the connection. Both are told apart by the fields of vLLM's own dataclasses. Written from the sources of 0.24 and 0.32.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from megatron_entropic.weights.transport import FlatContents
+
+# One broadcast a bucket: larger than any bucket. vLLM allocates what a bucket needs, not this.
+_PACKED = {"packed": True, "packed_buffer_size_bytes": 2**40, "packed_num_buffers": 1}
+
+
+def packing_options() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Extra fields of vLLM's NCCL connection and of each of its updates, for the installed version."""
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferInitInfo
+
+    of_connection = "packed" in {field.name for field in fields(NCCLWeightTransferInitInfo)}
+    return (_PACKED, {}) if of_connection else ({}, _PACKED)
+
+
+class NcclSender:
+    """`WeightSender` over NCCL; the tensors are on the current CUDA device.
+
+    NCCL has no time limit of its own here: whoever awaits the policy and the engines sets it.
+    """
+
+    def __init__(self, host: str, receivers: int, timeout_s: float) -> None:
+        """Choose a port for the rendezvous of `receivers` workers; `accept` opens it."""
+        del timeout_s
+        self._receivers = receivers
+        self._group: Any = None
+        with socket.create_server((host, 0)) as probe:
+            self._address = (host, int(probe.getsockname()[1]))
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port at which the workers find this group."""
+        return self._address
+
+    def accept(self) -> None:
+        """Waits until every worker has joined."""
+        host, port = self._address
+        self._group = _trainer_init()({"master_address": host, "master_port": port, "world_size": self._receivers + 1})
+
+    def send(self, contents: FlatContents, flat: torch.Tensor) -> None:
+        """Broadcasts `flat` [contents.elements] to all workers; returns when the buffer may be reused."""
+        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
+
+        assert self._group is not None, "accept() comes before send()"
+        # vLLM broadcasts from streams of its own, which do not wait for the one that filled the buffer.
+        torch.cuda.current_stream().synchronize()
+        packed_nccl_broadcast_producer(
+            iterator=contents.split(flat),
+            group=self._group,
+            src=0,
+            post_iter_func=lambda item: item[1],
+            buffer_size_bytes=_PACKED["packed_buffer_size_bytes"],
+            num_buffers=_PACKED["packed_num_buffers"],
+        )
+
+    def close(self) -> None:
+        """Drops the communicator."""
+        self._group = None
+
+
+def _trainer_init() -> Any:
+    """vLLM's function that opens the trainer's end, which moved between the generations."""
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+    if hasattr(NCCLWeightTransferEngine, "trainer_init"):
+        return NCCLWeightTransferEngine.trainer_init
+    from vllm.distributed.weight_transfer.nccl_common import trainer_init
+
+    return trainer_init

@@ -1,0 +1,154 @@
+"""One life of a rollout engine in a fresh process; what it saw goes into a file for the test to judge.
+
+python rollout_engine_run.py DIRECTORY full|resumed
+
+full     generates with the starting weights, fails an update, takes in new weights, generates again, scores.
+resumed  takes in the same new weights at once and generates, as a restarted run would.
+"""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from megatron_entropic.config import RolloutConfig
+from megatron_entropic.errors import PhaseTimeout
+from megatron_entropic.rollout.engine import RolloutEngine
+from megatron_entropic.types import GenerationRequest, Prompt, Sample
+from megatron_entropic.weights.dimensions import read_dimensions
+from megatron_entropic.weights.parameter_map import ParameterMap
+from megatron_entropic.weights.plan import PublishPlan, publish_plan
+from megatron_entropic.weights.transport import FlatContents, GlooSender
+
+HOST = "127.0.0.1"
+RESPONSE_TOKENS = 40
+LONGEST_PROMPT = 200
+
+
+def requests_of_step(step: int, vocabulary: int) -> list[GenerationRequest]:
+    """Prompts from 1 to LONGEST_PROMPT tokens, the longest first: longer than a cache block, so that it is cached."""
+    generator = torch.Generator().manual_seed(step)
+    lengths = [LONGEST_PROMPT, 1, *torch.randint(2, LONGEST_PROMPT, (8,), generator=generator).tolist()]
+    requests = []
+    for index, length in enumerate(lengths):
+        tokens = torch.randint(4, vocabulary, (length,), generator=generator).tolist()
+        prompt = Prompt(index, tokens, "", None)
+        requests += [GenerationRequest(prompt, sample, 1000 * step + 10 * index + sample) for sample in range(4)]
+    return requests
+
+
+def send_weights(sender: GlooSender, plan: PublishPlan, tensors: dict[str, torch.Tensor]) -> None:
+    for bucket in plan.buckets:
+        sender.send(FlatContents.of_bucket(bucket), torch.cat([tensors[name].flatten() for name in bucket.hf_names]))
+
+
+def publish(engine: RolloutEngine, plan: PublishPlan, tensors: dict[str, torch.Tensor], version: int) -> None:
+    """Connects afresh and moves `tensors` into the engine."""
+    sender = GlooSender(HOST, 1, 60.0)
+    host, port = sender.address
+    rendezvous = {"master_address": host, "master_port": port, "world_size": 2, "timeout_s": 60.0}
+    with ThreadPoolExecutor(1) as threads:
+        accepted = threads.submit(sender.accept)
+        engine.connect({**rendezvous, "rank_offset": 1})
+        accepted.result()
+        sent = threads.submit(send_weights, sender, plan, tensors)
+        engine.receive(plan, version)
+        sent.result()
+    sender.close()
+
+
+def failed_update(engine: RolloutEngine, plan: PublishPlan) -> tuple[str, str]:
+    """A sender that joins and then sends nothing: the engine's error, and what it says when asked to generate."""
+    sender = GlooSender(HOST, 1, 2.0)
+    host, port = sender.address
+    with ThreadPoolExecutor(1) as threads:
+        accepted = threads.submit(sender.accept)
+        engine.connect(
+            {"master_address": host, "master_port": port, "world_size": 2, "timeout_s": 2.0, "rank_offset": 1}
+        )
+        accepted.result()
+    try:
+        engine.receive(plan, 9)
+    except PhaseTimeout as error:
+        message = str(error)
+    try:
+        engine.generate([])
+    except RuntimeError as error:
+        return message, str(error)
+    raise AssertionError("an engine with incomplete weights generated")
+
+
+def cached_tokens(engine: RolloutEngine, prompt: list[int]) -> int:
+    """How much of a prompt vLLM finds in its prefix cache."""
+    from vllm import SamplingParams, TokensPrompt
+
+    (output,) = engine._llm.generate(
+        [TokensPrompt(prompt_token_ids=prompt)],
+        SamplingParams(temperature=0.0, max_tokens=1, detokenize=False),
+        use_tqdm=False,
+    )
+    return int(output.num_cached_tokens)
+
+
+def plain(samples: list[Sample]) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": sample.prompt.tokens,
+            "index": (sample.prompt.index, sample.sample_index),
+            "response": sample.response_tokens,
+            "logprobs": sample.rollout_logprobs,
+            "finish_reason": sample.finish_reason,
+            "version": sample.weights_version,
+        }
+        for sample in samples
+    ]
+
+
+def main(directory: Path, life: str) -> None:
+    old, new = directory / "old", directory / "new"
+    parameter_map = ParameterMap(read_dimensions(old))
+    vocabulary = parameter_map.dimensions.vocab_size
+    config = RolloutConfig(
+        max_response_tokens=RESPONSE_TOKENS, temperature=0.7, kv_cache_gb=0.1, max_concurrent_sequences=16
+    )
+    engine = RolloutEngine(
+        old, "float32", config, max_model_tokens=LONGEST_PROMPT + RESPONSE_TOKENS, seed=1, device="cpu"
+    )
+    plan = publish_plan(parameter_map, pipeline_parallel=2, tensor_parallel=1, bucket_bytes=50_000, dtype="float32")
+    tensors = load_file(new / "model.safetensors")
+    seen: dict[str, Any] = {"buckets": len(plan.buckets)}
+    if life == "full":
+        first = requests_of_step(1, vocabulary)
+        longest = first[0].prompt.tokens
+        seen["before"] = plain(engine.generate(first))
+        seen["repeated"] = plain(engine.generate(first))
+        seen["cached before"] = cached_tokens(engine, longest)
+        seen["vllm version before"] = engine._llm.get_weight_version()
+        seen["timeout"], seen["incomplete"] = failed_update(engine, plan)
+    publish(engine, plan, tensors, version=2)
+    seen["vllm version after"] = engine._llm.get_weight_version()
+    if life == "full":
+        seen["cached after"] = cached_tokens(engine, longest)
+        seen["after"] = plain(engine.generate(first))
+        # The same state as that of a restarted engine, which has generated nothing yet.
+        publish(engine, plan, tensors, version=2)
+    seen["step 2"] = plain(engine.generate(requests_of_step(2, vocabulary)))
+    if life == "full":
+        # vLLM needs room for one token more, which the longest do not leave.
+        fitting = [s for s in seen["after"] if len(s["prompt"]) < LONGEST_PROMPT]
+        seen["scored"] = engine.score_tokens([(s["prompt"] + s["response"], len(s["prompt"])) for s in fitting])
+        too_long = GenerationRequest(Prompt(77, [5] * (LONGEST_PROMPT + 1), "", None), 0, 0)
+        try:
+            engine.generate([too_long])
+        except ValueError as error:
+            seen["too long"] = str(error)
+    torch.save(seen, directory / f"{life}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
