@@ -1,0 +1,217 @@
+"""Everything the Countdown example needs, generated: problems, a character tokenizer and a small random Qwen3 model.
+
+    python examples/countdown/prepare.py --output data/countdown
+
+A problem gives three digits and a target from 1 to 99; the answer is an expression that uses each digit once and has
+the target as its value. Prompt `3,7,5>26:`, a right answer `3*7+5$`, where `$` ends the sequence.
+
+    OUTPUT/train.parquet        prompts in verl's column layout
+    OUTPUT/heldout.parquet      the same; no problem in it occurs in the other two files, in whatever order of digits
+    OUTPUT/warm_start.parquet   columns prompt and response: problems with one random right answer each
+    OUTPUT/model/               Hugging Face directory: config, safetensors, tokenizer
+
+The files are a function of the seed and of this script; a second call finds them complete and does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, Qwen3Config
+
+DIGITS_PER_PROBLEM = 3
+OPERATORS = "+-*"
+# The end is the only special token: any other is seen by the verifier, so none can pass unnoticed in a right answer.
+END, UNKNOWN = "$", "?"
+# 19 characters, so that every tensor-parallel size has to pad the vocabulary.
+VOCABULARY = "0123456789+-*/,>:" + END + UNKNOWN
+MODEL = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6,
+}
+EMBEDDING_STD = 0.05
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows of each file."""
+
+    train: int = 4096
+    heldout: int = 256
+    warm_start: int = 40_960
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Three digits, a target and one expression that reaches it."""
+
+    numbers: tuple[int, ...]
+    target: int
+    solution: str
+
+    @property
+    def prompt(self) -> str:
+        """As the model reads it."""
+        return ",".join(map(str, self.numbers)) + f">{self.target:02d}:"
+
+    @property
+    def identity(self) -> tuple[tuple[int, ...], int]:
+        """The same for problems that differ in the order of their digits only."""
+        return tuple(sorted(self.numbers)), self.target
+
+
+def value_of(operands: list[int], operators: list[str]) -> int:
+    """Value of a flat expression; `*` binds tighter than `+` and `-`."""
+    terms = [operands[0]]
+    for operator, operand in zip(operators, operands[1:], strict=True):
+        if operator == "*":
+            terms[-1] *= operand
+        else:
+            terms.append(operand if operator == "+" else -operand)
+    return sum(terms)
+
+
+def problems(generator: random.Random) -> Iterator[Problem]:
+    """Endless independent problems: a random expression decides the target, so each has an answer."""
+    while True:
+        numbers = [generator.randint(1, 9) for _ in range(DIGITS_PER_PROBLEM)]
+        operands = generator.sample(numbers, k=len(numbers))
+        operators = generator.choices(OPERATORS, k=len(numbers) - 1)
+        target = value_of(operands, operators)
+        if 1 <= target <= 99:
+            solution = str(operands[0]) + "".join(o + str(n) for o, n in zip(operators, operands[1:], strict=True))
+            yield Problem(tuple(numbers), target, solution)
+
+
+def verl_row(problem: Problem, split: str, index: int) -> dict[str, Any]:
+    """One row of a prompt file."""
+    ground_truth = json.dumps({"numbers": list(problem.numbers), "target": problem.target})
+    return {
+        "data_source": "countdown",
+        "prompt": [{"role": "user", "content": problem.prompt}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": ground_truth},
+        "extra_info": {"split": split, "index": index},
+    }
+
+
+def write_data(output: Path, seed: int, sizes: Sizes) -> None:
+    """The three parquet files."""
+    import pyarrow
+    import pyarrow.parquet
+
+    stream = problems(random.Random(seed))
+    heldout: dict[tuple[tuple[int, ...], int], Problem] = {}
+    while len(heldout) < sizes.heldout:
+        problem = next(stream)
+        heldout.setdefault(problem.identity, problem)
+    others = (problem for problem in stream if problem.identity not in heldout)
+    train = [next(others) for _ in range(sizes.train)]
+    pairs = [next(others) for _ in range(sizes.warm_start)]
+    files = {
+        "train": [verl_row(problem, "train", index) for index, problem in enumerate(train)],
+        "heldout": [verl_row(problem, "heldout", index) for index, problem in enumerate(heldout.values())],
+        "warm_start": [{"prompt": problem.prompt, "response": problem.solution} for problem in pairs],
+    }
+    for name, rows in files.items():
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), output / f"{name}.parquet")
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {character: index for index, character in enumerate(VOCABULARY)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=MODEL["max_position_embeddings"],
+        clean_up_tokenization_spaces=False,
+    )
+    # Messages are simply joined: a prompt reads the same with and without the template.
+    wrapped.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return wrapped
+
+
+def model_config() -> Qwen3Config:
+    """The architecture, about 0.2 million parameters."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=len(VOCABULARY),
+        eos_token_id=VOCABULARY.index(END),
+        pad_token_id=VOCABULARY.index(END),
+        bos_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        dtype="float32",
+        **MODEL,
+    )
+
+
+def write_model(directory: Path, seed: int) -> None:
+    """A Hugging Face directory with random weights."""
+    import torch
+    from transformers import Qwen3ForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(model_config())
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
+    model.save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+
+
+def prepare(output: Path, seed: int = 1, sizes: Sizes | None = None) -> bool:
+    """Write everything below `output`; returns False if it was there already.
+
+    The manifest is written last, so an interrupted call is repeated as a whole.
+    """
+    sizes = sizes or Sizes()
+    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    manifest = json.dumps({"seed": seed, "rows": asdict(sizes), "script_sha256": script}, indent=2) + "\n"
+    written = output / MANIFEST
+    if written.is_file() and written.read_text(encoding="utf-8") == manifest:
+        return False
+    output.mkdir(parents=True, exist_ok=True)
+    written.unlink(missing_ok=True)
+    write_data(output, seed, sizes)
+    write_model(output / "model", seed)
+    written.write_text(manifest, encoding="utf-8")
+    return True
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Generate data, tokenizer and model of the Countdown example.")
+    parser.add_argument("--output", type=Path, default=Path("data/countdown"))
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    verb = "written to" if prepare(options.output, options.seed) else "already in"
+    sys.stdout.write(f"countdown data and model are {verb} {options.output}\n")
+
+
+if __name__ == "__main__":
+    main()

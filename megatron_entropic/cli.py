@@ -1,0 +1,135 @@
+"""The command line: train, score, report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence as Args
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from megatron_entropic.cluster.environment import prepare_ray_environment
+from megatron_entropic.config import PolicyConfig
+from megatron_entropic.config_loading import ConfigError, batch_arithmetic, config_warnings, load_config
+from megatron_entropic.errors import RunError
+
+
+def main(arguments: Args[str] | None = None) -> int:
+    """Entry point of `megatron-entropic`. Returns the exit status: 0, 1 (the work failed) or 2 (bad input)."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse gives up on overrides that come after an option.
+    if rest and not (hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        options.command(options)
+    except (ConfigError, ValueError, FileNotFoundError) as error:
+        errors.print(f"[bold red]error:[/] {escape(str(error))}")
+        return 2
+    except (RunError, OSError, ModuleNotFoundError) as error:
+        errors.print(f"[bold red]error:[/] {escape(str(error))}")
+        return 1
+    except KeyboardInterrupt:
+        errors.print("interrupted; the same command continues from the last checkpoint")
+        return 130
+    return 0
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    console = Console()
+    table = Table(title=f"{config.run.name}: what one step means", title_justify="left", show_header=False)
+    for name, value in batch_arithmetic(config):
+        table.add_row(escape(name), escape(value))
+    console.print(table)
+    for warning in config_warnings(config):
+        console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+    if options.check:
+        return
+    # Ray reads its settings when the trainer imports it.
+    prepare_ray_environment(config.cluster)
+    from megatron_entropic.trainer import train
+
+    console.print(f"done: {train(config)}", soft_wrap=True)
+
+
+def _score(options: argparse.Namespace) -> None:
+    refused = [
+        f"--{name.replace('_', '-')} {value}: not supported yet, only 1"
+        for name in ("context_parallel", "expert_parallel")
+        if (value := getattr(options, name)) != 1
+    ]
+    if refused:
+        raise ValueError("\n".join(refused))
+    layout = PolicyConfig(
+        tensor_parallel=options.tensor_parallel,
+        pipeline_parallel=options.pipeline_parallel,
+        data_parallel=options.data_parallel,
+        sequence_parallel=options.sequence_parallel,
+        tokens_per_microbatch=options.tokens_per_microbatch,
+    )
+    if options.backend != "megatron" and (layout.world_size > 1 or layout.sequence_parallel):
+        raise ValueError(f"--backend {options.backend} runs in one process; parallel layouts need --backend megatron")
+    files = {"hf_dir": options.hf_dir, "tokens_path": options.tokens, "output_path": options.output}
+    if options.backend == "megatron":
+        from megatron_entropic.policy.score_worker import score_file
+
+        score_file(**files, policy=layout, temperature=options.temperature, dtype=options.dtype, device=options.device)
+    elif options.backend == "vllm":
+        from megatron_entropic.rollout.score_backend import score_file as score_with_vllm
+
+        score_with_vllm(**files, dtype=options.dtype, temperature=options.temperature)
+    else:
+        from megatron_entropic.policy.score_transformers import score_file as score_with_transformers
+
+        score_with_transformers(**files, temperature=options.temperature, dtype=options.dtype)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from megatron_entropic.observability.report import write_report
+
+    output_dir = options.output or options.run_dirs[0] / "report"
+    Console().print(f"report: {write_report(options.run_dirs, output_dir)}", soft_wrap=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-entropic", description="Reinforcement learning on Megatron-core with controlled entropy."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="run or continue a training run")
+    train.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    train.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="e.g. train.steps=500")
+    train.add_argument("--check", action="store_true", help="validate, print the batch arithmetic, start nothing")
+    train.set_defaults(command=_train)
+
+    score = commands.add_parser("score", help="log-probs and entropies of given tokens: does training equal rollout?")
+    score.add_argument("--hf-dir", type=Path, required=True)
+    score.add_argument("--tokens", type=Path, required=True, help='JSON lines {"tokens": [...], "prompt_length": n}')
+    score.add_argument("--output", type=Path, required=True, help="JSON lines with logprobs and entropies (nats) added")
+    score.add_argument("--backend", choices=["megatron", "vllm", "transformers"], default="megatron")
+    for name in ("tensor", "pipeline", "data", "context", "expert"):
+        score.add_argument(f"--{name}-parallel", type=int, default=1, metavar="N")
+    score.add_argument("--sequence-parallel", action="store_true")
+    score.add_argument("--temperature", type=float, default=1.0)
+    score.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    score.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    score.add_argument("--tokens-per-microbatch", type=int, default=16384)
+    score.set_defaults(command=_score)
+
+    report = commands.add_parser("report", help="write an HTML page and PNGs about one or several runs")
+    report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
+    report.add_argument("--output", type=Path, help="folder to write into (default: RUN_DIR/report of the first run)")
+    report.set_defaults(command=_report)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

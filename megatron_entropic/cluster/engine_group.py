@@ -1,0 +1,116 @@
+"""All rollout engines as one object, and the meeting point of policy and engines: publishing weights."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import ray
+
+from megatron_entropic.cluster.placement import Placement
+from megatron_entropic.cluster.policy_group import PolicyGroup
+from megatron_entropic.cluster.waiting import gather
+from megatron_entropic.cluster.workers import EngineWorker, worker_environment
+from megatron_entropic.config import Config
+from megatron_entropic.types import GenerationRequest, Prompt, Sample
+
+
+class EngineGroup:
+    """One Ray actor for each engine; prompts are dealt out in whole groups."""
+
+    def __init__(self, config: Config, placement: Placement) -> None:
+        """Create the actors; nothing heavy happens before `start`."""
+        self._config = config
+        environment = worker_environment(config, placement.device)
+        self._actors = [
+            EngineWorker.options(  # type: ignore[attr-defined]
+                **placement.engine_options(engine), runtime_env={"env_vars": environment}
+            ).remote(config, engine, placement.device)
+            for engine in range(config.rollout.engines)
+        ]
+
+    @property
+    def workers(self) -> int:
+        """Number of vLLM workers that receive weights, over all engines."""
+        return self._config.rollout.engines * self._config.rollout.tensor_parallel
+
+    def begin_start(self) -> dict[str, ray.ObjectRef]:
+        """Pending calls that end when every engine has loaded; they overlap with the policy's own start."""
+        return {self._name(engine): actor.start.remote() for engine, actor in enumerate(self._actors)}
+
+    def finish_start(self, pending: dict[str, ray.ObjectRef]) -> None:
+        """Wait for `begin_start`."""
+        gather(pending, phase="engine start", timeout_s=self._config.cluster.startup_timeout_s)
+
+    def generate(self, prompts: list[Prompt], step: int) -> list[Sample]:
+        """`samples_per_prompt` responses to each prompt, grouped by prompt, in the caller's order.
+
+        Every response has a seed of its own, made from run, step, prompt and sample: what is sampled depends neither
+        on the number of engines nor on restarts.
+        """
+        count = self._config.rollout.samples_per_prompt
+        engines = len(self._actors)
+        calls = {
+            self._name(engine): self._actors[engine].generate.remote(
+                [
+                    GenerationRequest(prompt, sample, sample_seed(self._config.run.seed, step, prompt.index, sample))
+                    for prompt in prompts[engine::engines]
+                    for sample in range(count)
+                ]
+            )
+            for engine in range(engines)
+            if prompts[engine::engines]
+        }
+        answers = gather(calls, phase=f"generate (step {step})", timeout_s=self._config.cluster.generate_timeout_s)
+        per_engine = list(answers.values())
+        groups = [
+            per_engine[i % engines][i // engines * count : (i // engines + 1) * count] for i in range(len(prompts))
+        ]
+        return [sample for group in groups for sample in group]
+
+    def connect(self, rendezvous: dict[str, Any]) -> dict[str, ray.ObjectRef]:
+        """Pending calls that join the weight-transfer group, each engine with its own offset of receiver ranks."""
+        width = self._config.rollout.tensor_parallel
+        return {
+            self._name(engine): actor.connect.remote({**rendezvous, "rank_offset": 1 + engine * width})
+            for engine, actor in enumerate(self._actors)
+        }
+
+    def receive(self, plan: Any, version: int) -> dict[str, ray.ObjectRef]:
+        """Pending calls that take in the buckets of `plan` as weights `version`."""
+        return {self._name(engine): actor.receive.remote(plan, version) for engine, actor in enumerate(self._actors)}
+
+    @staticmethod
+    def _name(engine: int) -> str:
+        return f"engine {engine}"
+
+
+def sample_seed(run_seed: int, step: int, prompt_index: int, sample_index: int) -> int:
+    """Seed of one response, 31 bits; neighbouring arguments give unrelated seeds."""
+    key = f"{run_seed}/{step}/{prompt_index}/{sample_index}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little") >> 1
+
+
+class WeightPublisher:
+    """Brings the policy's weights into all engines: both sides work at the same time, both are awaited."""
+
+    def __init__(self, policy: PolicyGroup, engines: EngineGroup, timeout_s: float) -> None:
+        """Connect both sides once; the connection serves every later `publish`."""
+        self._policy = policy
+        self._engines = engines
+        self._timeout_s = timeout_s
+        rendezvous = policy.open_transport(engines.workers)
+        gather(policy.accept_receivers() | engines.connect(rendezvous), phase="publish: connect", timeout_s=timeout_s)
+        self._plan = policy.publish_plan()
+
+    def publish(self, version: int) -> None:
+        """Send the current weights as `version`; afterwards every engine samples from them.
+
+        Raises:
+            PhaseTimeout, PeerDied, RunError: naming the rank or engine and the phase.
+        """
+        gather(
+            self._policy.publish() | self._engines.receive(self._plan, version),
+            phase=f"publish (weights version {version})",
+            timeout_s=self._timeout_s,
+        )

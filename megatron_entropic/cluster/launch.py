@@ -1,0 +1,32 @@
+"""Bring a whole run up, and down again whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_entropic.cluster.engine_group import EngineGroup
+from megatron_entropic.cluster.placement import reserve
+from megatron_entropic.cluster.policy_group import PolicyGroup
+from megatron_entropic.cluster.session import ray_session
+from megatron_entropic.config import Config
+
+
+@contextmanager
+def launch(config: Config) -> Iterator[tuple[PolicyGroup, EngineGroup]]:
+    """Ray, the reservation, policy ranks and engines, all ready to work.
+
+    Raises:
+        RunError: something could not start; everything that did is gone again.
+    """
+    actors = config.policy.world_size + config.rollout.engines
+    with ray_session(config.cluster, local_cpus=actors) as device:
+        placement = reserve(config, device)
+        try:
+            policy, engines = PolicyGroup(config, placement), EngineGroup(config, placement)
+            loading = engines.begin_start()
+            policy.start()
+            engines.finish_start(loading)
+            yield policy, engines
+        finally:
+            placement.release()

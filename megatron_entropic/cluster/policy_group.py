@@ -1,0 +1,133 @@
+"""All policy ranks as one object: the driver's half of the policy.
+
+sequences --split over data-parallel replicas--> ranks --statistics of last stages--> the caller's order
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from megatron_entropic.cluster.placement import Placement
+from megatron_entropic.cluster.waiting import gather
+from megatron_entropic.cluster.workers import PolicyWorker, worker_environment
+from megatron_entropic.config import ClusterConfig, Config
+from megatron_entropic.policy.data_parallel import data_parallel_shards
+from megatron_entropic.types import Scores, Sequence
+from megatron_entropic.weights.plan import PublishPlan
+
+
+class PolicyGroup:
+    """One Ray actor for each policy rank; every method runs on all of them at once."""
+
+    def __init__(self, config: Config, placement: Placement) -> None:
+        """Create the actors; nothing heavy happens before `start`."""
+        self._limits: ClusterConfig = config.cluster
+        self._world_size = config.policy.world_size
+        self._data_parallel = config.policy.data_parallel
+        environment = worker_environment(config, placement.device)
+        self._actors = [
+            PolicyWorker.options(  # type: ignore[attr-defined]
+                **placement.policy_options(rank), runtime_env={"env_vars": environment}
+            ).remote(config, rank, placement.device)
+            for rank in range(self._world_size)
+        ]
+        self._replica_of: list[int] = []
+
+    def start(self) -> None:
+        """Rendezvous, build the model on every rank and load its shard of the Hugging Face weights.
+
+        Raises:
+            RunError: a rank could not start; the message is that rank's.
+        """
+        phase, timeout_s = "policy start", self._limits.startup_timeout_s
+        address, port = gather(
+            {"policy rank 0": self._actors[0].rendezvous.remote()}, phase=phase, timeout_s=timeout_s
+        )["policy rank 0"]
+        calls = {self._name(rank): actor.start.remote(address, port) for rank, actor in enumerate(self._actors)}
+        self._replica_of = list(gather(calls, phase=phase, timeout_s=timeout_s).values())
+
+    def score(self, sequences: list[Sequence], *, reference: bool = False) -> Scores:
+        """Log-probs and entropies of the response tokens under the current (or the reference) weights."""
+        shards = data_parallel_shards([s.tokens.numel() for s in sequences], self._data_parallel)
+        answers = self._on_replicas("score", sequences, shards, self._limits.score_timeout_s, reference=reference)
+        logprobs: list[Any] = [None] * len(sequences)
+        entropies: list[Any] = [None] * len(sequences)
+        for rank, scores in enumerate(answers):
+            if scores is None:
+                continue
+            for position, index in enumerate(shards[self._replica_of[rank]]):
+                logprobs[index], entropies[index] = scores.logprobs[position], scores.entropies[position]
+        assert all(value is not None for value in logprobs), "a data-parallel replica returned no scores"
+        return Scores(logprobs, entropies)
+
+    def update(self, minibatch: list[Sequence]) -> dict[str, float]:
+        """One optimizer step on `minibatch`; metrics are global and equal on every rank."""
+        return self._optimizer_step("update", minibatch)
+
+    def warm_start_step(self, sequences: list[Sequence]) -> dict[str, float]:
+        """One supervised optimizer step: maximum likelihood of the responses."""
+        return self._optimizer_step("warm_start_step", sequences)
+
+    def begin_reinforcement_learning(self) -> None:
+        """Fresh optimizer state and the schedule of `optimizer`, after a warm start."""
+        self._on_all("begin_reinforcement_learning", self._limits.update_timeout_s)
+
+    def open_transport(self, receivers: int) -> dict[str, Any]:
+        """Begin a weight-transfer rendezvous with `receivers` engine workers; returns what they need to connect."""
+        return self._on_all("open_transport", self._limits.publish_timeout_s, receivers)[0]
+
+    def accept_receivers(self) -> dict[str, ray.ObjectRef]:
+        """Pending calls that end when all engines have connected; to be gathered beside the engines' own."""
+        return self._calls("accept_receivers")
+
+    def publish(self) -> dict[str, ray.ObjectRef]:
+        """Pending calls that send the current weights; to be gathered beside the engines' receiving."""
+        return self._calls("publish")
+
+    def publish_plan(self) -> PublishPlan:
+        """The buckets that `publish` sends, in order."""
+        return self._on_all("publish_plan", self._limits.publish_timeout_s)[0]
+
+    def save_checkpoint(self, directory: Path, driver_state: dict[str, Any]) -> None:
+        """Write model, optimizer, controller and RNG of all ranks, with the driver's own state, atomically."""
+        self._on_all("save_checkpoint", self._limits.checkpoint_timeout_s, directory, driver_state)
+
+    def load_checkpoint(self, directory: Path) -> dict[str, Any]:
+        """Restore all ranks; returns the driver's state."""
+        return self._on_all("load_checkpoint", self._limits.checkpoint_timeout_s, directory)[0]
+
+    def export_hf(self, output_dir: Path) -> None:
+        """Write the policy as a Hugging Face directory."""
+        self._on_all("export_hf", self._limits.checkpoint_timeout_s, output_dir)
+
+    def peak_memory_mb(self) -> float:
+        """Largest peak memory of a rank since the last call, MiB."""
+        return max(self._on_all("peak_memory_mb", self._limits.score_timeout_s))
+
+    def _optimizer_step(self, method: str, sequences: list[Sequence]) -> dict[str, float]:
+        shards = data_parallel_shards([s.tokens.numel() for s in sequences], self._data_parallel)
+        return self._on_replicas(method, sequences, shards, self._limits.update_timeout_s)[0]
+
+    def _on_replicas(
+        self, method: str, sequences: list[Sequence], shards: list[list[int]], timeout_s: float, **options: Any
+    ) -> list[Any]:
+        # One object per replica: its ranks on one node read the same shared memory.
+        parts = [ray.put([sequences[index] for index in shard]) for shard in shards]
+        calls = {
+            self._name(rank): actor.call_with.remote(method, parts[self._replica_of[rank]], options)
+            for rank, actor in enumerate(self._actors)
+        }
+        return list(gather(calls, phase=method, timeout_s=timeout_s).values())
+
+    def _on_all(self, method: str, timeout_s: float, *arguments: Any) -> list[Any]:
+        return list(gather(self._calls(method, *arguments), phase=method, timeout_s=timeout_s).values())
+
+    def _calls(self, method: str, *arguments: Any) -> dict[str, ray.ObjectRef]:
+        return {self._name(rank): a.call.remote(method, *arguments) for rank, a in enumerate(self._actors)}
+
+    @staticmethod
+    def _name(rank: int) -> str:
+        return f"policy rank {rank}"

@@ -1,0 +1,83 @@
+"""The Ray session of one run: a private local one on loopback, or a running cluster that is joined."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from megatron_entropic.cluster.environment import is_prepared
+from megatron_entropic.config import ClusterConfig, Device
+from megatron_entropic.errors import RunError
+
+
+@contextmanager
+def ray_session(config: ClusterConfig, *, local_cpus: int) -> Iterator[Device]:
+    """Start or join Ray for the duration of the block; yields the device kind, "cpu" or "cuda".
+
+    Args:
+        config: where to find Ray and which device to use.
+        local_cpus: logical CPUs a local session offers, one for each actor.
+
+    Raises:
+        RunError: no cluster at the address, or the device asked for is not there.
+    """
+    if ray.is_initialized():
+        raise RunError("Ray is already initialised in this process; a run needs a session of its own")
+    # Ray's sockets lie below this folder and their paths are limited to 107 bytes: not in the run directory.
+    with tempfile.TemporaryDirectory(prefix="me-ray-", ignore_cleanup_errors=True) as temporary_dir:
+        try:
+            if config.address == "local":
+                _start_local(config, local_cpus, Path(temporary_dir))
+            else:
+                _join(config.address)
+            yield _device(config)
+        finally:
+            ray.shutdown()
+
+
+def _start_local(config: ClusterConfig, cpus: int, temporary_dir: Path) -> None:
+    if not is_prepared():
+        raise RunError("call cluster.environment.prepare_ray_environment before ray is imported")
+    deadline = time.monotonic() + config.startup_timeout_s
+    while True:
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(temporary_dir),
+            )
+            return
+        except Exception as error:
+            # Ray gives its own servers 30 s, which a machine busy with other work can exceed, and raises a bare
+            # Exception then. Another attempt is worth it as long as the run's own limit lasts.
+            ray.shutdown()
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"ray start: Ray did not come up on this machine within {config.startup_timeout_s:g} s: {error}"
+                ) from error
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise RunError(
+            f"no Ray cluster at cluster.address={address} ({error}); start one, or use cluster.address=local"
+        ) from error
+
+
+def _device(config: ClusterConfig) -> Device:
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if config.device == "cuda" and not gpus:
+        raise RunError("cluster.device=cuda, but the Ray cluster has no GPU")
+    return "cuda" if gpus and config.device != "cpu" else "cpu"

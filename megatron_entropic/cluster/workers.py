@@ -1,0 +1,112 @@
+"""The two Ray actors: a policy rank and a rollout engine. Thin: the work is in `policy/` and `rollout/`.
+
+Their modules are imported inside the actors, so that a policy rank never loads vLLM, an engine never loads
+megatron-core, and the driver loads neither.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from megatron_entropic.config import Config, Device
+from megatron_entropic.types import GenerationRequest, Sample, Sequence
+from megatron_entropic.weights.plan import PublishPlan
+
+if TYPE_CHECKING:
+    from megatron_entropic.policy.policy import Policy
+    from megatron_entropic.rollout.engine import RolloutEngine
+
+
+def worker_environment(config: Config, device: Device) -> dict[str, str]:
+    """Environment of every actor; it must be there before the process imports torch or vLLM."""
+    environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if device == "cpu":
+        # Ranks and engines share the cores. Threads that spin while they wait made generation ten times slower.
+        environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    else:
+        # Megatron-core's overlap of communication and computation relies on one hardware queue.
+        environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    if config.cluster.address == "local" and device == "cpu":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    return environment
+
+
+@ray.remote(max_restarts=0)
+class PolicyWorker:
+    """One policy rank."""
+
+    def __init__(self, config: Config, rank: int, device: Device) -> None:
+        self._config = config
+        self._rank = rank
+        self._device = device
+        self._policy: Policy
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Address and a free port of this rank's node, for the process group's store."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, master_address: str, master_port: int) -> int:
+        """Join the process group and build the model; returns the data-parallel replica this rank belongs to."""
+        from megatron_entropic.policy.policy import Policy
+        from megatron_entropic.rollout.nccl_transport import NcclSender
+        from megatron_entropic.weights.transport import GlooSender
+
+        self._policy = Policy(
+            self._config,
+            rank=self._rank,
+            world_size=self._config.policy.world_size,
+            master_address=master_address,
+            master_port=master_port,
+            device=self._device,
+            sender_type=NcclSender if self._device == "cuda" else GlooSender,
+        )
+        return self._policy.parallel.data_rank
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Run a method of the policy."""
+        return getattr(self._policy, method)(*arguments)
+
+    def call_with(self, method: str, sequences: list[Sequence], options: dict[str, Any]) -> Any:
+        """Run a method on this replica's sequences, which arrive through the object store."""
+        return getattr(self._policy, method)(sequences, **options)
+
+
+@ray.remote(max_restarts=0)
+class EngineWorker:
+    """One rollout engine."""
+
+    def __init__(self, config: Config, engine: int, device: Device) -> None:
+        self._config = config
+        self._engine_index = engine
+        self._device = device
+        self._engine: RolloutEngine
+
+    def start(self) -> None:
+        """Load vLLM and the starting weights."""
+        from megatron_entropic.rollout.engine import RolloutEngine
+
+        self._engine = RolloutEngine(
+            self._config.model.hf_dir,
+            self._config.model.dtype,
+            self._config.rollout,
+            max_model_tokens=self._config.max_sequence_tokens,
+            seed=self._config.run.seed,
+            device=self._device,
+        )
+
+    def connect(self, rendezvous: dict[str, Any]) -> None:
+        """Join the policy's weight-transfer group."""
+        self._engine.connect(rendezvous)
+
+    def receive(self, plan: PublishPlan, version: int) -> None:
+        """Take in the weights that the policy publishes."""
+        self._engine.receive(plan, version)
+
+    def generate(self, requests: list[GenerationRequest]) -> list[Sample]:
+        """Responses to the requests, in their order."""
+        return self._engine.generate(requests)

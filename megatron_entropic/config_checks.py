@@ -1,0 +1,223 @@
+"""What a single value cannot tell: combinations that cannot work, and what this machine lacks for them.
+
+Each check yields `Violation`s and names the keys it used, so that a verdict drawn from an unreadable value can be
+dropped. Nothing is allocated here, and the checks of `violations` do not touch the disk.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_entropic.config import Config
+from megatron_entropic.rewards.verifiers import BUILT_IN, INSTANT
+
+DATA_SUFFIXES = (".parquet", ".jsonl", ".json")
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One thing that is wrong."""
+
+    keys: tuple[str, ...]
+    """The dotted keys the verdict was drawn from."""
+    message: str
+
+
+def violations(config: Config) -> Iterator[Violation]:
+    """Combinations that cannot work on any machine."""
+    for check in (_batch, _parallelism, _optimizer, _reward):
+        yield from check(config)
+
+
+def machine_violations(config: Config) -> Iterator[Violation]:
+    """What is missing or does not fit on this machine: model directory, data files, output folder, GPUs."""
+    for check in (_model_directory, _reference, _data_files, _output_dir, _devices):
+        yield from check(config)
+
+
+def config_warnings(config: Config) -> list[str]:
+    """Combinations that work, though perhaps not as meant; one sentence each, to be shown before the start."""
+    rollout, control = config.rollout, config.entropy_control
+    longest = config.max_sequence_tokens
+    found = []
+    if config.policy.tokens_per_microbatch < longest:
+        found.append(
+            f"policy.tokens_per_microbatch={config.policy.tokens_per_microbatch} is below the longest sequence "
+            f"({longest} tokens): such a sequence is a micro-batch of its own and needs the memory of {longest} tokens"
+        )
+    if rollout.top_p < 1 or rollout.top_k > 0:
+        found.append(
+            "rollout.top_p or rollout.top_k cuts the sampling distribution: the engine's log-probs are those of the "
+            "cut distribution, so mismatch/* and the importance ratios compare different things"
+        )
+    if control.controller == "pi" and control.kp == 0 and control.ki == 0:
+        found.append("entropy_control.kp and ki are both 0: the controller does nothing")
+    if control.enabled and config.feedback == "score_pass" and config.algorithm.optimizer_steps_per_rollout > 1:
+        found.append(
+            "entropy_control.feedback=score_pass with several optimizer steps per rollout: "
+            "all of them see the entropy of before the first"
+        )
+    if config.reward.workers == 0 and config.reward.verifier not in INSTANT:
+        found.append("reward.workers=0: the verifier runs in the driver, and no time limit protects the run from it")
+    if config.algorithm.kl.coefficient == 0 and config.algorithm.kl.reference_hf_dir is not None:
+        found.append("algorithm.kl.reference_hf_dir is not used: algorithm.kl.coefficient is 0")
+    if rollout.prompts_per_step * rollout.samples_per_prompt < rollout.engines:
+        found.append(f"rollout.engines={rollout.engines}: more engines than responses in a step")
+    if config.cluster.device == "cpu" and rollout.enforce_eager is False:
+        found.append("rollout.enforce_eager=false on a CPU: engines start minutes later and are hardly faster")
+    if config.cluster.device == "cpu" and "gpu_memory_fraction" in rollout.model_fields_set:
+        found.append("rollout.gpu_memory_fraction is not used on a CPU; rollout.kv_cache_gb decides there")
+    return found
+
+
+def _batch(config: Config) -> Iterator[Violation]:
+    rollout, algorithm, policy = config.rollout, config.algorithm, config.policy
+    steps = algorithm.optimizer_steps_per_rollout
+    if rollout.prompts_per_step % steps:
+        yield Violation(
+            ("rollout.prompts_per_step", "algorithm.optimizer_steps_per_rollout"),
+            f"rollout.prompts_per_step={rollout.prompts_per_step} is not divisible by "
+            f"algorithm.optimizer_steps_per_rollout={steps}: each optimizer step takes whole prompt groups",
+        )
+    elif config.sequences_per_optimizer_step < policy.data_parallel:
+        yield Violation(
+            ("rollout", "algorithm.optimizer_steps_per_rollout", "policy.data_parallel"),
+            f"policy.data_parallel={policy.data_parallel} is more than the {config.sequences_per_optimizer_step} "
+            "responses of an optimizer step: some replicas would have nothing to do",
+        )
+    if rollout.samples_per_prompt < 2:
+        yield Violation(
+            ("rollout.samples_per_prompt", "algorithm.advantage"),
+            f"rollout.samples_per_prompt={rollout.samples_per_prompt}: algorithm.advantage={algorithm.advantage} "
+            "compares the responses to one prompt and needs at least 2",
+        )
+    if config.warm_start.steps and config.warm_start.sequences_per_step < policy.data_parallel:
+        yield Violation(
+            ("warm_start.sequences_per_step", "policy.data_parallel"),
+            f"warm_start.sequences_per_step={config.warm_start.sequences_per_step} is fewer than "
+            f"policy.data_parallel={policy.data_parallel}",
+        )
+
+
+def _parallelism(config: Config) -> Iterator[Violation]:
+    policy = config.policy
+    if policy.sequence_parallel and policy.tensor_parallel == 1:
+        yield Violation(
+            ("policy.sequence_parallel", "policy.tensor_parallel"),
+            "policy.sequence_parallel=true needs policy.tensor_parallel > 1: it splits activations over those ranks",
+        )
+    for name in ("context_parallel", "expert_parallel"):
+        if getattr(policy, name) > 1:
+            yield Violation(
+                (f"policy.{name}",), f"policy.{name}={getattr(policy, name)}: more than 1 is not supported yet"
+            )
+
+
+def _optimizer(config: Config) -> Iterator[Violation]:
+    optimizer = config.optimizer
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        yield Violation(
+            ("optimizer.min_learning_rate", "optimizer.learning_rate"),
+            f"optimizer.min_learning_rate={optimizer.min_learning_rate:g} is above "
+            f"optimizer.learning_rate={optimizer.learning_rate:g}",
+        )
+
+
+def _reward(config: Config) -> Iterator[Violation]:
+    name = config.reward.verifier
+    module, separator, function = name.partition(":")
+    if separator and module and function.isidentifier():
+        return
+    if name not in BUILT_IN:
+        nearest = difflib.get_close_matches(name, BUILT_IN, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        yield Violation(
+            ("reward.verifier",),
+            f"reward.verifier={name!r}: expected one of {', '.join(BUILT_IN)}, or module:function{hint}",
+        )
+
+
+def _model_directory(config: Config) -> Iterator[Violation]:
+    """The directory is complete, the project can train the model, and the layouts and lengths fit it."""
+    from megatron_entropic.weights.dimensions import read_dimensions
+
+    path, key = config.model.hf_dir, "model.hf_dir"
+    if not path.is_dir():
+        yield Violation((key,), f"model.hf_dir={path}: no such directory")
+        return
+    if not any(path.glob("*.safetensors")):
+        yield Violation((key,), f"model.hf_dir={path}: no *.safetensors file in it")
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        yield Violation((key,), f"model.hf_dir={path}: no tokenizer in it (tokenizer.json, tokenizer_config.json)")
+    try:
+        dimensions = read_dimensions(path)
+    except ValueError as error:
+        yield Violation((key,), f"model.hf_dir: {error}")
+        return
+    policy, rollout = config.policy, config.rollout
+    layout_keys = (key, "policy.tensor_parallel", "policy.pipeline_parallel")
+    for problem in dimensions.parallel_problems(policy.tensor_parallel, policy.pipeline_parallel):
+        yield Violation(layout_keys, f"policy.{problem}")
+    if dimensions.num_attention_heads % rollout.tensor_parallel:
+        yield Violation(
+            (key, "rollout.tensor_parallel"),
+            f"rollout.tensor_parallel={rollout.tensor_parallel} does not divide the attention heads "
+            f"({dimensions.num_attention_heads})",
+        )
+    if config.max_sequence_tokens > dimensions.max_position_embeddings:
+        yield Violation(
+            (key, "data.max_prompt_tokens", "rollout.max_response_tokens"),
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} + "
+            f"rollout.max_response_tokens={rollout.max_response_tokens} = {config.max_sequence_tokens} tokens, but the "
+            f"model's positions end at {dimensions.max_position_embeddings} (max_position_embeddings)",
+        )
+
+
+def _reference(config: Config) -> Iterator[Violation]:
+    kl = config.algorithm.kl
+    if kl.coefficient > 0 and kl.reference_hf_dir is not None and not kl.reference_hf_dir.is_dir():
+        yield Violation(("algorithm.kl",), f"algorithm.kl.reference_hf_dir={kl.reference_hf_dir}: no such directory")
+
+
+def _data_files(config: Config) -> Iterator[Violation]:
+    files = [("data.train_files", path) for path in config.data.train_files]
+    if config.warm_start.steps and config.warm_start.file is not None:
+        files.append(("warm_start.file", config.warm_start.file))
+    for key, path in files:
+        problem = _file_problem(path)
+        if problem:
+            yield Violation((key,), f"{key}: {path}: {problem}")
+
+
+def _file_problem(path: Path) -> str | None:
+    if not path.is_file():
+        return "no such file"
+    if path.suffix not in DATA_SUFFIXES:
+        return f"expected one of {', '.join(DATA_SUFFIXES)}"
+    return "the file is empty" if path.stat().st_size == 0 else None
+
+
+def _output_dir(config: Config) -> Iterator[Violation]:
+    path = config.run.output_dir
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        yield Violation(("run.output_dir",), f"run.output_dir={path}: {existing} is a file, not a directory")
+
+
+def _devices(config: Config) -> Iterator[Violation]:
+    """A run of this machine alone needs a GPU for each rank; a cluster's GPUs cannot be counted from here."""
+    if config.cluster.device != "cuda" or config.cluster.address != "local":
+        return
+    import torch
+
+    needed = config.policy.world_size + config.rollout.engines * config.rollout.tensor_parallel
+    present = torch.cuda.device_count()
+    if present < needed:
+        yield Violation(
+            ("cluster", "policy", "rollout"),
+            f"cluster.device=cuda: {config.policy.world_size} policy ranks and {needed - config.policy.world_size} "
+            f"rollout ranks need {needed} GPUs, this machine has {present}",
+        )

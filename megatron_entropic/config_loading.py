@@ -1,0 +1,274 @@
+"""From a YAML file and dotted overrides to a checked `Config`; everything that is wrong comes in one error.
+
+    megatron-entropic train run.yaml rollout.temperature=0.6 policy.tensor_parallel=2
+
+A value that cannot be read does not hide the other problems: it is replaced by its default, and the checks that
+need several values (`config_checks`) still run on the rest.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megatron_entropic.config import Config
+from megatron_entropic.config_checks import Violation, config_warnings, machine_violations, violations
+
+__all__ = ["ConfigError", "batch_arithmetic", "config_warnings", "dump_config", "key_names", "load_config"]
+
+# Stand-ins for required values, so that the checks of everything else can run when one is missing.
+_PLACEHOLDERS: dict[str, Any] = {"model.hf_dir": ".", "data.train_files": ["."]}
+_NEAR_ENOUGH = 0.6
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; `violations` holds one message for each thing that is wrong."""
+
+    def __init__(self, source: str, problems: list[str]):
+        self.violations = problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        bullets = "\n".join("  - " + problem.replace("\n", "\n    ") for problem in problems)
+        super().__init__(f"{source}: {count}\n{bullets}")
+
+
+def load_config(path: Path | str, overrides: Iterable[str] = (), *, check_machine: bool = True) -> Config:
+    """Read, override, check and resolve a configuration.
+
+    Args:
+        path: YAML file with the sections of `Config`.
+        overrides: `dotted.key=value`, the value in YAML; later ones win.
+        check_machine: also check what depends on this machine (model directory, data files, GPUs). False validates
+            a configuration meant for another machine.
+
+    Relative paths are taken from the current directory and made absolute.
+
+    Raises:
+        ConfigError: listing every violation at once.
+    """
+    problems: list[str] = []
+    raw = _read_yaml(Path(path))
+    for override in overrides:
+        problems += _apply_override(raw, override)
+    config, type_problems, broken = _validate(raw)
+    problems += type_problems
+    _resolve_paths(config)
+    found = [*violations(config), *(machine_violations(config) if check_machine else ())]
+    problems += [violation.message for violation in found if not _touches(violation, broken)]
+    if problems:
+        raise ConfigError(str(path), problems)
+    return config
+
+
+def dump_config(config: Config, path: Path) -> None:
+    """Write every value, defaults included, as YAML that `load_config` reads back to an equal `Config`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+    path.write_text("# The configuration of this run, every value resolved.\n" + text, encoding="utf-8")
+
+
+def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
+    """The numbers that follow from the configuration, as (name, derivation) rows for one table."""
+    rollout, policy, control = config.rollout, config.policy, config.entropy_control
+    optimizer_steps = config.algorithm.optimizer_steps_per_rollout
+    responses = rollout.samples_per_step
+    per_replica = -(-config.sequences_per_optimizer_step // policy.data_parallel)
+    longest = config.max_sequence_tokens
+    engine_ranks = rollout.engines * rollout.tensor_parallel
+    layout = f"{policy.tensor_parallel} tensor x {policy.pipeline_parallel} pipeline x {policy.data_parallel} data"
+    if policy.context_parallel > 1:
+        layout += f" x {policy.context_parallel} context"
+    rows = [
+        ("responses per step", f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} = {responses:,}"),
+        (
+            "optimizer steps",
+            f"{config.train.steps:,} steps x {optimizer_steps} = {config.train.steps * optimizer_steps:,}",
+        ),
+        (
+            "responses per optimizer step",
+            f"{responses:,} / {optimizer_steps} = {config.sequences_per_optimizer_step:,}"
+            + (f", about {per_replica:,} per data-parallel replica" if policy.data_parallel > 1 else ""),
+        ),
+        (
+            "longest sequence",
+            f"{config.data.max_prompt_tokens:,} prompt + {rollout.max_response_tokens:,} response = {longest:,} tokens",
+        ),
+        ("response tokens per step", f"at most {responses * rollout.max_response_tokens:,}"),
+        (
+            "micro-batch",
+            f"{policy.tokens_per_microbatch:,} packed tokens, at most "
+            f"{-(-per_replica // max(1, policy.tokens_per_microbatch // longest)):,} of them per optimizer step",
+        ),
+        ("policy ranks", f"{layout} = {policy.world_size}"),
+        ("rollout ranks", f"{rollout.engines} engine(s) x {rollout.tensor_parallel} tensor = {engine_ranks}"),
+    ]
+    if config.warm_start.steps:
+        warm = config.warm_start
+        pairs = warm.steps * warm.sequences_per_step
+        rows.append(("warm start", f"{warm.steps:,} steps x {warm.sequences_per_step:,} = {pairs:,} pairs"))
+    if control.enabled:
+        integral = f", K_i {control.ki:g}" if control.controller == "pi" else ""
+        rows.append(
+            (
+                "entropy control",
+                f"{control.controller.upper()} at {control.target:g} nats (T = {rollout.temperature:g}), "
+                f"K_p {control.kp:g}{integral}, H from {config.feedback.replace('_', ' ')}",
+            )
+        )
+    else:
+        rows.append(("entropy control", "off"))
+    return rows
+
+
+def key_names(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the tree, sections before their keys."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        inner = _section_type(field.annotation)
+        if inner is not None:
+            yield from key_names(inner, f"{prefix}{name}.")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A key given twice is a mistake; PyYAML alone would keep the last one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        # A key such as 1 or 2024-01-01 is as unknown as any other, and is to be named in the same way.
+        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except FileNotFoundError as error:
+        raise ConfigError(str(path), ["no such file"]) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"not readable: {error}"]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), [f"not valid YAML: {error}"]) from error
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ConfigError(str(path), [f"expected sections such as 'model:', found {type(raw).__name__}"])
+    # An empty section ("reward:" and nothing below it) means its defaults.
+    return {key: {} if value is None else value for key, value in raw.items()}
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> list[str]:
+    """Put one `dotted.key=value` into the tree; problems are returned, not raised."""
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        return [f"override {override!r}: expected dotted.key=value"]
+    try:
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        return [f"override {override!r}: the value is not valid YAML: {error}"]
+    target = raw
+    for part in parts[:-1]:
+        if not isinstance(target.get(part), dict):
+            target[part] = {}
+        target = target[part]
+    target[parts[-1]] = value
+    return []
+
+
+def _validate(raw: dict[str, Any]) -> tuple[Config, list[str], set[str]]:
+    """A `Config` of what is readable, the problems, and the dotted keys that could not be read."""
+    problems: list[str] = []
+    broken: set[str] = set()
+    raw.setdefault("model", {})
+    raw.setdefault("data", {})
+    while True:
+        try:
+            return Config.model_validate(raw), problems, broken
+        except ValidationError as error:
+            for item in error.errors():
+                path = tuple(part for part in item["loc"] if isinstance(part, str))
+                key = ".".join(path)
+                problems.append(_describe(key, item))
+                if key not in broken:
+                    broken.add(key)
+                    _repair(raw, path)
+
+
+def _repair(raw: dict[str, Any], path: tuple[str, ...]) -> None:
+    """Remove a value that cannot be read, or stand in for a required one."""
+    *sections, last = path
+    target = raw
+    for part in sections:
+        target = target[part]
+    target.pop(last, None)
+    if ".".join(path) in _PLACEHOLDERS:
+        target[last] = _PLACEHOLDERS[".".join(path)]
+
+
+def _describe(key: str, item: Any) -> str:
+    """One pydantic error in the words of a user who wrote `key: value`."""
+    kind, message = item["type"], item["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden" and "." in item["loc"][-1]:
+        return f"unknown key {key!r}: in a file, sections are nested (only overrides are written with dots)"
+    if kind == "extra_forbidden":
+        nearest = _nearest_key(key)
+        return f"unknown key {key}" + (f"; did you mean {nearest}?" if nearest else "")
+    if kind == "missing":
+        return f"{key} is required"
+    if kind == "value_error":
+        return message if message.startswith(key) else f"{key}: {message}"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{key}={item['input']!r}: is a section, and needs keys of its own"
+    message = message.replace("Input should be", "should be")
+    position = "".join(f"[{part}]" for part in item["loc"] if isinstance(part, int))
+    return f"{key}{position}={item['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _nearest_key(unknown: str) -> str | None:
+    """The known key most like an unknown one, or all that have its last part in another section."""
+    last = unknown.rpartition(".")[2]
+    elsewhere = [key for key in key_names() if "." in key and key.rpartition(".")[2] == last]
+    if elsewhere:
+        return " or ".join(elsewhere)
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, unknown, candidate).ratio()
+        part = difflib.SequenceMatcher(None, last, candidate.rpartition(".")[2]).ratio()
+        return max(whole, part - 0.1) + 0.01 * whole
+
+    best = max(key_names(), key=likeness)
+    return best if likeness(best) >= _NEAR_ENOUGH else None
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    """The section class of a field, if it is one."""
+    if get_origin(annotation) in (Union, UnionType):
+        return next((found for option in get_args(annotation) if (found := _section_type(option))), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _touches(violation: Violation, broken: set[str]) -> bool:
+    """Whether a check used a value that could not be read, so that its verdict means nothing."""
+    pairs = [(key + ".", bad + ".") for key in violation.keys for bad in broken]
+    return any(key.startswith(bad) or bad.startswith(key) for key, bad in pairs)
+
+
+def _resolve_paths(section: BaseModel) -> None:
+    """Make every path of the tree absolute, from the current directory."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            _resolve_paths(value)
+        elif isinstance(value, Path):
+            setattr(section, name, value.expanduser().absolute())
+        elif isinstance(value, list) and all(isinstance(item, Path) for item in value):
+            setattr(section, name, [item.expanduser().absolute() for item in value])

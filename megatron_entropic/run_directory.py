@@ -1,0 +1,168 @@
+"""What a run keeps on disk, and how it continues from there.
+
+output_dir/
+    config.yaml          the resolved configuration of the newest attempt
+    metrics.jsonl        one object a step; the truth. tensorboard/ and wandb/ repeat it
+    warm_start.jsonl     one object a supervised step
+    samples.jsonl        some responses of each step
+    checkpoints/         resumable state, see policy/checkpoint_files
+    hf/                  the final policy as a Hugging Face directory
+    error.log            traceback of the newest failed attempt
+"""
+
+from __future__ import annotations
+
+import fcntl
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from types import TracebackType
+from typing import Any
+
+from megatron_entropic.cluster.policy_group import PolicyGroup
+from megatron_entropic.config import Config
+from megatron_entropic.config_loading import dump_config
+from megatron_entropic.data import load_tokenizer
+from megatron_entropic.errors import RunError
+from megatron_entropic.observability.jsonl import JsonLinesWriter
+from megatron_entropic.observability.metrics import MetricsWriter
+from megatron_entropic.observability.progress import Progress
+from megatron_entropic.observability.samples import SampleLog
+from megatron_entropic.observability.timing import PhaseClock
+from megatron_entropic.policy.checkpoint_files import checkpoint_path, latest_checkpoint
+from megatron_entropic.types import Sample
+
+
+class RunDirectory:
+    """Files of one run, held by one process at a time; a context manager.
+
+    Raises (on entry):
+        RunError: another process holds the directory, or `run.resume=never` and there is a checkpoint.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.path = config.run.output_dir
+        self.export_dir = self.path / "hf"
+        self.clock = PhaseClock()
+        self._config = config
+        self._checkpoints = self.path / "checkpoints"
+        self._open_files = ExitStack()
+
+    def __enter__(self) -> RunDirectory:
+        config = self._config
+        with ExitStack() as files:
+            self.path.mkdir(parents=True, exist_ok=True)
+            files.enter_context(self._lock())
+            self._newest = latest_checkpoint(self._checkpoints)
+            if self._newest is not None and config.run.resume == "never":
+                raise RunError(f"{self._newest} exists and run.resume=never; change run.output_dir, or use resume=auto")
+            dump_config(config, self.path / "config.yaml")
+            self.tokenizer = load_tokenizer(config.model.hf_dir)
+            self._metrics = files.enter_context(
+                MetricsWriter(
+                    self.path, config.logging, run_name=config.run.name, run_config=config.model_dump(mode="json")
+                )
+            )
+            self._warm_start = files.enter_context(closing(JsonLinesWriter(self.path / "warm_start.jsonl")))
+            self._samples = files.enter_context(closing(SampleLog(self.path, config.logging.samples_per_step)))
+            self.progress = files.enter_context(
+                Progress(
+                    config.train.steps,
+                    target=config.entropy_control.target if config.entropy_control.enabled else None,
+                    title=config.run.name,
+                )
+            )
+            self._open_files = files.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._open_files:
+            if error is not None:
+                (self.path / "error.log").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is saved and exported, so that nothing is left to do."""
+        exported = self.export_dir.is_dir() or not self._config.checkpoint.export_hf
+        return exported and self._newest == checkpoint_path(self._checkpoints, self._config.train.steps)
+
+    def resume(self, policy: PolicyGroup) -> int | None:
+        """Restore the newest checkpoint into all policy ranks; returns its step, None if there is nothing to resume.
+
+        Metrics of later steps, which will be computed again, are cut off.
+        """
+        step = -1 if self._newest is None else int(policy.load_checkpoint(self._newest)["step"])
+        self._metrics.truncate_after(step)
+        self._samples.truncate_after(step)
+        if self._newest is None:
+            self._warm_start.truncate_after(step)
+            return None
+        self.progress.log(f"resuming after step {step} from {self._newest}")
+        return step
+
+    def record(self, step: int, metrics: dict[str, Any]) -> None:
+        """Write one step's metrics and show them."""
+        self._metrics.write(step, metrics)
+        self.progress.update(step, metrics)
+
+    def record_warm_start(self, step: int, metrics: dict[str, Any]) -> None:
+        """Write and show one supervised step."""
+        self._warm_start.append({"step": step, **metrics})
+        total = self._config.warm_start.steps
+        if step % max(1, total // 10) == 0 or step == total:
+            self.progress.log(f"warm start {step}/{total}  loss {metrics['loss/warm_start']:.3f}")
+
+    def keep_samples(self, step: int, samples: list[Sample]) -> None:
+        """Write some responses of a step, for people to read."""
+        self._samples.write(step, samples)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time the block and show its name."""
+        self.progress.phase(name)
+        with self.clock.phase(name):
+            yield
+
+    def step_time(self, tokens: int) -> dict[str, float]:
+        """time/* of the step that ends now, and its throughput: prompt and response tokens over wall time."""
+        times = self.clock.finish_step()
+        return {**times, "throughput/tokens_per_s": tokens / times["time/step_s"]}
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether the run is to be saved after this step: every `checkpoint.every_steps`, and at the end."""
+        every = self._config.checkpoint.every_steps
+        return step == self._config.train.steps or (every > 0 and step % every == 0)
+
+    def checkpoint(self, policy: PolicyGroup, step: int) -> None:
+        """Save everything that step + 1 depends on; the oldest checkpoints beyond `keep_last` go."""
+        with self.phase("checkpoint"):
+            policy.save_checkpoint(checkpoint_path(self._checkpoints, step), {"step": step})
+
+    @contextmanager
+    def preserving(self, policy: PolicyGroup, step: int) -> Iterator[None]:
+        """If the block fails, save the policy as of `step` before the error goes on: the step is not lost.
+
+        For blocks during which the policy stands still, such as generation.
+        """
+        try:
+            yield
+        except RunError as error:
+            if not checkpoint_path(self._checkpoints, step).exists():
+                self.checkpoint(policy, step)
+            raise type(error)(
+                f"{error}\nstep {step} is saved in {checkpoint_path(self._checkpoints, step)}; "
+                "the same command continues after it"
+            ) from error
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        with (self.path / ".lock").open("w", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunError(
+                    f"another process is running in {self.path}; wait for it, or change run.output_dir"
+                ) from error
+            yield

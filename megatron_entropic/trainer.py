@@ -1,0 +1,103 @@
+"""The loop.
+
+             prompts                samples               rewards, advantages
+    data/ ------------> rollout/ ------------> rewards/ ---------------------+
+                           ^      vLLM engines                               |
+                           | weights version k                               v
+                        weights/                                  policy/score   old log-probs, entropy H
+                           ^                                                 |
+                           |                                                 v
+                           +------ policy/update <--- alpha = clip(K_p e + K_i sum e), e = H - target
+                                   1F1B, EntroPIC loss, optimizer step
+
+Step k samples from weights version k - 1 and ends by publishing version k. Everything random in it is a function of
+(seed, step, prompt, sample), so a run that was stopped anywhere continues as if it had not been.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_entropic.cluster.engine_group import EngineGroup, WeightPublisher
+from megatron_entropic.cluster.launch import launch
+from megatron_entropic.cluster.policy_group import PolicyGroup
+from megatron_entropic.config import Config
+from megatron_entropic.data import PromptDataset
+from megatron_entropic.rewards import RewardScorer
+from megatron_entropic.run_directory import RunDirectory
+from megatron_entropic.training_batch import (
+    attach_scores,
+    decode_responses,
+    mean_of,
+    minibatches,
+    mismatch,
+    rollout_metrics,
+    training_batch,
+)
+from megatron_entropic.warm_start import warm_start, warm_start_sequences
+from megatron_entropic.weights.hf_io import HfReader
+
+
+def train(config: Config) -> Path:
+    """Run `config` to its last step, continuing from the newest checkpoint of its directory; returns the directory.
+
+    Raises:
+        RunError: the run cannot go on. What it had completed is in its checkpoints.
+    """
+    with RunDirectory(config) as run, RewardScorer(config.reward) as scorer:
+        if run.finished:
+            return run.path
+        prompts = PromptDataset(config.data, run.tokenizer, seed=config.run.seed)
+        HfReader(config.model.hf_dir)  # every tensor is there and whole, or the run ends here
+        lessons = warm_start_sequences(config, run.tokenizer)
+        with launch(config) as (policy, engines):
+            step = run.resume(policy)
+            if step is None:
+                step = warm_start(policy, run, lessons)
+            weights = WeightPublisher(policy, engines, config.cluster.publish_timeout_s)
+            weights.publish(version=step)
+            while step < config.train.steps:
+                step += 1
+                run.record(step, one_step(step, config, prompts, engines, scorer, policy, weights, run))
+                if run.checkpoint_due(step):
+                    run.checkpoint(policy, step)
+            if config.checkpoint.export_hf:
+                policy.export_hf(run.export_dir)
+    return run.path
+
+
+def one_step(
+    step: int,
+    config: Config,
+    prompts: PromptDataset,
+    engines: EngineGroup,
+    scorer: RewardScorer,
+    policy: PolicyGroup,
+    weights: WeightPublisher,
+    run: RunDirectory,
+) -> dict[str, float]:
+    """One rollout and its optimizer steps; returns what metrics.jsonl says of them."""
+    with run.phase("generate"), run.preserving(policy, step - 1):
+        samples = engines.generate(prompts.at_step(step, config.rollout.prompts_per_step), step)
+    with run.phase("reward"):
+        decode_responses(samples, run.tokenizer)
+        reward_metrics = scorer.judge(samples)
+        batch = training_batch(samples, config)
+    with run.phase("score"):
+        reference = policy.score(batch, reference=True) if config.algorithm.kl.coefficient else None
+        attach_scores(batch, policy.score(batch), reference)
+    with run.phase("update"):
+        steps = config.algorithm.optimizer_steps_per_rollout
+        updates = [policy.update(minibatch) for minibatch in minibatches(batch, steps)]
+    with run.phase("publish"):
+        weights.publish(version=step)
+    run.keep_samples(step, samples)
+    return {
+        **rollout_metrics(samples, config),
+        **reward_metrics,
+        **mismatch(batch),
+        **mean_of(updates),
+        **run.step_time(tokens=sum(sequence.tokens.numel() for sequence in batch)),
+        "weights/version": step - 1,
+        "memory/peak_mb": policy.peak_memory_mb(),
+    }

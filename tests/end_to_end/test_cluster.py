@@ -1,0 +1,149 @@
+"""Ray as the runs use it: private, on loopback, and with waits that say whom they waited for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from megatron_entropic.cluster.placement import reserve
+from megatron_entropic.cluster.session import ray_session
+from megatron_entropic.cluster.waiting import gather
+from megatron_entropic.config import ClusterConfig, Config
+from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError
+
+
+@ray.remote
+class Peer:
+    """Does what a failing process does."""
+
+    def answer(self) -> str:
+        return "here"
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def die(self) -> None:
+        os._exit(7)
+
+    def fail(self) -> None:
+        raise FileNotFoundError("model.safetensors is gone")
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[str]:
+    with ray_session(ClusterConfig(device="cpu"), local_cpus=3) as device:
+        yield device
+
+
+def _config(folder: Path, tensor_parallel: int) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"hf_dir": folder},
+            "data": {"train_files": [folder / "train.parquet"]},
+            "policy": {"tensor_parallel": tensor_parallel},
+            "cluster": {"startup_timeout_s": 5},
+        }
+    )
+
+
+def _ray_processes() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def test_local_session_listens_on_loopback_only_and_asks_for_a_token(session: str) -> None:
+    assert session == "cpu"
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    peer = Peer.options(num_cpus=0).remote()
+    ray.get(peer.answer.remote())
+    listening = {
+        connection.laddr.ip
+        for process in [psutil.Process(), *_ray_processes()]
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening, "Ray listens somewhere"
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_gather_returns_answers_by_peer_in_order(session: str) -> None:
+    peers = {f"engine {i}": Peer.options(num_cpus=0).remote() for i in range(2)}
+    answers = gather({name: p.answer.remote() for name, p in peers.items()}, phase="hello", timeout_s=60)
+    assert answers == {"engine 0": "here", "engine 1": "here"}
+
+
+def test_a_timeout_names_the_phase_and_only_the_missing_peers(session: str) -> None:
+    quick, slow = (Peer.options(num_cpus=0).remote() for _ in range(2))
+    gather({"quick": quick.answer.remote(), "slow": slow.answer.remote()}, phase="start", timeout_s=60)
+    calls = {"engine 0": quick.answer.remote(), "policy rank 3": slow.sleep.remote(30)}
+    with pytest.raises(PhaseTimeout, match=r"publish: no answer within 2 s from policy rank 3$"):
+        gather(calls, phase="publish", timeout_s=2)
+
+
+def test_a_dead_peer_is_named_without_waiting_for_the_others(session: str) -> None:
+    dying, slow = (Peer.options(num_cpus=0).remote() for _ in range(2))
+    gather({"dying": dying.answer.remote(), "slow": slow.answer.remote()}, phase="start", timeout_s=60)
+    start = time.monotonic()
+    with pytest.raises(PeerDied, match="generate: the process of engine 1 died"):
+        gather({"engine 0": slow.sleep.remote(60), "engine 1": dying.die.remote()}, phase="generate", timeout_s=60)
+    assert time.monotonic() - start < 30
+
+
+def test_a_peers_exception_arrives_with_its_message_and_cause(session: str) -> None:
+    peer = Peer.options(num_cpus=0).remote()
+    with pytest.raises(RunError, match=r"policy start: policy rank 0: FileNotFoundError: model.safetensors is gone"):
+        gather({"policy rank 0": peer.fail.remote()}, phase="policy start", timeout_s=60)
+
+
+def test_too_few_resources_are_refused_with_what_is_needed_and_what_is_there(session: str, tmp_path: Path) -> None:
+    config = _config(tmp_path, tensor_parallel=4)
+    with pytest.raises(RunError, match="4 policy ranks and 1 engines need 5 CPU"):
+        reserve(config, "cpu")
+
+
+def test_a_second_session_in_one_process_is_refused(session: str) -> None:
+    with pytest.raises(RunError, match="already initialised"), ray_session(ClusterConfig(), local_cpus=1):
+        pass
+
+
+def test_a_reservation_can_be_given_back(session: str, tmp_path: Path) -> None:
+    config = _config(tmp_path, tensor_parallel=2)
+    for _ in range(2):
+        placement = reserve(config, "cpu")
+        assert placement.policy_bundles == (0, 1)
+        assert placement.engine_bundles == (2,)
+        placement.release()
+
+
+def test_a_session_leaves_no_process(tmp_path: Path) -> None:
+    script = tmp_path / "session.py"
+    script.write_text(
+        "import sys, time\n"
+        "from megatron_entropic.config import ClusterConfig\n"
+        "from megatron_entropic.cluster.environment import prepare_ray_environment\n"
+        "prepare_ray_environment(ClusterConfig())\n"
+        "from megatron_entropic.cluster.session import ray_session\n"
+        "with ray_session(ClusterConfig(device='cpu'), local_cpus=1):\n"
+        "    print('up', flush=True)\n"
+        "    time.sleep(float(sys.argv[1]))\n"
+    )
+    for seconds, kill in (("0", False), ("60", True)):
+        process = subprocess.Popen([sys.executable, str(script), seconds], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        children = psutil.Process(process.pid).children(recursive=True)
+        if kill:
+            process.kill()
+        process.wait(timeout=60)
+        process.stdout.close()
+        _, alive = psutil.wait_procs(children, timeout=30)
+        assert not alive, f"left behind after {'SIGKILL' if kill else 'a clean end'}: {alive}"

@@ -1,0 +1,320 @@
+"""Reading, checking and writing configurations: every problem in one error, and nothing accepted that cannot run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_entropic.config import Config
+from megatron_entropic.config_loading import (
+    ConfigError,
+    batch_arithmetic,
+    config_warnings,
+    dump_config,
+    key_names,
+    load_config,
+)
+
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 17,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model directory and data files, as a run would find them; also the current directory."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(QWEN3))
+    (model / "model.safetensors").write_bytes(b"\0")
+    (model / "tokenizer.json").write_text("{}")
+    (tmp_path / "train.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(folder: Path, **sections: Any) -> Path:
+    tree = {
+        "model": {"hf_dir": "model"},
+        "data": {"train_files": ["train.jsonl"], "max_prompt_tokens": 16},
+        "rollout": {"prompts_per_step": 8, "samples_per_prompt": 4, "max_response_tokens": 16},
+    }
+    for name, section in sections.items():
+        tree[name] = tree.get(name, {}) | section
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def problems_of(path: Path, *overrides: str, check_machine: bool = True) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides, check_machine=check_machine)
+    assert all(problem in str(caught.value).replace("\n    ", "\n") for problem in caught.value.violations)
+    return caught.value.violations
+
+
+def test_a_good_configuration_loads_with_absolute_paths(machine: Path) -> None:
+    config = load_config(write(machine), ["policy.tensor_parallel=2", "run.output_dir=out"])
+    assert config.policy.tensor_parallel == 2
+    assert config.model.hf_dir == machine / "model"
+    assert config.data.train_files == [machine / "train.jsonl"]
+    assert config.run.output_dir == machine / "out"
+    assert config.rollout.samples_per_step == 32
+
+
+def test_overrides_are_yaml_and_the_last_one_wins(machine: Path) -> None:
+    config = load_config(
+        write(machine),
+        [
+            "optimizer.learning_rate=3e-4",
+            "entropy_control.controller=off",
+            "algorithm.dual_clip=null",
+            "algorithm.kl.coefficient=0.5",
+            "train.steps=3",
+            "train.steps=4",
+            "data.train_files=train.jsonl",
+        ],
+    )
+    assert config.optimizer.learning_rate == pytest.approx(3e-4)
+    assert config.entropy_control.controller == "off"
+    assert not config.entropy_control.enabled
+    assert config.algorithm.dual_clip is None
+    assert config.algorithm.kl.coefficient == 0.5
+    assert config.train.steps == 4
+    assert config.data.train_files == [machine / "train.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("unknown", "meant"),
+    [
+        ("rollout.temprature", "rollout.temperature"),
+        ("temperature", "rollout.temperature"),
+        ("rolout", "rollout"),
+        ("policy.tensor_model_parallel", "policy.tensor_parallel"),
+        ("algorithm.learning_rate", "optimizer.learning_rate or warm_start.learning_rate"),
+        ("entropy_control.kP", "entropy_control.kp"),
+        ("algorithm.kl.coeficient", "algorithm.kl.coefficient"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(machine: Path, unknown: str, meant: str) -> None:
+    assert problems_of(write(machine), f"{unknown}=1") == [f"unknown key {unknown}; did you mean {meant}?"]
+
+
+def test_a_key_like_no_other_gets_no_suggestion(machine: Path) -> None:
+    assert problems_of(write(machine), "zzzzqqqq=1") == ["unknown key zzzzqqqq"]
+
+
+def test_every_problem_of_every_kind_in_one_error(machine: Path) -> None:
+    """Wrong types, unknown keys, bad overrides, impossible combinations and missing files do not hide each other."""
+    path = write(
+        machine,
+        model={"hf_dir": "nowhere", "dtype": "fp16"},
+        rollout={"temprature": 0.6, "prompts_per_step": 10, "samples_per_prompt": 1},
+        algorithm={"optimizer_steps_per_rollout": 3},
+        policy={"sequence_parallel": True, "context_parallel": 2, "expert_parallel": "two"},
+        warm_start={"steps": 5},
+        optimizer={"learning_rate": 1e-6, "min_learning_rate": 1e-3},
+        reward={"verifier": "maths"},
+    )
+    found = problems_of(path, "nonsense", "train.steps=-1", "data.train_files=missing.parquet")
+    expected = [
+        "override 'nonsense': expected dotted.key=value",
+        "model.dtype='fp16': should be 'float32' or 'bfloat16'",
+        "unknown key rollout.temprature; did you mean rollout.temperature?",
+        "policy.expert_parallel='two': should be a valid integer",
+        "warm_start.file is needed when warm_start.steps > 0",
+        "train.steps=-1: should be greater than or equal to 0",
+        "rollout.prompts_per_step=10 is not divisible by algorithm.optimizer_steps_per_rollout=3",
+        "rollout.samples_per_prompt=1: algorithm.advantage=grpo compares",
+        "policy.sequence_parallel=true needs policy.tensor_parallel > 1",
+        "policy.context_parallel=2: more than 1 is not supported yet",
+        "optimizer.min_learning_rate=0.001 is above optimizer.learning_rate=1e-06",
+        "reward.verifier='maths': expected one of countdown, exact, math, or module:function; did you mean math?",
+        f"model.hf_dir={machine / 'nowhere'}: no such directory",
+        f"data.train_files: {machine / 'missing.parquet'}: no such file",
+    ]
+    assert len(found) == len(expected), found
+    for message in expected:
+        assert any(problem.startswith(message) for problem in found), (message, found)
+
+
+def test_an_unreadable_value_is_reported_once_and_not_judged_further(machine: Path) -> None:
+    assert problems_of(
+        write(machine, rollout={"prompts_per_step": "many"}), "algorithm.optimizer_steps_per_rollout=7"
+    ) == ["rollout.prompts_per_step='many': should be a valid integer, unable to parse string as an integer"]
+
+
+def test_required_keys_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("reward:\n")
+    assert problems_of(path) == ["model.hf_dir is required", "data.train_files is required"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [1, 2", "not valid YAML"),
+        ("- a list", "expected sections such as 'model:', found list"),
+        ("train: {steps: 1}\ntrain: {steps: 2}", "key 'train' is given twice"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    (problem,) = problems_of(path)
+    assert message in problem
+
+
+def test_strange_keys_are_unknown_keys(machine: Path) -> None:
+    path = write(machine)
+    path.write_text(path.read_text() + "1: 2\n2024-01-01: {}\nrollout.temperature: 0.6\n")
+    assert problems_of(path) == [
+        "unknown key 1",
+        "unknown key 2024-01-01",
+        "unknown key 'rollout.temperature': in a file, sections are nested (only overrides are written with dots)",
+    ]
+
+
+def test_a_missing_file_is_said_so(tmp_path: Path) -> None:
+    assert problems_of(tmp_path / "no.yaml") == ["no such file"]
+
+
+def test_a_section_that_is_a_number(machine: Path) -> None:
+    assert problems_of(write(machine), "optimizer=5") == ["optimizer=5: is a section, and needs keys of its own"]
+
+
+def test_parallel_layout_against_the_model(machine: Path) -> None:
+    found = problems_of(
+        write(machine), "policy.tensor_parallel=3", "policy.pipeline_parallel=3", "rollout.tensor_parallel=3"
+    )
+    for part in (
+        "policy.tensor_parallel=3 does not divide the attention heads (4)",
+        "policy.tensor_parallel=3 does not divide the key/value heads (2)",
+        "policy.pipeline_parallel=3 does not divide the 4 layers",
+        "rollout.tensor_parallel=3 does not divide the attention heads (4)",
+    ):
+        assert part in found
+
+
+def test_lengths_against_the_positions_of_the_model(machine: Path) -> None:
+    (problem,) = problems_of(write(machine), "rollout.max_response_tokens=49")
+    assert "= 65 tokens, but the model's positions end at 64" in problem
+    load_config(write(machine), ["rollout.max_response_tokens=48"])
+
+
+def test_an_incomplete_model_directory(machine: Path) -> None:
+    (machine / "model" / "model.safetensors").unlink()
+    (machine / "model" / "tokenizer.json").unlink()
+    (machine / "model" / "config.json").write_text(json.dumps(QWEN3 | {"architectures": ["MambaForCausalLM"]}))
+    found = problems_of(write(machine))
+    assert len(found) == 3
+    assert "no *.safetensors" in found[0]
+    assert "no tokenizer" in found[1]
+    assert "MambaForCausalLM" in found[2]
+
+
+def test_data_files(machine: Path) -> None:
+    (machine / "empty.jsonl").touch()
+    (machine / "table.csv").write_text("a,b")
+    found = problems_of(
+        write(machine),
+        "data.train_files=[empty.jsonl, table.csv]",
+        "warm_start.steps=1",
+        "warm_start.file=warm.parquet",
+    )
+    assert [problem.rpartition("/")[2] for problem in found] == [
+        "empty.jsonl: the file is empty",
+        "table.csv: expected one of .parquet, .jsonl, .json",
+        "warm.parquet: no such file",
+    ]
+
+
+def test_an_output_directory_below_a_file(machine: Path) -> None:
+    (problem,) = problems_of(write(machine), "run.output_dir=train.jsonl/run")
+    assert "is a file, not a directory" in problem
+
+
+def test_replicas_without_work(machine: Path) -> None:
+    (problem,) = problems_of(write(machine), "policy.data_parallel=33")
+    assert "policy.data_parallel=33 is more than the 32 responses" in problem
+
+
+def test_gpus_are_counted_for_a_run_of_this_machine(machine: Path) -> None:
+    path = write(machine)
+    (problem,) = problems_of(path, "cluster.device=cuda", "policy.data_parallel=32", "rollout.engines=32")
+    assert "32 policy ranks and 32 rollout ranks need 64 GPUs" in problem
+    load_config(path, ["cluster.device=cuda", "policy.data_parallel=32", "cluster.address=auto"])
+
+
+def test_a_configuration_for_another_machine(tmp_path: Path) -> None:
+    path = write(tmp_path, model={"hf_dir": "/somewhere/else"})
+    load_config(path, check_machine=False)
+    assert len(problems_of(path)) == 2
+
+
+def test_what_is_written_reads_back_equal(machine: Path) -> None:
+    config = load_config(
+        write(machine), ["entropy_control.controller=off", "logging.wandb=off", "algorithm.kl.coefficient=1e-3"]
+    )
+    dump_config(config, machine / "out" / "config.yaml")
+    assert load_config(machine / "out" / "config.yaml") == config
+
+
+def test_batch_arithmetic_of_the_published_setting(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        data={"max_prompt_tokens": 1024},
+        rollout={
+            "prompts_per_step": 512,
+            "samples_per_prompt": 8,
+            "max_response_tokens": 8192,
+            "temperature": 0.6,
+            "engines": 4,
+        },
+        policy={"tensor_parallel": 2, "pipeline_parallel": 2, "data_parallel": 4, "tokens_per_microbatch": 18432},
+        warm_start={"steps": 2, "file": "pairs.jsonl", "sequences_per_step": 8},
+    )
+    rows = dict(batch_arithmetic(load_config(path, ["algorithm.optimizer_steps_per_rollout=2"], check_machine=False)))
+    assert rows == {
+        "responses per step": "512 prompts x 8 = 4,096",
+        "optimizer steps": "2,000 steps x 2 = 4,000",
+        "responses per optimizer step": "4,096 / 2 = 2,048, about 512 per data-parallel replica",
+        "longest sequence": "1,024 prompt + 8,192 response = 9,216 tokens",
+        "response tokens per step": "at most 33,554,432",
+        "micro-batch": "18,432 packed tokens, at most 256 of them per optimizer step",
+        "policy ranks": "2 tensor x 2 pipeline x 4 data = 16",
+        "rollout ranks": "4 engine(s) x 1 tensor = 4",
+        "warm start": "2 steps x 8 = 16 pairs",
+        "entropy control": "PI at 0.1 nats (T = 0.6), K_p 1, K_i 0.01, H from previous step",
+    }
+
+
+def test_warnings_speak_only_when_something_is_odd(machine: Path) -> None:
+    assert config_warnings(load_config(write(machine))) == []
+    odd = load_config(
+        write(machine),
+        ["policy.tokens_per_microbatch=8", "rollout.top_p=0.9", "reward.workers=0", "entropy_control={kp: 0, ki: 0}"],
+    )
+    assert len(config_warnings(odd)) == 4
+
+
+def test_key_names_cover_the_tree() -> None:
+    names = list(key_names())
+    assert {"run", "algorithm.kl.estimator", "rollout.temperature", "cluster.publish_timeout_s"} <= set(names)
+    assert len(names) == len(set(names))
+    assert "algorithm.kl" in names
+    assert set(Config.model_fields) == {name for name in names if "." not in name}
