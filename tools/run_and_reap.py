@@ -76,6 +76,14 @@ def reap_zombies() -> None:
             return
 
 
+def wait_for(command: int) -> int:
+    """Exit status of the command; adopted children that end before it are collected at once, none stays a zombie."""
+    while True:
+        process, status = os.waitpid(-1, 0)
+        if process == command:
+            return os.waitstatus_to_exitcode(status)
+
+
 def wait_until_gone(limit_s: float) -> dict[int, str]:
     """Waits up to `limit_s` for all descendants to end; returns those that did not."""
     deadline = time.monotonic() + limit_s
@@ -105,12 +113,12 @@ def main(arguments: list[str]) -> int:
     command = subprocess.Popen(arguments)
 
     def forward(number: int, frame: FrameType | None) -> None:
-        command.send_signal(number)
+        os.kill(command.pid, number)
 
     # A terminal sends its interrupt to the command as well; this process only has to outlive it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, forward)
-    status = command.wait()
+    status = command.returncode = wait_for(command.pid)
     status = status if status >= 0 else 128 - status
     left = wait_until_gone(GRACE_S)
     if not left:

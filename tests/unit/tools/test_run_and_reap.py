@@ -46,3 +46,8 @@ def test_a_process_that_ends_soon_after_is_no_fault() -> None:
     result = reap("bash", "-c", f"(setsid sleep 2 >{os.devnull} 2>&1 &)")
     assert result.returncode == 0, result.stderr
     assert time.monotonic() - started >= 1.5
+
+
+def test_an_orphan_that_ends_before_the_command_does_not_stay_a_zombie() -> None:
+    result = reap("bash", "-c", "p=$( (setsid sleep 0.2 >&- 2>&- & echo $!) ); sleep 2; test ! -e /proc/$p")
+    assert result.returncode == 0, result.stderr
