@@ -1,0 +1,29 @@
+"""The dataclasses that cross borders arrive as they were sent."""
+
+from __future__ import annotations
+
+import pickle
+
+import torch
+
+from megatron_entropic.types import Scores, Sequence
+
+
+def test_a_sequence_survives_pickling_bit_for_bit() -> None:
+    sent = Sequence(torch.arange(5), 3, torch.tensor([0.1, -0.2]), torch.tensor([-1e-30, float("nan")]), None)
+    got = pickle.loads(pickle.dumps(sent))
+    assert got.prompt_length == 3
+    assert got.tokens.dtype == torch.int64
+    for name in ("tokens", "advantages", "old_logprobs"):
+        assert getattr(got, name).numpy().tobytes() == getattr(sent, name).numpy().tobytes()
+        assert getattr(got, name).dtype == getattr(sent, name).dtype
+    assert got.rollout_logprobs is None
+    got.advantages += 1  # not a view of a read-only buffer
+
+
+def test_scores_survive_pickling_with_their_order_and_empty_responses() -> None:
+    sent = Scores([torch.tensor([-0.5]), torch.zeros(0)], [torch.tensor([0.25]), torch.zeros(0)])
+    got = pickle.loads(pickle.dumps(sent))
+    assert [value.tolist() for value in got.logprobs] == [[-0.5], []]
+    assert [value.tolist() for value in got.entropies] == [[0.25], []]
+    assert got.logprobs[1].dtype == torch.float32
