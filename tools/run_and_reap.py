@@ -9,6 +9,7 @@ after the command are named on standard error, ended by their id, and turn a sta
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -113,7 +114,9 @@ def main(arguments: list[str]) -> int:
     command = subprocess.Popen(arguments)
 
     def forward(number: int, frame: FrameType | None) -> None:
-        os.kill(command.pid, number)
+        # It may have ended already; what it left behind is ended below.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(command.pid, number)
 
     # A terminal sends its interrupt to the command as well; this process only has to outlive it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -127,23 +127,21 @@ def test_a_reservation_can_be_given_back(session: str, tmp_path: Path) -> None:
 def test_a_session_leaves_no_process(tmp_path: Path) -> None:
     script = tmp_path / "session.py"
     script.write_text(
-        "import sys, time\n"
+        "import time\n"
         "from megatron_entropic.config import ClusterConfig\n"
         "from megatron_entropic.cluster.environment import prepare_ray_environment\n"
         "prepare_ray_environment(ClusterConfig())\n"
         "from megatron_entropic.cluster.session import ray_session\n"
         "with ray_session(ClusterConfig(device='cpu'), local_cpus=1):\n"
         "    print('up', flush=True)\n"
-        "    time.sleep(float(sys.argv[1]))\n"
+        "    time.sleep(1)\n"
     )
-    for seconds, kill in (("0", False), ("60", True)):
-        process = subprocess.Popen([sys.executable, str(script), seconds], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "up\n"
-        children = psutil.Process(process.pid).children(recursive=True)
-        if kill:
-            process.kill()
-        process.wait(timeout=60)
-        process.stdout.close()
-        _, alive = psutil.wait_procs(children, timeout=30)
-        assert not alive, f"left behind after {'SIGKILL' if kill else 'a clean end'}: {alive}"
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) > 3, "Ray runs servers of its own"
+    assert process.wait(timeout=60) == 0
+    process.stdout.close()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive, f"left behind: {alive}"
