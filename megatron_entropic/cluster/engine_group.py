@@ -25,7 +25,7 @@ class EngineGroup:
         self._actors = [
             EngineWorker.options(  # type: ignore[attr-defined]
                 **placement.engine_options(engine), runtime_env={"env_vars": environment}
-            ).remote(config, engine, placement.device)
+            ).remote(config, placement.device)
             for engine in range(config.rollout.engines)
         ]
 

@@ -80,9 +80,8 @@ class PolicyWorker:
 class EngineWorker:
     """One rollout engine."""
 
-    def __init__(self, config: Config, engine: int, device: Device) -> None:
+    def __init__(self, config: Config, device: Device) -> None:
         self._config = config
-        self._engine_index = engine
         self._device = device
         self._engine: RolloutEngine
 
