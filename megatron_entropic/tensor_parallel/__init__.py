@@ -1,5 +1,7 @@
 """Operations on tensor-parallel shards with torch and torch.distributed only; usable from any Megatron trainer."""
 
+from megatron_entropic.tensor_parallel.fused_head import fused_logprob_and_entropy
+from megatron_entropic.tensor_parallel.fused_policy_loss import TokenLoss, fused_policy_loss
 from megatron_entropic.tensor_parallel.logprob_entropy import logprob_and_entropy
 
-__all__ = ["logprob_and_entropy"]
+__all__ = ["TokenLoss", "fused_logprob_and_entropy", "fused_policy_loss", "logprob_and_entropy"]

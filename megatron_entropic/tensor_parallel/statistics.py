@@ -9,7 +9,7 @@ With x the raw logits, z = x / temperature and d = z - max z, a piece of the voc
 and pieces merge by log-sum-exp:
 
     M = max m_p,   delta_p = (m_p - M) / temperature,   c_p = exp(delta_p)
-    S = sum c_p S_p,   W = sum c_p (W_p + delta_p S_p)
+    S = sum c_p S_p,   W = sum c_p (W_p + delta_p S_p),   t = sum t_p
     logp = (t - M) / temperature - log S,   H = log S - W / S
 
 Everything is centred on the maximum before it is scaled or summed: the usual logsumexp(z) - sum(p z) cancels two large
@@ -18,29 +18,23 @@ numbers, which costs up to 1e-3 nats in float32 at 152k columns, and more for lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-PIECES = 8
-"""The vocabulary is summarised in 8 pieces that merge in order, 8 / R of them on each of R ranks. So every sum has the
-same terms in the same order, and the result is the same bit for bit, for R = 1, 2, 4 and 8 (V / 8 being an integer)."""
+INVARIANT_PIECES = 8
+"""With `layout_invariant` the vocabulary is summarised in 8 pieces that merge in order, 8 / R of them on each of R
+ranks. So every sum has the same terms in the same order, and the result is the same bit for bit for R = 1, 2, 4, 8."""
 
 MIN_EXPONENT = -200.0
 """exp of it is 0 in float32. Exponents are clamped here because d exp(d) of a column masked with -inf would be NaN."""
 
-CACHE_CHUNK_BYTES = 2 << 20
-"""Scratch on a CPU stays in its cache: measured 3x faster than full-sized temporaries."""
-
-ACCELERATOR_CHUNK_BYTES = 64 << 20
-"""Scratch on an accelerator: enough work for each kernel, small against a micro-batch's logits."""
-
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Which columns of the vocabulary this rank's logits hold."""
+    """Which columns of the vocabulary this rank holds."""
 
     start: int
     """First column's token id."""
@@ -51,22 +45,28 @@ class Shard:
     vocab_size: int
     """Token ids from here on are padding; they do not exist in the softmax."""
 
+    @classmethod
+    def of(cls, width: int, group: dist.ProcessGroup | None, vocab_size: int | None) -> Shard:
+        """The shard of this rank of `group` (None: the only one); `vocab_size` None: no padding.
+
+        Raises:
+            ValueError: so many token ids do not fit.
+        """
+        ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+        vocabulary = ranks * width if vocab_size is None else vocab_size
+        if not 0 < vocabulary <= ranks * width:
+            raise ValueError(f"vocab_size {vocabulary} does not fit {ranks} shards of {width} columns")
+        return cls(start=rank * width, width=width, ranks=ranks, vocab_size=vocabulary)
+
     @property
     def valid(self) -> int:
         """Columns before the padding; they come first."""
         return min(max(self.vocab_size - self.start, 0), self.width)
 
-    def pieces(self) -> list[tuple[int, int]]:
-        """This rank's pieces as [begin, end) among the valid columns; a piece of padding only is empty."""
-        count = PIECES // self.ranks if PIECES % self.ranks == 0 else 1
-        size = -(-self.width // count)
-        return [(min(i * size, self.valid), min((i + 1) * size, self.valid)) for i in range(count)]
-
-    def owned(self, target: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Targets [T] as columns of [begin, end), and whether they lie there; those that do not are column 0."""
-        column = target - (self.start + begin)
-        owned = (column >= 0) & (column < end - begin)
-        return torch.where(owned, column, 0), owned
+    def columns(self, target: Tensor) -> Tensor:
+        """Target token ids [T] as columns of this shard, -1 where another rank owns the target."""
+        column = target - self.start
+        return torch.where((column >= 0) & (column < self.valid), column, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,106 +82,93 @@ class Merged:
     """Nats; None when it was not asked for."""
 
 
-def arithmetic_dtype(logits: Tensor) -> torch.dtype:
-    """float32 for every logits dtype but float64, which stays."""
-    return torch.promote_types(logits.dtype, torch.float32)
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for every dtype but float64, which stays."""
+    return torch.promote_types(dtype, torch.float32)
 
 
-def row_chunks(tokens: int, columns: int, device: torch.device) -> Iterator[slice]:
-    """Slices of tokens whose float32 scratch of `columns` columns fits the chunk size of the device."""
-    limit = CACHE_CHUNK_BYTES if device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
-    rows = max(1, limit // (4 * max(columns, 1)))
-    for begin in range(0, tokens, rows):
-        yield slice(begin, min(begin + rows, tokens))
+def piece_bounds(width: int, valid: int, pieces: int) -> list[tuple[int, int]]:
+    """[begin, end) of equal pieces of `width` columns, cut off at `valid`; a piece of padding only is empty."""
+    size = -(-width // pieces)
+    return [(min(i * size, valid), min((i + 1) * size, valid)) for i in range(pieces)]
 
 
-def scratch(logits: Tensor, columns: int) -> Tensor:
-    """Two buffers [2, rows of a chunk, columns], uninitialised."""
-    rows = max((chunk.stop - chunk.start for chunk in row_chunks(len(logits), columns, logits.device)), default=0)
-    return torch.empty(2, rows, columns, dtype=arithmetic_dtype(logits), device=logits.device)
-
-
-def local_statistics(
-    logits: Tensor, target: Tensor, inverse_temperature: Tensor, shard: Shard, *, need_entropy: bool
+def empty_statistics(
+    pieces: int, tokens: int, dtype: torch.dtype, device: torch.device, *, need_entropy: bool
 ) -> Tensor:
-    """Statistics of this rank's pieces in one read of the logits, which stay as they are.
+    """Room for the statistics of `pieces` pieces: [P * k + 1, T], k = 2 or 3.
 
-    Args:
-        logits: [T, V/R].
-        target: [T] token ids of the whole vocabulary.
-        inverse_temperature: [T].
-        shard: the columns of `logits`.
-        need_entropy: whether W is computed.
-
-    Returns:
-        [P * k + 1, T]: for each piece its rows m, S and, with `need_entropy`, W (k = 2 or 3); last row t.
+    For each piece its rows m, S and, with `need_entropy`, W; last row t of the whole shard. One piece with entropy is
+    four numbers per token, in float32 16 bytes: all that a rank ever sends.
     """
-    pieces = shard.pieces()
-    kinds = 3 if need_entropy else 2
-    statistics = torch.zeros(len(pieces) * kinds + 1, len(logits), dtype=arithmetic_dtype(logits), device=logits.device)
-    by_piece = statistics[:-1].view(len(pieces), kinds, -1)
-    by_piece[:, 0] = -torch.inf
-    for (begin, end), out in zip(pieces, by_piece, strict=True):
-        if begin < end:
-            _piece_statistics(logits[:, begin:end], inverse_temperature, out)
-    if shard.valid:
-        column, owned = shard.owned(target, 0, shard.valid)
-        own = logits.gather(1, column[:, None]).squeeze(1).to(statistics.dtype)
-        statistics[-1] = torch.where(owned, own, 0.0)
-    return statistics
+    rows = pieces * (3 if need_entropy else 2) + 1
+    return torch.empty(rows, tokens, dtype=arithmetic_dtype(dtype), device=device)
 
 
-def _piece_statistics(x: Tensor, inverse_temperature: Tensor, out: Tensor) -> None:
-    """Fill out [k, T] with m, S (and W) of the columns x [T, n], chunk of rows by chunk of rows."""
-    buffers = scratch(x, x.shape[1])
-    for rows in row_chunks(len(x), x.shape[1], x.device):
-        chunk = x[rows]
-        d, e = buffers[0, : len(chunk)], buffers[1, : len(chunk)]
-        maximum = torch.amax(chunk, -1, keepdim=True).to(d.dtype)
-        # A piece masked as a whole has m = -inf; centred on 0 instead, its exponents stay -inf and S = W = 0.
-        centre = maximum.masked_fill(maximum == -torch.inf, 0.0)
-        scaled_distance(chunk, centre, inverse_temperature[rows, None], out=d)
-        torch.exp(d, out=e)
-        out[0, rows] = maximum.squeeze(1)
-        out[1, rows] = e.sum(-1)
-        if len(out) == 3:
-            out[2, rows] = d.clamp_(min=MIN_EXPONENT).mul_(e).sum(-1)
+def by_piece(statistics: Tensor, *, need_entropy: bool) -> Tensor:
+    """The rows of pieces, a view: [..., P * k + 1, T] -> [..., P, k, T]."""
+    return statistics[..., :-1, :].unflatten(-2, (-1, 3 if need_entropy else 2))
 
 
-def scaled_distance(x: Tensor, centre: Tensor, inverse_temperature: Tensor, *, out: Tensor) -> None:
-    """out = (x - centre) / temperature without a temporary; x [c, n] of any dtype, the others [c, 1]."""
-    if x.dtype == out.dtype:
-        torch.sub(x, centre, out=out)
-    else:
-        out.copy_(x).sub_(centre)
-    out.mul_(inverse_temperature)
+def combine(pieces: Tensor, inverse_temperature: Tensor) -> Tensor:
+    """m, S (and W) of the union of pieces, [P, k, T] -> [k, T]; terms are added in the order of the pieces.
+
+    A union that is masked as a whole has m = -inf and S = W = 0, so that it can be part of another union.
+    """
+    maxima, sums = pieces[:, 0], pieces[:, 1]
+    maximum = maxima.amax(0)
+    delta = torch.where(maximum == -torch.inf, 0.0, maxima - maximum)
+    delta = (delta * inverse_temperature).clamp_(min=MIN_EXPONENT)
+    factor = delta.exp()
+    rows = [maximum, (factor * sums).sum(0)]
+    if pieces.shape[1] == 3:
+        rows.append((factor * (pieces[:, 2] + delta * sums)).sum(0))
+    return torch.stack(rows)
 
 
 def merge(
     statistics: Tensor, target: Tensor, inverse_temperature: Tensor, vocab_size: int, *, need_entropy: bool
 ) -> Merged:
-    """Log-probability and entropy from the statistics of all ranks, in rank order.
+    """Log-probability and entropy from the statistics of all ranks.
 
     Args:
-        statistics: [R, P * k + 1, T] as `local_statistics` of each rank gave them.
+        statistics: [R, P * k + 1, T], see `empty_statistics`, in rank order.
         target: [T] token ids; one outside [0, vocab_size) gets the log-probability NaN, because no rank owns it and the
             result would otherwise look like a plausible number.
         inverse_temperature: [T].
         vocab_size: number of token ids that exist.
-        need_entropy: as given to `local_statistics`.
+        need_entropy: whether the statistics hold W.
     """
-    by_piece = statistics[:, :-1].unflatten(1, (-1, 3 if need_entropy else 2)).flatten(0, 1)
-    maxima, sums = by_piece[:, 0], by_piece[:, 1]
-    maximum = maxima.amax(0)
-    delta = ((maxima - maximum) * inverse_temperature).clamp(min=MIN_EXPONENT)
-    factor = delta.exp()
-    total = (factor * sums).sum(0)
+    whole = combine(by_piece(statistics, need_entropy=need_entropy).flatten(0, 1), inverse_temperature)
+    maximum, total = whole[0], whole[1]
     log_total = total.log()
-    own = statistics[:, -1].sum(0)
-    logprob = (own - maximum) * inverse_temperature - log_total
-    logprob = logprob.masked_fill((target < 0) | (target >= vocab_size), torch.nan)
-    entropy = None
-    if need_entropy:
-        weighted = (factor * (by_piece[:, 2] + delta * sums)).sum(0)
-        entropy = log_total - weighted / total
-    return Merged(maximum, total, logprob, entropy)
+    logprob = (statistics[:, -1].sum(0) - maximum) * inverse_temperature - log_total
+    undefined = (target < 0) | (target >= vocab_size) | (maximum == -torch.inf)
+    entropy = log_total - whole[2] / total if need_entropy else None
+    return Merged(maximum, total, logprob.masked_fill(undefined, torch.nan), entropy)
+
+
+def gather_and_merge(
+    local: Tensor,
+    target: Tensor,
+    inverse_temperature: Tensor,
+    shard: Shard,
+    group: dist.ProcessGroup | None,
+    *,
+    need_entropy: bool,
+) -> Merged:
+    """The one collective, and the merge that every rank does for itself in the same order.
+
+    Args:
+        local: [P * k + 1, T], this rank's, contiguous. With T = 0 nothing is sent.
+        target: [T] token ids.
+        inverse_temperature: [T].
+        shard: this rank's.
+        group: of the ranks that share the vocabulary; None: this rank holds it all.
+        need_entropy: whether the statistics hold W.
+    """
+    gathered = local.unsqueeze(0)
+    if shard.ranks > 1 and local.shape[1] > 0:
+        gathered = torch.empty(shard.ranks, *local.shape, dtype=local.dtype, device=local.device)
+        dist.all_gather(list(gathered), local, group=group)
+    return merge(gathered, target, inverse_temperature, shard.vocab_size, need_entropy=need_entropy)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 SCRIPT = Path(__file__).parent / "scripts" / "vocab_parallel_ranks.py"
+FUSED_SCRIPT = SCRIPT.with_name("fused_head_ranks.py")
 
 
 def test_parity_over_tensor_parallel_sizes(run_ranks: Callable[..., list[str]]) -> None:
@@ -21,3 +23,27 @@ def test_parity_over_tensor_parallel_sizes(run_ranks: Callable[..., list[str]]) 
             for ranks, forward, backward in worst["collectives"]:
                 assert (forward, backward) == (0 if ranks == 1 else 1, 0)
         assert report["no_tokens"]
+
+
+def test_fused_heads_over_tensor_parallel_sizes(run_ranks: Callable[..., list[str]]) -> None:
+    """Values and gradients, and that no more is communicated than four numbers a token and dL/dhidden."""
+    for output in run_ranks(FUSED_SCRIPT, 4, timeout_s=240):
+        reports = json.loads(output.splitlines()[-1])
+        assert len(reports) == 3 * 2 * 2 * 3 * 2
+        for report in reports:
+            logprob, entropy, dhidden, dweight = report["errors"]
+            assert logprob <= 2e-5, report
+            assert entropy <= 5e-6, report
+            # bfloat16: dL/dhidden is rounded on each rank and in their sum, dL/dweight once.
+            assert max(dhidden, dweight) <= (1e-5 if report["dtype"] == "float32" else 5e-3), report
+            assert report["collectives"] == _expected_collectives(report), report
+
+
+def _expected_collectives(report: dict[str, Any]) -> list[int]:
+    """[forward, backward]; under sequence parallelism hidden states are gathered in each pass that multiplies them."""
+    if report["ranks"] == 1:
+        return [0, 0]
+    gather = int(report["sequence_parallel"])
+    if report["gradient_in_forward"]:
+        return [gather + report["chunks"] + 1, 0]
+    return [gather + 1, gather + 1]
