@@ -64,6 +64,12 @@ class PolicyConfig(Section):
     tokens_per_microbatch: int = Field(
         16384, ge=1, description="Packed tokens of one forward; a longer sequence goes alone."
     )
+    output_head: Literal["auto", "logits", "recompute", "fused_loss"] = Field(
+        "auto",
+        description="How the last stage turns hidden states into log-probs. logits: stores its vocabulary shard of "
+        "logits. recompute: stores none, computes them twice. fused_loss: stores none, takes the gradient in the "
+        "forward pass. auto: fused_loss if each token's loss is known before the forward pass, else recompute.",
+    )
     recompute: Literal["none", "selective", "full"] = "none"
     distributed_timeout_s: float = Field(600.0, gt=0, description="Limit of every collective between policy ranks.")
 
@@ -268,6 +274,19 @@ class Config(Section):
     def max_sequence_tokens(self) -> int:
         """Longest sequence the policy can meet: prompt and response."""
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+    @property
+    def loss_adds_up_over_tokens(self) -> bool:
+        """Whether each token's loss depends on nothing but the token and what is known before the forward pass."""
+        control = self.entropy_control
+        return not control.enabled or (control.denominator == "all_tokens" and self.feedback != "microbatch_local")
+
+    @property
+    def output_head(self) -> Literal["logits", "recompute", "fused_loss"]:
+        """policy.output_head with `auto` resolved."""
+        if self.policy.output_head != "auto":
+            return self.policy.output_head
+        return "fused_loss" if self.loss_adds_up_over_tokens else "recompute"
 
     @property
     def feedback(self) -> str:

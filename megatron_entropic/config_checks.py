@@ -109,6 +109,13 @@ def _parallelism(config: Config) -> Iterator[Violation]:
             ("policy.sequence_parallel", "policy.tensor_parallel"),
             "policy.sequence_parallel=true needs policy.tensor_parallel > 1: it splits activations over those ranks",
         )
+    if policy.output_head == "fused_loss" and not config.loss_adds_up_over_tokens:
+        yield Violation(
+            ("policy.output_head", "entropy_control.denominator", "entropy_control.feedback"),
+            "policy.output_head=fused_loss takes each token's gradient in the forward pass, but with "
+            f"entropy_control.denominator={config.entropy_control.denominator} and feedback={config.feedback} "
+            "a token's loss depends on the other tokens of its micro-batch: use auto or recompute",
+        )
     for name in ("context_parallel", "expert_parallel"):
         if getattr(policy, name) > 1:
             yield Violation(

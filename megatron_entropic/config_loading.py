@@ -104,6 +104,7 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
             f"{policy.tokens_per_microbatch:,} packed tokens, at most "
             f"{-(-per_replica // max(1, policy.tokens_per_microbatch // longest)):,} of them per optimizer step",
         ),
+        ("output head", f"{config.output_head} (policy.output_head={policy.output_head})"),
         ("policy ranks", f"{layout} = {policy.world_size}"),
         ("rollout ranks", f"{rollout.engines} engine(s) x {rollout.tensor_parallel} tensor = {engine_ranks}"),
     ]

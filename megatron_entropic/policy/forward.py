@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from megatron_entropic.policy.microbatch import MicroBatch
+from megatron_entropic.tensor_parallel import TokenLoss
+
+HeadName = Literal["logits", "recompute", "fused_loss"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,10 @@ class OutputOptions:
     """Divides the logits: statistics are those of softmax(logits / temperature)."""
     entropy: bool = True
     """False computes no entropy and returns None in its place."""
-    entropy_gradient: bool = False
-    """Whether the entropies are differentiable."""
+    head: HeadName = "recompute"
+    """How hidden states become statistics when gradients are wanted; see `output_head`."""
+    token_loss: Callable[[MicroBatch], TokenLoss] | None = None
+    """For `head="fused_loss"`: the loss of some response tokens of a micro-batch that holds any."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,15 @@ class TokenStatistics:
     """What leaves the last pipeline stage, the same on all its tensor-parallel ranks."""
 
     logprobs: torch.Tensor
-    """[R] float32, with gradient when gradients are enabled."""
+    """[R] float32, with gradient when gradients are enabled, unless there is a `loss`."""
     entropies: torch.Tensor | None
     """[R] float32, nats."""
+    loss: torch.Tensor | None = None
+    """Scalar whose gradient has been taken already, with `head="fused_loss"`; the others then carry none."""
 
+
+Output = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+"""What the model's last stage returns: the fields of `TokenStatistics`."""
 
 LossFunction = Callable[[MicroBatch, TokenStatistics], tuple[torch.Tensor, Any]]
 """(loss, anything to collect). Gradients are summed over micro-batches and data-parallel ranks and divided by nothing:
@@ -69,7 +79,7 @@ def run_forward_backward(
     """
 
     def output_function(micro_batch: MicroBatch) -> Callable[..., Any]:
-        def megatron_loss(output: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        def megatron_loss(output: Output) -> tuple[torch.Tensor, torch.Tensor, Any]:
             value, collected = loss(micro_batch, TokenStatistics(*output))
             # A triple under calculate_per_token_loss is the one form that megatron-core does not divide by the
             # number of micro-batches; the count is for its own normalisation, which the policy does not use.

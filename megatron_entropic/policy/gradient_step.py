@@ -19,7 +19,8 @@ from megatron_entropic.policy.parallel import ParallelState
 from megatron_entropic.types import Sequence
 
 Share = Callable[[MicroBatch, TokenStatistics], tuple[torch.Tensor, torch.Tensor]]
-"""A micro-batch's share of the loss: (scalar with gradient, [k] float64 measurements that add up)."""
+"""A micro-batch's share of the loss: (scalar with gradient, [k] float64 measurements that add up). Where the output
+head has taken the loss already (`TokenStatistics.loss`), only the measurements count."""
 
 
 class GradientStep:
@@ -78,9 +79,12 @@ class GradientStep:
         """
 
         def loss(micro_batch: MicroBatch, statistics: TokenStatistics) -> tuple[torch.Tensor, torch.Tensor]:
-            if not micro_batch.sequences:
-                return statistics.logprobs.sum() * 0.0, torch.zeros(width, dtype=torch.float64, device=self.device)
-            return share(micro_batch, statistics)
+            nothing = torch.zeros(width, dtype=torch.float64, device=self.device)
+            if micro_batch.sequences:
+                value, measured = share(micro_batch, statistics)
+            else:
+                value, measured = statistics.logprobs.sum() * 0.0, nothing
+            return value if statistics.loss is None else statistics.loss, measured
 
         optimizer.zero_grad()
         collected = run_forward_backward(self.model, batch, loss, options)

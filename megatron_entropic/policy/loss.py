@@ -21,7 +21,7 @@ micro-batch's own, and the share is weighted by its fraction of the rank's seque
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ SUMS = (
     "tokens",
     "entropy",
 )
-"""What `microbatch_loss` measures, in the order of its vector; each adds up over micro-batches and ranks."""
+"""What `MicrobatchLoss.share` measures, in the order of its vector; each adds up over micro-batches and ranks."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,14 @@ class LossSettings:
     tau: float
     ratio_clip: str
     high_prob_denominator: bool
+
+    @property
+    def adds_up_over_tokens(self) -> bool:
+        """Whether each token's loss depends on nothing but the token and what is known before the forward pass.
+
+        The high-probability denominator of a sequence depends on the log-probabilities of all its tokens.
+        """
+        return not self.high_prob_denominator
 
     @classmethod
     def from_config(cls, config: Config) -> LossSettings:
@@ -104,6 +112,16 @@ class TokenFields:
     """[T] float32; None without rollout correction."""
     reference_logprobs: Tensor | None
     """[T] float32; None without KL penalty."""
+
+    def select(self, tokens: slice) -> TokenFields:
+        """The constants of some of the tokens; `lengths` remain those of the whole micro-batch."""
+        return replace(
+            self,
+            old_logprobs=self.old_logprobs[tokens],
+            advantages=self.advantages[tokens],
+            rollout_logprobs=None if self.rollout_logprobs is None else self.rollout_logprobs[tokens],
+            reference_logprobs=None if self.reference_logprobs is None else self.reference_logprobs[tokens],
+        )
 
 
 def token_fields(sequences: Seq[Sequence], settings: LossSettings, device: torch.device) -> TokenFields:
@@ -162,44 +180,82 @@ def count_high_prob(logprobs: Tensor, settings: LossSettings) -> float:
     return float(high_prob.sum())
 
 
-def microbatch_loss(
-    logprobs: Tensor,
-    entropies: Tensor | None,
-    fields: TokenFields,
-    settings: LossSettings,
-    normalizers: Normalizers,
-    alpha: float | None,
-) -> tuple[Tensor, Tensor]:
-    """This micro-batch's share of the loss.
+class MicrobatchLoss:
+    """This micro-batch's share of the loss, of all its tokens at once or of some of them at a time.
 
     Args:
-        logprobs: [T] float32 of the response tokens under the current weights, with gradient.
-        entropies: [T] float32, or None when nobody reads them.
-        fields: constants of the same tokens.
+        fields: constants of the T response tokens.
         settings: knobs.
         normalizers: global counts.
         alpha: coefficient of the EntroPIC term; None or 0 leaves the loss exactly the base loss.
-
-    Returns:
-        (loss scalar with gradient, [len(SUMS)] float64 measurements without gradient).
     """
-    terms, adjustment, high_prob = _token_terms(logprobs, fields, settings)
-    weights = _weights(fields, settings, normalizers)
-    policy = (weights * terms.loss).sum()
-    loss = policy
-    entropic = torch.zeros_like(policy)
-    if alpha:
-        entropic = alpha * (_adjustment_weights(high_prob, weights, fields, settings, normalizers) * adjustment).sum()
-        loss = loss + entropic
-    kl = torch.zeros_like(policy)
-    if fields.reference_logprobs is not None:
-        penalty = kl_penalty(logprobs, fields.reference_logprobs, settings.kl_estimator)
-        kl = settings.kl_coefficient * (weights * penalty).sum()
-        loss = loss + kl
-    entropy = torch.zeros_like(logprobs) if entropies is None else entropies
-    per_token = (terms.clipped, terms.ratio, high_prob, fields.advantages != 0, torch.ones_like(logprobs), entropy)
-    sums = [policy, entropic, kl, *(column.detach().double().sum() for column in per_token)]
-    return loss, torch.stack([value.detach().double() for value in sums])
+
+    def __init__(
+        self, fields: TokenFields, settings: LossSettings, normalizers: Normalizers, alpha: float | None
+    ) -> None:
+        self._fields = fields
+        self._settings = settings
+        self._normalizers = normalizers
+        self._alpha = alpha
+        self._weights = _weights(fields, settings, normalizers)
+
+    def share(self, logprobs: Tensor, entropies: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The share, and what is measured on the way.
+
+        Args:
+            logprobs: [T] float32 of the response tokens under the current weights, with gradient.
+            entropies: [T] float32, or None when nobody reads them.
+
+        Returns:
+            (loss scalar with gradient, [len(SUMS)] float64 measurements without gradient).
+        """
+        fields = self._fields
+        terms, adjustment, high_prob = _token_terms(logprobs, fields, self._settings)
+        parts = self._sum(logprobs, terms, adjustment, high_prob, fields, self._weights)
+        entropy = torch.zeros_like(logprobs) if entropies is None else entropies
+        per_token = (terms.clipped, terms.ratio, high_prob, fields.advantages != 0, torch.ones_like(logprobs), entropy)
+        sums = [*parts, *(column.detach().double().sum() for column in per_token)]
+        return _total(parts), torch.stack([value.detach().double() for value in sums])
+
+    def of_tokens(self, logprobs: Tensor, tokens: slice) -> Tensor:
+        """The share of some tokens; these add up to `share`. It exists where `LossSettings.adds_up_over_tokens`.
+
+        Args:
+            logprobs: [c] float32 of these tokens.
+            tokens: which of the T they are.
+        """
+        assert self._settings.adds_up_over_tokens
+        fields = self._fields.select(tokens)
+        terms, adjustment, high_prob = _token_terms(logprobs, fields, self._settings)
+        return _total(self._sum(logprobs, terms, adjustment, high_prob, fields, self._weights[tokens]))
+
+    def _sum(
+        self,
+        logprobs: Tensor,
+        terms: PolicyLossTerms,
+        adjustment: Tensor,
+        high_prob: Tensor,
+        fields: TokenFields,
+        weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(policy, EntroPIC, KL) parts of the loss over the tokens given."""
+        settings = self._settings
+        policy = (weights * terms.loss).sum()
+        entropic, kl = torch.zeros_like(policy), torch.zeros_like(policy)
+        if self._alpha:
+            adjusted = weights
+            if settings.high_prob_denominator:
+                adjusted = _high_prob_weights(high_prob, fields, settings, self._normalizers)
+            entropic = self._alpha * (adjusted * adjustment).sum()
+        if fields.reference_logprobs is not None:
+            penalty = kl_penalty(logprobs, fields.reference_logprobs, settings.kl_estimator)
+            kl = settings.kl_coefficient * (weights * penalty).sum()
+        return policy, entropic, kl
+
+
+def _total(parts: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    policy, entropic, kl = parts
+    return policy + entropic + kl
 
 
 def _token_terms(
@@ -243,11 +299,9 @@ def _weights(fields: TokenFields, settings: LossSettings, normalizers: Normalize
     return weights if normalizers.scale == 1.0 else weights * normalizers.scale
 
 
-def _adjustment_weights(
-    high_prob: Tensor, weights: Tensor, fields: TokenFields, settings: LossSettings, normalizers: Normalizers
+def _high_prob_weights(
+    high_prob: Tensor, fields: TokenFields, settings: LossSettings, normalizers: Normalizers
 ) -> Tensor:
-    if not settings.high_prob_denominator:
-        return weights
     adjusted = high_prob_token_weights(
         settings.aggregation,
         high_prob,

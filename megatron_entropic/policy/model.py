@@ -1,17 +1,17 @@
 """This rank's part of the policy: a real megatron-core GPTModel whose last stage returns token statistics, not logits.
 
     tokens [1, T] -> embedding -> layers -> final norm -> hidden [T, 1, H]       [T/tp, 1, H] with sequence parallelism
-    hidden -> rows that predict response tokens [R, 1, H] -> output layer -> logits shard [R, V/tp] -> statistics [R]
+    hidden -> `output_head`: rows that predict response tokens, output layer, statistics [R]
 
 Full-vocabulary logits exist on no rank, and logits of prompt and padding positions on none at all.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -22,14 +22,14 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_entropic.config import Dtype, PolicyConfig
 from megatron_entropic.policy.attention import SegmentedAttention, packed_segments
-from megatron_entropic.policy.forward import OutputOptions
+from megatron_entropic.policy.forward import Output, OutputOptions
 from megatron_entropic.policy.microbatch import MicroBatch
 from megatron_entropic.policy.norms import RMSNorm
+from megatron_entropic.policy.output_head import OutputHead
 from megatron_entropic.policy.parallel import ParallelState
 from megatron_entropic.policy.platform import Platform
 from megatron_entropic.policy.rotary import scale_frequencies
 from megatron_entropic.policy.transformer_config import build_transformer_config
-from megatron_entropic.tensor_parallel import logprob_and_entropy
 from megatron_entropic.weights.dimensions import ModelDimensions
 
 
@@ -49,64 +49,56 @@ class PolicyModel(GPTModel):
             position_embedding_type="rope",
             rotary_base=dimensions.rope_theta,
         )
-        self.real_vocab_size = dimensions.vocab_size
         if dimensions.rope_scaling is not None:
             scale_frequencies(self.rotary_pos_emb, dimensions.rope_scaling)
-        if self.post_process and config.sequence_parallel:
-            _leave_gathering_to_the_model(self.output_layer)
+        if self.post_process:
+            self._output_head = OutputHead(
+                self.output_layer, self.pg_collection.tp, dimensions.vocab_size, config.sequence_parallel
+            )
 
-    def forward(
-        self, micro_batch: MicroBatch, options: OutputOptions
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, micro_batch: MicroBatch, options: OutputOptions) -> torch.Tensor | Output:
         """Runs this stage.
 
         Returns:
             Hidden states for the next stage, or on the last stage (log-probs [R] float32, entropies [R] float32 or
-            None), equal on all tensor-parallel ranks.
+            None, loss or None), equal on all tensor-parallel ranks.
         """
-        output: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] = super().forward(
+        return self._run(
+            micro_batch, output_processor=self._statistics, output_processor_context=(micro_batch, options)
+        )
+
+    def _run(self, micro_batch: MicroBatch, **hook: Any) -> torch.Tensor | Output:
+        output: torch.Tensor | Output = super().forward(
             input_ids=micro_batch.tokens,
             position_ids=micro_batch.position_ids,
             attention_mask=None,
             packed_seq_params=packed_segments(micro_batch),
-            # GPTModel hands `labels` to `_postprocess` and looks at it nowhere else.
-            labels=(micro_batch, options),
+            **hook,
         )
         return output
 
+    def _statistics(
+        self, *, hidden_states: torch.Tensor, context: tuple[MicroBatch, OutputOptions], **_unused: Any
+    ) -> Output:
+        """What the last stage does in place of GPTModel's logits over all T positions."""
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return self._output_head.run(hidden_states, weight, *context)
+
+
+class PolicyModelWithoutHook(PolicyModel):
+    """For megatron-core before 0.18, whose GPTModel takes no `output_processor`."""
+
+    def forward(self, micro_batch: MicroBatch, options: OutputOptions) -> torch.Tensor | Output:
+        """As `PolicyModel.forward`. GPTModel hands `labels` to `_postprocess` and looks at it nowhere else."""
+        return self._run(micro_batch, labels=(micro_batch, options))
+
     def _postprocess(
         self, hidden_states: torch.Tensor, labels: tuple[MicroBatch, OutputOptions], **_unused: Any
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-        """Replaces GPTModel's logits over all T positions."""
+    ) -> torch.Tensor | Output:
         if not self.post_process:
             return hidden_states
-        micro_batch, options = labels
-        if self.config.sequence_parallel:
-            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=True, group=self.pg_collection.tp
-            )
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _bias = self.output_layer(hidden_states.index_select(0, micro_batch.rows), weight=weight)
-        return logprob_and_entropy(
-            logits.squeeze(1),
-            micro_batch.targets,
-            group=self.pg_collection.tp,
-            temperature=options.temperature,
-            need_entropy=options.entropy,
-            entropy_gradient=options.entropy_gradient,
-            vocab_size=self.real_vocab_size,
-        )
-
-
-def _leave_gathering_to_the_model(output_layer: Any) -> None:
-    """The model gathers tokens itself, to select rows before the large matrix product.
-
-    The gather's backward sums the input gradients of all tensor ranks while it scatters them, so the layer must neither
-    gather nor sum.
-    """
-    output_layer.sequence_parallel = False
-    output_layer.disable_grad_reduce = True
-    assert not output_layer.allreduce_dgrad
+        return self._statistics(hidden_states=hidden_states, context=labels)
 
 
 def build_model(
@@ -119,7 +111,9 @@ def build_model(
     """
     config = build_transformer_config(dimensions, policy, dtype, state, platform)
     spec = _transformer_engine_spec(config) if platform.transformer_engine else _plain_spec(config, state)
-    model: PolicyModel = PolicyModel(dimensions, config, spec, state).to(platform.device)
+    has_hook = "output_processor" in inspect.signature(GPTModel.forward).parameters
+    model_class = PolicyModel if has_hook else PolicyModelWithoutHook
+    model: PolicyModel = model_class(dimensions, config, spec, state).to(platform.device)
     return model
 
 

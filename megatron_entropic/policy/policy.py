@@ -97,7 +97,9 @@ class Policy:
         )
         self._control = build_control(config, self.parallel, self.platform.device)
         settings = LossSettings.from_config(config)
-        self._update = PolicyUpdate(self._machinery, settings, config.rollout.temperature, self._control)
+        self._update = PolicyUpdate(
+            self._machinery, settings, config.rollout.temperature, self._control, config.output_head
+        )
         self.plan = self._plan()
         self._publisher = self._build_publisher(master_address, sender_type)
         self._scored: EntropyMeasurement | None = None
@@ -159,7 +161,7 @@ class Policy:
 
     def warm_start_step(self, sequences: list[Sequence]) -> dict[str, float]:
         """One supervised optimizer step: maximum likelihood of the responses of all replicas."""
-        metrics = warm_start_step(self._machinery, sequences, self.optimizer)
+        metrics = warm_start_step(self._machinery, sequences, self.optimizer, self.config.output_head)
         self._freshly_scored = False
         return metrics
 

@@ -10,19 +10,20 @@ from __future__ import annotations
 import torch
 
 from megatron_entropic.policy.control import EntropyControl, EntropyMeasurement, MicrobatchLocalControl
-from megatron_entropic.policy.forward import OutputOptions, TokenStatistics
+from megatron_entropic.policy.forward import HeadName, OutputOptions, TokenStatistics
 from megatron_entropic.policy.gradient_step import GradientStep
 from megatron_entropic.policy.loss import (
     SUMS,
     LossSettings,
+    MicrobatchLoss,
     count_high_prob,
     local_normalizers,
-    microbatch_loss,
     token_fields,
 )
 from megatron_entropic.policy.microbatch import MicroBatch
 from megatron_entropic.policy.normalizers import Normalizers, global_counts
 from megatron_entropic.policy.optimizer import PolicyOptimizer, StepOutcome
+from megatron_entropic.tensor_parallel import TokenLoss
 from megatron_entropic.types import Sequence
 
 LOCAL_SUMS = ("alpha", "alpha_unclipped", "integral", "microbatches")
@@ -37,6 +38,7 @@ class PolicyUpdate:
         settings: knobs of the loss.
         temperature: of the rollout; all statistics are those of softmax(logits / temperature).
         control: None when the controller is off: then no entropy is computed and the loss is the base loss.
+        head: how the last stage turns hidden states into log-probs; `fused_loss` needs a loss that adds up over tokens.
     """
 
     def __init__(
@@ -45,10 +47,12 @@ class PolicyUpdate:
         settings: LossSettings,
         temperature: float,
         control: EntropyControl | MicrobatchLocalControl | None,
+        head: HeadName,
     ) -> None:
         self._machinery = machinery
         self._settings = settings
         self._temperature = temperature
+        self._head = head
         self._replicated = control if isinstance(control, EntropyControl) else None
         self._local = control if isinstance(control, MicrobatchLocalControl) else None
 
@@ -77,12 +81,22 @@ class PolicyUpdate:
         counts = self._counts(sequences, batch, freshly_scored)
         alpha = self._replicated.alpha_for_step() if self._replicated else None
         entropy = self._local is not None or (self._replicated is not None and self._replicated.measures_updates)
-        options = OutputOptions(temperature=self._temperature, entropy=entropy)
         width = len(SUMS) + (len(LOCAL_SUMS) if self._local else 0)
 
-        def share(micro_batch: MicroBatch, statistics: TokenStatistics) -> tuple[torch.Tensor, torch.Tensor]:
-            return self._share(micro_batch, statistics, counts, alpha, len(sequences))
+        def loss_of(micro_batch: MicroBatch) -> MicrobatchLoss:
+            fields = token_fields(micro_batch.sequences, self._settings, self._machinery.device)
+            return MicrobatchLoss(fields, self._settings, counts, alpha)
 
+        def token_loss(micro_batch: MicroBatch) -> TokenLoss:
+            loss = loss_of(micro_batch)
+            return lambda logprobs, _entropies, tokens: loss.of_tokens(logprobs, tokens)
+
+        def share(micro_batch: MicroBatch, statistics: TokenStatistics) -> tuple[torch.Tensor, torch.Tensor]:
+            if self._local:
+                return self._local_share(micro_batch, statistics, self._local, len(sequences))
+            return loss_of(micro_batch).share(statistics.logprobs, statistics.entropies)
+
+        options = OutputOptions(self._temperature, entropy, self._head, token_loss)
         sums, outcome = self._machinery.run(batch, share, options, optimizer, width=width)
         measured = dict(zip((*SUMS, *LOCAL_SUMS), sums.tolist(), strict=False))
         if self._replicated:
@@ -99,30 +113,25 @@ class PolicyUpdate:
             scored = [sequence.old_logprobs for sequence in sequences if sequence.old_logprobs is not None]
             own = sum(count_high_prob(logprobs, settings) for logprobs in scored)
             return global_counts(sequences, machinery.parallel, machinery.device, own)
-        options = OutputOptions(temperature=self._temperature, entropy=False)
+        options = OutputOptions(self._temperature, entropy=False, head=self._head)
         everywhere = machinery.measure(batch, lambda logprobs: count_high_prob(logprobs, settings), options)
         counts = global_counts(sequences, machinery.parallel, machinery.device)
         return Normalizers(counts.tokens, counts.sequences, everywhere)
 
-    def _share(
+    def _local_share(
         self,
         micro_batch: MicroBatch,
         statistics: TokenStatistics,
-        counts: Normalizers,
-        alpha: float | None,
+        control: MicrobatchLocalControl,
         minibatch_sequences: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert statistics.entropies is not None
         fields = token_fields(micro_batch.sequences, self._settings, self._machinery.device)
-        logprobs, entropies = statistics.logprobs, statistics.entropies
-        if self._local is None:
-            return microbatch_loss(logprobs, entropies, fields, self._settings, counts, alpha)
-        assert entropies is not None
-        n_sequences = len(micro_batch.sequences)
-        local_alpha = self._local.alpha(entropies, n_sequences, minibatch_sequences)
-        local = local_normalizers(fields, minibatch_sequences, self._machinery.parallel.data_size)
-        loss, sums = microbatch_loss(logprobs, entropies, fields, self._settings, local, local_alpha)
-        controller = self._local.controller
-        own = [local_alpha, controller.alpha_unclipped, controller.integral, 1.0]
+        alpha = control.alpha(statistics.entropies, len(micro_batch.sequences), minibatch_sequences)
+        normalizers = local_normalizers(fields, minibatch_sequences, self._machinery.parallel.data_size)
+        own_loss = MicrobatchLoss(fields, self._settings, normalizers, alpha)
+        loss, sums = own_loss.share(statistics.logprobs, statistics.entropies)
+        own = [alpha, control.controller.alpha_unclipped, control.controller.integral, 1.0]
         return loss, torch.cat([sums, torch.tensor(own, dtype=torch.float64, device=sums.device)])
 
     def _metrics(

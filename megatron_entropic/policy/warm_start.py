@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from megatron_entropic.config import Config, OptimizerConfig
-from megatron_entropic.policy.forward import OutputOptions, TokenStatistics
+from megatron_entropic.policy.forward import HeadName, OutputOptions, TokenStatistics
 from megatron_entropic.policy.gradient_step import GradientStep
 from megatron_entropic.policy.microbatch import MicroBatch
 from megatron_entropic.policy.normalizers import global_counts
 from megatron_entropic.policy.optimizer import PolicyOptimizer
+from megatron_entropic.tensor_parallel import TokenLoss
 from megatron_entropic.types import Sequence
 
 
@@ -25,13 +26,16 @@ def warm_start_optimizer(config: Config) -> OptimizerConfig:
     )
 
 
-def warm_start_step(machinery: GradientStep, sequences: list[Sequence], optimizer: PolicyOptimizer) -> dict[str, float]:
+def warm_start_step(
+    machinery: GradientStep, sequences: list[Sequence], optimizer: PolicyOptimizer, head: HeadName
+) -> dict[str, float]:
     """One optimizer step on L = mean over all response tokens of all ranks of -log pi(token), at temperature 1.
 
     Args:
         machinery: of this rank.
         sequences: this replica's.
         optimizer: to step.
+        head: how the last stage turns hidden states into log-probs.
 
     Returns:
         loss/warm_start (nats per token), response/tokens, grad_norm, learning_rate, optimizer/skipped; equal on all
@@ -44,7 +48,11 @@ def warm_start_step(machinery: GradientStep, sequences: list[Sequence], optimize
         loss = -statistics.logprobs.sum() / counts.tokens
         return loss, loss.detach().to(torch.float64).reshape(1)
 
-    sums, outcome = machinery.run(batch, share, OutputOptions(entropy=False), optimizer, width=1)
+    def token_loss(_micro_batch: MicroBatch) -> TokenLoss:
+        return lambda logprobs, _entropies, _tokens: -logprobs.sum() / counts.tokens
+
+    options = OutputOptions(entropy=False, head=head, token_loss=token_loss)
+    sums, outcome = machinery.run(batch, share, options, optimizer, width=1)
     return {
         "loss/warm_start": float(sums[0]),
         "response/tokens": counts.tokens,

@@ -72,10 +72,16 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     1: {
         "one rank": _layout(CASES, ("plain", "distributed"), tokens_per_microbatch=16384),
         "one rank, small micro-batches": _layout(),
+        "one rank, stored logits": _layout(train=(), output_head="logits"),
+        "one rank, recomputed logits": _layout(train=(), output_head="recompute"),
     },
     2: {
         "tp2": _layout(CASES, tensor_parallel=2),
         "tp2 sp": _layout(tensor_parallel=2, sequence_parallel=True),
+        "tp2 sp, stored logits": _layout(tensor_parallel=2, sequence_parallel=True, train=(), output_head="logits"),
+        "tp2 sp, recomputed logits": _layout(
+            tensor_parallel=2, sequence_parallel=True, train=(), output_head="recompute"
+        ),
         "pp2": _layout(pipeline_parallel=2),
         "dp2": _layout(CASES, ("plain", "distributed"), tokens_per_microbatch=60),
         "dp2, one sequence a micro-batch": _layout(tokens_per_microbatch=1),

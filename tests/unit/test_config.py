@@ -210,6 +210,29 @@ def test_parallel_layout_against_the_model(machine: Path) -> None:
         assert part in found
 
 
+@pytest.mark.parametrize(
+    ("control", "head", "resolved"),
+    [
+        ({}, "auto", "fused_loss"),
+        ({"denominator": "high_prob_tokens"}, "auto", "recompute"),
+        ({"feedback": "microbatch_local"}, "auto", "recompute"),
+        ({"controller": "off", "denominator": "high_prob_tokens"}, "auto", "fused_loss"),
+        ({"denominator": "high_prob_tokens"}, "logits", "logits"),
+        ({}, "recompute", "recompute"),
+    ],
+)
+def test_the_output_head_follows_the_loss(machine: Path, control: dict[str, Any], head: str, resolved: str) -> None:
+    config = load_config(write(machine, entropy_control=control, policy={"output_head": head}))
+    assert config.output_head == resolved
+
+
+def test_an_output_head_that_the_loss_does_not_allow(machine: Path) -> None:
+    path = write(machine, entropy_control={"denominator": "high_prob_tokens"}, policy={"output_head": "fused_loss"})
+    (problem,) = problems_of(path)
+    assert problem.startswith("policy.output_head=fused_loss takes each token's gradient in the forward pass, but with")
+    assert problem.endswith("use auto or recompute")
+
+
 def test_lengths_against_the_positions_of_the_model(machine: Path) -> None:
     (problem,) = problems_of(write(machine), "rollout.max_response_tokens=49")
     assert "= 65 tokens, but the model's positions end at 64" in problem
@@ -296,6 +319,7 @@ def test_batch_arithmetic_of_the_published_setting(tmp_path: Path) -> None:
         "longest sequence": "1,024 prompt + 8,192 response = 9,216 tokens",
         "response tokens per step": "at most 33,554,432",
         "micro-batch": "18,432 packed tokens, at most 256 of them per optimizer step",
+        "output head": "fused_loss (policy.output_head=auto)",
         "policy ranks": "2 tensor x 2 pipeline x 4 data = 16",
         "rollout ranks": "4 engine(s) x 1 tensor = 4",
         "warm start": "2 steps x 8 = 16 pairs",

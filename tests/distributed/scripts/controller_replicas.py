@@ -118,13 +118,16 @@ def control_off(rendezvous: Rendezvous, layout: dict[str, Any], model: Path, dat
             part = replica_part(policy, load(data))
             policy.score(part)
             seen = []
-            share = policy._update._share
+            run = policy._machinery.run
 
-            def spy(micro_batch, statistics, *others, share=share, seen=seen):
-                seen.append(statistics.entropies is not None)
-                return share(micro_batch, statistics, *others)
+            def spy(batch, share, options, *others, run=run, seen=seen, **named):
+                def watched(micro_batch, statistics):
+                    seen.append(options.entropy or statistics.entropies is not None)
+                    return share(micro_batch, statistics)
 
-            policy._update._share = spy
+                return run(batch, watched, options, *others, **named)
+
+            policy._machinery.run = spy
             metrics = policy.update(part)
             entropy_was_computed[name] = any(seen)
             found[name] = (metrics, hf_gradients(policy))

@@ -40,7 +40,8 @@ def start_over(policy: Policy, config: Config) -> None:
     load_weights(policy.model, config.model.hf_dir, policy.parallel)
     policy._control = build_control(config, policy.parallel, policy.platform.device)
     settings = LossSettings.from_config(config)
-    policy._update = PolicyUpdate(policy._machinery, settings, config.rollout.temperature, policy._control)
+    temperature, head = config.rollout.temperature, config.output_head
+    policy._update = PolicyUpdate(policy._machinery, settings, temperature, policy._control, head)
     policy.optimizer = policy._build_optimizer()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -12,10 +13,10 @@ from megatron_entropic.config import Config
 from megatron_entropic.policy.loss import (
     SUMS,
     LossSettings,
+    MicrobatchLoss,
     TokenFields,
     count_high_prob,
     local_normalizers,
-    microbatch_loss,
     token_fields,
 )
 from megatron_entropic.policy.normalizers import Normalizers
@@ -72,14 +73,14 @@ def test_shares_add_up_to_the_loss_of_one_microbatch(mode, high_prob_denominator
     whole, parts = logprobs(), logprobs()
     counts = normalizers(count_high_prob(whole.detach(), chosen))
     assert 0 < counts.high_prob_tokens < sum(LENGTHS)
-    loss, sums = microbatch_loss(whole, None, token_fields(sequences(), chosen, CPU), chosen, counts, 0.4)
+    loss, sums = MicrobatchLoss(token_fields(sequences(), chosen, CPU), chosen, counts, 0.4).share(whole, None)
     loss.backward()
     added = torch.zeros(len(SUMS), dtype=torch.float64)
     starts = [0, 3, 14, 15, 21]
     for members in ([0], [1, 2], [3]):
         piece = parts[starts[members[0]] : starts[members[-1] + 1]]
         some = [sequences()[i] for i in members]
-        share, measured = microbatch_loss(piece, None, token_fields(some, chosen, CPU), chosen, counts, 0.4)
+        share, measured = MicrobatchLoss(token_fields(some, chosen, CPU), chosen, counts, 0.4).share(piece, None)
         share.backward()
         added += measured
     torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-6, atol=1e-9)
@@ -90,6 +91,25 @@ def test_shares_add_up_to_the_loss_of_one_microbatch(mode, high_prob_denominator
     assert names["tokens"] == sum(LENGTHS)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("alpha", [None, 0.4])
+def test_losses_of_some_tokens_add_up_to_the_share(mode, alpha):
+    """Cut anywhere, also within a sequence."""
+    chosen = settings(aggregation=mode)
+    loss = MicrobatchLoss(token_fields(sequences(), chosen, CPU), chosen, normalizers(0), alpha)
+    whole, parts = logprobs(), logprobs()
+    loss.share(whole, None)[0].backward()
+    cuts = [0, 2, 5, 14, 21]
+    for begin, end in itertools.pairwise(cuts):
+        loss.of_tokens(parts[begin:end], slice(begin, end)).backward()
+    torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_high_prob_denominators_have_no_loss_of_some_tokens():
+    assert settings().adds_up_over_tokens
+    assert not settings(high_prob_denominator=True).adds_up_over_tokens
+
+
 @pytest.mark.parametrize("alpha", [None, 0.0])
 def test_without_alpha_it_is_the_base_loss_bit_for_bit(alpha):
     chosen = settings()
@@ -97,7 +117,7 @@ def test_without_alpha_it_is_the_base_loss_bit_for_bit(alpha):
     results = []
     for coefficient in (alpha, 0.3):
         values = logprobs()
-        loss, sums = microbatch_loss(values, None, fields, chosen, normalizers(0), coefficient)
+        loss, sums = MicrobatchLoss(fields, chosen, normalizers(0), coefficient).share(values, None)
         loss.backward()
         results.append((loss, sums[0], values.grad))
     base = logprobs()
@@ -117,7 +137,7 @@ def test_without_alpha_it_is_the_base_loss_bit_for_bit(alpha):
 def test_a_token_that_crossed_tau_since_the_count_does_not_blow_up():
     chosen = settings(high_prob_denominator=True)
     fields = token_fields(sequences(), chosen, CPU)
-    loss, sums = microbatch_loss(logprobs(), None, fields, chosen, normalizers(0), 0.5)
+    loss, sums = MicrobatchLoss(fields, chosen, normalizers(0), 0.5).share(logprobs(), None)
     assert torch.isfinite(loss)
     assert torch.isfinite(sums).all()
 
