@@ -9,8 +9,9 @@ from torch import Tensor
 
 from megatron_entropic.tensor_parallel.statistics import MIN_EXPONENT, by_piece, piece_bounds
 
-CACHE_CHUNK_BYTES = 2 << 20
-"""Scratch on a CPU stays in its cache: measured 3x faster than full-sized temporaries."""
+CACHE_CHUNK_BYTES = 640 << 10
+"""A buffer on a CPU: two of them and the logits they are computed from stay in the 2 MB second-level cache of a core.
+Measured 3x faster than full-sized temporaries and 1.3x faster than 2 MB."""
 
 ACCELERATOR_CHUNK_BYTES = 64 << 20
 """Scratch on an accelerator: enough work for each kernel, small against a micro-batch's logits."""

@@ -1,0 +1,135 @@
+"""Launches the Triton kernels on a block of logits: checks, edge cases and sizes."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from megatron_entropic.tensor_parallel.triton_kernels import gradient_kernel, statistics_kernel
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of logits and gradient. The kernels calculate in float32 and would round float64 without a word."""
+
+DEPTH = 4
+"""Reads of 16 bytes in flight for each thread of the statistics kernel: they hide the latency of memory and leave
+enough registers for six programs of four warps on a multiprocessor."""
+
+COLUMNS_OF_WARP = 1024
+"""What a warp of the gradient kernel takes: four reads of 16 bytes of bfloat16 for each of its 32 threads."""
+
+FUSED_MULTIPLY_ADD = True
+"""Said explicitly, because Triton's default differs between versions."""
+
+
+class TritonBackend:
+    """See `backends.Backend`."""
+
+    def statistics(
+        self, x: Tensor, column: Tensor, inverse_temperature: Tensor, *, valid: int, pieces: int, out: Tensor
+    ) -> None:
+        """One program for each row and piece.
+
+        Raises:
+            ValueError: a dtype or a layout that the kernel does not read.
+        """
+        _check("logits", x)
+        tokens, width = x.shape
+        if tokens == 0:
+            return
+        piece_width = triton.cdiv(width, pieces)
+        warps = _warps(piece_width)
+        with torch.cuda.device_of(x):
+            statistics_kernel[(tokens, pieces)](
+                x,
+                column.contiguous(),
+                inverse_temperature.contiguous(),
+                out,
+                x.stride(0),
+                out.stride(0),
+                width,
+                piece_width,
+                valid,
+                NEED_ENTROPY=len(out) == 3 * pieces + 1,
+                LANES=32 * warps,
+                DEPTH=DEPTH,
+                VECTOR=16 // x.element_size(),
+                num_warps=warps,
+                enable_fp_fusion=FUSED_MULTIPLY_ADD,
+            )
+        torch.autograd.graph.increment_version(out)
+
+    def gradient(
+        self,
+        x: Tensor,
+        column: Tensor,
+        inverse_temperature: Tensor,
+        maximum: Tensor,
+        total: Tensor,
+        entropy: Tensor | None,
+        g: Tensor,
+        h: Tensor | None,
+        *,
+        valid: int,
+        out: Tensor,
+    ) -> None:
+        """One program for each row and block of columns.
+
+        Raises:
+            ValueError: a dtype or a layout that the kernel does not read or write.
+        """
+        _check("logits", x)
+        _check("gradient", out)
+        tokens, width = x.shape
+        if tokens > 1 and out.stride(0) < width:
+            raise ValueError(f"backend='triton' cannot write a gradient whose rows overlap (stride {out.stride(0)})")
+        if tokens == 0 or width == 0:
+            return
+        warps = _warps(width)
+        block = warps * COLUMNS_OF_WARP
+        # contiguous(): autograd hands over views, such as the expanded gradient of a sum.
+        with torch.cuda.device_of(x):
+            gradient_kernel[(tokens, triton.cdiv(width, block))](
+                x,
+                out,
+                column.contiguous(),
+                inverse_temperature.contiguous(),
+                maximum.contiguous(),
+                total.contiguous(),
+                None if entropy is None else entropy.contiguous(),
+                g.contiguous(),
+                None if h is None else h.contiguous(),
+                x.stride(0),
+                out.stride(0),
+                width,
+                valid,
+                HAS_ENTROPY_GRADIENT=h is not None,
+                BLOCK=block,
+                num_warps=warps,
+                enable_fp_fusion=FUSED_MULTIPLY_ADD,
+            )
+        torch.autograd.graph.increment_version(out)
+
+
+def _check(name: str, block: Tensor) -> None:
+    """Refuse what the kernels would get wrong.
+
+    Raises:
+        ValueError: a dtype other than `DTYPES`, or columns apart.
+    """
+    if block.dtype not in DTYPES:
+        raise ValueError(f"backend='triton' takes no {block.dtype} {name}; use backend='eager'")
+    if block.shape[1] > 1 and block.stride(1) != 1:
+        raise ValueError(
+            f"backend='triton' needs {name} with unit stride along the vocabulary, not strides {block.stride()}: "
+            "call contiguous(), or use backend='eager'"
+        )
+
+
+def _warps(columns: int) -> int:
+    """Warps of a program for so many columns.
+
+    Four, because larger programs leave more of their last tile unused; one where one takes all the columns. The choice
+    depends on nothing else, so that a row has the same result in any batch.
+    """
+    return 4 if columns > COLUMNS_OF_WARP else 1
