@@ -91,8 +91,8 @@ def fused_policy_loss(
 
     Raises:
         ValueError: shapes, dtypes or settings that do not go together.
-        RuntimeError: in the backward pass, with create_graph=True, or with `main_grad` if another gradient arrives than
-            `gradient_scale` said.
+        RuntimeError: in the backward pass, with create_graph=True, when it runs a second time, or with `main_grad` if
+            another gradient arrives than `gradient_scale` said.
     """
     if loss_mask is not None:
         rows, target, temperature = masked_rows(loss_mask, rows, target, temperature)
@@ -259,7 +259,8 @@ class _FusedPolicyLoss(torch.autograd.Function):
         passes = _ChunkedLoss(head, weight, target, inverse_temperature, token_loss, gradient_scale)
         loss, logprob, entropy = passes.run(x, dx, weight_gradient)
         dhidden = None if dx is None else head.reduce(dx, hidden)
-        ctx.save_for_backward(dhidden, weight_gradient if main_grad is None else None)
+        # Not save_for_backward: the backward pass scales them in place and hands them out.
+        ctx.gradients = (dhidden, weight_gradient)
         ctx.weight, ctx.main_grad, ctx.gradient_scale = weight, main_grad, gradient_scale
         ctx.mark_non_differentiable(*(value for value in (logprob, entropy) if value is not None))
         ctx.set_materialize_grads(False)
@@ -268,19 +269,22 @@ class _FusedPolicyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, incoming: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        dhidden, weight_gradient = ctx.saved_tensors
         nothing = (None,) * 7
         if incoming is None:
             return None, None, *nothing
+        if ctx.gradients is None:
+            raise RuntimeError("fused_policy_loss: a second backward pass; the gradients were given away in the first")
+        (dhidden, weight_gradient), ctx.gradients = ctx.gradients, None
         if ctx.main_grad is not None:
             _require_scale(incoming, ctx.gradient_scale)
-            dweight = weight_gradient_for_autograd(ctx.weight, ctx.main_grad, ctx.main_grad)
-            return dhidden, dweight if ctx.needs_input_grad[1] else None, *nothing
-        factor = incoming / ctx.gradient_scale
-        dhidden = None if dhidden is None else (dhidden * factor).to(dhidden.dtype)
+        else:
+            factor = incoming / ctx.gradient_scale
+            for gradient in (dhidden, weight_gradient):
+                if gradient is not None:
+                    gradient.mul_(factor)
         if weight_gradient is None:
             return dhidden, None, *nothing
-        return dhidden, (weight_gradient * factor).to(ctx.weight.dtype), *nothing
+        return dhidden, weight_gradient_for_autograd(ctx.weight, weight_gradient, ctx.main_grad), *nothing
 
 
 def _require_scale(incoming: Tensor, expected: float) -> None:

@@ -327,6 +327,15 @@ def test_a_row_of_losses_is_refused() -> None:
         )
 
 
+def test_a_second_backward_pass_is_refused() -> None:
+    data = case()
+    hidden = data.hidden.requires_grad_()
+    loss, *_ = fused_policy_loss(hidden, data.weight, data.target, lambda logprob, *_: logprob.sum())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward pass"):
+        loss.backward()
+
+
 def test_double_backward_is_refused() -> None:
     data = case()
     hidden = data.hidden.requires_grad_()

@@ -1,0 +1,92 @@
+"""Policies of random weights on ranks of this machine, and batches to update them with."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from megatron_entropic.config import Config
+from megatron_entropic.policy.policy import Policy
+from megatron_entropic.types import Sequence
+from megatron_entropic.weights.dimensions import read_dimensions
+from megatron_entropic.weights.parameter_map import ParameterMap
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Dimensions of a Qwen3."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    vocab: int
+
+
+def write_model(size: ModelSize, directory: Path) -> None:
+    """A Hugging Face directory with weights of a normal distribution, which is all that speed and memory depend on."""
+    directory.mkdir(parents=True)
+    entries = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "num_hidden_layers": size.layers,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.ffn,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": max(1, size.heads // 2),
+        "head_dim": size.hidden // size.heads,
+        "vocab_size": size.vocab,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+    }
+    (directory / "config.json").write_text(json.dumps(entries))
+    generator = torch.Generator().manual_seed(0)
+    shapes = ParameterMap(read_dimensions(directory)).hf_tensors
+    tensors = {
+        name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, directory / "model.safetensors")
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def policy(rank: int, ranks: int, port: int, hf_dir: Path, **sections: dict[str, Any]) -> Iterator[Policy]:
+    """This rank's part of a float32 policy, while the block runs."""
+    config = Config(model={"hf_dir": hf_dir, "dtype": "float32"}, data={"train_files": ["unused"]}, **sections)
+    made = Policy(config, rank=rank, world_size=ranks, master_address="127.0.0.1", master_port=port, device="cpu")
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def batch(sequences: int, tokens: int, vocab: int) -> list[Sequence]:
+    """Sequences of so many tokens, all but the first of which are response, with every field a loss reads."""
+    generator = torch.Generator().manual_seed(1)
+    response = tokens - 1
+    return [
+        Sequence(
+            tokens=torch.randint(vocab, (tokens,), generator=generator),
+            prompt_length=1,
+            advantages=torch.randn(response, generator=generator),
+            old_logprobs=torch.randn(response, generator=generator) - 5.0,
+        )
+        for _ in range(sequences)
+    ]
