@@ -1,4 +1,4 @@
-"""The command line: train, score, report."""
+"""The command line: train, plan, score, report."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_entropic.cluster.environment import prepare_ray_environment
-from megatron_entropic.config import PolicyConfig
-from megatron_entropic.config_loading import ConfigError, batch_arithmetic, config_warnings, load_config
+from megatron_entropic.config import Config, PolicyConfig
+from megatron_entropic.config_checks import violations
+from megatron_entropic.config_loading import ConfigError, batch_arithmetic, config_warnings, load_config, read_config
 from megatron_entropic.errors import RunError
 
 
@@ -57,6 +58,30 @@ def _train(options: argparse.Namespace) -> None:
     from megatron_entropic.trainer import train
 
     console.print(f"done: {train(config)}", soft_wrap=True)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from megatron_entropic.planning.models import find_model
+    from megatron_entropic.planning.parameters import ParameterTable
+    from megatron_entropic.planning.plan import make_plan
+    from megatron_entropic.planning.report import sections, show, suggestion_section
+    from megatron_entropic.planning.suggest import suggest
+
+    def accepts(config: Config) -> bool:
+        return not any(violations(config))
+
+    # What this machine has says nothing about the one that is planned for.
+    config, problems = read_config(options.config, options.overrides, check_machine=False)
+    table = ParameterTable(find_model(config.model.hf_dir, options.model_config))
+    memory_gb = options.gpu_memory_gb
+    plan = make_plan(config, table, gpus=options.gpus, gpu_memory_gb=memory_gb, known_problems=problems)
+    parts = list(sections(plan))
+    if options.suggest:
+        found = suggest(config, table, gpus=plan.gpus, gpu_memory_gb=memory_gb, accepts=accepts)
+        parts.append(suggestion_section(found, plan.gpus))
+    show(parts, Console())
+    if plan.problems:
+        raise ConfigError(str(options.config), list(plan.problems))
 
 
 def _score(options: argparse.Namespace) -> None:
@@ -109,6 +134,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="e.g. train.steps=500")
     train.add_argument("--check", action="store_true", help="validate, print the batch arithmetic, start nothing")
     train.set_defaults(command=_train)
+
+    plan = commands.add_parser("plan", help="parameters, memory, traffic and time of a configuration, by arithmetic")
+    plan.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    plan.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="e.g. policy.tensor_parallel=4")
+    plan.add_argument("--gpus", type=int, metavar="N", help="GPUs there are (default: as many as configured)")
+    plan.add_argument("--gpu-memory-gb", type=float, default=80.0, metavar="G", help="of each GPU (default: 80)")
+    plan.add_argument("--model-config", type=Path, metavar="FILE.json", help="a config.json in place of model.hf_dir's")
+    plan.add_argument("--suggest", action="store_true", help="search layouts for these GPUs and print the fastest")
+    plan.set_defaults(command=_plan)
 
     score = commands.add_parser("score", help="log-probs and entropies of given tokens: does training equal rollout?")
     score.add_argument("--hf-dir", type=Path, required=True)

@@ -20,7 +20,15 @@ from pydantic import BaseModel, ValidationError
 from megatron_entropic.config import Config
 from megatron_entropic.config_checks import Violation, config_warnings, machine_violations, violations
 
-__all__ = ["ConfigError", "batch_arithmetic", "config_warnings", "dump_config", "key_names", "load_config"]
+__all__ = [
+    "ConfigError",
+    "batch_arithmetic",
+    "config_warnings",
+    "dump_config",
+    "key_names",
+    "load_config",
+    "read_config",
+]
 
 # Stand-ins for required values, so that the checks of everything else can run when one is missing.
 _PLACEHOLDERS: dict[str, Any] = {"model.hf_dir": ".", "data.train_files": ["."]}
@@ -51,6 +59,23 @@ def load_config(path: Path | str, overrides: Iterable[str] = (), *, check_machin
     Raises:
         ConfigError: listing every violation at once.
     """
+    config, problems = read_config(path, overrides, check_machine=check_machine)
+    if problems:
+        raise ConfigError(str(path), problems)
+    return config
+
+
+def read_config(
+    path: Path | str, overrides: Iterable[str] = (), *, check_machine: bool = True
+) -> tuple[Config, list[str]]:
+    """`load_config` for those who go on with what is readable.
+
+    Returns:
+        (the configuration, with defaults in place of values that cannot be read; every violation).
+
+    Raises:
+        ConfigError: the file cannot be read at all.
+    """
     problems: list[str] = []
     raw = _read_yaml(Path(path))
     for override in overrides:
@@ -60,9 +85,7 @@ def load_config(path: Path | str, overrides: Iterable[str] = (), *, check_machin
     _resolve_paths(config)
     found = [*violations(config), *(machine_violations(config) if check_machine else ())]
     problems += [violation.message for violation in found if not _touches(violation, broken)]
-    if problems:
-        raise ConfigError(str(path), problems)
-    return config
+    return config, problems
 
 
 def dump_config(config: Config, path: Path) -> None:

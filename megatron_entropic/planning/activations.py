@@ -1,0 +1,171 @@
+"""What autograd keeps of one micro-batch, tensor by tensor, and what the output head needs beside it.
+
+    h = H / TP with sequence parallelism, else H        q, k = query and key/value width / TP        f = F / TP
+
+Counts are elements per token. A tensor that is a view keeps its whole storage: v is a part of the packed q, k, v. The
+`sdpa` column is what torch saves for this project's plain layers (measured, tests/distributed), the `flash` column what
+Transformer Engine's fused layers save (from their documentation and code; not measured here).
+
+    saved by                     sdpa                                       flash
+    two norms                    input, normalised: 4 h in float32          input: 2 h
+    their outputs                2 h                                        2 h
+    packed q, k, v               q + 2 k, if something needs it             q + 2 k
+    norms of q and k             2 q + 2 k or as much in float32            q
+    RoPE                         4 D                                        q + k, kept by attention
+    attention                    2 q + 2 k in batches of segments           8 bytes of sums for each head
+    output projection            q                                          q
+    gated feed-forward           5 f                                        3 f
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_entropic.config import Dtype, PolicyConfig
+from megatron_entropic.planning.models import PlannedModel
+from megatron_entropic.planning.parameters import ITEM_BYTES
+
+Attention = Literal["sdpa", "flash"]
+HeadName = Literal["logits", "recompute", "fused_loss"]
+
+LOSS_BLOCK_BYTES = 1 << 30
+LOSS_BLOCK_TOKENS = (1024, 8192)
+RECOMPUTE_BLOCK = (4096, 32768)
+"""Blocks of logits of the two fused heads on an accelerator, as in `tensor_parallel`; a test compares."""
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes that one micro-batch leaves on one rank, in float because padding of sequences is averaged."""
+
+    saved: float
+    """By one layer, with the layout's recomputation."""
+    complete: float
+    """By one layer while its backward pass runs: everything, recomputed or not."""
+    final: float
+    """By the final norm, with the hidden states it gives to the output head."""
+
+
+@dataclass(frozen=True)
+class _Widths:
+    """Elements per token on one rank."""
+
+    hidden: float
+    query: float
+    key: float
+    ffn: float
+
+
+def rank_tokens(policy: PolicyConfig, tokens: int) -> int:
+    """Tokens of a packed micro-batch on each context-parallel rank, padded for sequence parallelism."""
+    multiple = policy.tensor_parallel if policy.sequence_parallel else 1
+    return -(-tokens // (policy.context_parallel * multiple)) * multiple
+
+
+def layer_bytes(
+    model: PlannedModel, policy: PolicyConfig, tokens: int, *, dtype: Dtype, attention: Attention
+) -> LayerBytes:
+    """What one layer and the final norm keep of a micro-batch of `tokens` packed tokens."""
+    item, own_tokens = ITEM_BYTES[dtype], rank_tokens(policy, tokens)
+    width = _widths(model, policy)
+    norm_input = 8 * width.hidden if attention == "sdpa" else item * width.hidden
+    linear_inputs = 2 * item * width.hidden
+    core = _core_attention(model, policy, width, item, attention)
+    around = _around_attention(model, width, item, attention)
+    feed_forward = _feed_forward(model, policy, width, item, attention)
+    complete = 2 * (norm_input + 4) + linear_inputs + core + around + feed_forward
+    saved = complete
+    if policy.recompute == "full":
+        saved = item * width.hidden
+    elif policy.recompute == "selective":
+        saved = complete - core + _core_attention_inputs(model, width, item, attention)
+    return LayerBytes(own_tokens * saved, own_tokens * complete, own_tokens * (norm_input + 4 + item * width.hidden))
+
+
+def head_bytes(model: PlannedModel, policy: PolicyConfig, tokens: int, *, dtype: Dtype, head: HeadName) -> int:
+    """Peak of the output head on the last stage, beside the hidden states: logits or a block of them, dL/dhidden.
+
+    Every token is taken for a response token, which is the most it can be.
+    """
+    item, own_tokens = ITEM_BYTES[dtype], rank_tokens(policy, tokens)
+    hidden = model.dimensions.hidden_size
+    columns = model.dimensions.padded_vocab_size(policy.tensor_parallel) // policy.tensor_parallel
+    gathered = own_tokens * hidden * item if policy.sequence_parallel else 0
+    selected_and_gradient = 2 * own_tokens * hidden * item
+    # A block has float32 logits and, for bfloat16 models, their gradient as an operand.
+    block_item = 4 if dtype == "float32" else 4 + item
+    if head == "logits":
+        block = own_tokens * columns * item
+    elif head == "fused_loss":
+        least, most = LOSS_BLOCK_TOKENS
+        rows = min(max(LOSS_BLOCK_BYTES // (4 * columns), least), most, own_tokens)
+        block = rows * columns * block_item
+    else:
+        rows = min(RECOMPUTE_BLOCK[0], own_tokens)
+        block = rows * (min(RECOMPUTE_BLOCK[1], columns) * block_item + 4 * hidden)
+    return gathered + selected_and_gradient + block
+
+
+def backward_bytes(model: PlannedModel, policy: PolicyConfig, tokens: int, *, dtype: Dtype) -> int:
+    """Gradients alive beside what is saved: of the widest activation, and of the largest matrix in `dtype`."""
+    dimensions, item = model.dimensions, ITEM_BYTES[dtype]
+    rows = rank_tokens(policy, tokens) * (model.experts.per_token if model.experts else 1)
+    width = 3 * dimensions.ffn_hidden_size // policy.tensor_parallel
+    vocabulary = dimensions.padded_vocab_size(policy.tensor_parallel) // policy.tensor_parallel
+    return item * (rows * width + vocabulary * dimensions.hidden_size)
+
+
+def _widths(model: PlannedModel, policy: PolicyConfig) -> _Widths:
+    dimensions, ranks = model.dimensions, policy.tensor_parallel
+    return _Widths(
+        hidden=dimensions.hidden_size / (ranks if policy.sequence_parallel else 1),
+        query=dimensions.size("query") / ranks,
+        key=dimensions.size("key_value") / ranks,
+        ffn=dimensions.ffn_hidden_size / ranks,
+    )
+
+
+def _around_attention(model: PlannedModel, width: _Widths, item: int, attention: Attention) -> float:
+    """Packed q, k, v, their norms, RoPE, and the output projection's input."""
+    packed, projection = item * (width.query + 2 * width.key), item * width.query
+    if attention == "flash":
+        copy_of_query = item * width.query if model.dimensions.qk_norm else 0
+        return packed + copy_of_query + projection
+    rope = 4 * item * model.dimensions.head_dim
+    if not model.dimensions.qk_norm:
+        return rope + projection
+    # In float32 the norms keep q as a copy and k as a view of the packed tensor; in bfloat16 float32 copies of both.
+    norms = packed + 4 * (2 * width.query + width.key) if item == 4 else 8 * (width.query + width.key)
+    return norms + rope + projection
+
+
+def _core_attention(
+    model: PlannedModel, policy: PolicyConfig, width: _Widths, item: int, attention: Attention
+) -> float:
+    heads = model.dimensions.num_attention_heads / policy.tensor_parallel
+    if attention == "flash":
+        return item * (width.query + width.key) + 8 * heads
+    return item * (2 * width.query + 2 * width.key) + 4 * heads
+
+
+def _core_attention_inputs(model: PlannedModel, width: _Widths, item: int, attention: Attention) -> float:
+    """What selective recomputation keeps: q and k after RoPE, and v where nothing else keeps the packed tensor."""
+    inputs = item * (width.query + width.key)
+    if attention == "flash" or (model.dimensions.qk_norm and item == 4):
+        return inputs
+    return inputs + item * (width.query + 2 * width.key)
+
+
+def _feed_forward(model: PlannedModel, policy: PolicyConfig, width: _Widths, item: int, attention: Attention) -> float:
+    products = 5 if attention == "sdpa" else 3
+    if model.experts is None:
+        return item * products * width.ffn
+    # Each token is copied for its experts: sorted before the exchange, received after it, and once in each product.
+    # With balanced experts every rank receives as many copies as it sends.
+    copies, hidden = model.experts.per_token, model.dimensions.hidden_size
+    sent = copies * width.hidden
+    received = copies * (hidden + products * width.ffn)
+    return item * (sent + received) + 4 * model.experts.count / (
+        policy.tensor_parallel if policy.sequence_parallel else 1
+    )

@@ -1,0 +1,177 @@
+"""Bytes that a policy GPU sends, by kind of parallelism, for one micro-batch and for one optimizer step.
+
+With n ranks and a tensor of S bytes a ring sends (n - 1)/n S in an all-gather or a reduce-scatter, and twice that in an
+all-reduce, which is both (Thakur et al. 2005). Ranks are numbered as megatron-core does by default: tensor parallel
+neighbours first, then context, data and pipeline parallel ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from megatron_entropic.config import Config, PolicyConfig
+from megatron_entropic.planning.activations import rank_tokens
+from megatron_entropic.planning.hardware import Hardware
+from megatron_entropic.planning.memory import overlaps
+from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable
+
+Kind = Literal["tensor", "context", "expert", "pipeline", "data"]
+Direction = Literal["forward", "update"]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What the busiest GPU sends for one purpose."""
+
+    kind: Kind
+    operation: str
+    ranks: int
+    across_nodes: bool
+    count: int
+    """Collectives, or messages."""
+    sent_bytes: float
+
+    def times(self, factor: int) -> Traffic:
+        """The same that many times."""
+        return replace(self, count=self.count * factor, sent_bytes=self.sent_bytes * factor)
+
+    def time_s(self, hardware: Hardware) -> float:
+        """At the link's rate, without latency."""
+        return self.sent_bytes / hardware.link_bytes_per_s(self.across_nodes)
+
+
+def microbatch_traffic(
+    config: Config, table: ParameterTable, hardware: Hardware, tokens: float, direction: Direction
+) -> list[Traffic]:
+    """Of one micro-batch with `tokens` tokens.
+
+    `forward` is a pass without gradients; `update` is forward, backward and, with policy.recompute=full, a second
+    forward of the layers.
+    """
+    found = [
+        *_tensor(config, table, hardware, tokens, direction),
+        *_context(config, table, hardware, tokens, direction),
+        *_expert(config, table, hardware, tokens, direction),
+        *_pipeline(config, table, hardware, tokens, direction),
+    ]
+    return [traffic for traffic in found if traffic.ranks > 1]
+
+
+def gradient_traffic(config: Config, table: ParameterTable, hardware: Hardware) -> list[Traffic]:
+    """Of one optimizer step, once for all its micro-batches: gradients, and parameters that others updated."""
+    policy = config.policy
+    per_stage = [list(_gradients(config, table, hardware, stage)) for stage in range(policy.pipeline_parallel)]
+    found = max(per_stage, key=lambda rows: sum(row.sent_bytes for row in rows))
+    if table.model.dimensions.tie_word_embeddings and policy.pipeline_parallel > 1:
+        shard = next(s for s in table.stage(policy, 0).shards if s.part == "embedding")
+        crosses = _crosses(policy, hardware, "pipeline")
+        found.append(
+            Traffic("pipeline", "all-reduce of the tied embedding's gradient", 2, crosses, 1, 4 * shard.elements)
+        )
+    return [traffic for traffic in found if traffic.ranks > 1]
+
+
+def _tensor(
+    config: Config, table: ParameterTable, hardware: Hardware, tokens: float, direction: Direction
+) -> Iterator[Traffic]:
+    """Hidden states in and out of attention and of the feed-forward part, of embedding and output head.
+
+    Without sequence parallelism two all-reduces forward and two backward in each layer (Shoeybi et al. 2019, section
+    3). With it an all-gather and a reduce-scatter in place of each (Korthikanti et al. 2022, section 4.2), and the two
+    inputs gathered once more for the gradients of the weights.
+    """
+    policy, model = config.policy, table.model
+    ranks, layers = policy.tensor_parallel, model.dimensions.num_layers // policy.pipeline_parallel
+    size = _hidden_bytes(config, table, tokens)
+    blocks = layers * (1 if model.experts else 2)
+    passes = 1 if direction == "forward" else 3 if policy.recompute == "full" else 2
+    # Embedding and head are on different stages, unless there is one: the busiest has one of them or both.
+    ends = 2 if policy.pipeline_parallel == 1 else 1
+    halves = passes * blocks + ends * (1 if direction == "forward" else 2)
+    if policy.sequence_parallel:
+        again = blocks if direction == "update" else 0
+        count, share, operation = 2 * halves + again, 1, "all-gather and reduce-scatter of hidden states"
+    else:
+        count, share, operation = halves, 2, "all-reduce of hidden states"
+    sent = count * share * size * (ranks - 1) / ranks
+    yield Traffic("tensor", operation, ranks, _crosses(policy, hardware, "tensor"), count, sent)
+
+
+def _context(
+    config: Config, table: ParameterTable, hardware: Hardware, tokens: float, direction: Direction
+) -> Iterator[Traffic]:
+    """Keys and values of the other ranks' tokens in every layer, and their gradients back."""
+    policy, dimensions = config.policy, table.model.dimensions
+    ranks, layers = policy.context_parallel, dimensions.num_layers // policy.pipeline_parallel
+    width = 2 * dimensions.size("key_value") / policy.tensor_parallel
+    size = tokens / ranks * width * ITEM_BYTES[config.model.dtype]
+    passes = 1 if direction == "forward" else 4 if policy.recompute == "full" else 3
+    crosses = _crosses(policy, hardware, "context")
+    yield Traffic("context", "keys and values", ranks, crosses, passes * layers, passes * layers * size * (ranks - 1))
+
+
+def _expert(
+    config: Config, table: ParameterTable, hardware: Hardware, tokens: float, direction: Direction
+) -> Iterator[Traffic]:
+    """Each token's copies to its experts and back; over tensor ranks too, since these share every expert."""
+    policy, model = config.policy, table.model
+    if model.experts is None:
+        return
+    layers = model.dimensions.num_layers // policy.pipeline_parallel
+    exchanges = 2 * layers * (1 if direction == "forward" else 3 if policy.recompute == "full" else 2)
+    copies = model.experts.per_token * _hidden_bytes(config, table, tokens)
+    own = copies / (policy.tensor_parallel if policy.sequence_parallel else 1)
+    groups: tuple[tuple[Kind, int, float, str], ...] = (
+        ("expert", policy.expert_parallel, own, "all-to-all of tokens to experts and back"),
+        ("tensor", policy.tensor_parallel, copies, "all-gather and reduce-scatter of the experts' tokens"),
+    )
+    for kind, ranks, size, operation in groups:
+        crosses = _crosses(policy, hardware, kind)
+        yield Traffic(kind, operation, ranks, crosses, exchanges, exchanges * size * (ranks - 1) / ranks)
+
+
+def _pipeline(
+    config: Config, table: ParameterTable, hardware: Hardware, tokens: float, direction: Direction
+) -> Iterator[Traffic]:
+    """Hidden states to the next stage and their gradients to the one before."""
+    policy = config.policy
+    size = _hidden_bytes(config, table, tokens) / (policy.tensor_parallel if policy.sequence_parallel else 1)
+    # A stage between two others sends both ways.
+    count = 2 if direction == "update" and policy.pipeline_parallel > 2 else 1
+    crosses = _crosses(policy, hardware, "pipeline")
+    yield Traffic("pipeline", "point to point", policy.pipeline_parallel, crosses, count, count * size)
+
+
+def _gradients(config: Config, table: ParameterTable, hardware: Hardware, stage: int) -> Iterator[Traffic]:
+    """Sums of gradients in float32; under the distributed optimizer by parts, and what each rank updated comes back."""
+    policy, item = config.policy, ITEM_BYTES[config.model.dtype]
+    for buffer in table.buffers(policy, stage, overlap=overlaps(config)):
+        ranks, count = buffer.data_ranks, len(buffer.buckets)
+        share = (ranks - 1) / ranks
+        crosses = _crosses(policy, hardware, "data")
+        if policy.distributed_optimizer:
+            gradients, parameters = 4 * buffer.padded_elements * share, item * buffer.padded_elements * share
+            yield Traffic("data", "reduce-scatter of gradients", ranks, crosses, count, gradients)
+            yield Traffic("data", "all-gather of parameters", ranks, crosses, count, parameters)
+        else:
+            yield Traffic("data", "all-reduce of gradients", ranks, crosses, count, 8 * buffer.elements * share)
+
+
+def _hidden_bytes(config: Config, table: ParameterTable, tokens: float) -> float:
+    """All hidden states of a context-parallel rank's tokens."""
+    own_tokens = rank_tokens(config.policy, round(tokens))
+    return own_tokens * table.model.dimensions.hidden_size * ITEM_BYTES[config.model.dtype]
+
+
+def _crosses(policy: PolicyConfig, hardware: Hardware, kind: Kind) -> bool:
+    """Whether a group of this kind reaches over several nodes."""
+    span = {
+        "tensor": policy.tensor_parallel,
+        "context": policy.tensor_parallel * policy.context_parallel,
+        "expert": policy.tensor_parallel * policy.expert_parallel,
+        "data": policy.tensor_parallel * policy.context_parallel * policy.data_parallel,
+        "pipeline": policy.world_size,
+    }[kind]
+    return span > hardware.gpus_per_node

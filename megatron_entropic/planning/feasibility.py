@@ -1,0 +1,79 @@
+"""What cannot work: layouts that do not divide the model, GPUs that are missing, memory that does not suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from megatron_entropic.config import Config
+from megatron_entropic.planning.memory import GIB, MEMORY_KINDS, RolloutMemory, StageMemory, sequences_that_fit
+from megatron_entropic.planning.models import PlannedModel
+
+
+def gpus_of(config: Config) -> tuple[int, int]:
+    """(policy GPUs, rollout GPUs), different ones, as the cluster places them today; colocation would start here."""
+    return config.policy.world_size, config.rollout.engines * config.rollout.tensor_parallel
+
+
+def layout_problems(config: Config, model: PlannedModel, gpus: int) -> Iterator[str]:
+    """Why the model cannot be laid out so on `gpus` GPUs; nothing can be computed for a layout that divides nothing."""
+    policy, rollout, dimensions = config.policy, config.rollout, model.dimensions
+    for problem in dimensions.parallel_problems(policy.tensor_parallel, policy.pipeline_parallel):
+        yield f"policy.{problem}"
+    if dimensions.num_attention_heads % rollout.tensor_parallel:
+        yield (
+            f"rollout.tensor_parallel={rollout.tensor_parallel} does not divide the attention heads "
+            f"({dimensions.num_attention_heads})"
+        )
+    yield from _expert_problems(config, model)
+    if config.max_sequence_tokens > dimensions.max_position_embeddings:
+        yield (
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {config.max_sequence_tokens} tokens, but the "
+            f"model's positions end at {dimensions.max_position_embeddings}"
+        )
+    policy_gpus, rollout_gpus = gpus_of(config)
+    if policy_gpus + rollout_gpus != gpus:
+        yield (
+            f"{policy_gpus} policy GPUs (tensor {policy.tensor_parallel} x pipeline {policy.pipeline_parallel} x "
+            f"context {policy.context_parallel} x data {policy.data_parallel}) and {rollout_gpus} rollout GPUs "
+            f"({rollout.engines} engines x {rollout.tensor_parallel}) are {policy_gpus + rollout_gpus}, not {gpus}"
+        )
+
+
+def _expert_problems(config: Config, model: PlannedModel) -> Iterator[str]:
+    size, replicas = config.policy.expert_parallel, config.policy.data_parallel * config.policy.context_parallel
+    if model.experts is None:
+        if size > 1:
+            yield f"policy.expert_parallel={size}: the model has no experts"
+        return
+    if model.experts.count % size:
+        yield f"policy.expert_parallel={size} does not divide the {model.experts.count} experts"
+    if replicas % size:
+        yield (
+            f"policy.expert_parallel={size} does not divide data x context parallel = {replicas}, "
+            "whose ranks share the experts"
+        )
+
+
+def memory_problems(
+    config: Config, stages: Sequence[StageMemory], rollout: RolloutMemory, gpu_memory_gb: float
+) -> Iterator[str]:
+    """Which GPUs would run out of memory, with the kinds that fill them."""
+    for stage in stages:
+        if stage.total > gpu_memory_gb * GIB:
+            yield (
+                f"stage {stage.stage} needs {stage.total / GIB:.1f} GB of {gpu_memory_gb:g} GB on each GPU: "
+                f"{_kinds(stage)}"
+            )
+    if sequences_that_fit(rollout, config.max_sequence_tokens) < 1:
+        yield (
+            f"an engine's KV cache holds {rollout.tokens:,} tokens, fewer than one sequence of "
+            f"{config.max_sequence_tokens:,}: of {gpu_memory_gb:g} GB x rollout.gpu_memory_fraction="
+            f"{config.rollout.gpu_memory_fraction:g} weights take {rollout.weights / GIB:.1f} GB and vLLM's workspace "
+            f"{rollout.workspace / GIB:.1f} GB"
+        )
+
+
+def _kinds(stage: StageMemory) -> str:
+    """The kinds that count, largest first."""
+    sizes = sorted(((getattr(stage, kind), kind) for kind in MEMORY_KINDS), reverse=True)
+    return ", ".join(f"{kind} {size / GIB:.1f}" for size, kind in sizes if size)

@@ -1,0 +1,151 @@
+"""Memory of each policy GPU and each rollout GPU, by kind.
+
+Weights, gradients and optimizer state are exact (tests compare them with real allocations); activations, output head
+and vLLM's share are estimates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from math import prod
+
+from megatron_entropic.config import Config, Dtype
+from megatron_entropic.planning.activations import (
+    Attention,
+    backward_bytes,
+    head_bytes,
+    layer_bytes,
+)
+from megatron_entropic.planning.models import PlannedModel
+from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable
+from megatron_entropic.planning.schedule import Schedule, in_flight
+
+GIB = 1 << 30
+"""A GB of GPU memory here and in `rollout.kv_cache_gb`: 2**30 bytes."""
+
+RUNTIME_BYTES = 4 * GIB
+"""Estimate for what the allocator does not hand out: CUDA context 0.5 GB, NCCL channels 1 to 2 GB, fragmentation."""
+
+ENGINE_WORKSPACE_BYTES = 3 * GIB
+"""Estimate for vLLM's activations of one batch, sampling buffers and CUDA graphs, which come off the KV cache."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Peak bytes of each GPU of one pipeline stage during an optimizer step."""
+
+    stage: int
+    weights: int
+    reference: int
+    """Frozen weights of the KL penalty."""
+    gradients: int
+    """float32, whatever the dtype of the weights."""
+    optimizer: int
+    """Two float32 moments and, for bfloat16 weights, a float32 copy of the parameters."""
+    activations: int
+    """Of all micro-batches in flight, with the gradients of the layer in its backward pass."""
+    head: int
+    """Of the output layer, on the last stage."""
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all kinds."""
+        return sum(getattr(self, name) for name in MEMORY_KINDS)
+
+
+MEMORY_KINDS = tuple(field.name for field in fields(StageMemory) if field.name != "stage")
+
+
+@dataclass(frozen=True)
+class RolloutMemory:
+    """One GPU of a vLLM engine."""
+
+    weights: int
+    workspace: int
+    kv_cache: int
+    """What is left for keys and values; negative if nothing is."""
+    kv_bytes_per_token: int
+    """On one GPU, all layers."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that an engine's cache holds."""
+        return max(0, self.kv_cache // self.kv_bytes_per_token)
+
+
+def optimizer_bytes_per_element(dtype: Dtype) -> int:
+    """Bytes of optimizer state for each parameter that a rank owns: two moments, and a main copy of bfloat16."""
+    return 8 if dtype == "float32" else 12
+
+
+def attention_kind(config: Config) -> Attention:
+    """Which layers run: torch's attention on a CPU, flash attention on a GPU."""
+    return "sdpa" if config.cluster.device == "cpu" else "flash"
+
+
+def overlaps(config: Config) -> bool:
+    """Whether gradients travel during backward, which they do over NCCL."""
+    return config.cluster.device != "cpu"
+
+
+def stage_memory(config: Config, table: ParameterTable, schedule: Schedule, stage: int) -> StageMemory:
+    """Peak of one pipeline stage's GPUs."""
+    policy, dtype = config.policy, config.model.dtype
+    item, parameters = ITEM_BYTES[dtype], table.stage(policy, stage)
+    buffers = table.buffers(policy, stage, overlap=overlaps(config))
+    weights = sum(b.padded_elements if policy.distributed_optimizer else b.elements for b in buffers) * item
+    last = stage == policy.pipeline_parallel - 1
+    head = 0
+    if last:
+        head = head_bytes(table.model, policy, schedule.largest_tokens, dtype=dtype, head=config.output_head)
+    return StageMemory(
+        stage=stage,
+        weights=weights,
+        reference=parameters.elements * item if config.algorithm.kl.coefficient > 0 else 0,
+        gradients=sum(buffer.padded_elements for buffer in buffers) * 4,
+        optimizer=sum(buffer.owned_elements(0) for buffer in buffers) * optimizer_bytes_per_element(dtype),
+        activations=_activation_bytes(config, table.model, schedule, stage),
+        head=head,
+        runtime=RUNTIME_BYTES,
+    )
+
+
+def _activation_bytes(config: Config, model: PlannedModel, schedule: Schedule, stage: int) -> int:
+    """1F1B: stage s of p holds min(p - s, m) micro-batches when its first backward pass begins."""
+    policy, tokens = config.policy, schedule.largest_tokens
+    layer = layer_bytes(model, policy, tokens, dtype=config.model.dtype, attention=attention_kind(config))
+    layers = model.dimensions.num_layers // policy.pipeline_parallel
+    alive = in_flight(policy.pipeline_parallel, stage, schedule.microbatches_at_most)
+    total = alive * layers * layer.saved
+    if stage == policy.pipeline_parallel - 1:
+        total += layer.final
+    # One layer at a time computes again what was not kept.
+    total += layer.complete - layer.saved
+    return round(total) + backward_bytes(model, policy, tokens, dtype=config.model.dtype)
+
+
+def rollout_memory(config: Config, table: ParameterTable, gpu_memory_bytes: int) -> RolloutMemory:
+    """What vLLM has on each of an engine's GPUs; on a CPU `rollout.kv_cache_gb` is the cache."""
+    dimensions, ranks = table.model.dimensions, config.rollout.tensor_parallel
+    item = ITEM_BYTES[config.model.dtype]
+    weights = engine_weight_elements(table, ranks) * item
+    # With more ranks than key/value heads vLLM keeps a copy of a head on several.
+    heads = max(1, dimensions.num_query_groups // ranks)
+    per_token = 2 * dimensions.num_layers * heads * dimensions.head_dim * item
+    if config.cluster.device == "cpu":
+        cache = int(config.rollout.kv_cache_gb * GIB)
+    else:
+        cache = int(gpu_memory_bytes * config.rollout.gpu_memory_fraction) - weights - ENGINE_WORKSPACE_BYTES
+    return RolloutMemory(weights, ENGINE_WORKSPACE_BYTES, cache, per_token)
+
+
+def engine_weight_elements(table: ParameterTable, ranks: int) -> int:
+    """Parameters on each of an engine's GPUs: matrices are cut, norms are whole."""
+    norms = sum(prod(e.shape) for e in table.map.entries if e.layout.partition_dim is None)
+    return -(-(table.elements - norms) // ranks) + norms
+
+
+def sequences_that_fit(memory: RolloutMemory, tokens: float) -> int:
+    """Sequences of that length that an engine's cache holds at once."""
+    return int(memory.tokens // tokens)

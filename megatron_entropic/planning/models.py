@@ -1,0 +1,112 @@
+"""The model to plan for, from a config.json alone: a model directory, a file, or the published sizes shipped here."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_entropic.weights.architectures import ARCHITECTURES
+from megatron_entropic.weights.dimensions import ModelDimensions, read_dimensions
+
+KNOWN_MODELS = Path(__file__).parent / "model_configs"
+"""One file for each model, NAME.json, with the dimensions of its published config.json."""
+
+_MIXTURE_CLASS = "Qwen3MoeForCausalLM"
+
+
+@dataclass(frozen=True)
+class ExpertDimensions:
+    """The feed-forward part of a mixture of experts, the same in every layer."""
+
+    count: int
+    """Experts of a layer."""
+    per_token: int
+    """Experts that each token goes through."""
+    ffn_hidden_size: int
+    """Width of one expert."""
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """Sizes of a model and where they were found."""
+
+    name: str
+    dimensions: ModelDimensions
+    """For a mixture of experts: its dense part, with one expert's width as feed-forward width."""
+    experts: ExpertDimensions | None
+    source: str
+    trainable: bool
+    """Whether this project has a weights table for the family; without one a plan is all there is."""
+
+
+def find_model(hf_dir: Path, model_config: Path | None = None) -> PlannedModel:
+    """The model of a configuration.
+
+    Args:
+        hf_dir: `model.hf_dir`. If it holds a config.json, that one counts; if not, a known model whose name the
+            directory's name begins with (Qwen3-8B-Base has the sizes of Qwen3-8B).
+        model_config: a config.json to take instead.
+
+    Raises:
+        ValueError: no such file, no known model of that name, or a model that cannot be planned for.
+    """
+    if model_config is not None:
+        return read_model(model_config, model_config.stem if model_config.stem != "config" else hf_dir.name)
+    if (hf_dir / "config.json").is_file():
+        return read_model(hf_dir / "config.json", hf_dir.name)
+    known = {path.stem: path for path in sorted(KNOWN_MODELS.glob("*.json"))}
+    matches = [name for name in known if hf_dir.name.lower().startswith(name.lower())]
+    if not matches:
+        raise ValueError(
+            f"model.hf_dir={hf_dir}: no config.json in it, and {hf_dir.name!r} is not the name of a known model "
+            f"({', '.join(known)}); give its config.json with --model-config"
+        )
+    return read_model(known[max(matches, key=len)], hf_dir.name)
+
+
+def read_model(path: Path, name: str) -> PlannedModel:
+    """The model that a config.json describes.
+
+    Raises:
+        ValueError: not readable, or a model that cannot be planned for; all reasons in one message.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    trainable = any(known.hf_class in config.get("architectures", []) for known in ARCHITECTURES.values())
+    if _MIXTURE_CLASS not in config.get("architectures", []):
+        return PlannedModel(name, _dimensions(config, path), None, str(path), trainable)
+    experts = _experts(config, path)
+    dense = config | {"architectures": ["Qwen3ForCausalLM"], "intermediate_size": experts.ffn_hidden_size}
+    return PlannedModel(name, _dimensions(dense, path), experts, str(path), trainable)
+
+
+def _dimensions(config: dict[str, Any], path: Path) -> ModelDimensions:
+    """`read_dimensions` of a configuration that is not in a model directory of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "config.json"
+        copy.write_text(json.dumps(config), encoding="utf-8")
+        try:
+            return read_dimensions(copy.parent)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(copy), str(path))) from error
+
+
+def _experts(config: dict[str, Any], path: Path) -> ExpertDimensions:
+    keys = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    problems = [
+        f"{key} must be a positive integer, found {config.get(key)!r}"
+        for key in keys
+        if type(config.get(key)) is not int or config[key] < 1
+    ]
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        problems.append("layers without experts (mlp_only_layers, decoder_sparse_step) cannot be planned for")
+    if problems:
+        raise ValueError(f"{path}: this model cannot be planned for:\n" + "\n".join(f"  - {p}" for p in problems))
+    return ExpertDimensions(*(config[key] for key in keys))

@@ -1,0 +1,79 @@
+"""Tokens, micro-batches and the pipeline's idle time of one training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_entropic.config import Config
+
+MEAN_PROMPT_SHARE = 0.25
+"""Assumed mean prompt over data.max_prompt_tokens: competition problems have 100 to 300 tokens."""
+
+MEAN_RESPONSE_SHARE = 0.5
+"""Assumed mean response over rollout.max_response_tokens. Times scale with it; memory does not depend on it."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What one training step consists of. Means are assumptions (this module's constants)."""
+
+    responses: int
+    """Of one training step."""
+    optimizer_steps: int
+    mean_prompt_tokens: float
+    mean_response_tokens: float
+    microbatches: int
+    """Expected, of an optimizer step on each data-parallel replica."""
+    microbatches_at_most: int
+    """If every sequence had the greatest length."""
+    tokens: float
+    """Expected, of a micro-batch."""
+    largest_tokens: int
+    """The most that a micro-batch can have."""
+    bubble_fraction: float
+
+    @property
+    def mean_tokens(self) -> float:
+        """Of a sequence."""
+        return self.mean_prompt_tokens + self.mean_response_tokens
+
+
+def in_flight(stages: int, stage: int, microbatches: int) -> int:
+    """Micro-batches whose activations a stage (from 0) keeps at once under 1F1B: the stages behind it and its own."""
+    return min(stages - stage, microbatches)
+
+
+def bubble_fraction(stages: int, microbatches: int) -> float:
+    """Share of a step that a stage waits for others: (p - 1) / (m + p - 1), for p equal stages and m micro-batches.
+
+    Source: Narayanan et al. 2021 (arXiv 2104.04473), section 2.2, with the whole step as the denominator.
+    """
+    return (stages - 1) / (microbatches + stages - 1)
+
+
+def make_schedule(config: Config) -> Schedule:
+    """The schedule of a configuration."""
+    policy = config.policy
+    prompt = max(1.0, MEAN_PROMPT_SHARE * config.data.max_prompt_tokens)
+    response = max(1.0, MEAN_RESPONSE_SHARE * config.rollout.max_response_tokens)
+    per_replica = -(-config.sequences_per_optimizer_step // policy.data_parallel)
+    expected, at_most = (
+        _microbatches(per_replica, policy.tokens_per_microbatch, length)
+        for length in (prompt + response, config.max_sequence_tokens)
+    )
+    return Schedule(
+        responses=config.rollout.samples_per_step,
+        optimizer_steps=config.algorithm.optimizer_steps_per_rollout,
+        mean_prompt_tokens=prompt,
+        mean_response_tokens=response,
+        microbatches=expected,
+        microbatches_at_most=at_most,
+        tokens=per_replica * (prompt + response) / expected,
+        largest_tokens=max(policy.tokens_per_microbatch, config.max_sequence_tokens),
+        bubble_fraction=bubble_fraction(policy.pipeline_parallel, expected),
+    )
+
+
+def _microbatches(sequences: int, budget_tokens: int, length: float) -> int:
+    """Sequences of one length share a micro-batch while they fit; a longer one is alone."""
+    return -(-sequences // max(1, int(budget_tokens // length)))

@@ -1,0 +1,114 @@
+"""The plan's bytes against real allocations on the CPU: parameters, gradients and optimizer state to the byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import write_tiny_model
+
+from megatron_entropic.config import PolicyConfig
+from megatron_entropic.planning.activations import layer_bytes
+from megatron_entropic.planning.memory import optimizer_bytes_per_element
+from megatron_entropic.planning.models import PlannedModel, find_model
+from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable
+
+SCRIPT = Path(__file__).parent / "scripts" / "allocations.py"
+LENGTHS = [100, 100, 90, 110]
+
+
+def _case(family: str = "qwen3", dtype: str = "float32", lengths: Any = None, **policy: Any) -> dict[str, Any]:
+    return {"family": family, "dtype": dtype, "lengths": lengths, "policy": policy}
+
+
+CASES: dict[int, dict[str, dict[str, Any]]] = {
+    1: {
+        "tp1": _case(distributed_optimizer=False),
+        "tp1 distributed bf16": _case(dtype="bfloat16"),
+        "tied": _case("qwen2", "bfloat16", distributed_optimizer=False),
+        "saved": _case(lengths=LENGTHS),
+        "saved full": _case(lengths=LENGTHS, recompute="full"),
+        "saved selective": _case(lengths=LENGTHS, recompute="selective"),
+        "saved bf16": _case(dtype="bfloat16", lengths=LENGTHS),
+        "saved without qk norm": _case("qwen2", lengths=LENGTHS),
+    },
+    2: {
+        "tp2": _case(tensor_parallel=2),
+        "tp2 bf16": _case(dtype="bfloat16", tensor_parallel=2, distributed_optimizer=False),
+        "pp2": _case(pipeline_parallel=2),
+        "pp2 tied": _case("qwen2", "bfloat16", pipeline_parallel=2),
+        "dp2 distributed": _case(),
+        "dp2 distributed bf16": _case(dtype="bfloat16"),
+        "dp2 distributed llama": _case("llama"),
+        "dp2 plain": _case(distributed_optimizer=False),
+        "dp2 plain bf16": _case(dtype="bfloat16", distributed_optimizer=False),
+        "saved tp2": _case(lengths=LENGTHS, tensor_parallel=2),
+        "saved tp2 sp": _case(lengths=LENGTHS, tensor_parallel=2, sequence_parallel=True),
+        "saved tp2 sp full": _case(lengths=LENGTHS, tensor_parallel=2, sequence_parallel=True, recompute="full"),
+    },
+    4: {
+        "tp2 pp2": _case(tensor_parallel=2, pipeline_parallel=2),
+        "pp2 dp2 tied": _case("qwen2", pipeline_parallel=2, dtype="bfloat16"),
+    },
+}
+ALL = [(ranks, name) for ranks, cases in CASES.items() for name in cases]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("plan")
+    for family in ("qwen3", "qwen2", "llama"):
+        write_tiny_model(family, directory / family)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def measured(models: Path, run_ranks_once: Any) -> dict[int, list[dict[str, Any]]]:
+    """Per number of ranks: what each rank reported."""
+    reports = {}
+    for ranks, cases in CASES.items():
+        named = {name: {**case, "hf_dir": str(models / case["family"])} for name, case in cases.items()}
+        outputs = run_ranks_once(SCRIPT, ranks, json.dumps(named))
+        reports[ranks] = [json.loads(output.splitlines()[-1]) for output in outputs]
+    return reports
+
+
+def _layout(case: dict[str, Any], ranks: int) -> PolicyConfig:
+    layout = PolicyConfig(**case["policy"])
+    return layout.model_copy(update={"data_parallel": ranks // (layout.tensor_parallel * layout.pipeline_parallel)})
+
+
+@pytest.mark.parametrize(("ranks", "name"), ALL)
+def test_static_bytes_are_exact(ranks: int, name: str, models: Path, measured: dict[int, list[dict[str, Any]]]) -> None:
+    case = CASES[ranks][name]
+    policy, item = _layout(case, ranks), ITEM_BYTES[case["dtype"]]
+    table = ParameterTable(find_model(models / case["family"]))
+    for report in (rank[name] for rank in measured[ranks]):
+        parameters = table.stage(policy, report["stage"])
+        (buffer,) = table.buffers(policy, report["stage"], overlap=False)
+        owned = buffer.owned_elements(report["data_rank"])
+        state = optimizer_bytes_per_element(case["dtype"])
+        assert report["parameters"] == parameters.elements * item
+        assert report["parameter_buffer"] == (buffer.padded_elements * item if policy.distributed_optimizer else 0)
+        assert report["gradients"] == buffer.padded_elements * 4
+        assert report["moments"] + report["main_parameters"] == owned * state
+        assert report["moments"] == owned * 8
+
+
+@pytest.mark.parametrize(("ranks", "name"), [pair for pair in ALL if pair[1].startswith("saved")])
+def test_saved_activations(ranks: int, name: str, models: Path, measured: dict[int, list[dict[str, Any]]]) -> None:
+    case = CASES[ranks][name]
+    policy = _layout(case, ranks)
+    model = find_model(models / case["family"])
+    expected = _saved_bytes(model, policy, case)
+    for report in (rank[name] for rank in measured[ranks]):
+        assert report["activations"] == pytest.approx(expected, rel=0.05), report["activations"] / expected
+
+
+def _saved_bytes(model: PlannedModel, policy: PolicyConfig, case: dict[str, Any]) -> float:
+    """All layers, and what the last norm and the output head keep."""
+    tokens = sum(case["lengths"])
+    layer = layer_bytes(model, policy, tokens, dtype=case["dtype"], attention="sdpa")
+    return model.dimensions.num_layers * layer.saved + layer.final

@@ -1,0 +1,148 @@
+"""Memory, schedule and traffic of cases small enough for paper."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+from planned import example, known
+
+from megatron_entropic.config import PolicyConfig
+from megatron_entropic.planning import activations, publishing
+from megatron_entropic.planning.activations import head_bytes, layer_bytes
+from megatron_entropic.planning.communication import gradient_traffic, microbatch_traffic
+from megatron_entropic.planning.hardware import Hardware
+from megatron_entropic.planning.memory import GIB, rollout_memory, stage_memory
+from megatron_entropic.planning.publishing import publication
+from megatron_entropic.planning.schedule import bubble_fraction, in_flight, make_schedule
+from megatron_entropic.policy import publish
+
+
+def test_constants_of_other_rooms() -> None:
+    """Rooms above `planning`, or not open to it, whose constants it repeats."""
+    # The package's functions of these names hide the modules.
+    policy_loss = importlib.import_module("megatron_entropic.tensor_parallel.fused_policy_loss")
+    head = importlib.import_module("megatron_entropic.tensor_parallel.fused_head")
+    assert activations.LOSS_BLOCK_BYTES == policy_loss.ACCELERATOR_BLOCK_BYTES
+    assert activations.LOSS_BLOCK_TOKENS == policy_loss.ACCELERATOR_TOKENS
+    assert activations.RECOMPUTE_BLOCK == head.ACCELERATOR_CHUNKS
+    assert publishing.BUCKET_BYTES == publish.BUCKET_BYTES
+
+
+@pytest.mark.parametrize(("stages", "microbatches", "expected"), [(1, 7, 0), (4, 1, 3 / 4), (2, 9, 1 / 10)])
+def test_bubble(stages: int, microbatches: int, expected: float) -> None:
+    assert bubble_fraction(stages, microbatches) == pytest.approx(expected)
+
+
+def test_micro_batches_in_flight() -> None:
+    assert [in_flight(4, stage, 8) for stage in range(4)] == [4, 3, 2, 1]
+    assert [in_flight(4, stage, 2) for stage in range(4)] == [2, 2, 2, 1]
+
+
+def test_schedule_of_the_published_setting() -> None:
+    schedule = make_schedule(example("qwen3_8b"))
+    # 512 x 8 responses over 2 replicas; 18,432 tokens hold 4 sequences of 256 + 4,096 tokens, or 2 of 9,216.
+    assert (schedule.microbatches, schedule.microbatches_at_most) == (512, 1024)
+    assert schedule.tokens == 4 * 4352
+    assert schedule.bubble_fraction == pytest.approx(1 / 513)
+
+
+def test_static_memory_of_one_gpu() -> None:
+    config = example("nemotron_1_5b", "policy.data_parallel=1", "policy.distributed_optimizer=false")
+    table = known("OpenReasoning-Nemotron-1.5B")
+    memory = stage_memory(config, table, make_schedule(config), 0)
+    assert memory.weights == 2 * table.elements
+    assert memory.gradients == 4 * table.elements
+    assert memory.optimizer == 12 * table.elements
+    assert memory.reference == 0
+    penalised = example("nemotron_1_5b", "algorithm.kl.coefficient=0.1")
+    assert stage_memory(penalised, table, make_schedule(config), 0).reference == 2 * table.elements
+
+
+def test_the_distributed_optimizer_divides_its_state() -> None:
+    config, table = example("nemotron_1_5b"), known("OpenReasoning-Nemotron-1.5B")
+    memory = stage_memory(config, table, make_schedule(config), 0)
+    assert memory.optimizer == pytest.approx(12 * table.elements / 4, rel=1e-4)
+    assert memory.gradients == pytest.approx(4 * table.elements, rel=1e-4)
+
+
+def test_activations_of_a_layer() -> None:
+    table, tokens = known("Qwen3-8B"), 1000
+    hidden, query, key, ffn = 4096, 4096, 1024, 12288
+    none, full, sharded = (
+        layer_bytes(table.model, policy, tokens, dtype="bfloat16", attention="flash")
+        for policy in (
+            PolicyConfig(),
+            PolicyConfig(recompute="full"),
+            PolicyConfig(tensor_parallel=2, sequence_parallel=True),
+        )
+    )
+    # Norm inputs and outputs; packed q, k, v, a copy of q, q and k with RoPE, output; gate, up and product.
+    elements = 4 * hidden + (query + 2 * key) + query + (query + key) + query + 3 * ffn
+    assert none.saved == tokens * (2 * elements + 8 * 32 + 8)
+    assert full.saved == tokens * 2 * hidden
+    assert full.complete == none.saved
+    assert sharded.saved == pytest.approx(none.saved / 2, rel=1e-3)
+
+
+def test_logits_are_the_most_that_a_head_can_take() -> None:
+    table, policy = known("Qwen3-8B"), PolicyConfig(tensor_parallel=2)
+    sizes = {
+        head: head_bytes(table.model, policy, 16384, dtype="bfloat16", head=head)
+        for head in ("logits", "recompute", "fused_loss")
+    }
+    vectors = 2 * 16384 * 4096 * 2
+    assert sizes["logits"] == vectors + 16384 * 75968 * 2
+    assert sizes["recompute"] == vectors + 4096 * (32768 * 6 + 4 * 4096)
+    assert sizes["fused_loss"] == vectors + (1 << 30) // (4 * 75968) * 75968 * 6
+
+
+def test_a_rollout_gpu() -> None:
+    config, table = example("qwen3_8b", "rollout.tensor_parallel=2", "rollout.engines=4"), known("Qwen3-8B")
+    memory = rollout_memory(config, table, 80 * GIB)
+    assert memory.kv_bytes_per_token == 2 * 36 * 4 * 128 * 2
+    norms = 36 * (2 * 4096 + 2 * 128) + 4096
+    assert memory.weights == 2 * ((table.elements - norms) // 2 + norms)
+    assert memory.kv_cache == int(80 * GIB * 0.85) - memory.weights - memory.workspace
+
+
+def test_traffic_of_a_micro_batch() -> None:
+    config, table = example("qwen3_8b", "policy.recompute=none"), known("Qwen3-8B")
+    traffic = {t.kind: t for t in microbatch_traffic(config, table, Hardware(), 1000, "update")}
+    hidden = 1000 * 4096 * 2
+    # 18 layers x 2 blocks: all-gather and reduce-scatter, forward and backward, inputs once more; one end the same.
+    assert traffic["tensor"].count == 2 * (2 * 36 + 2) + 36
+    assert traffic["tensor"].sent_bytes == traffic["tensor"].count * hidden / 2
+    assert traffic["pipeline"].sent_bytes == hidden / 2
+    forward = {t.kind: t for t in microbatch_traffic(config, table, Hardware(), 1000, "forward")}
+    assert forward["tensor"].count == 2 * (36 + 1)
+
+
+def test_gradients_are_summed_or_scattered() -> None:
+    table = known("Qwen3-8B")
+    scattered = gradient_traffic(example("qwen3_8b"), table, Hardware())
+    summed = gradient_traffic(example("qwen3_8b", "policy.distributed_optimizer=false"), table, Hardware())
+    elements = table.stage(example("qwen3_8b").policy, 1).elements
+    assert [t.sent_bytes for t in scattered] == pytest.approx([4 * elements / 2, 2 * elements / 2], rel=1e-4)
+    assert [t.sent_bytes for t in summed] == [8 * elements / 2]
+
+
+def test_links_leave_the_node_when_a_group_does() -> None:
+    config, table = example("qwen3_32b"), known("Qwen3-32B")
+    crossing = {t.kind: t.across_nodes for t in microbatch_traffic(config, table, Hardware(), 1000, "update")}
+    assert crossing == {"tensor": False, "pipeline": True}
+    assert all(t.across_nodes for t in gradient_traffic(config, table, Hardware()))
+
+
+def test_publication_is_that_of_the_weights_plan() -> None:
+    table = known("Qwen3-8B")
+    published = publication(example("qwen3_8b"), table)
+    assert published.engine_bytes == 2 * table.elements
+    assert published.exact
+    assert published.buckets * 2 < published.collectives < published.buckets * 3
+    vocabulary = 151_936 * 4096
+    layers = table.elements - 2 * vocabulary - 4096
+    assert published.forwarded_bytes == 2 * (layers // 2 + 4096 + vocabulary)
+    estimate = publication(example("qwen3_30b_a3b"), known("Qwen3-30B-A3B"))
+    assert not estimate.exact
+    assert estimate.engine_bytes == 2 * 30_532_122_624

@@ -1,0 +1,141 @@
+"""The command, from a file to tables and exit status; suggestions."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from planned import EXAMPLES, example, known, tiny_config
+from rich.console import Console
+
+from megatron_entropic.cli import main
+from megatron_entropic.config import Config
+from megatron_entropic.config_checks import violations
+from megatron_entropic.planning.plan import make_plan
+from megatron_entropic.planning.report import sections, show
+from megatron_entropic.planning.suggest import MEMORY_SHARE, Suggestion, suggest
+
+GOLDEN = Path(__file__).parent / "nemotron_1_5b.txt"
+
+
+def accepts(config: Config) -> bool:
+    return not any(violations(config))
+
+
+@pytest.fixture(scope="module")
+def suggestions() -> list[Suggestion]:
+    return suggest(
+        example("nemotron_1_5b"),
+        known("OpenReasoning-Nemotron-1.5B"),
+        gpus=8,
+        gpu_memory_gb=80,
+        accepts=accepts,
+    )
+
+
+def test_plain_text_report(capsys: pytest.CaptureFixture[str]) -> None:
+    """After a change that is meant: megatron-entropic plan examples/nemotron_1_5b.yaml > the file named GOLDEN."""
+    assert main(["plan", str(EXAMPLES / "nemotron_1_5b.yaml")]) == 0
+    assert capsys.readouterr().out == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_a_terminal_gets_drawn_tables() -> None:
+    plan = make_plan(example("qwen3_8b"), known("Qwen3-8B"), gpu_memory_gb=80)
+    console = Console(file=io.StringIO(), force_terminal=True, width=140, color_system=None)
+    show(list(sections(plan)), console)
+    assert isinstance(console.file, io.StringIO)
+    assert "expected seconds of one training step" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "gpu_memory_gb"),
+    [("nemotron_1_5b", 8, 80), ("qwen3_8b", 16, 80), ("qwen3_32b", 64, 80)],
+)
+def test_dense_examples_fit(name: str, gpus: int, gpu_memory_gb: int, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", str(EXAMPLES / f"{name}.yaml"), "--gpus", str(gpus), "--gpu-memory-gb", str(gpu_memory_gb)]
+    assert main(arguments) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "gpus", "gpu_memory_gb"),
+    [("qwen3_30b_a3b", "Qwen3-30B-A3B", 32, 80), ("qwen3_235b_a22b", "Qwen3-235B-A22B", 128, 141)],
+)
+def test_examples_with_experts_fit(name: str, model: str, gpus: int, gpu_memory_gb: float) -> None:
+    """Whether the rest of the project can run them yet is not the plan's question."""
+    plan = make_plan(example(name), known(model), gpus=gpus, gpu_memory_gb=gpu_memory_gb)
+    assert plan.problems == ()
+
+
+def test_everything_wrong_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["policy.tensor_parallel=16", "policy.pipeline_parallel=5", "rollout.tensor_parallel=3", "policy.size=1"]
+    assert main(["plan", str(EXAMPLES / "qwen3_8b.yaml"), *sizes, "--gpus", "16"]) == 2
+    message = capsys.readouterr().err
+    for words in (
+        "unknown key policy.size",
+        "tensor_parallel=16 exceeds the model's 8 key/value heads",
+        "pipeline_parallel=5 does not divide the 36 layers",
+        "rollout.tensor_parallel=3 does not divide the attention heads",
+        "are 184, not 16",
+    ):
+        assert words in message
+
+
+def test_memory_that_does_not_suffice_is_named_by_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["policy.tensor_parallel=1", "policy.pipeline_parallel=1", "policy.sequence_parallel=false"]
+    assert main(["plan", str(EXAMPLES / "qwen3_8b.yaml"), *overrides, "--gpu-memory-gb", "20"]) == 2
+    output = capsys.readouterr()
+    assert "stage 0 needs" in output.err
+    assert "GB of 20 GB on each GPU: optimizer 45.8, gradients 30.5, weights 15.3" in output.err
+    assert "an engine's KV cache holds 0 tokens" in output.err
+    assert "expected seconds of one training step" in output.out
+
+
+def test_experts_must_divide() -> None:
+    config = example("qwen3_30b_a3b", "policy.expert_parallel=3")
+    problems = make_plan(config, known("Qwen3-30B-A3B"), gpu_memory_gb=80).problems
+    assert any("expert_parallel=3 does not divide the 128 experts" in problem for problem in problems)
+    assert any("does not divide data x context parallel = 4" in problem for problem in problems)
+    dense = make_plan(example("qwen3_8b", "policy.expert_parallel=2"), known("Qwen3-8B"), gpu_memory_gb=80)
+    assert "policy.expert_parallel=2: the model has no experts" in dense.problems
+
+
+def test_a_cpu_configuration_has_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "tiny.json"
+    model.write_text(json.dumps(tiny_config(max_position_embeddings=512)))
+    assert main(["plan", str(EXAMPLES / "countdown_cpu.yaml"), "--model-config", str(model)]) == 0
+    assert "plan of countdown" in capsys.readouterr().out
+
+
+def test_suggestions_come_fastest_first_and_fit(suggestions: list[Suggestion]) -> None:
+    assert len(suggestions) == 5
+    times = [suggestion.time_s for suggestion in suggestions]
+    assert times == sorted(times)
+    assert all(suggestion.memory_bytes <= MEMORY_SHARE * 80 * 2**30 for suggestion in suggestions)
+    assert len({suggestion.overrides for suggestion in suggestions}) == 5
+
+
+def test_each_suggestion_passes_the_plan(suggestions: list[Suggestion], capsys: pytest.CaptureFixture[str]) -> None:
+    for suggestion in suggestions:
+        arguments = ["plan", str(EXAMPLES / "nemotron_1_5b.yaml"), "--gpus", "8", *suggestion.overrides]
+        assert main(arguments) == 0
+        assert f"total    {suggestion.time_s:,.1f}" in capsys.readouterr().out
+
+
+def test_the_search_has_looked_at_the_shipped_layout(suggestions: list[Suggestion]) -> None:
+    shipped = make_plan(example("nemotron_1_5b"), known("OpenReasoning-Nemotron-1.5B"), gpu_memory_gb=80)
+    assert shipped.numbers is not None
+    assert suggestions[0].time_s <= shipped.numbers.time.total_s
+
+
+def test_suggestions_are_printed_with_their_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(EXAMPLES / "nemotron_1_5b.yaml"), "--suggest"]) == 0
+    output = capsys.readouterr().out
+    assert "fastest layouts that fit on 8 GPUs" in output
+    assert "1: policy.tensor_parallel=" in output
+
+
+def test_no_layout_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(EXAMPLES / "qwen3_8b.yaml"), "--gpus", "2", "--suggest"]) == 2
+    assert "none: no layout fits" in capsys.readouterr().out
