@@ -58,7 +58,12 @@ class PolicyConfig(Section):
     pipeline_parallel: int = Field(1, ge=1)
     data_parallel: int = Field(1, ge=1)
     context_parallel: int = Field(1, ge=1)
-    expert_parallel: int = Field(1, ge=1)
+    expert_parallel: int = Field(
+        1, ge=1, description="Ranks that share out the experts of a layer; taken from data and context parallelism."
+    )
+    expert_tensor_parallel: int | None = Field(
+        None, ge=1, description="Tensor parallel size of experts. None: tensor_parallel."
+    )
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
     tokens_per_microbatch: int = Field(
@@ -76,7 +81,22 @@ class PolicyConfig(Section):
     @property
     def world_size(self) -> int:
         """Number of policy ranks."""
-        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
+        return self.stage_ranks * self.pipeline_parallel
+
+    @property
+    def stage_ranks(self) -> int:
+        """Number of ranks of each pipeline stage."""
+        return self.tensor_parallel * self.context_parallel * self.data_parallel
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """policy.expert_tensor_parallel with None resolved."""
+        return self.expert_tensor_parallel or self.tensor_parallel
+
+    @property
+    def expert_replicas(self) -> int:
+        """Number of ranks that hold the same expert parameters."""
+        return max(1, self.stage_ranks // (self.expert_tensor_size * self.expert_parallel))
 
 
 class OptimizerConfig(Section):

@@ -166,7 +166,7 @@ def _model_directory(config: Config) -> Iterator[Violation]:
         return
     policy, rollout = config.policy, config.rollout
     layout_keys = (key, "policy.tensor_parallel", "policy.pipeline_parallel")
-    for problem in dimensions.parallel_problems(policy.tensor_parallel, policy.pipeline_parallel):
+    for problem in dimensions.layout_problems(policy):
         yield Violation(layout_keys, f"policy.{problem}")
     if dimensions.num_attention_heads % rollout.tensor_parallel:
         yield Violation(

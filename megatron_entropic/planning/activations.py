@@ -111,9 +111,14 @@ def backward_bytes(model: PlannedModel, policy: PolicyConfig, tokens: int, *, dt
     """Gradients alive beside what is saved: of the widest activation, and of the largest matrix in `dtype`."""
     dimensions, item = model.dimensions, ITEM_BYTES[dtype]
     rows = rank_tokens(policy, tokens) * (model.experts.per_token if model.experts else 1)
-    width = 3 * dimensions.ffn_hidden_size // policy.tensor_parallel
+    width = 3 * model.feed_forward_width // feed_forward_ranks(model, policy)
     vocabulary = dimensions.padded_vocab_size(policy.tensor_parallel) // policy.tensor_parallel
     return item * (rows * width + vocabulary * dimensions.hidden_size)
+
+
+def feed_forward_ranks(model: PlannedModel, policy: PolicyConfig) -> int:
+    """Ranks that cut the matrices of a feed-forward part, or of an expert."""
+    return policy.expert_tensor_size if model.experts else policy.tensor_parallel
 
 
 def _widths(model: PlannedModel, policy: PolicyConfig) -> _Widths:
@@ -122,7 +127,7 @@ def _widths(model: PlannedModel, policy: PolicyConfig) -> _Widths:
         hidden=dimensions.hidden_size / (ranks if policy.sequence_parallel else 1),
         query=dimensions.size("query") / ranks,
         key=dimensions.size("key_value") / ranks,
-        ffn=dimensions.ffn_hidden_size / ranks,
+        ffn=model.feed_forward_width / feed_forward_ranks(model, policy),
     )
 
 

@@ -125,7 +125,7 @@ def _expert(
     own = copies / (policy.tensor_parallel if policy.sequence_parallel else 1)
     groups: tuple[tuple[Kind, int, float, str], ...] = (
         ("expert", policy.expert_parallel, own, "all-to-all of tokens to experts and back"),
-        ("tensor", policy.tensor_parallel, copies, "all-gather and reduce-scatter of the experts' tokens"),
+        ("tensor", policy.expert_tensor_size, copies, "all-gather and reduce-scatter of the experts' tokens"),
     )
     for kind, ranks, size, operation in groups:
         crosses = _crosses(policy, hardware, kind)
@@ -170,7 +170,7 @@ def _crosses(policy: PolicyConfig, hardware: Hardware, kind: Kind) -> bool:
     span = {
         "tensor": policy.tensor_parallel,
         "context": policy.tensor_parallel * policy.context_parallel,
-        "expert": policy.tensor_parallel * policy.expert_parallel,
+        "expert": policy.expert_tensor_size * policy.expert_parallel,
         "data": policy.tensor_parallel * policy.context_parallel * policy.data_parallel,
         "pipeline": policy.world_size,
     }[kind]

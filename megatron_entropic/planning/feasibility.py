@@ -17,14 +17,13 @@ def gpus_of(config: Config) -> tuple[int, int]:
 def layout_problems(config: Config, model: PlannedModel, gpus: int) -> Iterator[str]:
     """Why the model cannot be laid out so on `gpus` GPUs; nothing can be computed for a layout that divides nothing."""
     policy, rollout, dimensions = config.policy, config.rollout, model.dimensions
-    for problem in dimensions.parallel_problems(policy.tensor_parallel, policy.pipeline_parallel):
+    for problem in dimensions.layout_problems(policy):
         yield f"policy.{problem}"
     if dimensions.num_attention_heads % rollout.tensor_parallel:
         yield (
             f"rollout.tensor_parallel={rollout.tensor_parallel} does not divide the attention heads "
             f"({dimensions.num_attention_heads})"
         )
-    yield from _expert_problems(config, model)
     if config.max_sequence_tokens > dimensions.max_position_embeddings:
         yield (
             f"data.max_prompt_tokens + rollout.max_response_tokens = {config.max_sequence_tokens} tokens, but the "
@@ -36,21 +35,6 @@ def layout_problems(config: Config, model: PlannedModel, gpus: int) -> Iterator[
             f"{policy_gpus} policy GPUs (tensor {policy.tensor_parallel} x pipeline {policy.pipeline_parallel} x "
             f"context {policy.context_parallel} x data {policy.data_parallel}) and {rollout_gpus} rollout GPUs "
             f"({rollout.engines} engines x {rollout.tensor_parallel}) are {policy_gpus + rollout_gpus}, not {gpus}"
-        )
-
-
-def _expert_problems(config: Config, model: PlannedModel) -> Iterator[str]:
-    size, replicas = config.policy.expert_parallel, config.policy.data_parallel * config.policy.context_parallel
-    if model.experts is None:
-        if size > 1:
-            yield f"policy.expert_parallel={size}: the model has no experts"
-        return
-    if model.experts.count % size:
-        yield f"policy.expert_parallel={size} does not divide the {model.experts.count} experts"
-    if replicas % size:
-        yield (
-            f"policy.expert_parallel={size} does not divide data x context parallel = {replicas}, "
-            "whose ranks share the experts"
         )
 
 

@@ -8,25 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_entropic.weights.architectures import ARCHITECTURES
 from megatron_entropic.weights.dimensions import ModelDimensions, read_dimensions
+from megatron_entropic.weights.experts import ExpertDimensions
 
 KNOWN_MODELS = Path(__file__).parent / "model_configs"
 """One file for each model, NAME.json, with the dimensions of its published config.json."""
-
-_MIXTURE_CLASS = "Qwen3MoeForCausalLM"
-
-
-@dataclass(frozen=True)
-class ExpertDimensions:
-    """The feed-forward part of a mixture of experts, the same in every layer."""
-
-    count: int
-    """Experts of a layer."""
-    per_token: int
-    """Experts that each token goes through."""
-    ffn_hidden_size: int
-    """Width of one expert."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +21,17 @@ class PlannedModel:
 
     name: str
     dimensions: ModelDimensions
-    """For a mixture of experts: its dense part, with one expert's width as feed-forward width."""
-    experts: ExpertDimensions | None
     source: str
-    trainable: bool
-    """Whether this project has a weights table for the family; without one a plan is all there is."""
+
+    @property
+    def experts(self) -> ExpertDimensions | None:
+        """Of every layer; None for a dense model."""
+        return self.dimensions.experts
+
+    @property
+    def feed_forward_width(self) -> int:
+        """Of a layer, or of one expert."""
+        return self.experts.ffn_hidden_size if self.experts else self.dimensions.ffn_hidden_size
 
 
 def find_model(hf_dir: Path, model_config: Path | None = None) -> PlannedModel:
@@ -79,12 +71,11 @@ def read_model(path: Path, name: str) -> PlannedModel:
         raise ValueError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    trainable = any(known.hf_class in config.get("architectures", []) for known in ARCHITECTURES.values())
-    if _MIXTURE_CLASS not in config.get("architectures", []):
-        return PlannedModel(name, _dimensions(config, path), None, str(path), trainable)
-    experts = _experts(config, path)
-    dense = config | {"architectures": ["Qwen3ForCausalLM"], "intermediate_size": experts.ffn_hidden_size}
-    return PlannedModel(name, _dimensions(dense, path), experts, str(path), trainable)
+    dimensions = _dimensions(config, path)
+    if dimensions.experts is not None and dimensions.experts.dense_layers:
+        problem = "layers without experts (mlp_only_layers, decoder_sparse_step) cannot be planned for"
+        raise ValueError(f"{path}: this model cannot be planned for:\n  - {problem}")
+    return PlannedModel(name, dimensions, str(path))
 
 
 def _dimensions(config: dict[str, Any], path: Path) -> ModelDimensions:
@@ -96,17 +87,3 @@ def _dimensions(config: dict[str, Any], path: Path) -> ModelDimensions:
             return read_dimensions(copy.parent)
         except ValueError as error:
             raise ValueError(str(error).replace(str(copy), str(path))) from error
-
-
-def _experts(config: dict[str, Any], path: Path) -> ExpertDimensions:
-    keys = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
-    problems = [
-        f"{key} must be a positive integer, found {config.get(key)!r}"
-        for key in keys
-        if type(config.get(key)) is not int or config[key] < 1
-    ]
-    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
-        problems.append("layers without experts (mlp_only_layers, decoder_sparse_step) cannot be planned for")
-    if problems:
-        raise ValueError(f"{path}: this model cannot be planned for:\n" + "\n".join(f"  - {p}" for p in problems))
-    return ExpertDimensions(*(config[key] for key in keys))

@@ -1,7 +1,7 @@
 """Parameters of every rank, taken from the weights map, and the buffers that megatron-core makes of them.
 
-A rank's parameters are the map's entries of its pipeline stage, each cut for tensor parallelism. Experts are the one
-thing the map does not have yet; `expert_shards` stands for them.
+A rank's parameters are the map's entries of its pipeline stage, of experts those of its expert-parallel rank, each cut
+for tensor parallelism.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ParameterTable:
     def __init__(self, model: PlannedModel) -> None:
         self.model = model
         self.map = ParameterMap(model.dimensions)
-        self._stages: dict[tuple[int, int, int, int], StageParameters] = {}
+        self._stages: dict[tuple[int, ...], StageParameters] = {}
         self._buffers: dict[tuple[Any, ...], tuple[GradientBuffer, ...]] = {}
         self._publish_plans: dict[tuple[Any, ...], PublishPlan] = {}
 
@@ -90,16 +90,15 @@ class ParameterTable:
     @cached_property
     def elements(self) -> int:
         """Parameters of the whole model as Hugging Face counts them: no padding, a tied embedding once."""
-        dense = sum(prod(shape) for name, shape in self.map.hf_tensors.items() if not self._replaced(name))
-        return dense + self.model.dimensions.num_layers * self._expert_layer_elements(self._experts)
+        return sum(prod(shape) for shape in self.map.hf_tensors.values())
 
     @cached_property
     def active_elements(self) -> int:
         """Parameters that one token is multiplied with: a few experts of each layer, the output layer, no embedding."""
         dimensions, experts = self.model.dimensions, self.model.experts
         embedding = dimensions.vocab_size * dimensions.hidden_size
-        idle = self._expert_layer_elements(self._experts) - self._expert_layer_elements(
-            experts.per_token if experts else 0
+        idle = (
+            3 * dimensions.hidden_size * experts.ffn_hidden_size * (experts.count - experts.per_token) if experts else 0
         )
         # A tied embedding is the output layer too, and counted once in `elements`.
         lookup = 0 if dimensions.tie_word_embeddings else embedding
@@ -120,7 +119,7 @@ class ParameterTable:
         if key not in self._buffers:
             groups = (
                 (dense_ranks, [shard for shard in parameters.shards if not shard.expert]),
-                (max(1, dense_ranks // policy.expert_parallel), [shard for shard in parameters.shards if shard.expert]),
+                (policy.expert_replicas, [shard for shard in parameters.shards if shard.expert]),
             )
             self._buffers[key] = tuple(
                 gradient_buffer(
@@ -133,7 +132,7 @@ class ParameterTable:
 
     def publish_plan(self, policy: PolicyConfig, dtype: Dtype, bucket_bytes: int) -> PublishPlan:
         """`weights.plan.publish_plan` of a layout."""
-        key = (policy.tensor_parallel, policy.pipeline_parallel, dtype, bucket_bytes)
+        key = (*self._key(policy, 0), dtype, bucket_bytes)
         if key not in self._publish_plans:
             self._publish_plans[key] = publish_plan(
                 self.map,
@@ -141,44 +140,34 @@ class ParameterTable:
                 pipeline_parallel=policy.pipeline_parallel,
                 bucket_bytes=bucket_bytes,
                 dtype=dtype,
+                expert_parallel=policy.expert_parallel,
+                expert_tensor_parallel=policy.expert_tensor_parallel,
             )
         return self._publish_plans[key]
 
-    def _key(self, policy: PolicyConfig, stage: int) -> tuple[int, int, int, int]:
-        return policy.tensor_parallel, policy.pipeline_parallel, policy.expert_parallel, stage
-
-    @property
-    def _experts(self) -> int:
-        return self.model.experts.count if self.model.experts else 0
-
-    def _expert_layer_elements(self, experts: int) -> int:
-        """Of that many experts of one layer, with the router, which always has all columns."""
-        if self.model.experts is None:
-            return 0
-        hidden = self.model.dimensions.hidden_size
-        return 3 * experts * hidden * self.model.experts.ffn_hidden_size + self._experts * hidden
-
-    def _replaced(self, name: str) -> bool:
-        """Whether an entry of the dense map stands where this model has experts."""
-        return self.model.experts is not None and ".mlp." in name
+    def _key(self, policy: PolicyConfig, stage: int) -> tuple[int, int, int, int, int]:
+        sizes = policy.tensor_parallel, policy.pipeline_parallel, policy.expert_parallel, policy.expert_tensor_size
+        return *sizes, stage
 
     def _shards(self, policy: PolicyConfig, stage: int) -> Iterator[ParameterShard]:
-        entries = self.map.entries_of_stage(stage, policy.pipeline_parallel)
-        kept = [entry for entry in entries if not self._replaced(entry.megatron_name)]
+        """Of the first expert-parallel rank: the others hold as much, in the same order."""
+        held = [
+            entry
+            for entry in self.map.entries_of_stage(stage, policy.pipeline_parallel)
+            if entry.expert is None or self.map.expert_rank(entry, policy.expert_parallel) == 0
+        ]
         first, last = self.map.entries[0].megatron_name, self.map.entries[-1].megatron_name
         tied = self.model.dimensions.tie_word_embeddings and policy.pipeline_parallel > 1
-        yield from (
-            ParameterShard(
+        for entry in sorted(held, key=_registration):
+            expert = entry.expert is not None
+            ranks = policy.expert_tensor_size if expert else policy.tensor_parallel
+            yield ParameterShard(
                 entry.megatron_name,
                 "layers" if entry.layer is not None else "embedding" if entry.megatron_name == first else "output",
-                prod(self.map.shard_shape(entry, policy.tensor_parallel)),
+                prod(self.map.shard_shape(entry, ranks)),
+                expert=expert,
                 shared_embedding=tied and entry.megatron_name in (first, last),
             )
-            for entry in sorted(kept, key=_registration)
-        )
-        if self.model.experts is not None:
-            for layer in sorted({entry.layer for entry in kept if entry.layer is not None}):
-                yield from expert_shards(self.model, policy, layer)
 
 
 def _registration(entry: Entry) -> tuple[int, int]:
@@ -187,31 +176,6 @@ def _registration(entry: Entry) -> tuple[int, int]:
         return (-1 if entry.megatron_name.startswith("embedding") else 1 << 30, 0)
     place = next((i for i, name in enumerate(_REGISTERED_FIRST) if f".{name}." in entry.megatron_name), 99)
     return entry.layer, place
-
-
-def expert_parallel_shards(policy: PolicyConfig) -> int:
-    """Ranks of a pipeline stage over which one layer's experts are spread: TP x EP.
-
-    megatron-core gives experts the tensor-parallel size of the rest unless told otherwise (parallel_state).
-    """
-    return policy.tensor_parallel * policy.expert_parallel
-
-
-def expert_shards(model: PlannedModel, policy: PolicyConfig, layer: int) -> tuple[ParameterShard, ...]:
-    """Router and experts of one layer on one rank; to be replaced by the weights map once it has experts.
-
-    Router [experts, H] on every rank; each of experts / EP local experts has gate and up [2 F / TP, H] and down
-    [H, F / TP].
-    """
-    assert model.experts is not None
-    hidden, experts = model.dimensions.hidden_size, model.experts
-    matrix = hidden * experts.count * experts.ffn_hidden_size // expert_parallel_shards(policy)
-    prefix = f"decoder.layers.{layer}.mlp."
-    return (
-        ParameterShard(f"{prefix}router.weight", "layers", experts.count * hidden),
-        ParameterShard(f"{prefix}experts.linear_fc1.weight", "layers", 2 * matrix, expert=True),
-        ParameterShard(f"{prefix}experts.linear_fc2.weight", "layers", matrix, expert=True),
-    )
 
 
 @dataclass(frozen=True)

@@ -74,10 +74,7 @@ def make_plan(
 
 def divides(config: Config, table: ParameterTable) -> bool:
     """Whether every rank gets an equal share of the model, so that it can be counted."""
-    policy = config.policy
-    dense = table.model.dimensions.parallel_problems(policy.tensor_parallel, policy.pipeline_parallel)
-    experts = table.model.experts
-    return not dense and (experts is None or experts.count % policy.expert_parallel == 0)
+    return not table.model.dimensions.layout_problems(config.policy)
 
 
 def publication_time_s(config: Config, published: Publication, hardware: Hardware) -> float:

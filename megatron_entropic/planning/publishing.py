@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_entropic.config import Config
 from megatron_entropic.planning.hardware import Hardware
-from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable
+from megatron_entropic.planning.parameters import ParameterTable
 
 BUCKET_BYTES = 512 * 2**20
 """The policy's default (`policy.publish`); a test compares."""
@@ -22,11 +22,9 @@ class Publication:
     collectives: int
     """All-gathers, sends and broadcasts."""
     gathered_bytes: int
-    """Sent by each GPU of one replica to the other tensor ranks of its stage, summed over buckets, busiest stage."""
+    """Sent by each GPU to those that hold the rest of a bucket, summed over buckets, busiest stage."""
     forwarded_bytes: int
     """Sent to the first stage by all others."""
-    exact: bool
-    """False for experts, which the weights map does not have yet: then only `engine_bytes` is."""
 
     def time_s(self, hardware: Hardware, *, across_nodes: bool) -> float:
         """Gather, forward and broadcast one after the other; the broadcast at the rate of rank 0's port."""
@@ -37,18 +35,10 @@ class Publication:
 def publication(config: Config, table: ParameterTable) -> Publication:
     """The publication of a configuration; the layout must divide the model."""
     policy, dtype = config.policy, config.model.dtype
-    tensor, stages = policy.tensor_parallel, policy.pipeline_parallel
-    if table.model.experts is not None:
-        total = table.elements * ITEM_BYTES[dtype]
-        buckets = -(-total // BUCKET_BYTES)
-        gathered = total * (tensor - 1) // (tensor * stages)
-        forwarded = total * (stages - 1) // stages
-        steps = 1 + (tensor > 1) + (stages > 1)
-        return Publication(total, buckets, buckets * steps, gathered, forwarded, exact=False)
     plan = table.publish_plan(policy, dtype, BUCKET_BYTES)
     per_stage = [
-        sum(bucket.shard_bytes * (tensor - 1) for bucket in plan.buckets if bucket.owner_stage == stage)
-        for stage in range(stages)
+        sum(b.shard_bytes * (plan.gather_ranks(b) - 1) for b in plan.buckets if b.owner_stage == stage)
+        for stage in range(policy.pipeline_parallel)
     ]
     return Publication(
         engine_bytes=plan.bytes,
@@ -56,5 +46,4 @@ def publication(config: Config, table: ParameterTable) -> Publication:
         collectives=sum(len(plan.collectives(bucket)) for bucket in plan.buckets),
         gathered_bytes=max(per_stage),
         forwarded_bytes=sum(bucket.bytes for bucket in plan.buckets if bucket.owner_stage > 0),
-        exact=True,
     )

@@ -116,8 +116,7 @@ def _subject(plan: Plan) -> Section:
         ("rollout", f"{rollout_gpus} GPUs: {config.rollout.engines} engines of {config.rollout.tensor_parallel}"),
         ("GPUs", f"{plan.gpus} of {plan.gpu_memory_gb:g} GB"),
     ]
-    notes = () if model.trainable else ("this project cannot train the model's family yet: the plan is all there is",)
-    return Section(f"plan of {config.run.name}", (), tuple(rows), notes)
+    return Section(f"plan of {config.run.name}", (), tuple(rows))
 
 
 def _parameters(plan: Plan, numbers: Numbers) -> Section:
@@ -225,8 +224,7 @@ def _publication(numbers: Numbers) -> Section:
         ("gathered", f"{published.gathered_bytes / 1e9:,.2f} x 10^9 B sent by each GPU of the busiest stage"),
         ("forwarded", f"{published.forwarded_bytes / 1e9:,.2f} x 10^9 B from other stages to the first"),
     )
-    notes = () if published.exact else ("estimated: the weights map has no experts yet",)
-    return Section("publishing weights", (), rows, notes)
+    return Section("publishing weights", (), rows)
 
 
 def _time(numbers: Numbers) -> Section:

@@ -29,6 +29,8 @@ def build_transformer_config(
     from megatron.core.transformer import TransformerConfig
 
     dimensions.check_parallel(state.tensor_size, state.pipeline_size)
+    if dimensions.experts is not None:
+        raise ValueError("models with experts can be converted, published and planned for, but not trained yet")
     params_dtype = DTYPES[dtype]
     return TransformerConfig(
         **_architecture(dimensions),

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_entropic.config import PolicyConfig
 from megatron_entropic.weights.architectures import ARCHITECTURES, Architecture
+from megatron_entropic.weights.experts import ExpertDimensions, expert_problems, read_experts
 
 _LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _REQUIRED_INTEGERS = (
@@ -22,13 +24,14 @@ _REQUIRED_INTEGERS = (
 
 @dataclass(frozen=True)
 class ModelDimensions:
-    """Sizes and switches of one dense decoder; everything is counted in elements of the unsharded model."""
+    """Sizes and switches of one decoder; everything is counted in elements of the unsharded model."""
 
     family: str
-    """Key of `ARCHITECTURES`: qwen3, qwen2 or llama."""
+    """Key of `ARCHITECTURES`."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """Of layers without experts."""
     num_attention_heads: int
     num_query_groups: int
     """Number of key/value heads."""
@@ -44,6 +47,17 @@ class ModelDimensions:
     original_max_position_embeddings."""
     rms_norm_eps: float
     max_position_embeddings: int
+    experts: ExpertDimensions | None = None
+    """None for dense models."""
+
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether some layer has a feed-forward part without experts."""
+        return self.experts is None or bool(self.experts.dense_layers)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the layer of this global number has experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
     def size(self, axis: str) -> int:
         """Length of a named axis, as the architecture tables spell it.
@@ -51,44 +65,92 @@ class ModelDimensions:
         Raises:
             KeyError: unknown axis name.
         """
-        return {
+        sizes = {
             "hidden": self.hidden_size,
             "ffn": self.ffn_hidden_size,
             "query": self.num_attention_heads * self.head_dim,
             "key_value": self.num_query_groups * self.head_dim,
             "head": self.head_dim,
             "vocab": self.vocab_size,
-        }[axis]
+        }
+        if self.experts is not None:
+            sizes |= {"experts": self.experts.count, "expert_ffn": self.experts.ffn_hidden_size}
+        return sizes[axis]
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """The vocabulary rounded up so that `tensor_parallel` divides it; the added rows are zero."""
         return -(-self.vocab_size // tensor_parallel) * tensor_parallel
 
-    def parallel_problems(self, tensor_parallel: int, pipeline_parallel: int = 1) -> list[str]:
-        """Why this model cannot be laid out so; empty if it can."""
+    def parallel_problems(
+        self,
+        tensor_parallel: int,
+        pipeline_parallel: int = 1,
+        *,
+        expert_parallel: int = 1,
+        expert_tensor_parallel: int | None = None,
+    ) -> list[str]:
+        """Why this model cannot be laid out so; empty if it can. `expert_tensor_parallel` None: `tensor_parallel`."""
         problems = []
         if tensor_parallel > self.num_query_groups:
             problems.append(
                 f"tensor_parallel={tensor_parallel} exceeds the model's {self.num_query_groups} key/value heads"
             )
-        for name, size in (
-            ("attention heads", self.num_attention_heads),
-            ("key/value heads", self.num_query_groups),
-            ("feed-forward width", self.ffn_hidden_size),
-        ):
+        divided = [("attention heads", self.num_attention_heads), ("key/value heads", self.num_query_groups)]
+        if self.has_dense_layers:
+            divided.append(("feed-forward width", self.ffn_hidden_size))
+        for name, size in divided:
             if size % tensor_parallel:
                 problems.append(f"tensor_parallel={tensor_parallel} does not divide the {name} ({size})")
         if self.num_layers % pipeline_parallel:
             problems.append(f"pipeline_parallel={pipeline_parallel} does not divide the {self.num_layers} layers")
+        if self.experts is not None:
+            problems += self.experts.parallel_problems(expert_parallel, expert_tensor_parallel or tensor_parallel)
+        else:
+            asked = {"expert_parallel": expert_parallel, "expert_tensor_parallel": expert_tensor_parallel or 1}
+            problems += [f"{name}={size}: the model has no experts" for name, size in asked.items() if size > 1]
         return problems
 
-    def check_parallel(self, tensor_parallel: int, pipeline_parallel: int = 1) -> None:
+    def layout_problems(self, policy: PolicyConfig) -> list[str]:
+        """Why this model cannot be laid out as configured, each reason beginning with a key of `policy`."""
+        problems = self.parallel_problems(
+            policy.tensor_parallel,
+            policy.pipeline_parallel,
+            expert_parallel=policy.expert_parallel,
+            expert_tensor_parallel=policy.expert_tensor_parallel,
+        )
+        if self.experts is None:
+            return problems
+        if policy.stage_ranks % (policy.expert_tensor_size * policy.expert_parallel):
+            problems.append(
+                f"expert_parallel={policy.expert_parallel} x expert tensor parallel {policy.expert_tensor_size} does "
+                f"not divide tensor x context x data parallel = {policy.stage_ranks}, whose ranks share the experts"
+            )
+        if policy.tensor_parallel > 1 and not policy.sequence_parallel:
+            problems.append(
+                f"sequence_parallel=false: experts with tensor_parallel={policy.tensor_parallel} need it, each tensor "
+                "rank sends its own tokens to them"
+            )
+        return problems
+
+    def check_parallel(
+        self,
+        tensor_parallel: int,
+        pipeline_parallel: int = 1,
+        *,
+        expert_parallel: int = 1,
+        expert_tensor_parallel: int | None = None,
+    ) -> None:
         """Refuse a layout.
 
         Raises:
             ValueError: listing everything `parallel_problems` finds.
         """
-        problems = self.parallel_problems(tensor_parallel, pipeline_parallel)
+        problems = self.parallel_problems(
+            tensor_parallel,
+            pipeline_parallel,
+            expert_parallel=expert_parallel,
+            expert_tensor_parallel=expert_tensor_parallel,
+        )
         if problems:
             raise ValueError("this model cannot be laid out as asked:\n" + "\n".join(f"  - {p}" for p in problems))
 
@@ -107,6 +169,10 @@ def read_dimensions(hf_dir: Path) -> ModelDimensions:
     problems += _unsupported_features(config)
     rope_theta, rope_scaling, rope_problems = _rope(config)
     problems += rope_problems + _bad_sizes(config)
+    if architecture.experts is not None:
+        problems += expert_problems(config, architecture.experts)
+    if architecture.always_windowed and config.get("sliding_window") is not None:
+        problems.append(f"sliding-window attention is in use (sliding_window={config['sliding_window']})")
     if problems:
         raise ValueError(_problem_list(hf_dir, problems))
     dimensions = _dimensions(config, architecture, rope_theta, rope_scaling)
@@ -120,7 +186,7 @@ def _dimensions(
     config: dict[str, Any], architecture: Architecture, rope_theta: float, rope_scaling: dict[str, Any] | None
 ) -> ModelDimensions:
     """Fill the dataclass from a config that passed every check; absent keys get transformers' class defaults."""
-    heads = config["num_attention_heads"]
+    heads, keys = config["num_attention_heads"], architecture.experts
     head_dim = config.get("head_dim") or architecture.default_head_dim or config["hidden_size"] // heads
     return ModelDimensions(
         family=architecture.family,
@@ -138,6 +204,7 @@ def _dimensions(
         rope_scaling=rope_scaling,
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         max_position_embeddings=config["max_position_embeddings"],
+        experts=None if keys is None else read_experts(config, keys, config["num_hidden_layers"]),
     )
 
 

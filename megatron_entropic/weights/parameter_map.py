@@ -6,6 +6,7 @@ in both directions by one definition. Loading, publishing and export are derived
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ _FUSED_NORMS = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 _LAYER_PREFIX = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"(?<=\.mlp\.experts\.local_experts\.)(\d+)(?=\.)")
+# Transformer Engine's grouped layer holds the experts' matrices as numbered parameters of one module.
+_GROUPED_EXPERT = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
 _OUTPUT_LAYER = "output_layer.weight"
 
 
@@ -38,21 +42,27 @@ class Entry:
     """Of the Megatron parameter before sharding and padding."""
     layer: int | None
     """Global layer number; None outside the layers."""
+    expert: int | None = None
+    """Global number of the expert within its layer, whose parameter it is; sharded over expert tensor ranks then."""
     exported: bool = True
     """False for the output layer of a model with tied embeddings: a copy of the embedding, which is exported."""
 
 
-def to_global_name(local_name: str, first_layer: int) -> str:
-    """Name of a pipeline stage's parameter (layers counted from 0) in the whole model.
+def to_global_name(local_name: str, first_layer: int, first_expert: int = 0) -> str:
+    """Name of a rank's parameter (layers and experts counted from 0) in the whole model.
 
-    `first_layer` is the global number of the stage's layer 0. Other names pass unchanged.
+    `first_layer` is the global number of the pipeline stage's layer 0, `first_expert` that of the expert-parallel
+    rank's expert 0. Experts in Transformer Engine's grouped layer get the names of separate ones. Other names pass
+    unchanged.
     """
-    return _LAYER_PREFIX.sub(lambda match: f"decoder.layers.{int(match[1]) + first_layer}.", local_name)
+    name = _LAYER_PREFIX.sub(lambda match: f"decoder.layers.{int(match[1]) + first_layer}.", local_name)
+    name = _GROUPED_EXPERT.sub(r".mlp.experts.local_experts.\2.\1.weight", name)
+    return _EXPERT.sub(lambda match: str(int(match[1]) + first_expert), name)
 
 
-def to_local_name(global_name: str, first_layer: int) -> str:
-    """Inverse of `to_global_name`."""
-    return to_global_name(global_name, -first_layer)
+def to_local_name(global_name: str, first_layer: int, first_expert: int = 0) -> str:
+    """Inverse of `to_global_name`, for experts that are separate modules."""
+    return to_global_name(global_name, -first_layer, -first_expert)
 
 
 class ParameterMap:
@@ -107,13 +117,26 @@ class ParameterMap:
             if self.stage_of(entry, pipeline_parallel) == stage and (entry.exported or pipeline_parallel > 1)
         )
 
+    def expert_rank(self, entry: Entry, expert_parallel: int) -> int:
+        """Expert-parallel rank that owns an expert's parameter: equal runs of experts, as in megatron-core."""
+        assert entry.expert is not None
+        assert self.dimensions.experts is not None
+        return entry.expert // (self.dimensions.experts.count // expert_parallel)
+
+    def first_expert(self, expert_rank: int, expert_parallel: int) -> int:
+        """Global number of an expert-parallel rank's expert 0; 0 for dense models."""
+        self.dimensions.check_parallel(1, expert_parallel=expert_parallel)
+        experts = self.dimensions.experts
+        return 0 if experts is None else expert_rank * (experts.count // expert_parallel)
+
     def shard_shape(self, entry: Entry, tp_size: int) -> Shape:
-        """Shape of the parameter on each of `tp_size` ranks, padding included.
+        """Shape of the parameter on each of `tp_size` ranks, padding included; for experts' entries, of
+        `tp_size` expert tensor ranks.
 
         Raises:
             ValueError: the model cannot be laid out over `tp_size` ranks.
         """
-        self.dimensions.check_parallel(tp_size)
+        self._check_tensor_parallel(entry, tp_size)
         if entry.layout.partition_dim is None:
             return entry.shape
         shape = list(entry.shape)
@@ -128,7 +151,7 @@ class ParameterMap:
         Raises:
             ValueError: the model cannot be laid out over `tp_size` ranks.
         """
-        self.dimensions.check_parallel(tp_size)
+        self._check_tensor_parallel(entry, tp_size)
         dim = entry.layout.partition_dim
         parts = [slice_for_rank(hf[name], dim, tp_rank, tp_size) for name in entry.hf_names]
         return entry.layout.combine(self.dimensions, parts)
@@ -141,7 +164,7 @@ class ParameterMap:
         Raises:
             ValueError: the model cannot be laid out over that many ranks.
         """
-        self.dimensions.check_parallel(len(shards))
+        self._check_tensor_parallel(entry, len(shards))
         dim = entry.layout.partition_dim
         per_rank = [entry.layout.separate(self.dimensions, shard) for shard in shards]
         tensors = {}
@@ -149,6 +172,12 @@ class ParameterMap:
             length = shape[dim] if dim is not None else 0
             tensors[name] = join_slices([parts[index] for parts in per_rank], dim, length)
         return tensors
+
+    def _check_tensor_parallel(self, entry: Entry, size: int) -> None:
+        if entry.expert is None:
+            self.dimensions.check_parallel(size, expert_tensor_parallel=1)
+        else:
+            self.dimensions.check_parallel(1, expert_tensor_parallel=size)
 
 
 def _entries(dimensions: ModelDimensions) -> list[Entry]:
@@ -158,22 +187,34 @@ def _entries(dimensions: ModelDimensions) -> list[Entry]:
     first = rows.index(in_layers[0])
     assert rows[first : first + len(in_layers)] == tuple(in_layers), "rows of a layer stand together"
     entries = [_entry(row, dimensions, None) for row in rows[:first]]
-    entries += [_entry(row, dimensions, layer) for layer in range(dimensions.num_layers) for row in in_layers]
+    for layer in range(dimensions.num_layers):
+        absent = "dense" if dimensions.has_experts(layer) else "sparse"
+        present = [row for row in in_layers if row.layers != absent]
+        for per_expert, some in itertools.groupby(present, key=lambda row: row.per_expert):
+            entries += _layer_entries(list(some), dimensions, layer, per_expert)
     return entries + [_entry(row, dimensions, None) for row in rows[first + len(in_layers) :]]
 
 
-def _entry(row: Row, dimensions: ModelDimensions, layer: int | None) -> Entry:
-    """A row with its layer number and sizes filled in."""
+def _layer_entries(rows: list[Row], dimensions: ModelDimensions, layer: int, per_expert: bool) -> list[Entry]:
+    """Rows of one layer; those of experts are repeated, all of one expert before the next, as megatron-core does."""
+    if not per_expert:
+        return [_entry(row, dimensions, layer) for row in rows]
+    return [_entry(row, dimensions, layer, expert) for expert in range(dimensions.size("experts")) for row in rows]
+
+
+def _entry(row: Row, dimensions: ModelDimensions, layer: int | None, expert: int | None = None) -> Entry:
+    """A row with its numbers and sizes filled in."""
     tied_output = dimensions.tie_word_embeddings and row.megatron == _OUTPUT_LAYER
     hf_names = ARCHITECTURES[dimensions.family].rows[0].hf if tied_output else row.hf
     hf_shapes = row.layout.hf_shapes(dimensions)
     return Entry(
-        megatron_name=row.megatron.format(layer=layer),
-        hf_names=tuple(name.format(layer=layer) for name in hf_names),
+        megatron_name=row.megatron.format(layer=layer, expert=expert),
+        hf_names=tuple(name.format(layer=layer, expert=expert) for name in hf_names),
         hf_shapes=hf_shapes,
         layout=row.layout,
         # Every layout with several tensors stacks them along axis 0.
         shape=(sum(shape[0] for shape in hf_shapes), *hf_shapes[0][1:]),
         layer=layer,
+        expert=expert,
         exported=not tied_output,
     )

@@ -4,12 +4,14 @@ Pure data, a function of the model and the layout alone: every rank computes the
 For each bucket, in order:
 
     ranks of the owner stage:  flat shards --(one all-gather over TP)--> Hugging Face tensors, one flat buffer
+                               experts: over expert TP x EP instead
     owner stage -> stage 0:    one send, if the owner is another stage
     stage 0 -> engines:        one broadcast
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -28,6 +30,8 @@ class BucketItem:
     entry: Entry
     shard_shape: Shape
     """On every TP rank, vocabulary padding included."""
+    expert_rank: int = 0
+    """Expert-parallel rank that holds it; 0 for dense parameters."""
 
     @property
     def shard_elements(self) -> int:
@@ -42,12 +46,24 @@ class BucketItem:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Parameters of one stage and dtype whose values travel in one flat buffer, in the order of `items`."""
+    """Parameters of one stage and dtype whose values travel in one flat buffer, in the order of `items`.
+
+    They are dense, or experts. Each expert-parallel rank then holds equally many, of the same shapes in the same order.
+    """
 
     index: int
     dtype: Dtype
     owner_stage: int
     items: tuple[BucketItem, ...]
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether it is gathered over expert tensor and expert-parallel ranks."""
+        return self.items[0].entry.expert is not None
+
+    def held_by(self, expert_rank: int) -> tuple[BucketItem, ...]:
+        """What the ranks of one expert-parallel rank contribute; everything, if the bucket is dense."""
+        return tuple(item for item in self.items if not self.of_experts or item.expert_rank == expert_rank)
 
     @property
     def hf_names(self) -> tuple[str, ...]:
@@ -66,8 +82,8 @@ class Bucket:
 
     @property
     def shard_elements(self) -> int:
-        """Length of the flat buffer that each TP rank contributes to the all-gather."""
-        return sum(item.shard_elements for item in self.items)
+        """Length of the flat buffer that each rank contributes to the all-gather."""
+        return sum(item.shard_elements for item in self.held_by(0))
 
     @property
     def bytes(self) -> int:
@@ -76,7 +92,7 @@ class Bucket:
 
     @property
     def shard_bytes(self) -> int:
-        """Size of one TP rank's contribution."""
+        """Size of one rank's contribution."""
         return self.shard_elements * _ITEM_BYTES[self.dtype]
 
 
@@ -88,24 +104,32 @@ class PublishPlan:
     tensor_parallel: int
     pipeline_parallel: int
     bucket_bytes: int
+    expert_parallel: int = 1
+    expert_tensor_parallel: int = 1
 
     @property
     def bytes(self) -> int:
         """What one engine receives."""
         return sum(bucket.bytes for bucket in self.buckets)
 
+    def gather_ranks(self, bucket: Bucket) -> int:
+        """Ranks that together hold a bucket's parameters."""
+        if bucket.of_experts:
+            return self.expert_tensor_parallel * self.expert_parallel
+        return self.tensor_parallel
+
     def collectives(self, bucket: Bucket) -> tuple[str, ...]:
         """What happens between processes for one bucket."""
         steps = []
-        if self.tensor_parallel > 1:
-            steps.append(f"all-gather/{self.tensor_parallel}")
+        if self.gather_ranks(bucket) > 1:
+            steps.append(f"all-gather/{self.gather_ranks(bucket)}")
         if bucket.owner_stage > 0:
             steps.append(f"send {bucket.owner_stage}->0")
         return (*steps, "broadcast")
 
     def describe(self) -> str:
         """The plan as a table for people: bytes per rank and collectives of every bucket."""
-        header = ("bucket", "stage", "dtype", "parameters", "HF tensors", "MiB to engines", "MiB per TP rank", "steps")
+        header = ("bucket", "stage", "dtype", "parameters", "HF tensors", "MiB to engines", "MiB per rank", "steps")
         rows = [header]
         for bucket in self.buckets:
             rows.append(
@@ -126,9 +150,16 @@ class PublishPlan:
         limit, total = self.bucket_bytes / _MIB, self.bytes / _MIB
         lines.append(
             f"{len(self.buckets)} buckets of at most {limit:.1f} MiB or one parameter, {total:.1f} MiB to each engine, "
-            f"{steps} steps (tensor_parallel={self.tensor_parallel}, pipeline_parallel={self.pipeline_parallel})"
+            f"{steps} steps ({', '.join(self._layout())})"
         )
         return "\n".join(lines)
+
+    def _layout(self) -> list[str]:
+        sizes = [f"tensor_parallel={self.tensor_parallel}", f"pipeline_parallel={self.pipeline_parallel}"]
+        if any(bucket.of_experts for bucket in self.buckets):
+            sizes.append(f"expert_parallel={self.expert_parallel}")
+            sizes.append(f"expert_tensor_parallel={self.expert_tensor_parallel}")
+        return sizes
 
 
 def publish_plan(
@@ -138,31 +169,77 @@ def publish_plan(
     tensor_parallel: int,
     bucket_bytes: int,
     dtype: Dtype,
+    expert_parallel: int = 1,
+    expert_tensor_parallel: int | None = None,
 ) -> PublishPlan:
     """Divide a model's parameters into buckets of one stage and at most `bucket_bytes` of Hugging Face tensors.
 
-    A parameter is never divided, so one that is larger than `bucket_bytes` travels alone. The output layer of a tied
-    model is left out: engines tie it themselves.
+    A parameter is never divided, so one that is larger than `bucket_bytes` travels alone; nor are parameters of
+    experts that stand at the same place of their expert-parallel ranks, which are gathered together. The output layer
+    of a tied model is left out: engines tie it themselves.
+
+    Args:
+        parameter_map: of the model.
+        pipeline_parallel, tensor_parallel, expert_parallel: sizes of the layout.
+        bucket_bytes: limit of one bucket.
+        dtype: of the values that travel.
+        expert_tensor_parallel: None: `tensor_parallel`.
 
     Raises:
         ValueError: a layout that the model does not allow, or bucket_bytes < 1.
     """
-    parameter_map.dimensions.check_parallel(tensor_parallel, pipeline_parallel)
+    expert_tensor = expert_tensor_parallel or tensor_parallel
+    parameter_map.dimensions.check_parallel(
+        tensor_parallel,
+        pipeline_parallel,
+        expert_parallel=expert_parallel,
+        expert_tensor_parallel=expert_tensor_parallel,
+    )
     if bucket_bytes < 1:
         raise ValueError(f"bucket_bytes must be positive, not {bucket_bytes}")
     buckets: list[Bucket] = []
     for stage in range(pipeline_parallel):
-        pending: list[BucketItem] = []
-        pending_bytes = 0
-        for entry in parameter_map.entries_of_stage(stage, pipeline_parallel):
-            if not entry.exported:
-                continue
-            item = BucketItem(entry, parameter_map.shard_shape(entry, tensor_parallel))
-            item_bytes = item.hf_elements * _ITEM_BYTES[dtype]
-            if pending and pending_bytes + item_bytes > bucket_bytes:
-                buckets.append(Bucket(len(buckets), dtype, stage, tuple(pending)))
-                pending, pending_bytes = [], 0
-            pending.append(item)
-            pending_bytes += item_bytes
-        buckets.append(Bucket(len(buckets), dtype, stage, tuple(pending)))
-    return PublishPlan(tuple(buckets), tensor_parallel, pipeline_parallel, bucket_bytes)
+        entries = [e for e in parameter_map.entries_of_stage(stage, pipeline_parallel) if e.exported]
+        dense = [
+            (BucketItem(entry, parameter_map.shard_shape(entry, tensor_parallel)),)
+            for entry in entries
+            if entry.expert is None
+        ]
+        experts = _expert_units(parameter_map, entries, expert_parallel, expert_tensor)
+        for units in (dense, experts):
+            for items in _fill(units, bucket_bytes, _ITEM_BYTES[dtype]):
+                buckets.append(Bucket(len(buckets), dtype, stage, items))
+    return PublishPlan(tuple(buckets), tensor_parallel, pipeline_parallel, bucket_bytes, expert_parallel, expert_tensor)
+
+
+def _expert_units(
+    parameter_map: ParameterMap, entries: Sequence[Entry], expert_parallel: int, expert_tensor_parallel: int
+) -> list[tuple[BucketItem, ...]]:
+    """Parameters of experts, those at the same place of all expert-parallel ranks together."""
+    units: dict[tuple[int | None, int, str], list[BucketItem]] = {}
+    for entry in entries:
+        if entry.expert is None:
+            continue
+        rank = parameter_map.expert_rank(entry, expert_parallel)
+        local = entry.expert - parameter_map.first_expert(rank, expert_parallel)
+        matrix = entry.megatron_name.rpartition(f".{entry.expert}.")[2]
+        item = BucketItem(entry, parameter_map.shard_shape(entry, expert_tensor_parallel), rank)
+        units.setdefault((entry.layer, local, matrix), []).append(item)
+    return [tuple(items) for items in units.values()]
+
+
+def _fill(
+    units: Sequence[tuple[BucketItem, ...]], bucket_bytes: int, item_bytes: int
+) -> Iterator[tuple[BucketItem, ...]]:
+    """Runs of whole units of at most `bucket_bytes`, or one unit."""
+    pending: list[BucketItem] = []
+    pending_bytes = 0
+    for unit in units:
+        unit_bytes = sum(item.hf_elements for item in unit) * item_bytes
+        if pending and pending_bytes + unit_bytes > bucket_bytes:
+            yield tuple(pending)
+            pending, pending_bytes = [], 0
+        pending += unit
+        pending_bytes += unit_bytes
+    if pending:
+        yield tuple(pending)

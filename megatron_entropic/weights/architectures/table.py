@@ -3,26 +3,48 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_entropic.weights.layouts import Layout
 
 LAYER = "{layer}"
 """Placeholder of the global layer number in both names of a row."""
+EXPERT = "{expert}"
+"""Placeholder of the global number of an expert within its layer."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One Megatron parameter (or one per layer, if the name holds `{layer}`) and where it comes from."""
+    """One Megatron parameter (or one per layer or expert, if the name has a place for the number) and its origin."""
 
     megatron: str
     """Name in megatron-core's GPTModel with separate norm modules (local layer spec)."""
     hf: tuple[str, ...]
     layout: Layout
+    layers: Literal["all", "dense", "sparse"] = "all"
+    """Which layers of a mixture of experts have it; sparse ones are those with experts."""
 
     @property
     def per_layer(self) -> bool:
-        """Whether the row stands for one parameter in every layer."""
+        """Whether the row stands for one parameter in every layer that has it."""
         return LAYER in self.megatron
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether it stands for one parameter of every expert."""
+        return EXPERT in self.megatron
+
+
+@dataclass(frozen=True)
+class ExpertKeys:
+    """Where config.json tells about experts; keys of transformers' config class of the family."""
+
+    count: tuple[str, ...]
+    """Keys of the number of experts of a layer, of which one is present."""
+    ffn: str
+    """Key of the width of one expert."""
+    renormalised: bool | str
+    """Whether the weights of a token's experts are scaled to add up to 1, or the key that says so (absent: no)."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +58,10 @@ class Architecture:
     rows: tuple[Row, ...]
     default_head_dim: int | None = None
     """head_dim where config.json does not say it; None: hidden_size / num_attention_heads."""
+    experts: ExpertKeys | None = None
+    """None for dense families."""
+    always_windowed: bool = False
+    """A `sliding_window` in config.json is in use unless it is null; other families have a switch for it."""
 
     @property
     def qkv_bias(self) -> bool:

@@ -9,11 +9,15 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 # Odd sizes, so that no two axes can be taken for each other; the vocabulary is not divisible by 2 or 4.
@@ -26,6 +30,8 @@ _SIZES = {
     "num_key_value_heads": 4,
     "initializer_range": 0.5,
 }
+_EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 6}
+FAMILIES = ("qwen3", "qwen2", "llama", "qwen3_moe", "mixtral")
 
 
 def build_tiny(family: str, tied: bool) -> PreTrainedModel:
@@ -36,6 +42,12 @@ def build_tiny(family: str, tied: bool) -> PreTrainedModel:
         model = Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=10, tie_word_embeddings=tied))
     elif family == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**_SIZES, tie_word_embeddings=tied))
+    elif family == "qwen3_moe":
+        # Layer 0 is dense.
+        sizes = {**_SIZES, **_EXPERTS, "moe_intermediate_size": 28, "mlp_only_layers": [0], "norm_topk_prob": True}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, head_dim=10, tie_word_embeddings=tied))
+    elif family == "mixtral":
+        model = MixtralForCausalLM(MixtralConfig(**_SIZES, **_EXPERTS, tie_word_embeddings=tied))
     else:
         model = LlamaForCausalLM(LlamaConfig(**_SIZES, tie_word_embeddings=tied))
     with torch.no_grad():
@@ -45,7 +57,7 @@ def build_tiny(family: str, tied: bool) -> PreTrainedModel:
     return model
 
 
-@pytest.fixture(scope="session", params=[(f, t) for f in ("qwen3", "qwen2", "llama") for t in (False, True)], ids=str)
+@pytest.fixture(scope="session", params=[(f, t) for f in FAMILIES for t in (False, True)], ids=str)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
     """(model, directory) of every family, tied and untied. Read only: the directory is shared."""
     family, tied = request.param

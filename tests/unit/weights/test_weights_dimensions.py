@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, PreTrainedModel
 
+from megatron_entropic.config import PolicyConfig
 from megatron_entropic.weights.dimensions import ModelDimensions, read_dimensions
+from megatron_entropic.weights.experts import ExpertDimensions
 
 # As published with Qwen3-8B by transformers 4 (shortened to what describes the model).
 QWEN3_8B = {
@@ -66,6 +68,112 @@ def test_published_qwen3_8b(tmp_path: Path):
         rms_norm_eps=1e-6,
         max_position_embeddings=40960,
     )
+
+
+# As published with Qwen3-30B-A3B (shortened likewise).
+QWEN3_30B_A3B = QWEN3_8B | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
+# As published with Mixtral-8x7B-v0.1.
+MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mixtral",
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32000,
+}
+
+
+def test_published_mixtures_of_experts(tmp_path: Path):
+    qwen = read(tmp_path, QWEN3_30B_A3B)
+    assert qwen.experts == ExpertDimensions(count=128, per_token=8, ffn_hidden_size=768, renormalised=True)
+    assert (qwen.qk_norm, qwen.has_dense_layers, qwen.has_experts(47)) == (True, False, True)
+    renamed = {("num_local_experts" if key == "num_experts" else key): value for key, value in QWEN3_30B_A3B.items()}
+    assert read(tmp_path, renamed) == qwen, "transformers 5 writes num_local_experts"
+    mixtral = read(tmp_path, MIXTRAL_8X7B)
+    assert mixtral.experts == ExpertDimensions(count=8, per_token=2, ffn_hidden_size=14336, renormalised=True)
+    assert mixtral.head_dim == 128
+
+
+def test_layers_without_experts(tmp_path: Path):
+    every_third = read(tmp_path, QWEN3_30B_A3B | {"num_hidden_layers": 7, "decoder_sparse_step": 3})
+    assert [every_third.has_experts(layer) for layer in range(7)] == [False, False, True, False, False, True, False]
+    named = read(tmp_path, QWEN3_30B_A3B | {"mlp_only_layers": [0, 5], "norm_topk_prob": False})
+    assert named.experts == ExpertDimensions(128, 8, 768, renormalised=False, dense_layers=(0, 5))
+    # The dense width matters only where there are dense layers.
+    narrow = QWEN3_30B_A3B | {"intermediate_size": 6145}
+    assert read(tmp_path, narrow).parallel_problems(2) == []
+    (problem,) = read(tmp_path, narrow | {"mlp_only_layers": [3]}).parallel_problems(2)
+    assert problem == "tensor_parallel=2 does not divide the feed-forward width (6145)"
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "words"),
+    [
+        (
+            QWEN3_30B_A3B,
+            {"num_experts": 0, "moe_intermediate_size": None},
+            ["num_experts must", "moe_intermediate_siz"],
+        ),
+        (QWEN3_30B_A3B, {"num_experts_per_tok": 129}, ["num_experts_per_tok=129 is more than the 128 experts"]),
+        (QWEN3_30B_A3B, {"num_experts_per_tok": 1}, ["the router would get no gradient"]),
+        (QWEN3_30B_A3B, {"decoder_sparse_step": 0, "mlp_only_layers": 3}, ["decoder_sparse_step", "mlp_only_layers"]),
+        (MIXTRAL_8X7B, {"sliding_window": 4096, "router_jitter_noise": 0.1}, ["sliding_window=4096", "jitter"]),
+    ],
+    ids=str,
+)
+def test_unsupported_experts_are_refused(
+    tmp_path: Path, base: dict[str, Any], change: dict[str, Any], words: list[str]
+):
+    with pytest.raises(ValueError, match="this model cannot be used") as error:
+        read(tmp_path, base | change)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_spreading_experts_is_refused_with_every_reason(tmp_path: Path):
+    qwen, dense = read(tmp_path, QWEN3_30B_A3B), read(tmp_path, QWEN3_8B)
+    assert qwen.parallel_problems(4, 3, expert_parallel=32, expert_tensor_parallel=1) == []
+    assert qwen.parallel_problems(4, expert_parallel=5, expert_tensor_parallel=9) == [
+        "expert_parallel=5 does not divide the 128 experts",
+        "expert_tensor_parallel=9 does not divide the width of an expert (768)",
+    ]
+    policy = PolicyConfig(tensor_parallel=2, data_parallel=4, expert_parallel=8)
+    assert [problem.split(":")[0].split(" does")[0] for problem in qwen.layout_problems(policy)] == [
+        "expert_parallel=8 x expert tensor parallel 2",
+        "sequence_parallel=false",
+    ]
+    fitting = policy.model_copy(update={"expert_tensor_parallel": 1, "sequence_parallel": True})
+    assert qwen.layout_problems(fitting) == []
+    assert dense.parallel_problems(1, expert_parallel=2) == ["expert_parallel=2: the model has no experts"]
 
 
 def test_old_and_new_spelling_of_rope_agree(tmp_path: Path):

@@ -6,41 +6,41 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from megatron_entropic.weights.dimensions import read_dimensions
+from megatron_entropic.weights.dimensions import ModelDimensions, read_dimensions
 from megatron_entropic.weights.parameter_map import ParameterMap, to_global_name, to_local_name
 
 Tiny = tuple[PreTrainedModel, Path]
 
 
-def state_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What a checkpoint of the model holds: a tied one has no lm_head.weight."""
-    tied = model.config.tie_word_embeddings
-    return {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+def state_of(directory: Path) -> dict[str, torch.Tensor]:
+    """What the checkpoint holds: a tied one has no lm_head.weight, experts are separate (fused in memory only)."""
+    return load_file(directory / "model.safetensors")
 
 
 def test_names_and_shapes_are_those_of_transformers(tiny: Tiny):
-    model, directory = tiny
+    directory = tiny[1]
     mapped = ParameterMap(read_dimensions(directory)).hf_tensors
-    assert mapped == {name: tuple(tensor.shape) for name, tensor in state_of(model).items()}
+    assert mapped == {name: tuple(tensor.shape) for name, tensor in state_of(directory).items()}
 
 
 def test_every_tensor_belongs_to_exactly_one_exported_entry(tiny: Tiny):
-    model, directory = tiny
+    directory = tiny[1]
     mapping = ParameterMap(read_dimensions(directory))
     names = [name for entry in mapping.entries if entry.exported for name in entry.hf_names]
-    assert sorted(names) == sorted(state_of(model))
+    assert sorted(names) == sorted(state_of(directory))
     megatron = [entry.megatron_name for entry in mapping.entries]
     assert len(set(megatron)) == len(megatron)
     numbers = sum(torch.Size(entry.shape).numel() for entry in mapping.entries if entry.exported)
-    assert numbers == sum(tensor.numel() for tensor in state_of(model).values())
+    assert numbers == sum(tensor.numel() for tensor in state_of(directory).values())
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_whole_model_round_trip(tiny: Tiny, tp: int):
-    model, directory = tiny
-    mapping, state = ParameterMap(read_dimensions(directory)), state_of(model)
+    directory = tiny[1]
+    mapping, state = ParameterMap(read_dimensions(directory)), state_of(directory)
     back: dict[str, torch.Tensor] = {}
     for entry in mapping.entries:
         shards = [mapping.to_megatron_shard(entry, state, rank, tp) for rank in range(tp)]
@@ -55,7 +55,7 @@ def test_megatron_s_use_of_the_tensors_computes_what_transformers_computes(tiny:
     """Projections of one layer: k and v, or gate and up, have equal shapes, so only their use tells them apart."""
     model, directory = tiny
     dims = read_dimensions(directory)
-    mapping, state = ParameterMap(dims), state_of(model)
+    mapping, state = ParameterMap(dims), state_of(directory)
     hf_layer = model.model.layers[1]
     full = {
         entry.megatron_name.removeprefix("decoder.layers.1."): mapping.to_megatron_shard(entry, state, 0, 1)
@@ -72,9 +72,7 @@ def test_megatron_s_use_of_the_tensors_computes_what_transformers_computes(tiny:
     torch.testing.assert_close(q.reshape(3, -1), attention.q_proj(x))
     torch.testing.assert_close(k.reshape(3, -1), attention.k_proj(x))
     torch.testing.assert_close(v.reshape(3, -1), attention.v_proj(x))
-    gate, up = linear(x, full["mlp.linear_fc1.weight"]).chunk(2, dim=-1)
-    mlp = linear(torch.nn.functional.silu(gate) * up, full["mlp.linear_fc2.weight"])
-    torch.testing.assert_close(mlp, hf_layer.mlp(x))
+    torch.testing.assert_close(_feed_forward(x, full, dims), hf_layer.mlp(x.unsqueeze(0))[0])
     torch.testing.assert_close(
         linear(q.flatten(1), full["self_attention.linear_proj.weight"]), attention.o_proj(q.flatten(1))
     )
@@ -85,6 +83,54 @@ def test_megatron_s_use_of_the_tensors_computes_what_transformers_computes(tiny:
     if dims.qk_norm:
         same |= {"self_attention.q_layernorm": attention.q_norm, "self_attention.k_layernorm": attention.k_norm}
     assert all(torch.equal(full[f"{name}.weight"], norm.weight) for name, norm in same.items())
+
+
+def _feed_forward(x: torch.Tensor, full: dict[str, torch.Tensor], dims: ModelDimensions) -> torch.Tensor:
+    """[tokens, H] of layer 1; with experts as in megatron-core's router, softmax before or after the choice."""
+    if not dims.has_experts(1):
+        return _gated(x, full, "mlp")
+    assert dims.experts is not None
+    scores, chosen = (x @ full["mlp.router.weight"].T).topk(dims.experts.per_token)
+    assert dims.experts.renormalised, "so that the softmax over the chosen is the same"
+    weights = scores.softmax(-1)
+    outputs = torch.zeros_like(x)
+    for token in range(x.shape[0]):
+        for weight, expert in zip(weights[token], chosen[token].tolist(), strict=True):
+            outputs[token] += weight * _gated(x[token], full, f"mlp.experts.local_experts.{expert}")
+    return outputs
+
+
+def _gated(x: torch.Tensor, full: dict[str, torch.Tensor], prefix: str) -> torch.Tensor:
+    gate, up = torch.nn.functional.linear(x, full[f"{prefix}.linear_fc1.weight"]).chunk(2, dim=-1)
+    return torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, full[f"{prefix}.linear_fc2.weight"])
+
+
+def test_experts_are_numbered_over_the_model_and_owned_in_runs(tiny: Tiny):
+    mapping = ParameterMap(read_dimensions(tiny[1]))
+    experts = [entry for entry in mapping.entries if entry.expert is not None]
+    if mapping.dimensions.experts is None:
+        assert not experts
+        return
+    layers = {entry.layer for entry in experts}
+    assert layers == ({1} if mapping.dimensions.family == "qwen3_moe" else {0, 1})
+    for rank in range(3):
+        held = [e for e in experts if mapping.expert_rank(e, 3) == rank]
+        first = mapping.first_expert(rank, 3)
+        assert {entry.expert for entry in held} == {first, first + 1}
+        for entry in held:
+            assert entry.expert is not None
+            local = to_local_name(entry.megatron_name, 0, first)
+            assert f"local_experts.{entry.expert - first}." in local
+            assert mapping.by_megatron_name(to_global_name(local, 0, first)) is entry
+    with pytest.raises(ValueError, match="expert_parallel=4 does not divide the 6 experts"):
+        mapping.first_expert(0, 4)
+    with pytest.raises(ValueError, match="expert_tensor_parallel=8 does not divide the width of an expert"):
+        mapping.shard_shape(experts[0], 8)
+
+
+def test_experts_of_a_grouped_layer_have_the_names_of_separate_ones():
+    local = "decoder.layers.1.mlp.experts.linear_fc2.weight3"
+    assert to_global_name(local, 4, 8) == "decoder.layers.5.mlp.experts.local_experts.11.linear_fc2.weight"
 
 
 def test_tied_output_layer_comes_from_the_embedding_and_is_not_exported(tiny: Tiny):

@@ -7,6 +7,7 @@ from math import prod
 import pytest
 
 from megatron_entropic.weights.dimensions import ModelDimensions
+from megatron_entropic.weights.experts import ExpertDimensions
 from megatron_entropic.weights.parameter_map import ParameterMap
 from megatron_entropic.weights.plan import PublishPlan, publish_plan
 
@@ -14,7 +15,16 @@ MIB = 2**20
 
 
 def model(
-    family: str, layers: int, hidden: int, ffn: int, heads: int, groups: int, head: int, vocab: int, tied: bool = False
+    family: str,
+    layers: int,
+    hidden: int,
+    ffn: int,
+    heads: int,
+    groups: int,
+    head: int,
+    vocab: int,
+    tied: bool = False,
+    experts: ExpertDimensions | None = None,
 ) -> ParameterMap:
     return ParameterMap(
         ModelDimensions(
@@ -28,11 +38,12 @@ def model(
             vocab_size=vocab,
             tie_word_embeddings=tied,
             qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
+            qk_norm=family.startswith("qwen3"),
             rope_theta=1e6,
             rope_scaling=None,
             rms_norm_eps=1e-6,
             max_position_embeddings=40960,
+            experts=experts,
         )
     )
 
@@ -42,6 +53,12 @@ MODELS = {
     "Qwen3-32B": model("qwen3", 64, 5120, 25600, 64, 8, 128, 151936),
     "Llama-3-8B": model("llama", 32, 4096, 14336, 32, 8, 128, 128256),
     "Qwen2.5-1.5B": model("qwen2", 28, 1536, 8960, 12, 2, 128, 151936, tied=True),
+    "Qwen3-30B-A3B": model(
+        "qwen3_moe", 48, 2048, 6144, 32, 4, 128, 151936, experts=ExpertDimensions(128, 8, 768, renormalised=True)
+    ),
+    "Mixtral-8x7B": model(
+        "mixtral", 32, 4096, 14336, 32, 8, 128, 32000, experts=ExpertDimensions(8, 2, 14336, renormalised=True)
+    ),
     "tiny": model("qwen2", 4, 24, 44, 12, 4, 2, 53, tied=True),
 }
 # Parameter counts as the model cards' checkpoints hold them.
@@ -50,12 +67,14 @@ PARAMETERS = {
     "Qwen3-32B": 32_762_123_264,
     "Llama-3-8B": 8_030_261_248,
     "Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "Mixtral-8x7B": 46_702_792_704,
 }
 
 
-def plan_of(name: str, pp: int = 1, tp: int = 2, bucket_bytes: int = 512 * MIB) -> PublishPlan:
+def plan_of(name: str, pp: int = 1, tp: int = 2, bucket_bytes: int = 512 * MIB, **experts: int) -> PublishPlan:
     return publish_plan(
-        MODELS[name], pipeline_parallel=pp, tensor_parallel=tp, bucket_bytes=bucket_bytes, dtype="bfloat16"
+        MODELS[name], pipeline_parallel=pp, tensor_parallel=tp, bucket_bytes=bucket_bytes, dtype="bfloat16", **experts
     )
 
 
@@ -79,6 +98,29 @@ def test_every_element_is_sent_exactly_once_within_the_limit(name: str, pp: int,
     stages_in_order = [bucket.owner_stage for bucket in plan.buckets]
     assert stages_in_order == sorted(stages_in_order)
     assert set(stages_in_order) == set(range(pp))
+
+
+def test_experts_are_gathered_in_equal_parts_of_all_their_ranks():
+    plan = plan_of("Qwen3-30B-A3B", pp=2, tp=2, expert_parallel=8, expert_tensor_parallel=1)
+    sent = [(n, s) for bucket in plan.buckets for n, s in zip(bucket.hf_names, bucket.hf_shapes, strict=True)]
+    assert dict(sent) == MODELS["Qwen3-30B-A3B"].hf_tensors
+    assert len(sent) == len(MODELS["Qwen3-30B-A3B"].hf_tensors)
+    assert {plan.gather_ranks(bucket) for bucket in plan.buckets if bucket.of_experts} == {8}
+    assert {plan.gather_ranks(bucket) for bucket in plan.buckets if not bucket.of_experts} == {2}
+    for bucket in plan.buckets:
+        assert {item.entry.expert is not None for item in bucket.items} == {bucket.of_experts}
+        if not bucket.of_experts:
+            assert bucket.held_by(3) == bucket.items
+            continue
+        parts = [bucket.held_by(rank) for rank in range(8)]
+        assert sum(len(part) for part in parts) == len(bucket.items)
+        for rank, part in enumerate(parts):
+            assert [item.shard_shape for item in part] == [item.shard_shape for item in parts[0]]
+            assert {item.entry.expert // 16 for item in part} == {rank}
+        assert bucket.shard_elements * 8 == bucket.elements
+    assert "expert_parallel=8, expert_tensor_parallel=1" in plan.describe()
+    with pytest.raises(ValueError, match="expert_parallel=3 does not divide the 128 experts"):
+        plan_of("Qwen3-30B-A3B", expert_parallel=3)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -1,0 +1,14 @@
+"""Mixtral: Llama with experts in every layer."""
+
+from megatron_entropic.weights.architectures.rows import QKV, decoder, gated_experts
+from megatron_entropic.weights.architectures.table import Architecture, ExpertKeys
+
+_EXPERTS = gated_experts("block_sparse_moe.gate", "block_sparse_moe.experts.{expert}", gate="w1", up="w3", down="w2")
+
+MIXTRAL = Architecture(
+    family="mixtral",
+    hf_class="MixtralForCausalLM",
+    rows=decoder(attention=(QKV,), feed_forward=_EXPERTS),
+    experts=ExpertKeys(("num_local_experts",), "intermediate_size", renormalised=True),
+    always_windowed=True,
+)
