@@ -76,7 +76,22 @@ class PolicyConfig(Section):
         "forward pass. auto: fused_loss if each token's loss is known before the forward pass, else recompute.",
     )
     recompute: Literal["none", "selective", "full"] = "none"
+    fp8: Annotated[Literal["off", "e4m3", "hybrid"], BeforeValidator(_off_is_a_word)] = Field(
+        "off",
+        description="Transformer Engine's 8-bit products in the layers, on GPUs that have them; the output layer stays "
+        "in model.dtype. hybrid: e4m3 forward, e5m2 for gradients.",
+    )
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = Field(
+        "tensorwise", description="How values are scaled into 8 bits; mxfp8 needs Blackwell."
+    )
     distributed_timeout_s: float = Field(600.0, gt=0, description="Limit of every collective between policy ranks.")
+
+    @property
+    def token_alignment(self) -> int:
+        """Tokens of a product come in multiples of this; 8-bit products want whole blocks of 16, or of 32 for mxfp8."""
+        if self.fp8 == "off":
+            return 1
+        return 32 if self.fp8_recipe == "mxfp8" else 16
 
     @property
     def world_size(self) -> int:

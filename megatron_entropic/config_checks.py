@@ -109,6 +109,15 @@ def _parallelism(config: Config) -> Iterator[Violation]:
             ("policy.sequence_parallel", "policy.tensor_parallel"),
             "policy.sequence_parallel=true needs policy.tensor_parallel > 1: it splits activations over those ranks",
         )
+    if policy.fp8 != "off" and config.cluster.device == "cpu":
+        yield Violation(
+            ("policy.fp8", "cluster.device"), f"policy.fp8={policy.fp8} needs a GPU, but cluster.device is cpu"
+        )
+    if policy.fp8 != "off" and config.model.dtype == "float32":
+        yield Violation(
+            ("policy.fp8", "model.dtype"),
+            f"policy.fp8={policy.fp8} needs model.dtype=bfloat16: what is not computed in 8 bits stays in 16",
+        )
     if policy.output_head == "fused_loss" and not config.loss_adds_up_over_tokens:
         yield Violation(
             ("policy.output_head", "entropy_control.denominator", "entropy_control.feedback"),

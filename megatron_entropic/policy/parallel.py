@@ -24,6 +24,8 @@ class ParallelState:
     context_rank: int
     context_size: int
     sequence_parallel: bool
+    token_alignment: int
+    """Tokens of each product must be a multiple of this, see `PolicyConfig.token_alignment`."""
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
     data_context_group: dist.ProcessGroup
@@ -54,7 +56,7 @@ class ParallelState:
     @property
     def token_multiple(self) -> int:
         """Packed micro-batches must be a multiple of this: sequence parallelism gives each tensor rank equal tokens."""
-        return self.tensor_size if self.sequence_parallel else 1
+        return self.token_alignment * (self.tensor_size if self.sequence_parallel else 1)
 
     def describe(self) -> str:
         """Short name for messages, such as `rank 3 (tp 1, pp 1, dp 0)`."""
@@ -112,6 +114,7 @@ def _current_state(policy: PolicyConfig) -> ParallelState:
         context_size=policy.context_parallel,
         # With one tensor rank there is nothing to split: megatron-core would only warn and switch it off.
         sequence_parallel=policy.sequence_parallel and policy.tensor_parallel > 1,
+        token_alignment=policy.token_alignment,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),

@@ -34,6 +34,8 @@ class Platform(ABC):
     """Whether megatron-core's fused element-wise kernels are used."""
     transformer_engine: bool
     """Whether layers are Transformer Engine's, else megatron-core's with our norms and attention."""
+    fused_weight_gradients: bool
+    """Whether products add weight gradients to float32 buffers themselves (apex's `fused_weight_gradient_mlp_cuda`)."""
 
     @property
     @abstractmethod
@@ -80,6 +82,7 @@ class CpuPlatform(Platform):
     backend = "gloo"
     fused_kernels = False
     transformer_engine = False
+    fused_weight_gradients = False
 
     def __init__(self, megatron_version: tuple[int, int]) -> None:
         apply_cpu_patches(megatron_version)
@@ -102,6 +105,7 @@ class CudaPlatform(Platform):
 
     def __init__(self) -> None:
         self.transformer_engine = importlib.util.find_spec("transformer_engine") is not None
+        self.fused_weight_gradients = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
         # A launcher that gives each process its own GPU makes it device 0; torchrun numbers them.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 

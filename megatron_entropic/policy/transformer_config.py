@@ -24,7 +24,7 @@ def build_transformer_config(
     """The configuration every module of this rank's model shares.
 
     Raises:
-        ValueError: the layout does not divide the model.
+        ValueError: the layout does not divide the model, or this platform lacks what the configuration asks for.
     """
     from megatron.core.transformer import TransformerConfig
 
@@ -36,6 +36,7 @@ def build_transformer_config(
         **_architecture(dimensions),
         **_fusions(platform),
         **_recompute(policy),
+        **_fp8(policy, platform),
         tensor_model_parallel_size=state.tensor_size,
         pipeline_model_parallel_size=state.pipeline_size,
         context_parallel_size=state.context_size,
@@ -86,7 +87,7 @@ def _fusions(platform: Platform) -> dict[str, Any]:
         "bias_dropout_fusion": platform.fused_kernels,
         "apply_rope_fusion": platform.transformer_engine,
         "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": platform.fused_weight_gradients,
         "persist_layer_norm": False,
     }
 
@@ -97,3 +98,14 @@ def _recompute(policy: PolicyConfig) -> dict[str, Any]:
     if policy.recompute == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def _fp8(policy: PolicyConfig, platform: Platform) -> dict[str, Any]:
+    if policy.fp8 == "off":
+        return {}
+    if not platform.transformer_engine:
+        raise ValueError(
+            f"policy.fp8={policy.fp8} needs a GPU and Transformer Engine, which is not installed here "
+            "(pip install 'megatron_entropic[gpu]')"
+        )
+    return {"fp8": policy.fp8, "fp8_recipe": policy.fp8_recipe}

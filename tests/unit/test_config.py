@@ -233,6 +233,14 @@ def test_an_output_head_that_the_loss_does_not_allow(machine: Path) -> None:
     assert problem.endswith("use auto or recompute")
 
 
+def test_eight_bits_need_a_gpu_and_sixteen_bit_parameters(machine: Path) -> None:
+    found = problems_of(write(machine, model={"dtype": "float32"}), "policy.fp8=hybrid", "cluster.device=cpu")
+    assert found == [
+        "policy.fp8=hybrid needs a GPU, but cluster.device is cpu",
+        "policy.fp8=hybrid needs model.dtype=bfloat16: what is not computed in 8 bits stays in 16",
+    ]
+
+
 def test_lengths_against_the_positions_of_the_model(machine: Path) -> None:
     (problem,) = problems_of(write(machine), "rollout.max_response_tokens=49")
     assert "= 65 tokens, but the model's positions end at 64" in problem
