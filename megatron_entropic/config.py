@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
+PublishMode = Literal["full", "delta"]
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 
@@ -143,6 +144,11 @@ class RolloutConfig(Section):
     kv_cache_gb: float = Field(1.0, gt=0, description="KV cache on CPU; on GPU gpu_memory_fraction decides.")
     gpu_memory_fraction: float = Field(0.85, gt=0, lt=1)
     enforce_eager: bool | None = Field(None, description="None: eager on CPU, compiled with CUDA graphs on GPU.")
+    publish: PublishMode = Field(
+        "full",
+        description="How new weights reach the engines. full: all of them. delta: only elements whose bits changed, "
+        "over gloo; both ends keep a copy of the weights. Worth it in bfloat16 at small learning rates.",
+    )
     importance_correction: Literal["none", "tis"] = Field(
         "none", description="tis: multiply the policy loss by min(pi_old / pi_rollout, importance_cap), per token."
     )
@@ -279,6 +285,9 @@ class ClusterConfig(Section):
     score_timeout_s: float = Field(1800.0, gt=0)
     update_timeout_s: float = Field(3600.0, gt=0)
     publish_timeout_s: float = Field(600.0, gt=0)
+    check_weights: bool = Field(
+        False, description="After every publication compare a checksum of each tensor inside the engines; costs time."
+    )
     checkpoint_timeout_s: float = Field(1800.0, gt=0)
 
 

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_entropic.cluster.engine_group import EngineGroup, WeightPublisher
+from megatron_entropic.cluster.engine_group import EngineGroup
 from megatron_entropic.cluster.launch import launch
 from megatron_entropic.cluster.policy_group import PolicyGroup
+from megatron_entropic.cluster.weight_publisher import WeightPublisher
 from megatron_entropic.config import Config
 from megatron_entropic.data import PromptDataset
 from megatron_entropic.rewards import RewardScorer
@@ -54,7 +55,7 @@ def train(config: Config) -> Path:
             step = run.resume(policy)
             if step is None:
                 step = warm_start(policy, run, lessons)
-            weights = WeightPublisher(policy, engines, config.cluster.publish_timeout_s)
+            weights = WeightPublisher(policy, engines, config.cluster)
             weights.publish(version=step)
             while step < config.train.steps:
                 step += 1
@@ -90,7 +91,7 @@ def one_step(
         steps = config.algorithm.optimizer_steps_per_rollout
         updates = [policy.update(minibatch) for minibatch in minibatches(batch, steps)]
     with run.phase("publish"):
-        weights.publish(version=step)
+        publish_metrics = weights.publish(version=step)
     run.keep_samples(step, samples)
     return {
         **rollout_metrics(samples, config),
@@ -99,5 +100,6 @@ def one_step(
         **mean_of(updates),
         **run.step_time(tokens=sum(sequence.tokens.numel() for sequence in batch)),
         "weights/version": step - 1,
+        **publish_metrics,
         "memory/peak_mb": policy.peak_memory_mb(),
     }

@@ -1,4 +1,4 @@
-"""All rollout engines as one object, and the meeting point of policy and engines: publishing weights."""
+"""All rollout engines as one object."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import ray
 
 from megatron_entropic.cluster.placement import Placement
-from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.cluster.waiting import gather
 from megatron_entropic.cluster.workers import EngineWorker, worker_environment
 from megatron_entropic.config import Config
@@ -68,17 +67,21 @@ class EngineGroup:
         ]
         return [sample for group in groups for sample in group]
 
-    def connect(self, rendezvous: dict[str, Any]) -> dict[str, ray.ObjectRef]:
-        """Pending calls that join the weight-transfer group, each engine with its own offset of receiver ranks."""
+    def connect(self, senders: list[dict[str, Any]]) -> dict[str, ray.ObjectRef]:
+        """Pending calls that join the weight-transfer groups, each engine with its own offset of receiver ranks."""
         width = self._config.rollout.tensor_parallel
         return {
-            self._name(engine): actor.connect.remote({**rendezvous, "rank_offset": 1 + engine * width})
+            self._name(engine): actor.connect.remote(senders, 1 + engine * width)
             for engine, actor in enumerate(self._actors)
         }
 
     def receive(self, plan: Any, version: int) -> dict[str, ray.ObjectRef]:
         """Pending calls that take in the buckets of `plan` as weights `version`."""
         return {self._name(engine): actor.receive.remote(plan, version) for engine, actor in enumerate(self._actors)}
+
+    def weight_pieces(self) -> dict[str, ray.ObjectRef]:
+        """Pending calls for the checksums of the weights in every engine."""
+        return {self._name(engine): actor.weight_pieces.remote() for engine, actor in enumerate(self._actors)}
 
     @staticmethod
     def _name(engine: int) -> str:
@@ -89,28 +92,3 @@ def sample_seed(run_seed: int, step: int, prompt_index: int, sample_index: int) 
     """Seed of one response, 31 bits; neighbouring arguments give unrelated seeds."""
     key = f"{run_seed}/{step}/{prompt_index}/{sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little") >> 1
-
-
-class WeightPublisher:
-    """Brings the policy's weights into all engines: both sides work at the same time, both are awaited."""
-
-    def __init__(self, policy: PolicyGroup, engines: EngineGroup, timeout_s: float) -> None:
-        """Connect both sides once; the connection serves every later `publish`."""
-        self._policy = policy
-        self._engines = engines
-        self._timeout_s = timeout_s
-        rendezvous = policy.open_transport(engines.workers)
-        gather(policy.accept_receivers() | engines.connect(rendezvous), phase="publish: connect", timeout_s=timeout_s)
-        self._plan = policy.publish_plan()
-
-    def publish(self, version: int) -> None:
-        """Send the current weights as `version`; afterwards every engine samples from them.
-
-        Raises:
-            PhaseTimeout, PeerDied, RunError: naming the rank or engine and the phase.
-        """
-        gather(
-            self._policy.publish() | self._engines.receive(self._plan, version),
-            phase=f"publish (weights version {version})",
-            timeout_s=self._timeout_s,
-        )

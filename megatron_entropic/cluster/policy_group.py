@@ -75,9 +75,14 @@ class PolicyGroup:
         """Fresh optimizer state and the schedule of `optimizer`, after a warm start."""
         self._on_all("begin_reinforcement_learning", self._limits.update_timeout_s)
 
-    def open_transport(self, receivers: int) -> dict[str, Any]:
-        """Begin a weight-transfer rendezvous with `receivers` engine workers; returns what they need to connect."""
-        return self._on_all("open_transport", self._limits.publish_timeout_s, receivers)[0]
+    def open_transport(self, receivers: int) -> list[dict[str, Any]]:
+        """Begin a weight-transfer rendezvous with `receivers` engine workers.
+
+        Returns:
+            What they need to connect to each sending rank, in the order of pipeline stages.
+        """
+        answers = self._on_all("open_transport", self._limits.publish_timeout_s, receivers)
+        return sorted((answer for answer in answers if answer), key=lambda sender: sender["stage"])
 
     def accept_receivers(self) -> dict[str, ray.ObjectRef]:
         """Pending calls that end when all engines have connected; to be gathered beside the engines' own."""

@@ -13,6 +13,7 @@ import ray
 
 from megatron_entropic.config import Config, Device
 from megatron_entropic.types import GenerationRequest, Sample, Sequence
+from megatron_entropic.weights.checksums import Piece
 from megatron_entropic.weights.plan import PublishPlan
 
 if TYPE_CHECKING:
@@ -98,13 +99,17 @@ class EngineWorker:
             device=self._device,
         )
 
-    def connect(self, rendezvous: dict[str, Any]) -> None:
-        """Join the policy's weight-transfer group."""
-        self._engine.connect(rendezvous)
+    def connect(self, senders: list[dict[str, Any]], rank_offset: int) -> None:
+        """Join the policy's weight-transfer groups."""
+        self._engine.connect(senders, rank_offset)
 
     def receive(self, plan: PublishPlan, version: int) -> None:
         """Take in the weights that the policy publishes."""
         self._engine.receive(plan, version)
+
+    def weight_pieces(self) -> list[Piece]:
+        """Checksums of the weights in this engine."""
+        return self._engine.weight_pieces()
 
     def generate(self, requests: list[GenerationRequest]) -> list[Sample]:
         """Responses to the requests, in their order."""

@@ -40,6 +40,7 @@ def _row(step: int, sample: Sample) -> dict[str, object]:
         "step": step,
         "prompt_index": sample.prompt.index,
         "sample_index": sample.sample_index,
+        "weights_version": sample.weights_version,
         "prompt": sample.prompt.text,
         "response": sample.text,
         "response_tokens": len(sample.response_tokens),

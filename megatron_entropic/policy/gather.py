@@ -1,7 +1,7 @@
 """From parameters spread over tensor and pipeline ranks to whole Hugging Face tensors, one flat bucket at a time.
 
 owner stage:    shards of a bucket, flat --one all-gather over TP--> unshard --> Hugging Face tensors, flat
-other stages:   --one send--> first stage
+                --one send--> first stage, unless each stage's own first tensor rank is where they are wanted
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ def gather_bucket(
     parameter_map: ParameterMap,
     parallel: ParallelState,
     phase: str,
+    *,
+    to_first_stage: bool = True,
 ) -> torch.Tensor | None:
-    """Bring one bucket to rank 0; called by all ranks for which `sends_weights` holds.
+    """Bring one bucket to one rank; called by all ranks for which `sends_weights` holds.
 
     Args:
         bucket: of the plan that all ranks share.
@@ -38,9 +40,10 @@ def gather_bucket(
         parameter_map: of the model.
         parallel: this rank's place.
         phase: what the run is doing, for messages.
+        to_first_stage: bring it to rank 0; otherwise it stays on the first tensor rank of its own stage.
 
     Returns:
-        [bucket.elements] of the bucket's dtype on rank 0, in the order of `bucket.hf_names`; None on other ranks.
+        [bucket.elements] of the bucket's dtype on that rank, in the order of `bucket.hf_names`; None on other ranks.
 
     Raises:
         PhaseTimeout, PeerDied: naming bucket, this rank and its peers.
@@ -52,7 +55,7 @@ def gather_bucket(
             shards = _all_gather_shards(bucket, values, parallel)
         if parallel.tensor_rank == 0:
             flat = _join(bucket, shards, parameter_map)
-    if bucket.owner_stage == 0 or parallel.tensor_rank != 0:
+    if not to_first_stage or bucket.owner_stage == 0 or parallel.tensor_rank != 0:
         return flat
     return _send_to_first_stage(bucket, flat, values, parallel, where)
 

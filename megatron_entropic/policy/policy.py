@@ -30,7 +30,7 @@ from megatron_entropic.policy.loss import LossSettings
 from megatron_entropic.policy.optimizer import PolicyOptimizer, wrap_data_parallel
 from megatron_entropic.policy.parallel import destroy_model_parallel, initialise_model_parallel
 from megatron_entropic.policy.platform import Device, select_platform
-from megatron_entropic.policy.publish import BUCKET_BYTES, Publisher, SenderType
+from megatron_entropic.policy.publish import BUCKET_BYTES, Published, Publisher, SenderType
 from megatron_entropic.policy.score import score_sequences
 from megatron_entropic.policy.transformer_config import DTYPES
 from megatron_entropic.policy.update import PolicyUpdate
@@ -39,7 +39,7 @@ from megatron_entropic.types import Scores, Sequence
 from megatron_entropic.weights.dimensions import read_dimensions
 from megatron_entropic.weights.parameter_map import ParameterMap
 from megatron_entropic.weights.plan import PublishPlan, publish_plan
-from megatron_entropic.weights.transport import GlooSender
+from megatron_entropic.weights.transport import GlooSender, local_address
 
 if TYPE_CHECKING:
     from megatron_entropic.policy.model import PolicyModel
@@ -101,7 +101,7 @@ class Policy:
             self._machinery, settings, config.rollout.temperature, self._control, config.output_head
         )
         self.plan = self._plan()
-        self._publisher = self._build_publisher(master_address, sender_type)
+        self._publisher = self._build_publisher(local_address(master_address, master_port), sender_type)
         self._scored: EntropyMeasurement | None = None
         self._freshly_scored = False
         self._warming_up = config.warm_start.steps > 0
@@ -221,17 +221,17 @@ class Policy:
         return self.plan
 
     def open_transport(self, receivers: int) -> dict[str, Any]:
-        """Begin a weight-transfer rendezvous with `receivers` engine workers; rank 0 returns how to connect."""
+        """Begin a weight-transfer rendezvous with `receivers` engine workers; sending ranks return how to connect."""
         return self._publisher.open(receivers)
 
     def accept_receivers(self) -> None:
         """Wait until all engine workers have joined."""
         self._publisher.accept()
 
-    def publish(self) -> None:
+    def publish(self) -> Published:
         """Send the current weights to all engines, which must be receiving."""
         self.synchronize_parameters()
-        self._publisher.publish()
+        return self._publisher.publish(with_checksums=self.config.cluster.check_weights)
 
     def synchronize_parameters(self) -> None:
         """Make `model`'s parameters current; whoever reads them without a forward pass calls this first."""
@@ -282,6 +282,7 @@ class Policy:
             host=host,
             # Shorter than the driver's limit of the whole publication: this error says more.
             timeout_s=0.9 * self.config.cluster.publish_timeout_s,
+            mode=self.config.rollout.publish,
             sender_type=sender_type,
         )
 

@@ -1,30 +1,54 @@
 """The policy's half of bringing new weights to the rollout engines.
 
-    all ranks of replica 0 --gather_bucket--> rank 0 --broadcast--> workers of all engines        for each bucket
+    ranks of a stage --gather_bucket--> its first tensor rank --broadcast--> workers of all engines    for each bucket
 
-Rank 0 opens a transfer group once; the engines join it and then receive every later publication through it. What
-carries the bytes is a `WeightSender`: gloo on a CPU, vLLM's NCCL calls on CUDA, handed in by whoever knows vLLM.
+Where the transport lets engines listen to several senders (gloo), every pipeline stage sends its own buckets at the
+same time as the others; otherwise (NCCL) rank 0 sends them all. While bucket k is broadcast, bucket k + 1 is gathered:
+a sending rank holds two. The groups are opened once; the engines join them and then receive every later publication
+through them. What carries the bytes is a `WeightSender`, handed in by whoever knows vLLM.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
+from megatron_entropic.config import PublishMode
 from megatron_entropic.policy.gather import gather_bucket, sends_weights
 from megatron_entropic.policy.load_weights import named_entries
 from megatron_entropic.policy.parallel import ParallelState
+from megatron_entropic.weights.checksums import checksums
 from megatron_entropic.weights.parameter_map import ParameterMap
-from megatron_entropic.weights.plan import PublishPlan
+from megatron_entropic.weights.plan import Bucket, PublishPlan
 from megatron_entropic.weights.transport import FlatContents, GlooSender, WeightSender
 
 BUCKET_BYTES = 512 * 2**20
-"""Default size of a publish plan's buckets; rank 0 and each engine worker hold one or two at a time."""
+"""Default size of a publish plan's buckets; a sending rank and each engine worker hold two or three at a time."""
 
-SenderType = Callable[[str, int, float], WeightSender]
-"""(host, number of receivers, timeout in seconds) -> an open group."""
+
+class SenderType(Protocol):
+    """What opens a group."""
+
+    parallel_stages: bool
+    """As in `WeightSender`."""
+
+    def __call__(self, host: str, receivers: int, timeout_s: float, *, name: str, delta: bool) -> WeightSender:
+        """An open group that waits for `receivers` workers; `GlooSender` has the arguments."""
+
+
+@dataclass
+class Published:
+    """What one rank sent in one publication."""
+
+    elements: int = 0
+    """Of all its buckets."""
+    sent_elements: int = 0
+    """Of these, how many travelled: all, or those that had changed."""
+    checksums: dict[str, int] = field(default_factory=dict)
+    """Of every tensor by Hugging Face name, where they were asked for."""
 
 
 class Publisher:
@@ -39,6 +63,7 @@ class Publisher:
         *,
         host: str,
         timeout_s: float,
+        mode: PublishMode = "full",
         sender_type: SenderType = GlooSender,
     ) -> None:
         """Remember what to send; nothing is opened.
@@ -48,10 +73,11 @@ class Publisher:
             parameter_map: of the model.
             model: this rank's stage, not wrapped.
             parallel: this rank's place.
-            host: address of rank 0 that the engines can reach.
+            host: address of this rank that the engines can reach.
             timeout_s: limit of the rendezvous and of each broadcast; keep it below the limit of the whole publication,
                 so that the more telling message comes first.
-            sender_type: builds rank 0's end of the transfer group.
+            mode: full sends everything, delta what changed since the last publication.
+            sender_type: builds the sending end of a transfer group.
         """
         self.plan = plan
         self._parameter_map = parameter_map
@@ -59,21 +85,26 @@ class Publisher:
         self._parallel = parallel
         self._host = host
         self._timeout_s = timeout_s
+        self._mode = mode
         self._sender_type = sender_type
+        self._to_first_stage = not sender_type.parallel_stages
         self._sender: WeightSender | None = None
 
     def open(self, receivers: int) -> dict[str, Any]:
         """Begin a rendezvous with `receivers` engine workers in all; an earlier group is left.
 
         Returns:
-            On rank 0 what every engine needs to connect, apart from its own `rank_offset`; elsewhere nothing.
+            On a sending rank its stage and what every engine needs to connect to it, apart from the engine's own
+            `rank_offset`; elsewhere nothing.
         """
         self.close()
-        if self._parallel.rank != 0:
+        if not self._sends:
             return {}
-        self._sender = self._sender_type(self._host, receivers, self._timeout_s)
+        name = f"policy {self._parallel.describe()}"
+        self._sender = self._sender_type(self._host, receivers, self._timeout_s, name=name, delta=self._mode == "delta")
         host, port = self._sender.address
         return {
+            "stage": self._parallel.pipeline_rank,
             "master_address": host,
             "master_port": port,
             "world_size": receivers + 1,
@@ -89,26 +120,61 @@ class Publisher:
         if self._sender is not None:
             self._sender.accept()
 
-    def publish(self) -> None:
+    def publish(self, *, with_checksums: bool = False) -> Published:
         """Send the model's parameters as they are now; every engine must be receiving the same plan.
+
+        Args:
+            with_checksums: also take the checksum of every tensor that this rank sends.
 
         Raises:
             PhaseTimeout, PeerDied: naming bucket, rank and peer.
         """
+        published = Published()
         if not sends_weights(self._parallel):
-            return
+            return published
         values = {
             entry.megatron_name: parameter
             for entry, parameter in named_entries(self._model, self._parameter_map, self._parallel)
         }
-        for bucket in self.plan.buckets:
-            flat = gather_bucket(bucket, values, self._parameter_map, self._parallel, "publish")
-            if flat is not None:
+        with ThreadPoolExecutor(1) as background:
+            sending: Future[int] | None = None
+            for bucket in self._buckets():
+                flat = gather_bucket(
+                    bucket,
+                    values,
+                    self._parameter_map,
+                    self._parallel,
+                    "publish",
+                    to_first_stage=self._to_first_stage,
+                )
+                if flat is None:
+                    continue
                 assert self._sender is not None, "open() and accept() come before publish()"
-                self._sender.send(FlatContents.of_bucket(bucket), flat)
+                if sending is not None:
+                    published.sent_elements += sending.result()
+                contents = FlatContents.of_bucket(bucket)
+                sending = background.submit(self._sender.send, contents, flat)
+                published.elements += contents.elements
+                if with_checksums:
+                    published.checksums |= checksums(contents.split(flat))
+            if sending is not None:
+                published.sent_elements += sending.result()
+        return published
 
     def close(self) -> None:
         """Leave the transfer group."""
         if self._sender is not None:
             self._sender.close()
             self._sender = None
+
+    @property
+    def _sends(self) -> bool:
+        """Whether this rank is the sending end of a group."""
+        if self._to_first_stage:
+            return self._parallel.rank == 0
+        return sends_weights(self._parallel) and self._parallel.tensor_rank == 0
+
+    def _buckets(self) -> list[Bucket]:
+        """Those in whose gathering this rank takes part, in plan order."""
+        stage = self._parallel.pipeline_rank
+        return [b for b in self.plan.buckets if self._to_first_stage or b.owner_stage == stage]

@@ -1,7 +1,7 @@
 """One vLLM engine: samples responses, scores given tokens, takes in new weights.
 
     requests --> generate --> samples with log pi_engine(token) at the rollout temperature
-    plan, version --> receive: start, one update per bucket, finish, empty prefix cache, check the version
+    plan, version --> receive: start, update, finish, empty prefix cache, check the version
 
 Sampling is a function of weights and requests: every response has a seed of its own and the batch is scheduled in this
 process, so the same calls in a fresh process give the same tokens and the same log-probs bit for bit (on the CPU).
@@ -18,6 +18,7 @@ from megatron_entropic.config import Dtype, RolloutConfig
 from megatron_entropic.rollout.environment import Device, prepare_environment
 from megatron_entropic.rollout.noise import silence_known_noise
 from megatron_entropic.types import GenerationRequest, Sample
+from megatron_entropic.weights.checksums import Piece
 from megatron_entropic.weights.dimensions import read_dimensions
 from megatron_entropic.weights.parameter_map import ParameterMap
 from megatron_entropic.weights.plan import PublishPlan
@@ -65,6 +66,7 @@ class RolloutEngine:
         self._hf_tensors = ParameterMap(read_dimensions(hf_dir)).hf_tensors
         self._stop_token_ids = stop_token_ids(hf_dir)
         self._weights_version: int | None = 0
+        self._senders = 0
         options = _engine_options(dtype, config, device)
         if max_batched_tokens is not None:
             options["max_num_batched_tokens"] = max_batched_tokens
@@ -137,22 +139,26 @@ class RolloutEngine:
             for (tokens, prompt_length), output in zip(sequences, outputs, strict=True)
         ]
 
-    def connect(self, rendezvous: dict[str, Any]) -> None:
-        """Join the transfer group of the policy.
+    def connect(self, senders: Sequence[dict[str, Any]], rank_offset: int) -> None:
+        """Join the transfer groups of the policy.
 
         Args:
-            rendezvous: what the policy's `Publisher.open` returned, and `rank_offset`, the group rank of this engine's
-                first worker (the sender is rank 0).
+            senders: what `Publisher.open` returned on each sending rank, in the order of pipeline stages.
+            rank_offset: rank of this engine's first worker in every group, whose rank 0 is the sender.
 
         Raises:
             PhaseTimeout: naming phase, worker and peer.
         """
-        init_info = dict(rendezvous)
+        first, addresses = senders[0], [(s["master_address"], s["master_port"]) for s in senders]
+        init_info: dict[str, Any] = {"rank_offset": rank_offset, "world_size": first["world_size"]}
         if self._device == "cuda":
             from megatron_entropic.rollout.nccl_transport import packing_options
 
-            del init_info["timeout_s"]
-            init_info |= packing_options()[0]
+            ((host, port),) = addresses
+            init_info |= {"master_address": host, "master_port": port} | packing_options()[0]
+        else:
+            init_info |= {"addresses": addresses, "timeout_s": first["timeout_s"]}
+        self._senders = len(senders)
         self._llm.init_weight_transfer_engine({"init_info": init_info})
 
     def receive(self, plan: PublishPlan, weights_version: int) -> None:
@@ -163,22 +169,39 @@ class RolloutEngine:
             PhaseTimeout, PeerDied: naming bucket, worker and peer.
             RuntimeError: the prefix cache could not be emptied, or vLLM reports another version afterwards.
         """
-        buckets = [FlatContents.of_bucket(bucket) for bucket in plan.buckets]
-        check_complete(buckets, self._hf_tensors)
-        extra: dict[str, Any] = {}
-        if self._device == "cuda":
-            from megatron_entropic.rollout.nccl_transport import packing_options
-
-            extra = packing_options()[1]
+        check_complete([FlatContents.of_bucket(bucket) for bucket in plan.buckets], self._hf_tensors)
         self._weights_version = None
         self._llm.start_weight_update()
-        for contents in buckets:
-            self._llm.update_weights({"update_info": contents.update_info() | extra})
+        for update_info in self._update_infos(plan):
+            self._llm.update_weights({"update_info": update_info})
         self._finish_update(weights_version)
         # Cached keys and values belong to the old weights, and vLLM keeps them.
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("publish: vLLM could not empty its prefix cache, a request is still running")
         self._weights_version = weights_version
+
+    def weight_pieces(self) -> list[Piece]:
+        """Checksums of all weights as they lie in this engine's workers.
+
+        Raises:
+            RuntimeError: the weights are incomplete.
+        """
+        _ = self.weights_version  # refuses incomplete weights
+        return [piece for pieces in self._llm.collective_rpc("weight_pieces") for piece in pieces]
+
+    def _update_infos(self, plan: PublishPlan) -> list[dict[str, Any]]:
+        """vLLM's update calls: on a CPU one for all buckets, over NCCL one for each."""
+        contents = [FlatContents.of_bucket(bucket) for bucket in plan.buckets]
+        if self._device == "cuda":
+            from megatron_entropic.rollout.nccl_transport import packing_options
+
+            return [bucket.update_info() | packing_options()[1] for bucket in contents]
+        lists = [bucket.update_info() for bucket in contents]
+        together = {key: [value for part in lists for value in part[key]] for key in lists[0]}
+        # One sender sends all stages' buckets.
+        senders = [bucket.owner_stage if self._senders > 1 else 0 for bucket in plan.buckets]
+        together |= {"bucket_tensors": [len(bucket.names) for bucket in contents], "bucket_senders": senders}
+        return [together]
 
     def _finish_update(self, version: int) -> None:
         """Finish, and let vLLM keep the version where it can (its LLM class has no version up to 0.24)."""
@@ -258,6 +281,7 @@ def _engine_options(dtype: Dtype, config: RolloutConfig, device: Device) -> dict
         "max_num_seqs": config.max_concurrent_sequences,
         "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
         "weight_transfer_config": WeightTransferConfig(backend="gloo" if on_cpu else "nccl"),
+        "worker_extension_cls": "megatron_entropic.rollout.weight_inspection.WeightInspection",
         **memory,
     }
 

@@ -1,4 +1,7 @@
-"""vLLM's weight-transfer engine for CPU: receives flat buffers over gloo and loads them as checkpoint weights."""
+"""vLLM's weight-transfer engine for CPU: receives flat buffers over gloo and loads them as checkpoint weights.
+
+A publication is one update call, so that the next bucket can be received while vLLM loads the last one.
+"""
 
 from __future__ import annotations
 
@@ -13,49 +16,67 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from megatron_entropic.weights.receiving import Arrivals
 from megatron_entropic.weights.transport import FlatContents, GlooReceiver
 
 
 @dataclass
 class GlooInitInfo(WeightTransferInitInfo):
-    """How a vLLM worker finds the sender. The first four fields are those of vLLM's NCCL engine."""
+    """How a vLLM worker finds the senders."""
 
-    master_address: str
-    master_port: int
+    addresses: list[tuple[str, int]]
+    """Host and port of each sender, in the order of pipeline stages."""
     rank_offset: int
-    """Rank of this engine's first worker in the transfer group."""
+    """Rank of this engine's first worker in every sender's group."""
     world_size: int
-    """Sender and all workers of all engines."""
+    """Of a group: one sender and all workers of all engines."""
     timeout_s: float
 
 
 @dataclass
 class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """What the next flat buffer holds; the same fields as of vLLM's NCCL engine."""
+    """All buckets of a publication. The lists of tensors are those of vLLM's NCCL engine."""
 
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
+    bucket_tensors: list[int]
+    """How many of the tensors each bucket holds."""
+    bucket_senders: list[int]
+    """Which sender, by its place in `addresses`, each bucket comes from."""
+
+    def contents_by_sender(self, senders: int) -> list[list[FlatContents]]:
+        """The buckets of each of `senders` senders, in order."""
+        found: list[list[FlatContents]] = [[] for _ in range(senders)]
+        first = 0
+        for count, sender in zip(self.bucket_tensors, self.bucket_senders, strict=True):
+            part = slice(first, first + count)
+            found[sender].append(FlatContents.of_update(self.names[part], self.dtype_names[part], self.shapes[part]))
+            first += count
+        return found
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """One vLLM worker's receiver. vLLM calls start, then update for each bucket, then finish."""
+    """One vLLM worker's receivers. vLLM calls start, then update once, then finish."""
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
-    _receiver: GlooReceiver | None = None
+    _receivers: list[GlooReceiver]
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        """Join the sender's group; a second call leaves the first group."""
+        """Join every sender's group; a second call leaves the first ones."""
         parallel = self.parallel_config
         worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self._receiver = GlooReceiver(
-            init_info.master_address,
-            init_info.master_port,
-            rank=init_info.rank_offset + worker,
-            receivers=init_info.world_size - 1,
-            timeout_s=init_info.timeout_s,
-        )
+        self._receivers = [
+            GlooReceiver(
+                host,
+                port,
+                rank=init_info.rank_offset + worker,
+                receivers=init_info.world_size - 1,
+                timeout_s=init_info.timeout_s,
+            )
+            for host, port in init_info.addresses
+        ]
 
     def start_weight_update(self) -> None:
         """Bring the layers back into the form that takes checkpoint weights."""
@@ -64,14 +85,13 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        """Receive one flat buffer and load its tensors.
+        """Receive all flat buffers, and load the tensors of each while the next one arrives.
 
-        vLLM keeps the views until their layer is complete, which is why every buffer is a new one.
+        vLLM keeps the views until their layer is complete.
         """
-        if self._receiver is None:
-            raise RuntimeError("init_weight_transfer_engine comes before update_weights")
-        contents = FlatContents.of_update(update_info.names, update_info.dtype_names, update_info.shapes)
-        self.model.load_weights(contents.split(self._receiver.receive(contents)))
+        contents = update_info.contents_by_sender(len(self._receivers))
+        for bucket, flat in Arrivals(self._receivers, contents):
+            self.model.load_weights(bucket.split(flat))
 
     def finish_weight_update(self) -> None:
         """Let the layers process their new weights."""
@@ -81,8 +101,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         _process_shared_weights(self.model)
 
     def shutdown(self) -> None:
-        """Leave the group."""
-        self._receiver = None
+        """Leave the groups."""
+        self._receivers = []
 
 
 def _process_shared_weights(model: torch.nn.Module) -> None:

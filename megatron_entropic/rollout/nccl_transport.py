@@ -32,9 +32,18 @@ class NcclSender:
     NCCL has no time limit of its own here: whoever awaits the policy and the engines sets it.
     """
 
-    def __init__(self, host: str, receivers: int, timeout_s: float) -> None:
-        """Choose a port for the rendezvous of `receivers` workers; `accept` opens it."""
-        del timeout_s
+    # vLLM's receiving engine belongs to one group.
+    parallel_stages = False
+
+    def __init__(self, host: str, receivers: int, timeout_s: float, *, name: str = "", delta: bool = False) -> None:
+        """Choose a port for the rendezvous of `receivers` workers; `accept` opens it.
+
+        Raises:
+            ValueError: `delta`, which vLLM's receiving engine does not understand.
+        """
+        del timeout_s, name
+        if delta:
+            raise ValueError("rollout.publish=delta needs the gloo transport (cluster.device=cpu); on GPUs use full")
         self._receivers = receivers
         self._group: Any = None
         with socket.create_server((host, 0)) as probe:
@@ -50,8 +59,8 @@ class NcclSender:
         host, port = self._address
         self._group = _trainer_init()({"master_address": host, "master_port": port, "world_size": self._receivers + 1})
 
-    def send(self, contents: FlatContents, flat: torch.Tensor) -> None:
-        """Broadcasts `flat` [contents.elements] to all workers; returns when the buffer may be reused."""
+    def send(self, contents: FlatContents, flat: torch.Tensor) -> int:
+        """Broadcasts `flat` [contents.elements] to all workers; returns their number when it may be reused."""
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
         assert self._group is not None, "accept() comes before send()"
@@ -65,6 +74,7 @@ class NcclSender:
             buffer_size_bytes=_PACKED["packed_buffer_size_bytes"],
             num_buffers=_PACKED["packed_num_buffers"],
         )
+        return contents.elements
 
     def close(self) -> None:
         """Drops the communicator."""

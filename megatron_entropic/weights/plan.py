@@ -7,6 +7,8 @@ For each bucket, in order:
                                experts: over expert TP x EP instead
     owner stage -> stage 0:    one send, if the owner is another stage
     stage 0 -> engines:        one broadcast
+
+Over gloo the second step falls away: every stage broadcasts its own buckets, at the same time as the others.
 """
 
 from __future__ import annotations

@@ -4,10 +4,12 @@
     GlooSender(host, n)   listens at once
     accept()              <---- store: join/r -- GlooReceiver(address, r)      rendezvous
     send(contents, flat)  ----- store: k ------> receive(contents)             announcement k: what comes next
-                          ===== gloo broadcast =>                              one flat tensor
+                          ===== gloo broadcast =>                              one flat tensor, or what changed of it
 
 An announcement precedes every broadcast: a receiver that expects something else fails with both descriptions instead
 of reading foreign bytes, and one whose sender never comes fails by its own time limit. Nothing here knows vLLM.
+
+With `delta` both ends keep the buffers of the last publication, and only elements that differ travel (see `delta`).
 """
 
 from __future__ import annotations
@@ -26,11 +28,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_entropic.errors import PeerDied, PhaseTimeout
+from megatron_entropic.weights.delta import Delta, bitmap_bytes
 from megatron_entropic.weights.plan import Bucket
 
 # Announcements are deleted this many broadcasts later. A gloo broadcast is a tree, so a sender can be ahead of its last
 # receiver by the depth of that tree and no more.
 _KEPT_ANNOUNCEMENTS = 64
+_CHANGED = "; changed elements: "
+"""Ends the announcement of a buffer of which only these many elements follow, behind their bitmap."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,10 @@ class FlatContents:
 
 
 class WeightSender(Protocol):
-    """The policy's end of a transfer group; its other ranks are vLLM workers."""
+    """A policy rank's end of a transfer group; its other ranks are vLLM workers."""
+
+    parallel_stages: bool
+    """Whether receivers listen to several groups at once, so that each pipeline stage can send its own buckets."""
 
     @property
     def address(self) -> tuple[str, int]:
@@ -112,8 +120,12 @@ class WeightSender(Protocol):
     def accept(self) -> None:
         """Waits until every worker has joined."""
 
-    def send(self, contents: FlatContents, flat: torch.Tensor) -> None:
-        """Broadcasts one flat buffer; every worker must be receiving the same contents."""
+    def send(self, contents: FlatContents, flat: torch.Tensor) -> int:
+        """Broadcasts one flat buffer, which must not change any more; every worker must be receiving the same contents.
+
+        Returns:
+            How many elements travelled.
+        """
 
     def close(self) -> None:
         """Leaves the group."""
@@ -122,11 +134,31 @@ class WeightSender(Protocol):
 class GlooSender:
     """`WeightSender` for CPU tensors. Listens on `host` only, on a port of the system's choice."""
 
-    def __init__(self, host: str, receivers: int, timeout_s: float) -> None:
-        """Open the rendezvous for `receivers` workers; every later wait is limited to `timeout_s`."""
+    parallel_stages = True
+
+    def __init__(
+        self,
+        host: str,
+        receivers: int,
+        timeout_s: float,
+        *,
+        name: str = "the sending policy rank",
+        delta: bool = False,
+    ) -> None:
+        """Open the rendezvous for `receivers` workers; every later wait is limited to `timeout_s`.
+
+        Args:
+            host: address to listen on.
+            receivers: number of workers.
+            timeout_s: limit of every wait.
+            name: of this rank, for messages.
+            delta: keep every buffer that was sent, and send only what differs from it the next time.
+        """
         self._host = host
         self._receivers = receivers
         self._timeout_s = timeout_s
+        self._name = name
+        self._last: dict[FlatContents, torch.Tensor] | None = {} if delta else None
         self._sent = 0
         self._group: dist.ProcessGroupGloo | None = None
         listener = socket.create_server((host, 0))
@@ -140,6 +172,8 @@ class GlooSender:
             master_listen_fd=listener.detach(),  # the store owns the socket from here on
         )
         self._store.set("receivers", str(receivers))
+        self._store.set("sender", name)
+        self._store.set("delta", str(int(delta)))
 
     @property
     def address(self) -> tuple[str, int]:
@@ -159,14 +193,16 @@ class GlooSender:
         except dist.DistStoreError as error:
             missing = ", ".join(str(rank) for rank in ranks if not self._store.check([f"join/{rank}"]))
             raise PhaseTimeout(
-                f"{phase}: the sending policy rank waited {self._timeout_s:g} s for engine worker {missing} "
-                f"of {self._receivers}"
+                f"{phase}: {self._name} waited {self._timeout_s:g} s for engine worker {missing} of {self._receivers}"
             ) from error
-        with named_wait(phase, "the sending policy rank", f"{self._receivers} engine workers that have joined"):
+        with named_wait(phase, self._name, f"{self._receivers} engine workers that have joined"):
             self._group = _gloo_group(self._store, 0, self._receivers + 1, self._host, self._timeout_s)
 
-    def send(self, contents: FlatContents, flat: torch.Tensor) -> None:
-        """Announces `contents`, then broadcasts `flat` [contents.elements] to all receivers.
+    def send(self, contents: FlatContents, flat: torch.Tensor) -> int:
+        """Announces `contents`, then broadcasts `flat` [contents.elements], or what changed of it, to all receivers.
+
+        Returns:
+            How many elements travelled.
 
         Raises:
             PhaseTimeout, PeerDied: naming the buffer and how far each receiver has come.
@@ -174,16 +210,26 @@ class GlooSender:
         assert self._group is not None, "accept() comes before send()"
         assert flat.numel() == contents.elements
         assert flat.dtype == contents.torch_dtype
-        self._store.set(f"announcement/{self._sent}", contents.describe())
+        parts, announcement = [flat], contents.describe()
+        last = None if self._last is None else self._last.get(contents)
+        if last is not None:
+            delta = Delta.between(last, flat)
+            announcement += f"{_CHANGED}{delta.changed}"
+            parts = [delta.bitmap, delta.values] if delta.changed else []
+        self._store.set(f"announcement/{self._sent}", announcement)
         phase = f"publish: broadcast {self._sent}, {contents.describe()}"
         try:
-            with named_wait(phase, "the sending policy rank", "the engine workers"):
-                _broadcast(self._group, flat)
+            with named_wait(phase, self._name, "the engine workers"):
+                for part in parts:
+                    _broadcast(self._group, part)
         except (PhaseTimeout, PeerDied) as error:
             raise type(error)(f"{error}; {self._progress()}") from error.__cause__
+        if self._last is not None:
+            self._last[contents] = flat
         if self._sent >= _KEPT_ANNOUNCEMENTS:
             self._store.delete_key(f"announcement/{self._sent - _KEPT_ANNOUNCEMENTS}")
         self._sent += 1
+        return contents.elements if last is None else delta.changed
 
     def close(self) -> None:
         """Drops the connections; receivers that still wait fail at once."""
@@ -216,15 +262,21 @@ class GlooReceiver:
         with named_wait(phase, self._name, self._sender):
             self._store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
             expected = int(self._store.get("receivers"))
+            self._sender = f"{self._store.get('sender').decode()} at {host}:{port}"
+            delta = self._store.get("delta") == b"1"
+        self._last: dict[FlatContents, torch.Tensor] | None = {} if delta else None
         if expected != receivers or not 1 <= rank <= receivers:
             raise ValueError(f"{phase}: the sender expects {expected} engine workers, this is {rank} of {receivers}")
         self._store.set(f"asked/{rank}", "0")
         self._store.set(f"join/{rank}", "")
         with named_wait(phase, self._name, f"{self._sender} and {receivers - 1} other engine workers"):
-            self._group = _gloo_group(self._store, rank, receivers + 1, _local_address(host, port), timeout_s)
+            self._group = _gloo_group(self._store, rank, receivers + 1, local_address(host, port), timeout_s)
 
     def receive(self, contents: FlatContents) -> torch.Tensor:
-        """The next flat buffer, [contents.elements] on the CPU; freshly allocated, so views of it stay valid.
+        """The next flat buffer, [contents.elements] on the CPU.
+
+        Views of it stay valid for good, except that a sender of deltas makes the next receiving of the same contents
+        change it in place.
 
         Raises:
             PhaseTimeout, PeerDied: the sender did not come or is gone.
@@ -235,13 +287,32 @@ class GlooReceiver:
             self._store.set(f"asked/{self._rank}", str(self._received + 1))
             key = f"announcement/{self._received}"
             self._store.wait([key], timedelta(seconds=self._timeout_s))
-            announced = self._store.get(key).decode()
+            announced, _, changed = self._store.get(key).decode().partition(_CHANGED)
         if announced != contents.describe():
             raise ValueError(f"{phase}: {self._name} expected this, but the sender announces {announced}")
-        flat = torch.empty(contents.elements, dtype=contents.torch_dtype)
         with named_wait(phase, self._name, self._sender):
-            _broadcast(self._group, flat)
+            flat = self._receive_changes(contents, int(changed)) if changed else self._receive_all(contents)
         self._received += 1
+        return flat
+
+    def _receive_all(self, contents: FlatContents) -> torch.Tensor:
+        flat = torch.empty(contents.elements, dtype=contents.torch_dtype)
+        _broadcast(self._group, flat)
+        if self._last is not None:
+            self._last[contents] = flat
+        return flat
+
+    def _receive_changes(self, contents: FlatContents, changed: int) -> torch.Tensor:
+        assert self._last is not None, "the sender told at the rendezvous that it sends deltas"
+        flat = self._last[contents]
+        if changed:
+            delta = Delta(
+                torch.empty(bitmap_bytes(contents.elements), dtype=torch.uint8),
+                torch.empty(changed, dtype=contents.torch_dtype),
+            )
+            _broadcast(self._group, delta.bitmap)
+            _broadcast(self._group, delta.values)
+            delta.apply_to(flat)
         return flat
 
 
@@ -259,7 +330,7 @@ def _broadcast(group: dist.ProcessGroupGloo, flat: torch.Tensor) -> None:
     group.broadcast([flat], options).wait()  # type: ignore[attr-defined]
 
 
-def _local_address(host: str, port: int) -> str:
+def local_address(host: str, port: int) -> str:
     """Address of this machine on the route to `host`; nothing is sent."""
     family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:

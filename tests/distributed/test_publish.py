@@ -59,8 +59,19 @@ def test_one_collective_a_bucket_and_only_in_the_first_replica(reports):
         assert calls["all_gather"] == 0
         gathers = found["owned"] if place["data"] == 0 and place["tensor_size"] > 1 else 0
         assert calls["all_gather_into_tensor"] == gathers
-        sends = found["owned"] if place["data"] == 0 and place["tensor"] == 0 and place["stage"] > 0 else 0
-        assert calls["send"] == sends
+        assert calls["send"] == 0, "every stage sends its own buckets to the engines"
+
+
+def test_every_stage_reports_what_it_sent(reports):
+    for case, sender in reports[0].items():
+        places = [report[case] for report in reports]
+        total = sum(found["elements"][0] for found in places)
+        assert total == sender["all elements"]
+        for found in places:
+            place = found["place"]
+            assert (found["elements"][0] > 0) == (place["data"] == 0 and place["tensor"] == 0)
+            assert found["elements"][1] == found["elements"][0]
+            assert found["checksums"]
 
 
 def write_model(directory: Path, seed: int, vocabulary: int = 97) -> None:
@@ -129,4 +140,7 @@ def test_an_engine_in_another_process_samples_from_what_two_ranks_publish(run_ra
         for other in names:
             found = distance(tmp_path / other, samples)
             assert found < 1e-5 if other == name else found > 0.1, f"version {version} against {other}: {found}"
+    for version in (1, 2):
+        assert seen[f"{version} weights"] == []
+    assert seen["wrong"] == ["model.norm.weight: engine holds other values than were sent"]
     assert "model.embed_tokens.weight: shape (96, 128), the model has (97, 128)" in seen["misfit"]

@@ -170,6 +170,8 @@ def test_every_option_at_once(countdown_run: Callable[..., Run]) -> None:
         "policy.distributed_optimizer=false",
         "rollout.importance_correction=tis",
         "rollout.temperature=0.8",
+        "rollout.publish=delta",
+        "cluster.check_weights=true",
         "algorithm.advantage=rloo",
         "algorithm.aggregation=seq-mean-token-sum-norm",
         "algorithm.optimizer_steps_per_rollout=2",
@@ -183,3 +185,6 @@ def test_every_option_at_once(countdown_run: Callable[..., Run]) -> None:
     assert max(row["mismatch/logprob_abs_max"] for row in rows) <= 1e-3
     assert all(math.isfinite(row["loss/policy"]) for row in rows)
     assert rows[-1]["loss/kl"] > 0, "the policy has left its reference"
+    assert all(0.9 < row["weights/published_fraction"] <= 1 for row in rows), "float32 weights all change"
+    samples = [json.loads(line) for line in (run.directory / "samples.jsonl").read_text().splitlines()]
+    assert {(sample["step"], sample["weights_version"]) for sample in samples} == {(1, 0), (2, 1), (3, 2)}

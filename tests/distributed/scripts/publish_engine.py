@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from megatron_entropic.config import RolloutConfig
 from megatron_entropic.rollout.engine import RolloutEngine
 from megatron_entropic.types import GenerationRequest, Prompt
+from megatron_entropic.weights.checksums import checksums, mismatches
 from megatron_entropic.weights.dimensions import read_dimensions
 from megatron_entropic.weights.parameter_map import ParameterMap
 from megatron_entropic.weights.plan import PublishPlan, publish_plan
 
 WAIT_S = 240
+NAMES = ("zero", "one", "two")
 
 
 def plan_for(hf_dir: Path) -> PublishPlan:
@@ -55,11 +58,15 @@ def main(directory: Path) -> None:
     while not rendezvous.exists():
         assert time.monotonic() < deadline, "the policy ranks did not open a rendezvous"
         time.sleep(0.1)
-    engine.connect({**json.loads(rendezvous.read_text()), "rank_offset": 1})
+    engine.connect(json.loads(rendezvous.read_text()), rank_offset=1)
     plan = plan_for(directory / "zero")
     for version in (1, 2):
         engine.receive(plan, version)
         seen[str(version)] = generate(engine)
+        sent = checksums(load_file(directory / NAMES[version] / "model.safetensors").items())
+        seen[f"{version} weights"] = mismatches(sent, {"engine": engine.weight_pieces()})
+    sent["model.norm.weight"] += 1
+    seen["wrong"] = mismatches(sent, {"engine": engine.weight_pieces()})
     torch.save(seen, directory / "seen.pt")
 
 

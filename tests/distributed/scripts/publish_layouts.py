@@ -17,9 +17,11 @@ from megatron_entropic.config import PolicyConfig
 from megatron_entropic.policy.load_weights import load_weights
 from megatron_entropic.policy.parallel import ParallelState, destroy_model_parallel, initialise_model_parallel
 from megatron_entropic.policy.platform import Platform, select_platform
+from megatron_entropic.weights.checksums import checksums
 from megatron_entropic.weights.dimensions import read_dimensions
 from megatron_entropic.weights.parameter_map import ParameterMap
 from megatron_entropic.weights.plan import PublishPlan, publish_plan
+from megatron_entropic.weights.receiving import Arrivals
 from megatron_entropic.weights.transport import FlatContents, GlooReceiver
 
 BUCKET_BYTES = 200_000
@@ -43,14 +45,16 @@ class Counted:
         return call
 
 
-def receive(rendezvous: dict[str, Any], plan: PublishPlan, rank: int) -> dict[str, torch.Tensor]:
-    address, port = rendezvous["master_address"], rendezvous["master_port"]
-    receiver = GlooReceiver(address, port, rank, RECEIVERS, rendezvous["timeout_s"])
-    tensors = {}
-    for bucket in plan.buckets:
-        contents = FlatContents.of_bucket(bucket)
-        tensors.update(contents.split(receiver.receive(contents)))
-    return tensors
+def receive(senders: list[dict[str, Any]], plan: PublishPlan, rank: int) -> dict[str, torch.Tensor]:
+    receivers = [
+        GlooReceiver(sender["master_address"], sender["master_port"], rank, RECEIVERS, sender["timeout_s"])
+        for sender in senders
+    ]
+    contents = [
+        [FlatContents.of_bucket(bucket) for bucket in plan.buckets if bucket.owner_stage == stage]
+        for stage in range(len(senders))
+    ]
+    return {name: tensor for bucket, flat in Arrivals(receivers, contents) for name, tensor in bucket.split(flat)}
 
 
 def differences(hf_dir: Path, received: dict[str, torch.Tensor]) -> list[str]:
@@ -61,6 +65,13 @@ def differences(hf_dir: Path, received: dict[str, torch.Tensor]) -> list[str]:
         for name in wanted.keys() | received.keys()
         if name not in wanted or name not in received or not torch.equal(received[name], wanted[name])
     )
+
+
+def collect_senders(mine: dict[str, Any]) -> list[dict[str, Any]]:
+    """What every sending rank told, in the order of stages."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return sorted((sender for sender in everyone if sender), key=lambda sender: sender["stage"])
 
 
 def publish_layout(
@@ -84,15 +95,23 @@ def publish_layout(
     publisher = Publisher(plan, parameter_map, model, parallel, host="127.0.0.1", timeout_s=60)
     found: dict[str, Any] = {"tensors": len(parameter_map.hf_tensors), "buckets": len(plan.buckets)}
     with ThreadPoolExecutor(RECEIVERS) as threads:
-        rendezvous = publisher.open(RECEIVERS)
-        assert bool(rendezvous) == (parallel.rank == 0)
-        pending = [threads.submit(receive, rendezvous, plan, 1 + r) for r in range(RECEIVERS) if rendezvous]
+        senders = collect_senders(publisher.open(RECEIVERS))
+        assert len(senders) == policy.pipeline_parallel
+        receiving = parallel.rank == 0
+        pending = [threads.submit(receive, senders, plan, 1 + r) for r in range(RECEIVERS) if receiving]
         publisher.accept()
         before = dict(counted.calls)
-        publisher.publish()
+        published = publisher.publish(with_checksums=True)
         found["calls"] = {name: counted.calls[name] - before[name] for name in CALLS}
+        found["elements"] = [published.elements, published.sent_elements]
+        found["checksums"] = published.checksums == checksums(
+            (name, tensor)
+            for name, tensor in load_file(hf_dir / "model.safetensors").items()
+            if name in published.checksums
+        )
         found["differences"] = [differences(hf_dir, future.result()) for future in pending]
     publisher.close()
+    found["all elements"] = sum(bucket.elements for bucket in plan.buckets)
     found["owned"] = sum(bucket.owner_stage == parallel.pipeline_rank for bucket in plan.buckets)
     destroy_model_parallel()
     return parallel, found

@@ -51,10 +51,10 @@ def publish(engine: RolloutEngine, plan: PublishPlan, tensors: dict[str, torch.T
     """Connects afresh and moves `tensors` into the engine."""
     sender = GlooSender(HOST, 1, 60.0)
     host, port = sender.address
-    rendezvous = {"master_address": host, "master_port": port, "world_size": 2, "timeout_s": 60.0}
+    rendezvous = [{"master_address": host, "master_port": port, "world_size": 2, "timeout_s": 60.0}]
     with ThreadPoolExecutor(1) as threads:
         accepted = threads.submit(sender.accept)
-        engine.connect({**rendezvous, "rank_offset": 1})
+        engine.connect(rendezvous, rank_offset=1)
         accepted.result()
         sent = threads.submit(send_weights, sender, plan, tensors)
         engine.receive(plan, version)
@@ -69,7 +69,7 @@ def failed_update(engine: RolloutEngine, plan: PublishPlan) -> tuple[str, str]:
     with ThreadPoolExecutor(1) as threads:
         accepted = threads.submit(sender.accept)
         engine.connect(
-            {"master_address": host, "master_port": port, "world_size": 2, "timeout_s": 2.0, "rank_offset": 1}
+            [{"master_address": host, "master_port": port, "world_size": 2, "timeout_s": 2.0}], rank_offset=1
         )
         accepted.result()
     try:

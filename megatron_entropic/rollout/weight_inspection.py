@@ -1,0 +1,130 @@
+"""Looks at the weights inside a vLLM worker: mixed into vLLM's worker class, called through collective_rpc.
+
+vLLM fuses projections, shards them over its workers and, on a CPU, replaces their weights by packed copies that only
+its kernels can read. Such a weight is read by multiplying the identity with it, which is exact: every sum has one term
+that is not zero. What is compared is thus what the engine computes with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from megatron_entropic.weights.checksums import Piece, checksum
+
+_IDENTITY_ROWS = 256
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a fused weight that belong to one Hugging Face tensor."""
+
+    projection: str
+    first: int
+    """In the worker's weight."""
+    count: int
+    row: int
+    """In the whole Hugging Face tensor."""
+
+
+class WeightInspection:
+    """Methods of every worker of a rollout engine."""
+
+    def weight_pieces(self) -> list[Piece]:
+        """Checksum of every Hugging Face tensor's piece that this worker holds.
+
+        Raises:
+            NotImplementedError: a module with weights of a kind that this file does not know.
+        """
+        model = self.get_model()  # type: ignore[attr-defined]
+        pieces: list[Piece] = []
+        for name, module in model.named_modules():
+            if isinstance(module, LinearBase):
+                pieces += _linear(name, module, model.packed_modules_mapping)
+            elif isinstance(module, VocabParallelEmbedding):
+                pieces += _embedding(name, module, model)
+            elif own := dict(module.named_parameters(recurse=False)):
+                if set(own) != {"weight"} or own["weight"].dim() != 1:
+                    raise NotImplementedError(f"cluster.check_weights: {name} ({type(module).__name__}) is not known")
+                pieces.append(Piece(f"{name}.weight", 0, 0, checksum(own["weight"])))
+        return pieces
+
+
+def _linear(name: str, module: Any, packed: dict[str, list[str]]) -> Iterator[Piece]:
+    parent, _, own_name = name.rpartition(".")
+    column, columns = 0, None
+    if isinstance(module, RowParallelLinear):
+        column, columns = module.tp_rank * module.input_size_per_partition, module.input_size
+    for rows in _rows(module, packed.get(own_name, [own_name])):
+        hf_name = f"{parent}.{rows.projection}"
+        part = slice(rows.first, rows.first + rows.count)
+        value = _checksum_of_weight(module, part, row=rows.row, column=column, columns=columns)
+        yield Piece(f"{hf_name}.weight", rows.row, column, value)
+        if module.bias is not None:
+            # Some kernels keep it in float32: the values are those that were loaded.
+            bias = module.bias[part].to(module.params_dtype)
+            yield Piece(f"{hf_name}.bias", rows.row, 0, checksum(bias, row=rows.row))
+
+
+def _rows(module: Any, projections: list[str]) -> list[_Rows]:
+    """Which rows of a linear layer's output belong to which projection."""
+    if isinstance(module, QKVParallelLinear):
+        query, key_value = module.num_heads * module.head_size, module.num_kv_heads * module.head_size
+        group = module.tp_rank // module.num_kv_head_replicas
+        sizes = [(query, module.tp_rank * query), (key_value, group * key_value), (key_value, group * key_value)]
+    elif isinstance(module, MergedColumnParallelLinear):
+        sizes = [(size, module.tp_rank * size) for size in module.output_partition_sizes]
+    elif isinstance(module, ColumnParallelLinear):
+        size = module.output_size_per_partition
+        sizes = [(size, module.tp_rank * size)]
+    else:
+        sizes = [(module.output_size, 0)]
+    found, first = [], 0
+    for projection, (count, row) in zip(projections, sizes, strict=True):
+        found.append(_Rows(projection, first, count, row))
+        first += count
+    return found
+
+
+def _embedding(name: str, module: Any, model: Any) -> Iterator[Piece]:
+    indices = module.shard_indices
+    row, count = indices.org_vocab_start_index, indices.org_vocab_end_index - indices.org_vocab_start_index
+    embedding = model.get_submodule("model.embed_tokens")
+    head = getattr(model, "lm_head", None)
+    tied = head is embedding or getattr(head, "weight", None) is embedding.weight
+    hf_name = "model.embed_tokens.weight" if tied else f"{name}.weight"
+    if not isinstance(module, ParallelLMHead):
+        yield Piece(hf_name, row, 0, checksum(module.weight[:count], row=row))
+    if module is head or isinstance(module, ParallelLMHead):
+        # A tied head may multiply with a packed copy of its own, which must be the same.
+        yield Piece(hf_name, row, 0, _checksum_of_weight(module, slice(0, count), row=row, column=0, columns=None))
+
+
+def _checksum_of_weight(module: Any, rows: slice, *, row: int, column: int, columns: int | None) -> int:
+    """Of some rows of a layer's weight [outputs, inputs], whose first element is (row, column) of the whole tensor."""
+    if module.weight.numel():
+        inputs = module.weight.shape[1]
+    else:
+        inputs = getattr(module, "input_size_per_partition", module.input_size)
+    if not hasattr(module, "cpu_linear"):
+        return checksum(module.weight[rows], row=row, column=column, columns=columns)
+    width, total = inputs if columns is None else columns, 0
+    dtype = module.weight.dtype
+    for first in range(0, inputs, _IDENTITY_ROWS):
+        count = min(_IDENTITY_ROWS, inputs - first)
+        identity = torch.zeros(count, inputs, dtype=dtype)
+        identity[torch.arange(count), first + torch.arange(count)] = 1
+        values = module.quant_method.apply(module, identity, None)[:, rows].t()
+        total += checksum(values, row=row, column=column + first, columns=width)
+    return (total + 2**63) % 2**64 - 2**63

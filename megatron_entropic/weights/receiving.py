@@ -1,0 +1,71 @@
+"""An engine worker's end of a publication: buckets of several senders, received while earlier ones are loaded.
+
+    sender of stage 0 ==> thread --+
+                                   +--> one waiting bucket --> the caller, which loads it
+    sender of stage 1 ==> thread --+
+
+Each thread holds one bucket at most, so a worker holds one a sender, one that waits and one that is loaded.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from megatron_entropic.weights.transport import FlatContents, GlooReceiver
+
+_POLL_S = 0.5
+
+
+class Arrivals:
+    """All buckets of one publication in the order of arrival; an iterator of (contents, flat buffer) for one use."""
+
+    def __init__(self, receivers: Sequence[GlooReceiver], contents: Sequence[Sequence[FlatContents]]) -> None:
+        """Start to receive from every sender, each its own buckets in order.
+
+        Args:
+            receivers: one a sender.
+            contents: for each of them the buckets that it will send.
+        """
+        self._count = sum(map(len, contents))
+        self._arrived: queue.Queue[tuple[FlatContents, torch.Tensor] | Exception] = queue.Queue(maxsize=1)
+        self._abandoned = threading.Event()
+        for receiver, buckets in zip(receivers, contents, strict=True):
+            # A thread whose sender is gone ends by the receiver's own time limit; nobody has to wait for that.
+            threading.Thread(target=self._receive, args=(receiver, buckets), daemon=True).start()
+
+    def __iter__(self) -> Iterator[tuple[FlatContents, torch.Tensor]]:
+        """Buckets as they arrive.
+
+        Raises:
+            PhaseTimeout, PeerDied, ValueError: the first failure of a receiver.
+        """
+        try:
+            for _ in range(self._count):
+                arrival = self._arrived.get()
+                if isinstance(arrival, Exception):
+                    raise arrival
+                yield arrival
+        finally:
+            self._abandoned.set()
+
+    def _receive(self, receiver: GlooReceiver, buckets: Sequence[FlatContents]) -> None:
+        try:
+            for contents in buckets:
+                if not self._hand_over((contents, receiver.receive(contents))):
+                    return
+        except Exception as error:  # noqa: BLE001 - raised again where the buckets are consumed
+            self._hand_over(error)
+
+    def _hand_over(self, arrival: tuple[FlatContents, torch.Tensor] | Exception) -> bool:
+        """Wait for room; False if nobody takes anything any more."""
+        while not self._abandoned.is_set():
+            try:
+                self._arrived.put(arrival, timeout=_POLL_S)
+                return True
+            except queue.Full:
+                continue
+        return False
