@@ -7,30 +7,20 @@ dotted overrides into this tree and refuses combinations that cannot work, all v
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from megatron_entropic.config_algorithm import (
+    LOSSES_OF_WHOLE_SEQUENCES,
+    AlgorithmConfig,
+    EntropyControlConfig,
+)
+from megatron_entropic.config_base import Section, off_is_a_word, one_is_a_list
 
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
 PublishMode = Literal["full", "delta"]
-Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
-
-
-def _off_is_a_word(value: Any) -> Any:
-    """YAML 1.1 reads a bare `off` as False; a user who writes it means the word."""
-    return "off" if value is False else value
-
-
-def _one_is_a_list(value: Any) -> Any:
-    """A single path may stand where a list of paths is expected."""
-    return [value] if isinstance(value, str | Path) else value
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values are checked when assigned."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, validate_assignment=True)
 
 
 class RunConfig(Section):
@@ -77,7 +67,7 @@ class PolicyConfig(Section):
         "forward pass. auto: fused_loss if each token's loss is known before the forward pass, else recompute.",
     )
     recompute: Literal["none", "selective", "full"] = "none"
-    fp8: Annotated[Literal["off", "e4m3", "hybrid"], BeforeValidator(_off_is_a_word)] = Field(
+    fp8: Annotated[Literal["off", "e4m3", "hybrid"], BeforeValidator(off_is_a_word)] = Field(
         "off",
         description="Transformer Engine's 8-bit products in the layers, on GPUs that have them; the output layer stays "
         "in model.dtype. hybrid: e4m3 forward, e5m2 for gradients.",
@@ -149,10 +139,15 @@ class RolloutConfig(Section):
         description="How new weights reach the engines. full: all of them. delta: only elements whose bits changed, "
         "over gloo; both ends keep a copy of the weights. Worth it in bfloat16 at small learning rates.",
     )
-    importance_correction: Literal["none", "tis"] = Field(
-        "none", description="tis: multiply the policy loss by min(pi_old / pi_rollout, importance_cap), per token."
+    importance_correction: Literal["none", "tis", "mis"] = Field(
+        "none",
+        description="Weight of the policy loss, from w = pi_old / pi_rollout. tis: min(w, importance_cap). "
+        "mis: w inside [1 / importance_cap, importance_cap], else 0.",
     )
-    importance_cap: float = Field(2.0, gt=0)
+    importance_level: Literal["token", "sequence"] = Field(
+        "token", description="sequence: w is the product over the response, the same for each of its tokens."
+    )
+    importance_cap: float = Field(2.0, gt=1)
 
     @property
     def samples_per_step(self) -> int:
@@ -160,61 +155,10 @@ class RolloutConfig(Section):
         return self.prompts_per_step * self.samples_per_prompt
 
 
-class KlConfig(Section):
-    """KL penalty in the loss against a frozen reference."""
-
-    coefficient: float = Field(0.0, ge=0)
-    estimator: Literal["k1", "k2", "k3"] = "k3"
-    reference_hf_dir: Path | None = Field(None, description="None: the model the run started from.")
-
-
-class AlgorithmConfig(Section):
-    """Advantages, policy loss, aggregation."""
-
-    advantage: Literal["grpo", "grpo_no_std", "rloo", "reinforce_plus_plus_baseline"] = "grpo"
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    clip_high: float = Field(0.2, gt=0)
-    dual_clip: float | None = Field(
-        3.0, gt=1, description="Lower bound c of the dual clip for A < 0; null switches it off."
-    )
-    aggregation: Aggregation = "token-mean"
-    optimizer_steps_per_rollout: int = Field(1, ge=1)
-    kl: KlConfig = KlConfig()
-
-
-class EntropyControlConfig(Section):
-    """EntroPIC (arXiv 2511.15248): alpha = clip(K_p e + K_i sum(e), -1, 1), e = H - target."""
-
-    controller: Annotated[Literal["off", "p", "pi"], BeforeValidator(_off_is_a_word)] = "pi"
-    target: float = Field(0.1, ge=0, description="Token-mean entropy in nats of softmax(logits / rollout.temperature).")
-    kp: float = Field(1.0, ge=0, description="K_p, per nat.")
-    ki: float = Field(0.01, ge=0, description="K_i, per nat and optimizer step; unused by controller p.")
-    tau: float = Field(0.95, ge=0, lt=1, description="A token is high-probability if its current probability > tau.")
-    denominator: Literal["all_tokens", "high_prob_tokens"] = "all_tokens"
-    ratio_clip: Literal["none", "ppo"] = "none"
-    feedback: Literal["auto", "score_pass", "previous_step", "microbatch_local"] = Field(
-        "auto",
-        description="Where H comes from. auto: score_pass with one optimizer step per rollout, else previous_step. "
-        "microbatch_local reproduces the published code: alpha per rank and micro-batch, nothing reduced.",
-    )
-    anti_windup: Literal["conditional", "none"] = Field(
-        "conditional",
-        description="conditional: the integral stands still while alpha is saturated in the direction of e.",
-    )
-    integral_limit: float | None = Field(None, gt=0, description="Limit of |sum of errors|, in nats.")
-    integral_leak: float = Field(0.0, ge=0, lt=1, description="Fraction of the integral forgotten per optimizer step.")
-    dead_band: float = Field(0.0, ge=0, description="Errors smaller than this count as 0, in nats.")
-
-    @property
-    def enabled(self) -> bool:
-        """Whether anything is controlled at all."""
-        return self.controller != "off"
-
-
 class DataConfig(Section):
     """Prompts."""
 
-    train_files: Annotated[list[Path], BeforeValidator(_one_is_a_list)] = Field(
+    train_files: Annotated[list[Path], BeforeValidator(one_is_a_list)] = Field(
         min_length=1, description="Parquet or JSON lines."
     )
     max_prompt_tokens: int = Field(1024, ge=1)
@@ -266,7 +210,7 @@ class LoggingConfig(Section):
     """Sinks beside metrics.jsonl, which is always written."""
 
     tensorboard: bool = True
-    wandb: Annotated[Literal["off", "auto", "offline", "online"], BeforeValidator(_off_is_a_word)] = Field(
+    wandb: Annotated[Literal["off", "auto", "offline", "online"], BeforeValidator(off_is_a_word)] = Field(
         "auto", description="auto: online with WANDB_API_KEY, else offline."
     )
     wandb_project: str = "megatron_entropic"
@@ -321,9 +265,14 @@ class Config(Section):
 
     @property
     def loss_adds_up_over_tokens(self) -> bool:
-        """Whether each token's loss depends on nothing but the token and what is known before the forward pass."""
-        control = self.entropy_control
-        return not control.enabled or (control.denominator == "all_tokens" and self.feedback != "microbatch_local")
+        """Whether each token's loss depends on nothing but the token and what is known before the forward pass.
+
+        Nothing is known of a loss given as module:function, so it gets whole micro-batches.
+        """
+        control, loss = self.entropy_control, self.algorithm.policy_loss
+        if loss in LOSSES_OF_WHOLE_SEQUENCES or ":" in loss or self.feedback == "microbatch_local":
+            return False
+        return not control.steers_alpha or control.denominator == "all_tokens"
 
     @property
     def output_head(self) -> Literal["logits", "recompute", "fused_loss"]:
@@ -337,4 +286,6 @@ class Config(Section):
         """entropy_control.feedback with `auto` resolved (specification S2)."""
         if self.entropy_control.feedback != "auto":
             return self.entropy_control.feedback
-        return "score_pass" if self.algorithm.optimizer_steps_per_rollout == 1 else "previous_step"
+        algorithm = self.algorithm
+        rescored = algorithm.epochs_per_rollout == 1 or algorithm.proximal_logprobs == "each_epoch"
+        return "score_pass" if algorithm.optimizer_steps_per_rollout == 1 and rescored else "previous_step"

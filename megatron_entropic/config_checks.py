@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_entropic.config import Config
+from megatron_entropic.config_algorithm import LOSSES_OF_WHOLE_BATCHES, LOSSES_OF_WHOLE_SEQUENCES, POLICY_LOSSES
 from megatron_entropic.rewards.verifiers import BUILT_IN, INSTANT
 
 DATA_SUFFIXES = (".parquet", ".jsonl", ".json")
@@ -28,7 +29,7 @@ class Violation:
 
 def violations(config: Config) -> Iterator[Violation]:
     """Combinations that cannot work on any machine."""
-    for check in (_batch, _parallelism, _optimizer, _reward):
+    for check in (_batch, _parallelism, _optimizer, _reward, _policy_loss, _entropy_control):
         yield from check(config)
 
 
@@ -55,10 +56,20 @@ def config_warnings(config: Config) -> list[str]:
         )
     if control.controller == "pi" and control.kp == 0 and control.ki == 0:
         found.append("entropy_control.kp and ki are both 0: the controller does nothing")
-    if control.enabled and config.feedback == "score_pass" and config.algorithm.optimizer_steps_per_rollout > 1:
+    if control.enabled and config.feedback == "score_pass" and config.algorithm.updates_per_rollout > 1:
         found.append(
             "entropy_control.feedback=score_pass with several optimizer steps per rollout: "
             "all of them see the entropy of before the first"
+        )
+    if config.algorithm.policy_loss == "gspo" and config.algorithm.aggregation != "seq-mean-token-mean":
+        found.append(
+            f"algorithm.policy_loss=gspo with aggregation={config.algorithm.aggregation}: the paper's is "
+            "seq-mean-token-mean"
+        )
+    if config.algorithm.proximal_logprobs == "each_epoch" and rollout.importance_correction == "none":
+        found.append(
+            "algorithm.proximal_logprobs=each_epoch without rollout.importance_correction: nothing accounts for the "
+            "distance between the policy that sampled and the one before each epoch"
         )
     if config.reward.workers == 0 and config.reward.verifier not in INSTANT:
         found.append("reward.workers=0: the verifier runs in the driver, and no time limit protects the run from it")
@@ -120,9 +131,10 @@ def _parallelism(config: Config) -> Iterator[Violation]:
         )
     if policy.output_head == "fused_loss" and not config.loss_adds_up_over_tokens:
         yield Violation(
-            ("policy.output_head", "entropy_control.denominator", "entropy_control.feedback"),
+            ("policy.output_head", "entropy_control", "algorithm.policy_loss"),
             "policy.output_head=fused_loss takes each token's gradient in the forward pass, but with "
-            f"entropy_control.denominator={config.entropy_control.denominator} and feedback={config.feedback} "
+            f"entropy_control.denominator={config.entropy_control.denominator}, feedback={config.feedback} and "
+            f"algorithm.policy_loss={config.algorithm.policy_loss} "
             "a token's loss depends on the other tokens of its micro-batch: use auto or recompute",
         )
     for name in ("context_parallel", "expert_parallel"):
@@ -140,6 +152,57 @@ def _optimizer(config: Config) -> Iterator[Violation]:
             f"optimizer.min_learning_rate={optimizer.min_learning_rate:g} is above "
             f"optimizer.learning_rate={optimizer.learning_rate:g}",
         )
+
+
+def _policy_loss(config: Config) -> Iterator[Violation]:
+    """The loss exists, its numbers make sense, and the layout gives it all the tokens it looks at."""
+    name, options = config.algorithm.policy_loss, config.algorithm.loss_options
+    module, separator, function = name.partition(":")
+    outside = bool(separator and module and function.isidentifier())
+    if not outside and name not in POLICY_LOSSES:
+        nearest = difflib.get_close_matches(name, POLICY_LOSSES, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        yield Violation(
+            ("algorithm.policy_loss",),
+            f"algorithm.policy_loss={name!r}: expected one of {', '.join(POLICY_LOSSES)}, or module:function{hint}",
+        )
+    for low, high in (("steer_weight_min", "steer_weight_max"), ("clip_cov_low", "clip_cov_high")):
+        if getattr(options, low) > getattr(options, high):
+            yield Violation(
+                (f"algorithm.loss_options.{low}", f"algorithm.loss_options.{high}"),
+                f"algorithm.loss_options.{low}={getattr(options, low):g} is above {high}={getattr(options, high):g}",
+            )
+    looks_further = outside or name in (*LOSSES_OF_WHOLE_SEQUENCES, *LOSSES_OF_WHOLE_BATCHES)
+    if looks_further and config.policy.context_parallel > 1:
+        yield Violation(
+            ("algorithm.policy_loss", "policy.context_parallel"),
+            f"algorithm.policy_loss={name} needs whole sequences, and policy.context_parallel="
+            f"{config.policy.context_parallel} splits them over ranks: use 1",
+        )
+
+
+def _entropy_control(config: Config) -> Iterator[Violation]:
+    control, rivals = config.entropy_control, config.entropy_control.rivals
+    local = control.feedback == "microbatch_local"
+    if local and control.enabled and control.controller not in ("p", "pi"):
+        yield Violation(
+            ("entropy_control.feedback", "entropy_control.controller"),
+            f"entropy_control.feedback=microbatch_local is the published code's: controllers p and pi have it, "
+            f"{control.controller} has not",
+        )
+    moving = control.fixed_target is None or control.gain_schedule.kind != "constant"
+    if local and control.enabled and (moving or control.start != "immediately"):
+        yield Violation(
+            ("entropy_control",),
+            "entropy_control.feedback=microbatch_local needs a fixed target in nats, constant gains and "
+            "start=immediately: the published code has nothing else",
+        )
+    for place, low, high in zip(("first", "last"), rivals.entrocraft_lower, rivals.entrocraft_upper, strict=True):
+        if control.controller == "entrocraft" and low > high:
+            yield Violation(
+                ("entropy_control.rivals.entrocraft_lower", "entropy_control.rivals.entrocraft_upper"),
+                f"entropy_control.rivals: the {place} entrocraft_lower={low:g} is above entrocraft_upper={high:g}",
+            )
 
 
 def _reward(config: Config) -> Iterator[Violation]:

@@ -97,8 +97,9 @@ def dump_config(config: Config, path: Path) -> None:
 
 def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
     """The numbers that follow from the configuration, as (name, derivation) rows for one table."""
-    rollout, policy, control = config.rollout, config.policy, config.entropy_control
-    optimizer_steps = config.algorithm.optimizer_steps_per_rollout
+    rollout, policy = config.rollout, config.policy
+    algorithm = config.algorithm
+    parts, updates = algorithm.optimizer_steps_per_rollout, algorithm.updates_per_rollout
     responses = rollout.samples_per_step
     per_replica = -(-config.sequences_per_optimizer_step // policy.data_parallel)
     longest = config.max_sequence_tokens
@@ -110,11 +111,12 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
         ("responses per step", f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} = {responses:,}"),
         (
             "optimizer steps",
-            f"{config.train.steps:,} steps x {optimizer_steps} = {config.train.steps * optimizer_steps:,}",
+            f"{config.train.steps:,} steps x {updates} = {config.train.steps * updates:,}"
+            + (f", in {algorithm.epochs_per_rollout} epochs of {parts}" if algorithm.epochs_per_rollout > 1 else ""),
         ),
         (
             "responses per optimizer step",
-            f"{responses:,} / {optimizer_steps} = {config.sequences_per_optimizer_step:,}"
+            f"{responses:,} / {parts} = {config.sequences_per_optimizer_step:,}"
             + (f", about {per_replica:,} per data-parallel replica" if policy.data_parallel > 1 else ""),
         ),
         (
@@ -135,18 +137,24 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
         warm = config.warm_start
         pairs = warm.steps * warm.sequences_per_step
         rows.append(("warm start", f"{warm.steps:,} steps x {warm.sequences_per_step:,} = {pairs:,} pairs"))
-    if control.enabled:
-        integral = f", K_i {control.ki:g}" if control.controller == "pi" else ""
-        rows.append(
-            (
-                "entropy control",
-                f"{control.controller.upper()} at {control.target:g} nats (T = {rollout.temperature:g}), "
-                f"K_p {control.kp:g}{integral}, H from {config.feedback.replace('_', ' ')}",
-            )
-        )
-    else:
-        rows.append(("entropy control", "off"))
+    rows.append(("policy loss", f"{algorithm.policy_loss}, advantage {algorithm.advantage}"))
+    rows.append(("entropy control", _entropy_control_words(config)))
     return rows
+
+
+def _entropy_control_words(config: Config) -> str:
+    control, temperature = config.entropy_control, config.rollout.temperature
+    if not control.enabled:
+        return "off"
+    target = f"{control.target:g}" if isinstance(control.target, float) else f"{control.target} the initial entropy"
+    if control.target_schedule.kind != "constant":
+        moving = control.target_schedule
+        target += f" to {moving.end} ({moving.kind}, {moving.steps:,} optimizer steps)"
+    gains = ""
+    if control.controller in ("p", "pi"):
+        gains = f", K_p {control.kp:g}" + (f", K_i {control.ki:g}" if control.controller == "pi" else "")
+    name = control.controller.upper() if gains else control.controller
+    return f"{name} at {target} nats (T = {temperature:g}){gains}, H from {config.feedback.replace('_', ' ')}"
 
 
 def key_names(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:

@@ -68,7 +68,7 @@ class RunDirectory:
             self.progress = files.enter_context(
                 Progress(
                     config.train.steps,
-                    target=config.entropy_control.target if config.entropy_control.enabled else None,
+                    target=config.entropy_control.fixed_target if config.entropy_control.enabled else None,
                     title=config.run.name,
                 )
             )

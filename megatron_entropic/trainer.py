@@ -29,6 +29,8 @@ from megatron_entropic.run_directory import RunDirectory
 from megatron_entropic.training_batch import (
     attach_scores,
     decode_responses,
+    entropy_profile,
+    importance,
     mean_of,
     minibatches,
     mismatch,
@@ -86,17 +88,22 @@ def one_step(
         batch = training_batch(samples, config)
     with run.phase("score"):
         reference = policy.score(batch, reference=True) if config.algorithm.kl.coefficient else None
-        attach_scores(batch, policy.score(batch), reference)
+        scores = policy.score(batch)
+        attach_scores(batch, scores, reference)
+        measured = {**entropy_profile(samples, scores), **mismatch(batch), **importance(batch, config)}
     with run.phase("update"):
-        steps = config.algorithm.optimizer_steps_per_rollout
-        updates = [policy.update(minibatch) for minibatch in minibatches(batch, steps)]
+        updates = []
+        for epoch in range(config.algorithm.epochs_per_rollout):
+            if epoch and config.algorithm.proximal_logprobs == "each_epoch":
+                attach_scores(batch, policy.score(batch), reference)
+            updates += [policy.update(minibatch) for minibatch in minibatches(batch, config, step, epoch)]
     with run.phase("publish"):
         publish_metrics = weights.publish(version=step)
     run.keep_samples(step, samples)
     return {
         **rollout_metrics(samples, config),
         **reward_metrics,
-        **mismatch(batch),
+        **measured,
         **mean_of(updates),
         **run.step_time(tokens=sum(sequence.tokens.numel() for sequence in batch)),
         "weights/version": step - 1,

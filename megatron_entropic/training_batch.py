@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+from itertools import chain
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from megatron_entropic.algorithms import advantages, mismatch_metrics
+from megatron_entropic.algorithms import advantages, importance_metrics, importance_ratios, mismatch_metrics
 from megatron_entropic.config import Config
 from megatron_entropic.types import Sample, Scores, Sequence
 
@@ -31,10 +33,19 @@ def training_batch(samples: list[Sample], config: Config) -> list[Sequence]:
     return [_sequence(sample, value) for sample, value in zip(samples, values, strict=True)]
 
 
-def minibatches(batch: list[Sequence], optimizer_steps: int) -> list[list[Sequence]]:
-    """Split a rollout into equal parts of whole prompt groups, one for each optimizer step."""
-    size = len(batch) // optimizer_steps
-    return [batch[start : start + size] for start in range(0, size * optimizer_steps, size)]
+def minibatches(batch: list[Sequence], config: Config, step: int, epoch: int) -> list[list[Sequence]]:
+    """Split a rollout into equal parts of whole prompt groups, one for each optimizer step of an epoch.
+
+    Args:
+        step, epoch: of the rollout, and from 0 within it. The first epoch keeps the order of the batch; the order of
+            groups in later ones is a function of (seed, step, epoch).
+    """
+    per_prompt, parts = config.rollout.samples_per_prompt, config.algorithm.optimizer_steps_per_rollout
+    groups = [batch[start : start + per_prompt] for start in range(0, len(batch), per_prompt)]
+    if epoch:
+        random.Random(f"{config.run.seed}/{step}/{epoch}").shuffle(groups)
+    size = len(groups) // parts
+    return [list(chain.from_iterable(groups[part * size : (part + 1) * size])) for part in range(parts)]
 
 
 def attach_scores(batch: list[Sequence], scores: Scores, reference: Scores | None) -> None:
@@ -69,6 +80,33 @@ def mismatch(batch: list[Sequence]) -> dict[str, float]:
     policy = torch.cat([s.old_logprobs for s in batch if s.old_logprobs is not None])
     rollout = torch.cat([s.rollout_logprobs for s in batch if s.rollout_logprobs is not None])
     return mismatch_metrics(policy, rollout)
+
+
+def importance(batch: list[Sequence], config: Config) -> dict[str, float]:
+    """importance/* of the rollout correction, before truncation; nothing without one."""
+    if config.rollout.importance_correction == "none":
+        return {}
+    ratios = [
+        importance_ratios(s.old_logprobs, s.rollout_logprobs, config.rollout.importance_level)
+        for s in batch
+        if s.old_logprobs is not None and s.rollout_logprobs is not None
+    ]
+    return importance_metrics(ratios, config.rollout.importance_correction, config.rollout.importance_cap)
+
+
+def entropy_profile(samples: list[Sample], scores: Scores) -> dict[str, float]:
+    """Where the entropy lies: token means over correct and wrong responses, and over the four quarters of responses.
+
+    entropy/correct and entropy/wrong are left out where there is no such response, a quarter where no token falls.
+    """
+    parts: dict[str, list[torch.Tensor]] = {}
+    for sample, entropies in zip(samples, scores.entropies, strict=True):
+        outcome = "correct" if (sample.reward or 0.0) > 0 else "wrong"
+        parts.setdefault(f"entropy/{outcome}", []).append(entropies)
+        for quarter, piece in enumerate(entropies.tensor_split(4), start=1):
+            parts.setdefault(f"entropy/quarter_{quarter}", []).append(piece)
+    joined = {name: torch.cat(pieces).double() for name, pieces in parts.items()}
+    return {name: float(values.mean()) for name, values in joined.items() if values.numel()}
 
 
 def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:

@@ -2,22 +2,41 @@
 
 from megatron_entropic.algorithms.advantages import advantages
 from megatron_entropic.algorithms.aggregation import high_prob_token_weights, token_weights
-from megatron_entropic.algorithms.entropy_control import EntropyController, MicrobatchLocalController
-from megatron_entropic.algorithms.importance_correction import truncated_importance_weights
+from megatron_entropic.algorithms.entropy_control import (
+    Controller,
+    EntropyController,
+    MicrobatchLocalController,
+    Steering,
+    build_controller,
+)
+from megatron_entropic.algorithms.importance_correction import (
+    importance_metrics,
+    importance_ratios,
+    importance_weights,
+)
 from megatron_entropic.algorithms.kl import kl_penalty
+from megatron_entropic.algorithms.losses import POLICY_LOSSES, PolicyLoss, find_policy_loss
 from megatron_entropic.algorithms.mismatch import mismatch_metrics
 from megatron_entropic.algorithms.policy_loss import PolicyLossTerms, entropic_term, policy_loss
 
 __all__ = [
+    "POLICY_LOSSES",
+    "Controller",
     "EntropyController",
     "MicrobatchLocalController",
+    "PolicyLoss",
     "PolicyLossTerms",
+    "Steering",
     "advantages",
+    "build_controller",
     "entropic_term",
+    "find_policy_loss",
     "high_prob_token_weights",
+    "importance_metrics",
+    "importance_ratios",
+    "importance_weights",
     "kl_penalty",
     "mismatch_metrics",
     "policy_loss",
     "token_weights",
-    "truncated_importance_weights",
 ]

@@ -11,6 +11,11 @@ from torch import Tensor
 EPSILON = 1e-6
 """Added to standard deviations, as verl does."""
 
+POSITIVE_WEIGHT = 0.1
+"""Advantage of a correct response in w_reinforce, lambda of arXiv 2506.01347."""
+
+METHODS = ("grpo", "grpo_no_std", "rloo", "reinforce_plus_plus_baseline", "nsr", "w_reinforce")
+
 
 def advantages(method: str, rewards: Tensor) -> Tensor:
     """One advantage per response; every token of the response gets it.
@@ -20,15 +25,18 @@ def advantages(method: str, rewards: Tensor) -> Tensor:
         rloo                         r_pg - mean of the group's other rewards     arXiv 2402.14740
         reinforce_plus_plus_baseline (d_pg - mean(d)) / (std(d) + 1e-6), d_pg = r_pg - mean_p, mean and std over the
                                      whole batch                                  REINFORCE++-baseline, arXiv 2501.03262
+        nsr                          0 where r_pg > 0, else -1                    RLVR-Decomposed, arXiv 2506.01347
+        w_reinforce                  0.1 where r_pg > 0, else -1                  the same, with lambda = 0.1
 
     The batch statistics of the last one are over responses, as in the paper's formula (verl takes them over tokens, so
     long responses weigh more there).
 
-    A group whose rewards are all equal gets exactly 0 in every method: rounding in the mean, divided by a standard
-    deviation of almost 0, would otherwise train on noise, and "no token had A != 0" could never be seen.
+    A group whose rewards are all equal gets exactly 0 in every method but the last two, which have no baseline:
+    rounding in the mean, divided by a standard deviation of almost 0, would otherwise train on noise, and "no token had
+    A != 0" could never be seen.
 
     Args:
-        method: one of the four names.
+        method: one of the names above.
         rewards: [n_prompts, samples_per_prompt], any floating dtype; the arithmetic is float64.
 
     Returns:
@@ -57,6 +65,8 @@ def advantages(method: str, rewards: Tensor) -> Tensor:
         result = centred * (samples / (samples - 1))
     elif method == "reinforce_plus_plus_baseline":
         result = ((centred - centred.mean()) / (centred.std() + EPSILON)).masked_fill(equal, 0.0)
+    elif method in ("nsr", "w_reinforce"):
+        result = torch.where(r > 0, POSITIVE_WEIGHT if method == "w_reinforce" else 0.0, -1.0)
     else:
-        raise ValueError(f"unknown advantage {method!r}: grpo, grpo_no_std, rloo or reinforce_plus_plus_baseline")
+        raise ValueError(f"unknown advantage {method!r}: {', '.join(METHODS)}")
     return result.to(torch.float32)

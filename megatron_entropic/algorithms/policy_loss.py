@@ -19,14 +19,15 @@ MAX_LOG_RATIO = 20.0
 
 @dataclass(slots=True)
 class PolicyLossTerms:
-    """What `policy_loss` returns, each [T]."""
+    """What a policy loss returns, each [T]."""
 
     loss: Tensor
     """Per-token loss, not aggregated; carries the gradient."""
     ratio: Tensor
     """pi / pi_old before any clipping; carries the gradient."""
     clipped: Tensor
-    """bool: clip or dual clip holds this token's ratio, its loss has no gradient."""
+    """bool: the loss treats this token otherwise than plain policy gradient; for `policy_loss`, clip or dual clip holds
+    its ratio and its loss has no gradient."""
 
 
 def policy_loss(
@@ -64,7 +65,7 @@ def policy_loss(
     """
     _check_shapes(logprobs, old_logprobs, advantages, importance_weights)
     ratio = torch.exp((logprobs - old_logprobs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
-    lower, upper = _clip_bounds(advantages, clip_low, clip_high, dual_clip)
+    lower, upper = clip_bounds(advantages, clip_low, clip_high, dual_clip)
     loss = -advantages.detach() * ratio.clamp(lower, upper)
     if importance_weights is not None:
         loss = loss * importance_weights.detach()
@@ -118,14 +119,14 @@ def entropic_term(
         raise ValueError(f"ratio_clip must be 'none' or 'ppo', not {ratio_clip!r}")
     high_prob = logprobs.detach() > (math.log(tau) if tau > 0 else -math.inf)
     if ratio_clip == "ppo":
-        ratio = ratio.clamp(*_clip_bounds(advantages, clip_low, clip_high, dual_clip))
+        ratio = ratio.clamp(*clip_bounds(advantages, clip_low, clip_high, dual_clip))
     term = -advantages.detach().abs() * ratio
     if importance_weights is not None:
         term = term * importance_weights.detach()
     return term.masked_fill(~high_prob, 0.0), high_prob
 
 
-def _clip_bounds(
+def clip_bounds(
     advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> tuple[Tensor, Tensor]:
     """Bounds [T] between which a token's ratio moves its loss; infinite where nothing clips (A = 0 included)."""

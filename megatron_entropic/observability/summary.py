@@ -58,7 +58,8 @@ class Run:
         if self.setting("entropy_control.controller") == "off":
             return None
         logged = self.finite("entropy/target")
-        return logged[-1] if logged else self.setting("entropy_control.target")
+        configured = self.setting("entropy_control.target")
+        return logged[-1] if logged else configured if isinstance(configured, int | float) else None
 
     @property
     def phases(self) -> list[str]:

@@ -1,6 +1,6 @@
-"""Entropy feedback: which measurement drives alpha, fixed before the first backward, equal on all ranks.
+"""Entropy feedback: which measurement drives the controller, fixed before the first backward, equal on all ranks.
 
-score pass ---measured---> EntropyControl.alpha_for_step ---> backward of all micro-batches ---> commit
+score pass ---measured---> EntropyControl.steering_for_step ---> backward of all micro-batches ---> commit
                                     ^                                  |
                                     '------- previous_step ------------'  H measured during the update itself
 """
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_entropic.algorithms import EntropyController, MicrobatchLocalController
-from megatron_entropic.config import Config, EntropyControlConfig
+from megatron_entropic.algorithms import MicrobatchLocalController, Steering, build_controller
+from megatron_entropic.config import Config
+from megatron_entropic.config_algorithm import EntropyControlConfig
 from megatron_entropic.policy.collectives import verify_equal
 from megatron_entropic.policy.parallel import ParallelState
 
@@ -55,7 +56,7 @@ class EntropyControl:
         self, config: EntropyControlConfig, feedback: str, parallel: ParallelState, device: torch.device
     ) -> None:
         assert feedback in ("score_pass", "previous_step"), feedback
-        self.controller = EntropyController.from_config(config)
+        self.controller = build_controller(config)
         self.measures_updates = feedback == "previous_step"
         self._parallel = parallel
         self._device = device
@@ -66,8 +67,8 @@ class EntropyControl:
         if not self.measures_updates or self._feedback is None:
             self._feedback = measurement
 
-    def alpha_for_step(self) -> float:
-        """Fix alpha for the coming optimizer step, after checking that every rank holds the same state.
+    def steering_for_step(self) -> Steering:
+        """Fix what the coming optimizer step does, after checking that every rank holds the same state.
 
         Raises:
             ValueError: nothing was measured yet, or what was measured is not finite.
@@ -82,7 +83,7 @@ class EntropyControl:
         return self.controller.observe(self._feedback.entropy_sum, self._feedback.token_count)
 
     def commit(self, measurement: EntropyMeasurement | None, *, stepped: bool, has_advantage: bool) -> None:
-        """Advance the controller after the optimizer step that used alpha.
+        """Advance the controller after the optimizer step that it steered.
 
         `measurement` is the entropy of that step's own forward passes, None when it was not asked for. One that is not
         finite comes from the broken forward pass of a refused step; the measurement before it stays.
@@ -154,7 +155,7 @@ def collect_control_state(
     if control is None:
         return {"kind": "off", "states": []}
     if isinstance(control, EntropyControl):
-        return {"kind": "replicated", "states": [control.state_dict()]}
+        return {"kind": control.controller.kind, "states": [control.state_dict()]}
     mine = (parallel.data_rank, control.state_dict()) if parallel.reports else None
     gathered: list[tuple[int, dict[str, Any]] | None] = [None] * parallel.world_size
     dist.all_gather_object(gathered, mine)
@@ -170,7 +171,7 @@ def restore_control_state(
     A control of another kind than the saved one starts fresh. With another number of replicas, local states are dealt
     in turn: the published code gives no rule, and each state is as good as another.
     """
-    if isinstance(control, EntropyControl) and saved["kind"] == "replicated":
+    if isinstance(control, EntropyControl) and saved["kind"] == control.controller.kind:
         control.load_state_dict(saved["states"][0])
     if isinstance(control, MicrobatchLocalControl) and saved["kind"] == "local":
         control.load_state_dict(saved["states"][parallel.data_rank % len(saved["states"])])

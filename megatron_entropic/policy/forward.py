@@ -27,6 +27,8 @@ class OutputOptions:
     """Divides the logits: statistics are those of softmax(logits / temperature)."""
     entropy: bool = True
     """False computes no entropy and returns None in its place."""
+    entropy_gradient: bool = False
+    """Whether the entropy is differentiable; with a `token_loss` it always is."""
     head: HeadName = "recompute"
     """How hidden states become statistics when gradients are wanted; see `output_head`."""
     token_loss: Callable[[MicroBatch], TokenLoss] | None = None

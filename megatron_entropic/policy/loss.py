@@ -1,10 +1,12 @@
 """The loss of one micro-batch, as its share of ONE loss over the whole optimizer step.
 
-    L = sum_t w_t * l_t  +  alpha * sum_t w'_t * a_t  +  beta * sum_t w_t * k_t
+    L = sum_t w_t * l_t  +  alpha * sum_t w'_t * a_t  +  beta * sum_t w_t * k_t  -  c * sum_t w_t * H_t
 
-    l   clipped surrogate (algorithms/policy_loss), times rollout-correction weights if configured
+    l   policy loss (algorithms/losses), times rollout-correction weights if configured; 0 where the controller drops
+        the token (algorithms/entropy_control/steering)
     a   -|A| * ratio on tokens with pi > tau (EntroPIC), times the same correction weights iff l has them (S4)
     k   KL estimate towards the reference
+    H   entropy, with gradient, for controllers that give it a coefficient c
     w   from GLOBAL counts (algorithms/aggregation); w' = w, or over high-probability tokens only
     t   runs over all response tokens of all micro-batches of all data-parallel ranks
 
@@ -20,7 +22,6 @@ micro-batch's own, and the share is weighted by its fraction of the rank's seque
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,136 +29,31 @@ from torch import Tensor
 
 from megatron_entropic.algorithms import (
     PolicyLossTerms,
+    Steering,
     entropic_term,
     high_prob_token_weights,
     kl_penalty,
-    policy_loss,
     token_weights,
-    truncated_importance_weights,
 )
-from megatron_entropic.config import Aggregation, Config
+from megatron_entropic.algorithms.losses import LossInputs
+from megatron_entropic.policy.loss_fields import LossSettings, TokenFields
 from megatron_entropic.policy.normalizers import Normalizers
-from megatron_entropic.types import Sequence
 
 SUMS = (
     "policy_loss",
     "entropic_loss",
     "kl_loss",
+    "entropy_loss",
     "clipped",
     "ratio",
+    "kept",
     "high_prob",
+    "actuated",
     "nonzero_advantage",
     "tokens",
     "entropy",
 )
 """What `MicrobatchLoss.share` measures, in the order of its vector; each adds up over micro-batches and ranks."""
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """The knobs of the loss, from several sections of the configuration."""
-
-    aggregation: Aggregation
-    max_response_tokens: int
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None
-    kl_coefficient: float
-    kl_estimator: str
-    importance_cap: float | None
-    """None: no rollout correction."""
-    tau: float
-    ratio_clip: str
-    high_prob_denominator: bool
-
-    @property
-    def adds_up_over_tokens(self) -> bool:
-        """Whether each token's loss depends on nothing but the token and what is known before the forward pass.
-
-        The high-probability denominator of a sequence depends on the log-probabilities of all its tokens.
-        """
-        return not self.high_prob_denominator
-
-    @classmethod
-    def from_config(cls, config: Config) -> LossSettings:
-        """Collect them."""
-        algorithm, control = config.algorithm, config.entropy_control
-        corrected = config.rollout.importance_correction == "tis"
-        return cls(
-            aggregation=algorithm.aggregation,
-            max_response_tokens=config.rollout.max_response_tokens,
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high,
-            dual_clip=algorithm.dual_clip,
-            kl_coefficient=algorithm.kl.coefficient,
-            kl_estimator=algorithm.kl.estimator,
-            importance_cap=config.rollout.importance_cap if corrected else None,
-            tau=control.tau,
-            ratio_clip=control.ratio_clip,
-            high_prob_denominator=control.enabled and control.denominator == "high_prob_tokens",
-        )
-
-
-@dataclass(frozen=True)
-class TokenFields:
-    """Constants of a micro-batch's response tokens, sequence after sequence; T = sum of `lengths`."""
-
-    lengths: Tensor
-    """[n] int64 response tokens of each sequence."""
-    old_logprobs: Tensor
-    """[T] float32."""
-    advantages: Tensor
-    """[T] float32."""
-    rollout_logprobs: Tensor | None
-    """[T] float32; None without rollout correction."""
-    reference_logprobs: Tensor | None
-    """[T] float32; None without KL penalty."""
-
-    def select(self, tokens: slice) -> TokenFields:
-        """The constants of some of the tokens; `lengths` remain those of the whole micro-batch."""
-        return replace(
-            self,
-            old_logprobs=self.old_logprobs[tokens],
-            advantages=self.advantages[tokens],
-            rollout_logprobs=None if self.rollout_logprobs is None else self.rollout_logprobs[tokens],
-            reference_logprobs=None if self.reference_logprobs is None else self.reference_logprobs[tokens],
-        )
-
-
-def token_fields(sequences: Seq[Sequence], settings: LossSettings, device: torch.device) -> TokenFields:
-    """Concatenate what the loss reads from the sequences of one micro-batch.
-
-    Raises:
-        ValueError: a sequence lacks a field that the configured loss needs, or a field is not [R].
-    """
-    fields = {
-        "old_logprobs": True,
-        "advantages": True,
-        "rollout_logprobs": settings.importance_cap is not None,
-        "reference_logprobs": settings.kl_coefficient > 0,
-    }
-    columns = {name: _column(sequences, name, device) if needed else None for name, needed in fields.items()}
-    old_logprobs, advantages = columns["old_logprobs"], columns["advantages"]
-    assert old_logprobs is not None
-    assert advantages is not None
-    return TokenFields(
-        lengths=torch.tensor([sequence.response_length for sequence in sequences], dtype=torch.int64, device=device),
-        old_logprobs=old_logprobs,
-        advantages=advantages,
-        rollout_logprobs=columns["rollout_logprobs"],
-        reference_logprobs=columns["reference_logprobs"],
-    )
-
-
-def _column(sequences: Seq[Sequence], name: str, device: torch.device) -> Tensor:
-    parts = []
-    for index, sequence in enumerate(sequences):
-        part = getattr(sequence, name)
-        if part is None or part.shape != (sequence.response_length,):
-            found = "nothing" if part is None else f"shape {tuple(part.shape)}"
-            raise ValueError(f"sequence {index}: {name} needs [{sequence.response_length}], got {found}")
-        parts.append(part.to(dtype=torch.float32))
-    return torch.cat(parts).to(device)
 
 
 def local_normalizers(fields: TokenFields, minibatch_sequences: int, data_parallel: int) -> Normalizers:
@@ -180,6 +76,32 @@ def count_high_prob(logprobs: Tensor, settings: LossSettings) -> float:
     return float(high_prob.sum())
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """The summands of the loss over some tokens; scalars with gradient."""
+
+    policy: Tensor
+    entropic: Tensor
+    kl: Tensor
+    entropy: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.policy + self.entropic + self.kl + self.entropy
+
+
+@dataclass(frozen=True)
+class _TokenTerms:
+    """What the loss says about some tokens, each [T]."""
+
+    policy: PolicyLossTerms
+    adjustment: Tensor
+    """a of EntroPIC."""
+    high_prob: Tensor
+    kept: Tensor | None
+    """Whose policy loss counts; None: all."""
+
+
 class MicrobatchLoss:
     """This micro-batch's share of the loss, of all its tokens at once or of some of them at a time.
 
@@ -187,16 +109,16 @@ class MicrobatchLoss:
         fields: constants of the T response tokens.
         settings: knobs.
         normalizers: global counts.
-        alpha: coefficient of the EntroPIC term; None or 0 leaves the loss exactly the base loss.
+        steering: what the controller asks for; the default leaves the loss exactly the base loss.
     """
 
     def __init__(
-        self, fields: TokenFields, settings: LossSettings, normalizers: Normalizers, alpha: float | None
+        self, fields: TokenFields, settings: LossSettings, normalizers: Normalizers, steering: Steering
     ) -> None:
         self._fields = fields
         self._settings = settings
         self._normalizers = normalizers
-        self._alpha = alpha
+        self._steering = steering
         self._weights = _weights(fields, settings, normalizers)
 
     def share(self, logprobs: Tensor, entropies: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -210,87 +132,83 @@ class MicrobatchLoss:
             (loss scalar with gradient, [len(SUMS)] float64 measurements without gradient).
         """
         fields = self._fields
-        terms, adjustment, high_prob = _token_terms(logprobs, fields, self._settings)
-        parts = self._sum(logprobs, terms, adjustment, high_prob, fields, self._weights)
-        entropy = torch.zeros_like(logprobs) if entropies is None else entropies
-        per_token = (terms.clipped, terms.ratio, high_prob, fields.advantages != 0, torch.ones_like(logprobs), entropy)
-        sums = [*parts, *(column.detach().double().sum() for column in per_token)]
-        return _total(parts), torch.stack([value.detach().double() for value in sums])
+        terms = self._terms(logprobs, fields)
+        parts = self._sum(logprobs, entropies, terms, fields, self._weights)
+        ones = torch.ones_like(logprobs)
+        has_advantage = fields.advantages != 0
+        per_token = (
+            terms.policy.clipped,
+            terms.policy.ratio,
+            ones if terms.kept is None else terms.kept,
+            terms.high_prob,
+            terms.high_prob & has_advantage,
+            has_advantage,
+            ones,
+            torch.zeros_like(logprobs) if entropies is None else entropies,
+        )
+        sums = [parts.policy, parts.entropic, parts.kl, parts.entropy]
+        sums += [column.detach().double().sum() for column in per_token]
+        return parts.total, torch.stack([value.detach().double() for value in sums])
 
-    def of_tokens(self, logprobs: Tensor, tokens: slice) -> Tensor:
+    def of_tokens(self, logprobs: Tensor, entropies: Tensor | None, tokens: slice) -> Tensor:
         """The share of some tokens; these add up to `share`. It exists where `LossSettings.adds_up_over_tokens`.
 
         Args:
             logprobs: [c] float32 of these tokens.
+            entropies: [c] float32 or None.
             tokens: which of the T they are.
         """
         assert self._settings.adds_up_over_tokens
         fields = self._fields.select(tokens)
-        terms, adjustment, high_prob = _token_terms(logprobs, fields, self._settings)
-        return _total(self._sum(logprobs, terms, adjustment, high_prob, fields, self._weights[tokens]))
+        return self._sum(logprobs, entropies, self._terms(logprobs, fields), fields, self._weights[tokens]).total
+
+    def _terms(self, logprobs: Tensor, fields: TokenFields) -> _TokenTerms:
+        """The correction weights go into both l and a, or into neither (S4)."""
+        settings, algorithm = self._settings, self._settings.algorithm
+        lengths = fields.lengths if settings.loss.whole_sequences else None
+        inputs = LossInputs(logprobs, fields.old_logprobs, fields.advantages, fields.marks, lengths)
+        policy = settings.loss.function(inputs, algorithm)
+        if fields.correction is not None:
+            policy = replace(policy, loss=policy.loss * fields.correction)
+        kept = None if self._steering.keeps_all else self._steering.kept(logprobs, fields.advantages)
+        if kept is not None:
+            policy = replace(policy, loss=policy.loss.masked_fill(~kept, 0.0))
+        adjustment, high_prob = entropic_term(
+            logprobs,
+            policy.ratio,
+            fields.advantages,
+            tau=settings.tau,
+            ratio_clip=settings.ratio_clip,
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            dual_clip=algorithm.dual_clip,
+            importance_weights=fields.correction,
+        )
+        return _TokenTerms(policy, adjustment, high_prob, kept)
 
     def _sum(
-        self,
-        logprobs: Tensor,
-        terms: PolicyLossTerms,
-        adjustment: Tensor,
-        high_prob: Tensor,
-        fields: TokenFields,
-        weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(policy, EntroPIC, KL) parts of the loss over the tokens given."""
-        settings = self._settings
-        policy = (weights * terms.loss).sum()
-        entropic, kl = torch.zeros_like(policy), torch.zeros_like(policy)
-        if self._alpha:
+        self, logprobs: Tensor, entropies: Tensor | None, terms: _TokenTerms, fields: TokenFields, weights: Tensor
+    ) -> _Parts:
+        settings, steering = self._settings, self._steering
+        policy = (weights * terms.policy.loss).sum()
+        entropic, kl, bonus = (torch.zeros_like(policy) for _ in range(3))
+        if steering.alpha:
             adjusted = weights
             if settings.high_prob_denominator:
-                adjusted = _high_prob_weights(high_prob, fields, settings, self._normalizers)
-            entropic = self._alpha * (adjusted * adjustment).sum()
+                adjusted = _high_prob_weights(terms.high_prob, fields, settings, self._normalizers)
+            entropic = steering.alpha * (adjusted * terms.adjustment).sum()
         if fields.reference_logprobs is not None:
-            penalty = kl_penalty(logprobs, fields.reference_logprobs, settings.kl_estimator)
-            kl = settings.kl_coefficient * (weights * penalty).sum()
-        return policy, entropic, kl
-
-
-def _total(parts: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    policy, entropic, kl = parts
-    return policy + entropic + kl
-
-
-def _token_terms(
-    logprobs: Tensor, fields: TokenFields, settings: LossSettings
-) -> tuple[PolicyLossTerms, Tensor, Tensor]:
-    """(l with its ratio, a [T], pi > tau [T]); the correction weights go into both l and a, or into neither (S4)."""
-    correction = None
-    if fields.rollout_logprobs is not None and settings.importance_cap is not None:
-        correction = truncated_importance_weights(fields.old_logprobs, fields.rollout_logprobs, settings.importance_cap)
-    terms = policy_loss(
-        logprobs,
-        fields.old_logprobs,
-        fields.advantages,
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        dual_clip=settings.dual_clip,
-        importance_weights=correction,
-    )
-    adjustment, high_prob = entropic_term(
-        logprobs,
-        terms.ratio,
-        fields.advantages,
-        tau=settings.tau,
-        ratio_clip=settings.ratio_clip,
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        dual_clip=settings.dual_clip,
-        importance_weights=correction,
-    )
-    return terms, adjustment, high_prob
+            penalty = kl_penalty(logprobs, fields.reference_logprobs, settings.algorithm.kl.estimator)
+            kl = settings.algorithm.kl.coefficient * (weights * penalty).sum()
+        if steering.entropy_coefficient:
+            assert entropies is not None
+            bonus = -steering.entropy_coefficient * (weights * entropies).sum()
+        return _Parts(policy, entropic, kl, bonus)
 
 
 def _weights(fields: TokenFields, settings: LossSettings, normalizers: Normalizers) -> Tensor:
     weights = token_weights(
-        settings.aggregation,
+        settings.algorithm.aggregation,
         fields.lengths,
         global_tokens=normalizers.tokens,
         global_sequences=normalizers.sequences,
@@ -303,7 +221,7 @@ def _high_prob_weights(
     high_prob: Tensor, fields: TokenFields, settings: LossSettings, normalizers: Normalizers
 ) -> Tensor:
     adjusted = high_prob_token_weights(
-        settings.aggregation,
+        settings.algorithm.aggregation,
         high_prob,
         fields.lengths,
         # The count was taken in another forward pass: a token on the threshold may have crossed it by rounding.

@@ -67,7 +67,9 @@ class OutputHead:
         }
         hidden = hidden_states.squeeze(1)
         if options.head == "recompute" or options.token_loss is None or not torch.is_grad_enabled():
-            logprobs, entropies = fused_logprob_and_entropy(hidden, weight, micro_batch.targets, **shared)
+            logprobs, entropies = fused_logprob_and_entropy(
+                hidden, weight, micro_batch.targets, entropy_gradient=options.entropy_gradient, **shared
+            )
             return logprobs, entropies, None
         # A micro-batch without sequences has no tokens and asks for no loss of any.
         token_loss = options.token_loss(micro_batch) if micro_batch.sequences else _no_loss
@@ -90,6 +92,7 @@ class OutputHead:
             group=self._group,
             temperature=options.temperature,
             need_entropy=options.entropy,
+            entropy_gradient=options.entropy_gradient,
             vocab_size=self._vocab_size,
         )
         return logprobs, entropies, None

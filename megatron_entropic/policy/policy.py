@@ -26,7 +26,7 @@ from megatron_entropic.policy.control import (
 from megatron_entropic.policy.export import export_hf
 from megatron_entropic.policy.gradient_step import GradientStep
 from megatron_entropic.policy.load_weights import load_weights
-from megatron_entropic.policy.loss import LossSettings
+from megatron_entropic.policy.loss_fields import LossSettings
 from megatron_entropic.policy.optimizer import PolicyOptimizer, wrap_data_parallel
 from megatron_entropic.policy.parallel import destroy_model_parallel, initialise_model_parallel
 from megatron_entropic.policy.platform import Device, select_platform
@@ -156,7 +156,9 @@ class Policy:
         if self._control is None and self._scored is not None:
             # Nothing is controlled, but a run without control is compared with one that has it.
             metrics |= {"entropy/mean": self._scored.mean, "entropy/alpha": 0.0, "entropy/alpha_unclipped": 0.0}
-            metrics |= {"entropy/target": self.config.entropy_control.target, "entropy/integral": 0.0}
+            metrics |= {"entropy/integral": 0.0}
+            target = self.config.entropy_control.fixed_target
+            metrics |= {} if target is None else {"entropy/target": target}
         return metrics
 
     def warm_start_step(self, sequences: list[Sequence]) -> dict[str, float]:
@@ -288,7 +290,7 @@ class Policy:
 
     def _build_optimizer(self) -> PolicyOptimizer:
         config = self.config
-        total_steps = config.train.steps * config.algorithm.optimizer_steps_per_rollout
+        total_steps = config.train.steps * config.algorithm.updates_per_rollout
         return PolicyOptimizer(
             self._wrapped,
             warm_start_optimizer(config) if self._warming_up else config.optimizer,

@@ -1,28 +1,30 @@
-"""One optimizer step of EntroPIC: counts, alpha, forward and backward of all micro-batches, step, controller, metrics.
+"""One optimizer step: counts, steering, forward and backward of all micro-batches, step, controller, metrics.
 
-    global counts --> alpha --> 1F1B over micro-batches --> clip and step, or refuse --> controller advances
+    global counts, plan --> steering --> 1F1B over micro-batches --> clip and step, or refuse --> controller advances
 
-Alpha is fixed before the first backward pass and is the same on every rank (specification S2).
+What the controller asks for is fixed before the first backward pass and the same on every rank (specification S2).
 """
 
 from __future__ import annotations
 
 import torch
 
+from megatron_entropic.algorithms import Steering
+from megatron_entropic.policy.batch_plan import Marks, plan_marks
 from megatron_entropic.policy.control import EntropyControl, EntropyMeasurement, MicrobatchLocalControl
 from megatron_entropic.policy.forward import HeadName, OutputOptions, TokenStatistics
 from megatron_entropic.policy.gradient_step import GradientStep
 from megatron_entropic.policy.loss import (
     SUMS,
-    LossSettings,
     MicrobatchLoss,
     count_high_prob,
     local_normalizers,
-    token_fields,
 )
+from megatron_entropic.policy.loss_fields import LossSettings, TokenFields, token_fields
 from megatron_entropic.policy.microbatch import MicroBatch
 from megatron_entropic.policy.normalizers import Normalizers, global_counts
 from megatron_entropic.policy.optimizer import PolicyOptimizer, StepOutcome
+from megatron_entropic.policy.score import score
 from megatron_entropic.tensor_parallel import TokenLoss
 from megatron_entropic.types import Sequence
 
@@ -67,9 +69,10 @@ class PolicyUpdate:
                 without another forward pass.
 
         Returns:
-            Metrics, equal on all ranks: loss/policy, loss/entropic, loss/kl, ratio/clip_fraction, ratio/mean,
-            grad_norm, learning_rate, optimizer/skipped, response/tokens, entropy/high_prob_fraction,
-            entropy/nonzero_advantage_fraction, and those of the controller.
+            Metrics, equal on all ranks: loss/policy, loss/entropic, loss/kl, loss/entropy, ratio/clip_fraction,
+            ratio/mean, grad_norm, learning_rate, optimizer/skipped, response/tokens, entropy/high_prob_fraction,
+            entropy/actuated_fraction (pi > tau and A != 0), entropy/nonzero_advantage_fraction, entropy/kept_fraction
+            (tokens whose policy loss the controller left in), and those of the controller.
 
         Raises:
             ValueError: a sequence lacks what the loss reads, or entropy control has no usable measurement.
@@ -79,31 +82,47 @@ class PolicyUpdate:
             token_fields([sequence], self._settings, torch.device("cpu"))
         batch = self._machinery.align(sequences)
         counts = self._counts(sequences, batch, freshly_scored)
-        alpha = self._replicated.alpha_for_step() if self._replicated else None
-        entropy = self._local is not None or (self._replicated is not None and self._replicated.measures_updates)
+        marks = self._marks(sequences, batch, optimizer)
+        steering = self._replicated.steering_for_step() if self._replicated else Steering()
+        bonus = steering.entropy_coefficient != 0.0
+        measures = self._local is not None or (self._replicated is not None and self._replicated.measures_updates)
         width = len(SUMS) + (len(LOCAL_SUMS) if self._local else 0)
 
         def loss_of(micro_batch: MicroBatch) -> MicrobatchLoss:
-            fields = token_fields(micro_batch.sequences, self._settings, self._machinery.device)
-            return MicrobatchLoss(fields, self._settings, counts, alpha)
+            return MicrobatchLoss(self._fields(micro_batch, marks), self._settings, counts, steering)
 
         def token_loss(micro_batch: MicroBatch) -> TokenLoss:
-            loss = loss_of(micro_batch)
-            return lambda logprobs, _entropies, tokens: loss.of_tokens(logprobs, tokens)
+            return loss_of(micro_batch).of_tokens
 
         def share(micro_batch: MicroBatch, statistics: TokenStatistics) -> tuple[torch.Tensor, torch.Tensor]:
             if self._local:
-                return self._local_share(micro_batch, statistics, self._local, len(sequences))
+                return self._local_share(self._fields(micro_batch, marks), statistics, self._local, len(sequences))
             return loss_of(micro_batch).share(statistics.logprobs, statistics.entropies)
 
-        options = OutputOptions(self._temperature, entropy, self._head, token_loss)
+        options = OutputOptions(self._temperature, measures or bonus, bonus, self._head, token_loss)
         sums, outcome = self._machinery.run(batch, share, options, optimizer, width=width)
         measured = dict(zip((*SUMS, *LOCAL_SUMS), sums.tolist(), strict=False))
         if self._replicated:
-            measurement = EntropyMeasurement(measured["entropy"], measured["tokens"]) if entropy else None
+            measurement = EntropyMeasurement(measured["entropy"], measured["tokens"]) if measures else None
             has_advantage = measured["nonzero_advantage"] > 0
             self._replicated.commit(measurement, stepped=outcome.stepped, has_advantage=has_advantage)
         return self._metrics(measured, outcome, optimizer)
+
+    def _fields(self, micro_batch: MicroBatch, marks: Marks | None) -> TokenFields:
+        own = None if marks is None else [marks[index] for index in micro_batch.indices]
+        return token_fields(micro_batch.sequences, self._settings, self._machinery.device, own)
+
+    def _marks(self, sequences: list[Sequence], batch: list[MicroBatch], optimizer: PolicyOptimizer) -> Marks | None:
+        machinery, settings = self._machinery, self._settings
+        return plan_marks(
+            sequences,
+            settings.loss,
+            settings.algorithm,
+            lambda: score(machinery.model, batch, machinery.parallel, temperature=self._temperature),
+            machinery.parallel,
+            machinery.device,
+            optimizer.steps_taken,
+        )
 
     def _counts(self, sequences: list[Sequence], batch: list[MicroBatch], freshly_scored: bool) -> Normalizers:
         machinery, settings = self._machinery, self._settings
@@ -120,16 +139,15 @@ class PolicyUpdate:
 
     def _local_share(
         self,
-        micro_batch: MicroBatch,
+        fields: TokenFields,
         statistics: TokenStatistics,
         control: MicrobatchLocalControl,
         minibatch_sequences: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert statistics.entropies is not None
-        fields = token_fields(micro_batch.sequences, self._settings, self._machinery.device)
-        alpha = control.alpha(statistics.entropies, len(micro_batch.sequences), minibatch_sequences)
+        alpha = control.alpha(statistics.entropies, fields.lengths.numel(), minibatch_sequences)
         normalizers = local_normalizers(fields, minibatch_sequences, self._machinery.parallel.data_size)
-        own_loss = MicrobatchLoss(fields, self._settings, normalizers, alpha)
+        own_loss = MicrobatchLoss(fields, self._settings, normalizers, Steering(alpha=alpha))
         loss, sums = own_loss.share(statistics.logprobs, statistics.entropies)
         own = [alpha, control.controller.alpha_unclipped, control.controller.integral, 1.0]
         return loss, torch.cat([sums, torch.tensor(own, dtype=torch.float64, device=sums.device)])
@@ -142,9 +160,12 @@ class PolicyUpdate:
             "loss/policy": measured["policy_loss"],
             "loss/entropic": measured["entropic_loss"],
             "loss/kl": measured["kl_loss"],
+            "loss/entropy": measured["entropy_loss"],
             "ratio/clip_fraction": measured["clipped"] / tokens,
             "ratio/mean": measured["ratio"] / tokens,
             "entropy/high_prob_fraction": measured["high_prob"] / tokens,
+            "entropy/actuated_fraction": measured["actuated"] / tokens,
+            "entropy/kept_fraction": measured["kept"] / tokens,
             "entropy/nonzero_advantage_fraction": measured["nonzero_advantage"] / tokens,
             "response/tokens": tokens,
             "grad_norm": outcome.gradient_norm,

@@ -331,6 +331,7 @@ def test_batch_arithmetic_of_the_published_setting(tmp_path: Path) -> None:
         "policy ranks": "2 tensor x 2 pipeline x 4 data = 16",
         "rollout ranks": "4 engine(s) x 1 tensor = 4",
         "warm start": "2 steps x 8 = 16 pairs",
+        "policy loss": "clipped, advantage grpo",
         "entropy control": "PI at 0.1 nats (T = 0.6), K_p 1, K_i 0.01, H from previous step",
     }
 
@@ -350,3 +351,43 @@ def test_key_names_cover_the_tree() -> None:
     assert len(names) == len(set(names))
     assert "algorithm.kl" in names
     assert set(Config.model_fields) == {name for name in names if "." not in name}
+
+
+def test_losses_and_controllers_that_cannot_work_are_named_together(machine: Path) -> None:
+    problems = problems_of(
+        write(machine),
+        "algorithm.policy_loss=gsop",
+        "algorithm.loss_options.steer_weight_min=2",
+        "entropy_control.controller=aec",
+        "entropy_control.feedback=microbatch_local",
+        "entropy_control.gain_schedule.kind=linear",
+    )
+    assert len(problems) == 4
+    assert any("did you mean gspo?" in problem for problem in problems)
+    assert any("steer_weight_min=2 is above" in problem for problem in problems)
+    assert any("aec has not" in problem for problem in problems)
+    assert any("fixed target in nats" in problem for problem in problems)
+
+
+def test_the_output_head_follows_the_policy_loss(machine: Path) -> None:
+    def head(*overrides: str) -> str:
+        return load_config(write(machine), overrides).output_head
+
+    assert head() == "fused_loss"
+    assert head("algorithm.policy_loss=clip_cov") == "fused_loss"
+    assert head("entropy_control.controller=aec", "entropy_control.denominator=high_prob_tokens") == "fused_loss"
+    assert head("algorithm.policy_loss=gspo") == "recompute"
+    assert head("algorithm.policy_loss=mine:loss") == "recompute"
+    assert any("fused_loss" in p for p in problems_of(
+        write(machine), "algorithm.policy_loss=gspo", "policy.output_head=fused_loss"
+    ))  # fmt: skip
+
+
+def test_feedback_follows_what_was_scored(machine: Path) -> None:
+    def feedback(*overrides: str) -> str:
+        return load_config(write(machine), overrides).feedback
+
+    assert feedback() == "score_pass"
+    assert feedback("algorithm.epochs_per_rollout=2") == "previous_step"
+    assert feedback("algorithm.epochs_per_rollout=2", "algorithm.proximal_logprobs=each_epoch") == "score_pass"
+    assert feedback("algorithm.optimizer_steps_per_rollout=2") == "previous_step"

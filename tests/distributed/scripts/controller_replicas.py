@@ -87,7 +87,7 @@ def led_astray(policy: Policy, part: list[Sequence]) -> str:
     policy.score(part)
     if RANK == 1:
         controller = policy._control.controller
-        controller.integral = math.nextafter(controller.integral, math.inf)
+        controller.acc = math.nextafter(controller.acc, math.inf)
     try:
         policy.update(part)
     except RuntimeError as error:

@@ -17,7 +17,7 @@ from megatron_entropic.policy.control import build_control
 from megatron_entropic.policy.data_parallel import data_parallel_shards
 from megatron_entropic.policy.gather import gather_hf_tensors
 from megatron_entropic.policy.load_weights import load_weights, named_entries
-from megatron_entropic.policy.loss import LossSettings
+from megatron_entropic.policy.loss_fields import LossSettings
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.policy.update import PolicyUpdate
 from megatron_entropic.types import Sequence

@@ -101,3 +101,12 @@ def test_bad_rewards_are_refused(rewards: torch.Tensor, message: str) -> None:
 def test_unknown_method_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown advantage"):
         advantages("gae", torch.zeros(2, 2))
+
+
+def test_nsr_and_w_reinforce_look_at_the_sign_only() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 0.5], [0.0, -1.0, 0.0]])
+    assert advantages("nsr", rewards).tolist() == [[0, -1, 0], [-1, -1, -1]]
+    assert advantages("w_reinforce", rewards).tolist() == [
+        pytest.approx([0.1, -1, 0.1]),
+        pytest.approx([-1, -1, -1]),
+    ]

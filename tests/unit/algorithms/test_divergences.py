@@ -1,4 +1,4 @@
-"""KL penalty, truncated importance weights and the mismatch panel."""
+"""KL penalty, importance correction and the mismatch panel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_entropic.algorithms import kl_penalty, mismatch_metrics, truncated_importance_weights
+from megatron_entropic.algorithms import (
+    importance_metrics,
+    importance_ratios,
+    importance_weights,
+    kl_penalty,
+    mismatch_metrics,
+)
 
 
 def categorical(seed: int) -> Tensor:
@@ -73,16 +79,40 @@ def test_kl_refuses_bad_input() -> None:
         kl_penalty(torch.zeros(2), torch.zeros(1), "k1")
 
 
-def test_truncated_importance_weights() -> None:
+def test_importance_correction_by_hand() -> None:
     old = torch.tensor([-1.0, -1.0, -1.0, -1000.0, 0.0], requires_grad=True)
     rollout = torch.tensor([-1.0, -1.5, -2.5, 0.0, -1000.0])
-    weights = truncated_importance_weights(old, rollout, 2.0)
-    assert weights.tolist() == pytest.approx([1, math.exp(0.5), 2, math.exp(-20), 2])
-    assert not weights.requires_grad
-    with pytest.raises(ValueError, match="cap"):
-        truncated_importance_weights(rollout, rollout, 0.0)
-    with pytest.raises(ValueError, match="rollout"):
-        truncated_importance_weights(rollout, rollout[:1], 2.0)
+    ratios = importance_ratios(old, rollout, "token")
+    assert not ratios.requires_grad
+    assert importance_weights(ratios, "tis", 2.0).tolist() == pytest.approx([1, math.exp(0.5), 2, math.exp(-20), 2])
+    assert importance_weights(ratios, "mis", 2.0).tolist() == pytest.approx([1, math.exp(0.5), 0, 0, 0])
+    whole = importance_ratios(torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.2]), "sequence")
+    assert whole.tolist() == pytest.approx([math.exp(0.7)] * 2)
+    assert importance_weights(whole, "tis", 2.0).tolist() == pytest.approx([2, 2])
+    for bad, message in (
+        (lambda: importance_weights(ratios, "tis", 1.0), "cap"),
+        (lambda: importance_weights(ratios, "cut", 2.0), "tis or mis"),
+        (lambda: importance_ratios(rollout, rollout[:1], "token"), "rollout"),
+        (lambda: importance_ratios(rollout, rollout, "word"), "level"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bad()
+
+
+def test_importance_metrics_are_of_the_ratios_before_truncation() -> None:
+    metrics = importance_metrics([torch.tensor([1.0, 3.0]), torch.tensor([0.25, 0.75])], "tis", 2.0)
+    assert metrics == pytest.approx(
+        {
+            "importance/ratio_mean": 1.25,
+            "importance/ratio_max": 3.0,
+            "importance/cut_fraction": 0.25,
+            "importance/effective_fraction": 25 / (4 * (1 + 9 + 0.0625 + 0.5625)),
+        }
+    )
+    assert importance_metrics([torch.tensor([1.0, 3.0, 0.25])], "mis", 2.0)["importance/cut_fraction"] == pytest.approx(
+        2 / 3
+    )
+    assert importance_metrics([], "tis", 2.0)["importance/ratio_mean"] == 1.0
 
 
 def test_mismatch_by_hand() -> None:

@@ -11,6 +11,8 @@ from megatron_entropic.cluster.engine_group import sample_seed
 from megatron_entropic.config import Config
 from megatron_entropic.training_batch import (
     attach_scores,
+    entropy_profile,
+    importance,
     mean_of,
     minibatches,
     mismatch,
@@ -56,10 +58,54 @@ def test_a_sequence_is_prompt_and_response_with_one_advantage_for_every_token(sa
 
 
 def test_mini_batches_are_whole_groups_in_order(samples: list[Sample]) -> None:
-    batch = training_batch(samples, _config())
-    assert minibatches(batch, 1) == [batch]
-    first, second = minibatches(batch, 2)
-    assert (first, second) == (batch[:2], batch[2:])
+    config = _config()
+    batch = training_batch(samples, config)
+    assert minibatches(batch, config, step=1, epoch=0) == [batch]
+    config.algorithm.optimizer_steps_per_rollout = 2
+    assert minibatches(batch, config, step=1, epoch=0) == [batch[:2], batch[2:]]
+
+
+def test_later_epochs_have_an_order_of_their_own_and_the_same_groups(samples: list[Sample]) -> None:
+    config = _config(optimizer_steps_per_rollout=2, epochs_per_rollout=9)
+    batch = training_batch(samples, config)
+
+    def order(epoch: int) -> list[list[int]]:
+        return [[batch.index(one) for one in part] for part in minibatches(batch, config, step=3, epoch=epoch)]
+
+    orders = [order(epoch) for epoch in range(9)]
+    assert orders == [order(epoch) for epoch in range(9)]
+    assert orders[0] == [[0, 1], [2, 3]]
+    assert all(sorted(parts) == [[0, 1], [2, 3]] for parts in orders)
+    assert [[2, 3], [0, 1]] in orders
+
+
+def test_entropy_profile(samples: list[Sample]) -> None:
+    entropies = [torch.tensor([0.3, 0.6, 0.9]), torch.tensor([0.2]), torch.tensor([0.4, 0.0]), torch.ones(4)]
+    profile = entropy_profile(samples, Scores(entropies, entropies))
+    assert profile == pytest.approx(
+        {
+            "entropy/correct": 0.6,
+            "entropy/wrong": 4.6 / 7,
+            "entropy/quarter_1": (0.3 + 0.2 + 0.4 + 1.0) / 4,
+            "entropy/quarter_2": (0.6 + 0.0 + 1.0) / 3,
+            "entropy/quarter_3": (0.9 + 1.0) / 2,
+            "entropy/quarter_4": 1.0,
+        }
+    )
+
+
+def test_importance_is_reported_before_truncation_and_only_where_it_is_used(samples: list[Sample]) -> None:
+    config = _config()
+    batch = training_batch(samples, config)
+    attach_scores(batch, Scores([torch.zeros(s.response_length) for s in batch], []), None)
+    assert importance(batch, config) == {}
+    config.rollout.importance_correction = "tis"
+    metrics = importance(batch, config)
+    assert metrics["importance/ratio_max"] == pytest.approx(1.6487, rel=1e-4)
+    assert metrics["importance/cut_fraction"] == 0.0
+    config.rollout.importance_level = "sequence"
+    assert importance(batch, config)["importance/ratio_max"] == pytest.approx(7.389, rel=1e-3)
+    assert importance(batch, config)["importance/cut_fraction"] > 0
 
 
 def test_rollout_metrics(samples: list[Sample]) -> None:

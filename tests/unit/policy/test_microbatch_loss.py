@@ -8,34 +8,28 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_entropic.algorithms import kl_penalty, policy_loss, token_weights, truncated_importance_weights
+from megatron_entropic.algorithms import Steering, kl_penalty, policy_loss, token_weights
 from megatron_entropic.config import Config
-from megatron_entropic.policy.loss import (
-    SUMS,
-    LossSettings,
-    MicrobatchLoss,
-    TokenFields,
-    count_high_prob,
-    local_normalizers,
-    token_fields,
-)
+from megatron_entropic.policy.loss import SUMS, MicrobatchLoss, count_high_prob, local_normalizers
+from megatron_entropic.policy.loss_fields import LossSettings, TokenFields, token_fields
 from megatron_entropic.policy.normalizers import Normalizers
 from megatron_entropic.types import Sequence
 
 LENGTHS = (3, 11, 1, 6)
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 CPU = torch.device("cpu")
+PUSHED = Steering(alpha=0.4)
 
 
-def settings(**changes) -> LossSettings:
+def settings(high_prob_denominator: bool = False, correction: str = "tis", **algorithm) -> LossSettings:
     config = Config(
         model={"hf_dir": "unused"},
         data={"train_files": ["unused"]},
-        rollout={"importance_correction": "tis", "max_response_tokens": 20},
-        algorithm={"kl": {"coefficient": 0.1}},
+        rollout={"importance_correction": correction, "max_response_tokens": 20},
+        algorithm={"kl": {"coefficient": 0.1}, **algorithm},
         entropy_control={"tau": 0.6},
     )
-    return replace(LossSettings.from_config(config), **changes)
+    return replace(LossSettings.from_config(config), high_prob_denominator=high_prob_denominator)
 
 
 def sequences() -> list[Sequence]:
@@ -73,14 +67,14 @@ def test_shares_add_up_to_the_loss_of_one_microbatch(mode, high_prob_denominator
     whole, parts = logprobs(), logprobs()
     counts = normalizers(count_high_prob(whole.detach(), chosen))
     assert 0 < counts.high_prob_tokens < sum(LENGTHS)
-    loss, sums = MicrobatchLoss(token_fields(sequences(), chosen, CPU), chosen, counts, 0.4).share(whole, None)
+    loss, sums = MicrobatchLoss(token_fields(sequences(), chosen, CPU), chosen, counts, PUSHED).share(whole, None)
     loss.backward()
     added = torch.zeros(len(SUMS), dtype=torch.float64)
     starts = [0, 3, 14, 15, 21]
     for members in ([0], [1, 2], [3]):
         piece = parts[starts[members[0]] : starts[members[-1] + 1]]
         some = [sequences()[i] for i in members]
-        share, measured = MicrobatchLoss(token_fields(some, chosen, CPU), chosen, counts, 0.4).share(piece, None)
+        share, measured = MicrobatchLoss(token_fields(some, chosen, CPU), chosen, counts, PUSHED).share(piece, None)
         share.backward()
         added += measured
     torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-6, atol=1e-9)
@@ -92,16 +86,16 @@ def test_shares_add_up_to_the_loss_of_one_microbatch(mode, high_prob_denominator
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("alpha", [None, 0.4])
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
 def test_losses_of_some_tokens_add_up_to_the_share(mode, alpha):
     """Cut anywhere, also within a sequence."""
     chosen = settings(aggregation=mode)
-    loss = MicrobatchLoss(token_fields(sequences(), chosen, CPU), chosen, normalizers(0), alpha)
+    loss = MicrobatchLoss(token_fields(sequences(), chosen, CPU), chosen, normalizers(0), Steering(alpha=alpha))
     whole, parts = logprobs(), logprobs()
     loss.share(whole, None)[0].backward()
     cuts = [0, 2, 5, 14, 21]
     for begin, end in itertools.pairwise(cuts):
-        loss.of_tokens(parts[begin:end], slice(begin, end)).backward()
+        loss.of_tokens(parts[begin:end], None, slice(begin, end)).backward()
     torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-6, atol=1e-9)
 
 
@@ -110,21 +104,19 @@ def test_high_prob_denominators_have_no_loss_of_some_tokens():
     assert not settings(high_prob_denominator=True).adds_up_over_tokens
 
 
-@pytest.mark.parametrize("alpha", [None, 0.0])
-def test_without_alpha_it_is_the_base_loss_bit_for_bit(alpha):
+def test_without_steering_it_is_the_base_loss_bit_for_bit():
     chosen = settings()
     fields = token_fields(sequences(), chosen, CPU)
     results = []
-    for coefficient in (alpha, 0.3):
+    for steering in (Steering(), PUSHED):
         values = logprobs()
-        loss, sums = MicrobatchLoss(fields, chosen, normalizers(0), coefficient).share(values, None)
+        loss, sums = MicrobatchLoss(fields, chosen, normalizers(0), steering).share(values, None)
         loss.backward()
         results.append((loss, sums[0], values.grad))
     base = logprobs()
-    correction = truncated_importance_weights(fields.old_logprobs, fields.rollout_logprobs, chosen.importance_cap)
     terms = policy_loss(
         base, fields.old_logprobs, fields.advantages, clip_low=0.2, clip_high=0.2, dual_clip=3.0,
-        importance_weights=correction,
+        importance_weights=fields.correction,
     )  # fmt: skip
     weights = token_weights("token-mean", fields.lengths, global_tokens=21, global_sequences=4, max_response_tokens=20)
     loss = (weights * terms.loss).sum() + 0.1 * (weights * kl_penalty(base, fields.reference_logprobs, "k3")).sum()
@@ -137,13 +129,13 @@ def test_without_alpha_it_is_the_base_loss_bit_for_bit(alpha):
 def test_a_token_that_crossed_tau_since_the_count_does_not_blow_up():
     chosen = settings(high_prob_denominator=True)
     fields = token_fields(sequences(), chosen, CPU)
-    loss, sums = MicrobatchLoss(fields, chosen, normalizers(0), 0.5).share(logprobs(), None)
+    loss, sums = MicrobatchLoss(fields, chosen, normalizers(0), PUSHED).share(logprobs(), None)
     assert torch.isfinite(loss)
     assert torch.isfinite(sums).all()
 
 
 def test_local_normalizers_are_the_published_weights():
-    fields = TokenFields(torch.tensor([3, 4]), torch.zeros(7), torch.zeros(7), None, None)
+    fields = TokenFields(torch.tensor([3, 4]), torch.zeros(7), torch.zeros(7))
     assert local_normalizers(fields, minibatch_sequences=8, data_parallel=2) == Normalizers(
         tokens=7.0, sequences=2, scale=2 / 16
     )
@@ -162,6 +154,50 @@ def test_fields_that_no_loss_reads_may_be_missing():
     batch = sequences()
     for sequence in batch:
         sequence.rollout_logprobs = sequence.reference_logprobs = None
-    fields = token_fields(batch, settings(importance_cap=None, kl_coefficient=0.0), CPU)
-    assert fields.rollout_logprobs is None
+    fields = token_fields(batch, settings(correction="none", kl={"coefficient": 0.0}), CPU)
+    assert fields.correction is None
     assert fields.reference_logprobs is None
+
+
+def test_an_entropy_bonus_is_the_weighted_entropy():
+    chosen = settings()
+    loss = MicrobatchLoss(
+        token_fields(sequences(), chosen, CPU), chosen, normalizers(0), Steering(entropy_coefficient=0.3)
+    )
+    values, entropies = logprobs(), torch.rand(sum(LENGTHS), requires_grad=True)
+    total, sums = loss.share(values, entropies)
+    total.backward()
+    torch.testing.assert_close(entropies.grad, torch.full((sum(LENGTHS),), -0.3 / sum(LENGTHS)))
+    measured = dict(zip(SUMS, sums.tolist(), strict=True))
+    assert measured["entropy_loss"] == pytest.approx(-0.3 * entropies.mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("steering", "kept"),
+    [
+        (Steering(samples="positive"), lambda logp, a: a > 0),
+        (Steering(samples="negative"), lambda logp, a: a < 0),
+        (Steering(drop_positive_above=0.6), lambda logp, a: ~((a > 0) & (logp.exp() >= 0.6))),
+    ],
+)
+def test_dropped_tokens_have_no_policy_loss_and_stay_in_the_denominator(steering, kept):
+    chosen = settings(kl={"coefficient": 0.0})
+    fields = token_fields(sequences(), chosen, CPU)
+    base, steered = logprobs(), logprobs()
+    MicrobatchLoss(fields, chosen, normalizers(0), Steering()).share(base, None)[0].backward()
+    _, sums = MicrobatchLoss(fields, chosen, normalizers(0), steering).share(steered, None)
+    MicrobatchLoss(fields, chosen, normalizers(0), steering).share(steered, None)[0].backward()
+    expected = kept(steered.detach(), fields.advantages)
+    assert 0 < int(expected.sum()) < sum(LENGTHS)
+    torch.testing.assert_close(steered.grad, base.grad.masked_fill(~expected, 0.0))
+    assert dict(zip(SUMS, sums.tolist(), strict=True))["kept"] == int(expected.sum())
+
+
+@pytest.mark.parametrize("correction", ["tis", "mis"])
+def test_sequence_correction_does_not_depend_on_packing(correction):
+    chosen = replace(settings(correction=correction), correction_level="sequence", correction_cap=1.1)
+    together = token_fields(sequences(), chosen, CPU).correction
+    apart = [token_fields([one], chosen, CPU).correction for one in sequences()]
+    assert torch.equal(together, torch.cat(apart))
+    assert len(set(together[3:14].tolist())) == 1, "one weight a response"
+    assert (0.0 in together.tolist()) == (correction == "mis")

@@ -1,0 +1,153 @@
+"""What all controllers have in common: measurement, set point, state, log."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from megatron_entropic.algorithms.entropy_control.schedules import Setpoint
+from megatron_entropic.algorithms.entropy_control.steering import Steering
+
+_BASE_STATE = ("H", "H_initial", "observations", "step")
+
+
+class Controller(ABC):
+    """One replica of a controller. An optimizer step calls `observe` before its first backward pass, `commit` after it.
+
+    Between the two, what it asked for is fixed. Subclasses write `_steer` and, where they have more state than the last
+    measurement, `_advance` and the names in `state_names`.
+
+    Args:
+        target: set point of the token-mean entropy, nats.
+
+    Attributes (0 before the first measurement; entropies and errors in nats):
+        entropy, target, error: last measured H, what was aimed at then, and e = H - target.
+        steering: what was asked for last.
+    """
+
+    kind: str
+    """Whose state a checkpoint holds: a controller of another kind starts fresh."""
+    state_names: tuple[str, ...] = ()
+    """Float attributes that are state beside the measurement, in checkpoints under the same names."""
+
+    def __init__(self, target: float | Setpoint) -> None:
+        self._setpoint = Setpoint.of(target)
+        self.target = 0.0 if self._setpoint.start_is_relative else self._setpoint.at(0, 0.0)
+        self.entropy = 0.0
+        self.error = 0.0
+        self.steering = Steering()
+        self._initial_entropy = 0.0
+        self._observations = 0
+        self._steps = 0
+        self._observed = False
+
+    @property
+    def step(self) -> int:
+        """Number of optimizer steps that were taken (skipped ones do not count)."""
+        return self._steps
+
+    @abstractmethod
+    def _steer(self) -> Steering:
+        """What to do about `entropy` and `error`, which were just measured."""
+
+    def _advance(self, *, has_advantage: bool) -> None:
+        """Change the state once, after an optimizer step that was taken."""
+        return
+
+    def observe(self, entropy_sum: float, token_count: float) -> Steering:
+        """Fix what the next optimizer step does.
+
+        Args:
+            entropy_sum: sum of the token entropies over all response tokens of all ranks, nats.
+            token_count: number of those tokens.
+
+        Raises:
+            ValueError: there are no tokens, or the sum is not finite (the forward pass itself is broken).
+        """
+        if not token_count > 0:
+            raise ValueError(f"entropy control: no response tokens to measure on (token count {token_count})")
+        entropy = entropy_sum / token_count
+        if not math.isfinite(entropy):
+            raise ValueError(f"entropy control: measured entropy {entropy}: the policy's logits are not finite")
+        if self._observations == 0:
+            self._initial_entropy = entropy
+        self._observations += 1
+        self.entropy = entropy
+        self.target = self._setpoint.at(self._steps, self._initial_entropy)
+        self.error = entropy - self.target
+        self._observed = True
+        self.steering = self._steer()
+        return self.steering
+
+    def commit(self, *, stepped: bool, has_advantage: bool) -> None:
+        """Advance once, after the optimizer step that used what `observe` returned.
+
+        Args:
+            stepped: the optimizer changed the weights; False when the step was skipped (non-finite gradient).
+            has_advantage: some token had A != 0. Without one, the policy loss had nothing to act on and the error says
+                nothing about the loop, so integrals stand still.
+        """
+        assert self._observed, "commit() without observe(): this optimizer step has no steering"
+        self._observed = False
+        if not stepped:
+            return
+        self._steps += 1
+        self._advance(has_advantage=has_advantage)
+
+    def metrics(self) -> dict[str, float]:
+        """What a run logs each step; subclasses add theirs."""
+        return {
+            "entropy/mean": self.entropy,
+            "entropy/target": self.target,
+            "entropy/error": self.error,
+            "entropy/alpha": self.steering.alpha,
+            "entropy/coefficient": self.steering.entropy_coefficient,
+        }
+
+    def state_dict(self) -> dict[str, float | int]:
+        """Plain numbers: `H`, `H_initial`, `observations`, `step`, and the attributes in `state_names`."""
+        return {
+            "H": self.entropy,
+            "H_initial": self._initial_entropy,
+            "observations": self._observations,
+            "step": self._steps,
+            **{name: getattr(self, name) for name in self.state_names},
+        }
+
+    def load_state_dict(self, state: Mapping[str, float | int]) -> None:
+        """Restore what `state_dict` returned; it goes on as a controller that was never stopped.
+
+        Raises:
+            ValueError: keys are missing or unknown, or a value is not finite.
+        """
+        check_state(state, (*_BASE_STATE, *self.state_names))
+        self.entropy = float(state["H"])
+        self._initial_entropy = float(state["H_initial"])
+        self._observations = int(state["observations"])
+        self._steps = int(state["step"])
+        for name in self.state_names:
+            setattr(self, name, float(state[name]))
+
+
+def check_state(state: Mapping[str, float | int], names: tuple[str, ...]) -> None:
+    """A saved state has exactly these finite numbers.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if set(state) != set(names):
+        raise ValueError(f"entropy controller state needs exactly the keys {sorted(names)}, not {sorted(state)}")
+    if not all(math.isfinite(value) for value in state.values()):
+        raise ValueError(f"entropy controller state holds a value that is not finite: {dict(state)}")
+
+
+def check_gains(kp: float, ki: float) -> None:
+    """Gains are finite and not negative.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, value in (("kp", kp), ("ki", ki)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"entropy control: {name} must be a finite number >= 0, not {value}")
