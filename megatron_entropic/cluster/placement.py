@@ -1,9 +1,10 @@
-"""Where actors go: one bundle for each policy rank and each engine, reserved at once or not at all."""
+"""Where actors go: room for each policy rank and each engine, reserved at once or not at all."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import GetTimeoutError
@@ -15,32 +16,42 @@ from megatron_entropic.errors import RunError
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Reserved bundles. Policy bundles are ordered by node, so that neighbouring ranks (tensor parallel) share one."""
+class Slot:
+    """Room for one actor: a bundle of a reservation. Several policy ranks of a node may share a bundle."""
 
     group: PlacementGroup
-    policy_bundles: tuple[int, ...]
-    engine_bundles: tuple[int, ...]
+    bundle: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Reserved slots. Those of the policy are ordered by node: neighbouring ranks (tensor parallel) share one."""
+
+    policy: tuple[Slot, ...]
+    engines: tuple[Slot, ...]
     device: Device
     engine_gpus: int
 
     def policy_options(self, rank: int) -> dict[str, Any]:
         """Ray actor options of a policy rank."""
-        return self._options(self.policy_bundles[rank], gpus=1)
+        return self._options(self.policy[rank], gpus=1)
 
     def engine_options(self, engine: int) -> dict[str, Any]:
         """Ray actor options of a rollout engine, which drives `rollout.tensor_parallel` GPUs."""
-        return self._options(self.engine_bundles[engine], gpus=self.engine_gpus)
+        return self._options(self.engines[engine], gpus=self.engine_gpus)
 
     def release(self) -> None:
         """Give the reservation back."""
-        remove_placement_group(self.group)
+        for group in {slot.group.id: slot.group for slot in self.policy + self.engines}.values():
+            remove_placement_group(group)
 
-    def _options(self, bundle: int, gpus: int) -> dict[str, Any]:
+    def _options(self, slot: Slot, gpus: int) -> dict[str, Any]:
         return {
             "num_cpus": 1,
             "num_gpus": gpus if self.device == "cuda" else 0,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                slot.group, placement_group_bundle_index=slot.bundle
+            ),
         }
 
 
@@ -59,25 +70,43 @@ def reserve(config: Config, device: Device) -> Placement:
         RunError: the cluster does not have the resources within cluster.startup_timeout_s; says what is there.
     """
     policy, engines = bundles(config, device)
-    group = placement_group(policy + engines, strategy="PACK")
-    try:
-        ray.get(group.ready(), timeout=config.cluster.startup_timeout_s)
-    except GetTimeoutError as error:
-        remove_placement_group(group)
-        raise RunError(
-            f"placement: {len(policy)} policy ranks and {len(engines)} engines need "
-            f"{_total(policy + engines)}; the Ray cluster has {ray.cluster_resources()} of which "
-            f"{ray.available_resources()} are free"
-        ) from error
-    node_of = placement_group_table(group)["bundles_to_node_id"]
-    ranks = sorted(range(len(policy)), key=lambda bundle: (node_of[bundle], bundle))
+    per_node = config.cluster.policy_ranks_per_node
+    if per_node is None:
+        slots = _reserve({"PACK": policy + engines}, config)
+        ranks, served = slots[: len(policy)], slots[len(policy) :]
+    else:
+        nodes = [{kind: amount * per_node for kind, amount in policy[0].items()}] * (len(policy) // per_node)
+        slots = _reserve({"STRICT_SPREAD": nodes, "PACK": engines}, config)
+        ranks = [slot for slot in slots[: len(nodes)] for _ in range(per_node)]
+        served = slots[len(nodes) :]
     return Placement(
-        group=group,
-        policy_bundles=tuple(ranks),
-        engine_bundles=tuple(range(len(policy), len(policy) + len(engines))),
+        policy=tuple(sorted(ranks, key=_node_and_bundle)),
+        engines=tuple(served),
         device=device,
         engine_gpus=config.rollout.tensor_parallel,
     )
+
+
+def _reserve(wanted: dict[Literal["PACK", "STRICT_SPREAD"], list[dict[str, float]]], config: Config) -> list[Slot]:
+    """One slot for each bundle, in order; the groups have one strategy each and are reserved together or not at all."""
+    groups = [placement_group(group, strategy=strategy) for strategy, group in wanted.items()]
+    try:
+        ray.get([group.ready() for group in groups], timeout=config.cluster.startup_timeout_s)
+    except GetTimeoutError as error:
+        for group in groups:
+            remove_placement_group(group)
+        spread = config.cluster.policy_ranks_per_node
+        needed = _total(list(chain.from_iterable(wanted.values())))
+        raise RunError(
+            f"placement: {config.policy.world_size} policy ranks{f' ({spread} on a node)' if spread else ''} and "
+            f"{config.rollout.engines} engines need {needed}; the Ray cluster has "
+            f"{ray.cluster_resources()} of which {ray.available_resources()} are free"
+        ) from error
+    return [Slot(group, bundle) for group in groups for bundle in range(group.bundle_count)]
+
+
+def _node_and_bundle(slot: Slot) -> tuple[str, int]:
+    return placement_group_table(slot.group)["bundles_to_node_id"][slot.bundle], slot.bundle
 
 
 def _total(bundles: list[dict[str, float]]) -> str:

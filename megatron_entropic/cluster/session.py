@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from megatron_entropic.cluster.environment import is_prepared
 from megatron_entropic.config import ClusterConfig, Device
 from megatron_entropic.errors import RunError
 
+POLL_S = 0.5
+
 
 @contextmanager
 def ray_session(config: ClusterConfig, *, local_cpus: int) -> Iterator[Device]:
@@ -25,7 +28,8 @@ def ray_session(config: ClusterConfig, *, local_cpus: int) -> Iterator[Device]:
         local_cpus: logical CPUs a local session offers, one for each actor.
 
     Raises:
-        RunError: no cluster at the address, or the device asked for is not there.
+        RunError: no cluster at the address, nodes of `config.nodes` that did not join it, or the device asked for is
+            not there.
     """
     if ray.is_initialized():
         raise RunError("Ray is already initialised in this process; a run needs a session of its own")
@@ -35,7 +39,7 @@ def ray_session(config: ClusterConfig, *, local_cpus: int) -> Iterator[Device]:
             if config.address == "local":
                 _start_local(config, local_cpus, Path(temporary_dir))
             else:
-                _join(config.address)
+                _join(config)
             yield _device(config)
         finally:
             ray.shutdown()
@@ -67,13 +71,46 @@ def _start_local(config: ClusterConfig, cpus: int, temporary_dir: Path) -> None:
                 ) from error
 
 
-def _join(address: str) -> None:
+def _join(config: ClusterConfig) -> None:
+    deadline = time.monotonic() + config.startup_timeout_s
+    if ":" in config.address:
+        _await_head(config.address, deadline)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise RunError(
-            f"no Ray cluster at cluster.address={address} ({error}); start one, or use cluster.address=local"
+            f"no Ray cluster at cluster.address={config.address} ({error}); start one, or use cluster.address=local"
         ) from error
+    _await_nodes(config.nodes, deadline)
+
+
+def _await_head(address: str, deadline: float) -> None:
+    """Wait until something listens there: launchers start Ray and the driver at the same time."""
+    host, _, port = address.rpartition(":")
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RunError(f"ray join: nothing answers at cluster.address={address}: {error}") from error
+        time.sleep(POLL_S)
+
+
+def _await_nodes(expected: list[str], deadline: float) -> None:
+    while missing := set(expected) - _alive_nodes():
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"ray join: {len(missing)} of {len(expected)} nodes did not join within cluster.startup_timeout_s: "
+                f"{', '.join(sorted(missing))}"
+            )
+        time.sleep(POLL_S)
+
+
+def _alive_nodes() -> set[str]:
+    """Every name by which a living node of the cluster goes."""
+    names = ("NodeName", "NodeManagerHostname", "NodeManagerAddress")
+    return {node[name] for node in ray.nodes() if node["Alive"] for name in names}
 
 
 def _device(config: ClusterConfig) -> Device:

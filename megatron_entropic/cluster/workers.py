@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from megatron_entropic.cluster.network import use_interface_of
 from megatron_entropic.config import Config, Device
 from megatron_entropic.types import GenerationRequest, Sample, Sequence
 from megatron_entropic.weights.checksums import Piece
@@ -35,6 +36,11 @@ def worker_environment(config: Config, device: Device) -> dict[str, str]:
     return environment
 
 
+def _join_network(config: Config) -> None:
+    if config.cluster.address != "local":
+        use_interface_of(ray.util.get_node_ip_address())
+
+
 @ray.remote(max_restarts=0)
 class PolicyWorker:
     """One policy rank."""
@@ -44,6 +50,7 @@ class PolicyWorker:
         self._rank = rank
         self._device = device
         self._policy: Policy
+        _join_network(config)
 
     def rendezvous(self) -> tuple[str, int]:
         """Address and a free port of this rank's node, for the process group's store."""
@@ -85,6 +92,7 @@ class EngineWorker:
         self._config = config
         self._device = device
         self._engine: RolloutEngine
+        _join_network(config)
 
     def start(self) -> None:
         """Load vLLM and the starting weights."""

@@ -119,8 +119,7 @@ def test_a_reservation_can_be_given_back(session: str, tmp_path: Path) -> None:
     config = _config(tmp_path, tensor_parallel=2)
     for _ in range(2):
         placement = reserve(config, "cpu")
-        assert placement.policy_bundles == (0, 1)
-        assert placement.engine_bundles == (2,)
+        assert [slot.bundle for slot in placement.policy + placement.engines] == [0, 1, 2]
         placement.release()
 
 

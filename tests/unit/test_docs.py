@@ -35,11 +35,21 @@ def test_links_lead_somewhere() -> None:
 
 def test_named_files_exist() -> None:
     """A file of this repository in backquotes is there."""
-    folders = r"(?:megatron_entropic|tests|tools|docs|examples|requirements)"
+    folders = r"(?:megatron_entropic|tests|tools|docs|examples|requirements|slurm)"
     missing = [
         f"{page.name}: {name}"
         for page in PAGES
         for name in re.findall(rf"`(?:bash |python )?({folders}/[\w./]+)", page.read_text(encoding="utf-8"))
         if not (ROOT / name.rstrip("./")).exists()
     ]
+    assert not missing
+
+
+def test_every_variable_of_the_launcher_is_documented() -> None:
+    page = (ROOT / "docs/clusters.md").read_text(encoding="utf-8")
+    scripts = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "slurm").glob("*.sh")))
+    names = set(re.findall(r"\bME_[A-Z_]+\b", scripts)) | set(
+        re.findall(r"^#SBATCH (--[a-z-]+)", scripts, re.MULTILINE)
+    )
+    missing = sorted(name for name in names if f"`{name}" not in page)
     assert not missing

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# EntroPIC on OpenReasoning-Nemotron-1.5B: 1 node of 8 GPUs.
+#
+#   sbatch --partition=P --account=A slurm/entropic_1.5b.sh model.hf_dir=... data.train_files=... train.steps=500
+#
+# A first argument without "=" replaces the configuration. Everything else: docs/clusters.md.
+#SBATCH --job-name=entropic_1.5b
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@900
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+# Slurm runs a copy of this file; the job knows where the original lies.
+submitted=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
+exec bash "${ME_CHECKOUT:-$(dirname "$submitted")/..}/slurm/launch.sh" examples/nemotron_1_5b.yaml "$@"

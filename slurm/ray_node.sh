@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Ray on one node, until TERM; launch.sh starts it on all nodes at once.
+#
+#   ray_node.sh PYTHON HEAD_ADDRESS FIRST_PORT NODE_TMP
+set -euo pipefail
+python=$1 head=$2 port=$3 node_tmp=$4
+
+# Sockets lie below this folder and their paths are limited to 107 bytes.
+folder=$node_tmp/me-$SLURM_JOB_ID-$SLURM_NODEID
+rm -rf "$folder"
+# Of several interfaces, the one on the way to the first node.
+own=$("$python" -c "import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.connect(('$head', $port)); print(s.getsockname()[0])")
+# shellcheck disable=SC2153  # Slurm sets both SLURM_CPUS_ON_NODE and SLURM_GPUS_ON_NODE
+options=(--node-ip-address="$own" --node-name="$SLURMD_NODENAME" --temp-dir="$folder" --num-cpus="$SLURM_CPUS_ON_NODE"
+  --dashboard-agent-listen-port=$((port + 2)) --disable-usage-stats --block)
+[ -n "${SLURM_GPUS_ON_NODE:-}" ] && command -v nvidia-smi >/dev/null || options+=(--num-gpus=0)
+[ -z "${ME_OBJECT_STORE_BYTES:-}" ] || options+=(--object-store-memory="$ME_OBJECT_STORE_BYTES")
+
+child=
+ended=
+stop() {
+  ended=yes
+  [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true
+}
+trap stop TERM
+if [ "$own" = "$head" ]; then
+  options+=(--head --port="$port" --ray-client-server-port=$((port + 1)) --include-dashboard=false)
+else
+  until (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null || [ -n "$ended" ]; do sleep 0.5; done
+  options+=(--address="$head:$port")
+fi
+if [ -z "$ended" ]; then
+  "$python" -m ray.scripts.scripts start "${options[@]}" &
+  child=$!
+  while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
+fi
+rm -rf "$folder"

@@ -1,0 +1,64 @@
+"""One private Slurm cluster and one tiny model for all tests of this folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from job import Job
+from private_cluster import PROGRAMS, PrivateCluster
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _install_slurm() -> None:
+    """Debian's Slurm, if this process may install it; otherwise these tests are skipped and say why."""
+    if os.geteuid() != 0:
+        pytest.skip("a private Slurm with network namespaces of its own needs root")
+    if all(map(shutil.which, PROGRAMS)):
+        return
+    if shutil.which("apt-get") is None:
+        pytest.skip(f"{', '.join(PROGRAMS)} are not all here, and there is no apt-get to install them with")
+    packages = ["slurm-wlm", "munge", "iproute2", "util-linux"]
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
+        result = subprocess.run(
+            ["apt-get", "-qq", *command], env=environment, capture_output=True, text=True, check=False, timeout=300
+        )
+        if result.returncode != 0:
+            pytest.skip(f"apt-get {command[0]} failed: {result.stderr.strip()[-300:]}")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[PrivateCluster]:
+    _install_slurm()
+    cluster = PrivateCluster(nodes=3)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model, tokenizer and data of the Countdown example."""
+    folder = tmp_path_factory.mktemp("countdown") / "assets"
+    command = [sys.executable, str(ROOT / "examples/countdown/prepare.py"), "--output", str(folder)]
+    subprocess.run(command, check=True, timeout=300)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(cluster: PrivateCluster, assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """slurm/entropic_8b.sh run to its end without any disturbance."""
+    job = Job(cluster, tmp_path_factory.mktemp("finished"), assets)
+    job.submit()
+    job.await_end()
+    assert job.state() == "COMPLETED", job.log()
+    return job
