@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_entropic.config import Config
+from megatron_entropic.config_algorithm import LOSSES_OF_WHOLE_BATCHES
 from megatron_entropic.planning.communication import Direction, gradient_traffic, microbatch_traffic
 from megatron_entropic.planning.hardware import Hardware
 from megatron_entropic.planning.memory import RolloutMemory, overlaps
@@ -49,14 +50,19 @@ class _Work:
 def score_time_s(config: Config, table: ParameterTable, schedule: Schedule, hardware: Hardware) -> float:
     """Old log-probs of all responses, and what else needs a pass without gradients.
 
-    The KL penalty scores under the reference too. With the denominator high_prob_tokens, tokens are counted once more
+    The KL penalty scores under the reference too, decoupled PPO before each epoch, a loss that ranks tokens of the
+    whole optimizer step before each of these. With the denominator high_prob_tokens, tokens are counted once more
     before every optimizer step but the first.
     """
-    steps, passes = schedule.optimizer_steps, 1.0
-    if config.algorithm.kl.coefficient > 0:
+    algorithm, steps, passes = config.algorithm, schedule.optimizer_steps, 1.0
+    if algorithm.proximal_logprobs == "each_epoch":
+        passes += algorithm.epochs_per_rollout - 1
+    if algorithm.policy_loss in LOSSES_OF_WHOLE_BATCHES:
+        passes += algorithm.epochs_per_rollout
+    if algorithm.kl.coefficient > 0:
         passes += 1
-    if config.entropy_control.enabled and config.entropy_control.denominator == "high_prob_tokens":
-        passes += (steps - 1) / steps
+    if config.entropy_control.steers_alpha and config.entropy_control.denominator == "high_prob_tokens":
+        passes += (algorithm.updates_per_rollout - 1) / steps
     turns = schedule.microbatches * steps + config.policy.pipeline_parallel - 1
     return passes * turns * _turn_s(config, table, schedule, hardware, "forward")
 
@@ -74,7 +80,7 @@ def update_time_s(config: Config, table: ParameterTable, schedule: Schedule, har
     )
     adam_s = owned * OPTIMIZER_BYTES_PER_ELEMENT / (hardware.decode_efficiency * hardware.memory_bytes_per_s)
     one = turns * _turn_s(config, table, schedule, hardware, "update") + traffic_s + adam_s
-    return schedule.optimizer_steps * one
+    return schedule.optimizer_steps * config.algorithm.epochs_per_rollout * one
 
 
 def rollout_time_s(
