@@ -202,7 +202,12 @@ class CheckpointConfig(Section):
     """Resumable state: model, optimizer, controller, RNG, data position."""
 
     every_steps: int = Field(50, ge=0, description="0: only at the end.")
-    keep_last: int = Field(2, ge=1)
+    keep_last: int = Field(2, ge=1, description="Of checkpoints, and of the exports of export_every_steps.")
+    export_every_steps: int = Field(
+        0,
+        ge=0,
+        description="Write the policy to exports/ as a Hugging Face directory while training goes on; 0: never.",
+    )
     export_hf: bool = Field(True, description="Write the final policy as a Hugging Face directory.")
 
 

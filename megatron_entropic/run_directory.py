@@ -6,6 +6,7 @@ output_dir/
     warm_start.jsonl     one object a supervised step
     samples.jsonl        some responses of each step
     checkpoints/         resumable state, see policy/checkpoint_files
+    exports/step_000010/ the policy after a step as a Hugging Face directory, see checkpoint.export_every_steps
     hf/                  the final policy as a Hugging Face directory
     error.log            traceback of the newest failed attempt
 """
@@ -139,6 +140,28 @@ class RunDirectory:
         """Save everything that step + 1 depends on; the oldest checkpoints beyond `keep_last` go."""
         with self.phase("checkpoint"):
             policy.save_checkpoint(checkpoint_path(self._checkpoints, step), {"step": step})
+
+    def export(self, policy: PolicyGroup, step: int, *, resumed: bool = False) -> None:
+        """Begin the export that is due after this step, if one is; raise what an earlier one failed with.
+
+        Args:
+            policy: as it is after `step`.
+            step: the last one done.
+            resumed: the run continues after `step`: it is exported only if it had no time for it before.
+        """
+        every = self._config.checkpoint.export_every_steps
+        if not every:
+            return
+        directory = self.path / "exports" / f"step_{step:06d}"
+        policy.check_export(wait=False)
+        if step and step % every == 0 and not (resumed and directory.exists()):
+            with self.phase("export"):
+                policy.begin_export(directory)
+
+    def finish_exports(self, policy: PolicyGroup) -> None:
+        """Wait for the last export of `export`."""
+        if self._config.checkpoint.export_every_steps:
+            policy.check_export(wait=True)
 
     @contextmanager
     def preserving(self, policy: PolicyGroup, step: int) -> Iterator[None]:

@@ -59,11 +59,14 @@ def train(config: Config) -> Path:
                 step = warm_start(policy, run, lessons)
             weights = WeightPublisher(policy, engines, config.cluster)
             weights.publish(version=step)
+            run.export(policy, step, resumed=True)
             while step < config.train.steps:
                 step += 1
                 run.record(step, one_step(step, config, prompts, engines, scorer, policy, weights, run))
                 if run.checkpoint_due(step):
                     run.checkpoint(policy, step)
+                run.export(policy, step)
+            run.finish_exports(policy)
             if config.checkpoint.export_hf:
                 policy.export_hf(run.export_dir)
     return run.path

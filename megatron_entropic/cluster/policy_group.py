@@ -108,6 +108,15 @@ class PolicyGroup:
         """Write the policy as a Hugging Face directory."""
         self._on_all("export_hf", self._limits.checkpoint_timeout_s, output_dir)
 
+    def begin_export(self, output_dir: Path) -> None:
+        """Copy the weights to rank 0, which writes them as a Hugging Face directory in the background."""
+        self._on_all("begin_export", self._limits.checkpoint_timeout_s, output_dir)
+
+    def check_export(self, *, wait: bool) -> None:
+        """Raise what the last background export failed with; with `wait` after it has ended."""
+        call = {self._name(0): self._actors[0].call.remote("check_export", wait)}
+        gather(call, phase="export", timeout_s=self._limits.checkpoint_timeout_s)
+
     def peak_memory_mb(self) -> float:
         """Largest peak memory of a rank since the last call, MiB."""
         return max(self._on_all("peak_memory_mb", self._limits.score_timeout_s))

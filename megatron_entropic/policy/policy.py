@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_entropic.config import Config
 from megatron_entropic.policy import checkpoint
+from megatron_entropic.policy.background_export import BackgroundExport
 from megatron_entropic.policy.collectives import sum_of_token_statistics
 from megatron_entropic.policy.control import (
     EntropyControl,
@@ -102,6 +103,14 @@ class Policy:
         )
         self.plan = self._plan()
         self._publisher = self._build_publisher(local_address(master_address, master_port), sender_type)
+        self._exports = BackgroundExport(
+            self.model,
+            self.plan,
+            self.parameter_map,
+            self.parallel,
+            template_dir=config.model.hf_dir,
+            keep_last=config.checkpoint.keep_last,
+        )
         self._scored: EntropyMeasurement | None = None
         self._freshly_scored = False
         self._warming_up = config.warm_start.steps > 0
@@ -217,6 +226,15 @@ class Policy:
             self.parallel,
             template_dir=self.config.model.hf_dir,
         )
+
+    def begin_export(self, output_dir: Path) -> None:
+        """Copy the weights and write them as a Hugging Face directory in the background."""
+        self.synchronize_parameters()
+        self._exports.begin(output_dir)
+
+    def check_export(self, wait: bool) -> None:
+        """Raise what the last background export failed with; with `wait` after it has ended."""
+        self._exports.check(wait=wait)
 
     def publish_plan(self) -> PublishPlan:
         """The buckets that `publish` sends, in order."""

@@ -74,6 +74,18 @@ def test_every_stage_reports_what_it_sent(reports):
             assert found["checksums"]
 
 
+def test_exports_in_the_background_are_complete_and_failures_are_told_once(reports):
+    for report in reports:
+        for case in (f"{family} tp2 pp2" for family in FAMILIES):
+            assert bool(report[case]["exports"]) == (report is reports[0])
+    for family in FAMILIES:
+        found = reports[0][f"{family} tp2 pp2"]["exports"]
+        assert found["kept"] == ["step_000010", "step_000015"]
+        assert found["differences"] == []
+        assert found["failure"].startswith("export to ")
+        assert "config.json" in found["failure"]
+
+
 def write_model(directory: Path, seed: int, vocabulary: int = 97) -> None:
     """A random Qwen2 with biases and tied embeddings whose padded vocabulary is not its own size."""
     from transformers import Qwen2Config, Qwen2ForCausalLM

@@ -172,6 +172,7 @@ def test_every_option_at_once(countdown_run: Callable[..., Run]) -> None:
         "rollout.temperature=0.8",
         "rollout.publish=delta",
         "cluster.check_weights=true",
+        "checkpoint.export_every_steps=1",
         "algorithm.advantage=rloo",
         "algorithm.aggregation=seq-mean-token-sum-norm",
         "algorithm.optimizer_steps_per_rollout=2",
@@ -186,5 +187,10 @@ def test_every_option_at_once(countdown_run: Callable[..., Run]) -> None:
     assert all(math.isfinite(row["loss/policy"]) for row in rows)
     assert rows[-1]["loss/kl"] > 0, "the policy has left its reference"
     assert all(0.9 < row["weights/published_fraction"] <= 1 for row in rows), "float32 weights all change"
+    exports = run.directory / "exports"
+    assert sorted(path.name for path in exports.iterdir()) == ["step_000002", "step_000003"]
+    last = (exports / "step_000003" / "model.safetensors").read_bytes()
+    assert last == (run.directory / "hf" / "model.safetensors").read_bytes()
+    assert last != (exports / "step_000002" / "model.safetensors").read_bytes()
     samples = [json.loads(line) for line in (run.directory / "samples.jsonl").read_text().splitlines()]
     assert {(sample["step"], sample["weights_version"]) for sample in samples} == {(1, 0), (2, 1), (3, 2)}

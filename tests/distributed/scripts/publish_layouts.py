@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_entropic.config import PolicyConfig
+from megatron_entropic.errors import RunError
 from megatron_entropic.policy.load_weights import load_weights
 from megatron_entropic.policy.parallel import ParallelState, destroy_model_parallel, initialise_model_parallel
 from megatron_entropic.policy.platform import Platform, select_platform
@@ -67,6 +68,30 @@ def differences(hf_dir: Path, received: dict[str, torch.Tensor]) -> list[str]:
     )
 
 
+def exports(
+    model: Any, plan: PublishPlan, parameter_map: ParameterMap, parallel: ParallelState, hf_dir: Path
+) -> dict[str, Any]:
+    """Three exports of which two are kept, and one that fails, as rank 0 sees them."""
+    from megatron_entropic.policy.background_export import BackgroundExport
+
+    output = hf_dir.with_name(f"{hf_dir.name}_exports")
+    export = BackgroundExport(model, plan, parameter_map, parallel, template_dir=hf_dir, keep_last=2)
+    for step in (5, 10, 15):
+        export.begin(output / f"step_{step:06d}")
+    export.check(wait=True)
+    found: dict[str, Any] = {}
+    if parallel.rank == 0:
+        found["kept"] = sorted(path.name for path in output.iterdir())
+        found["differences"] = differences(hf_dir, load_file(output / "step_000015" / "model.safetensors"))
+    export.begin(hf_dir / "config.json" / "step_000020")
+    try:
+        export.check(wait=True)
+    except RunError as error:
+        found["failure"] = str(error)
+    export.check(wait=True)
+    return found
+
+
 def collect_senders(mine: dict[str, Any]) -> list[dict[str, Any]]:
     """What every sending rank told, in the order of stages."""
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -111,6 +136,8 @@ def publish_layout(
         )
         found["differences"] = [differences(hf_dir, future.result()) for future in pending]
     publisher.close()
+    if policy.pipeline_parallel > 1 and policy.tensor_parallel > 1:
+        found["exports"] = exports(model, plan, parameter_map, parallel, hf_dir)
     found["all elements"] = sum(bucket.elements for bucket in plan.buckets)
     found["owned"] = sum(bucket.owner_stage == parallel.pipeline_rank for bucket in plan.buckets)
     destroy_model_parallel()
