@@ -1,0 +1,69 @@
+"""Two starts of policy and engine; in each a process is killed in the middle of a publication. What was seen is JSON.
+
+python broken_publications.py OUTPUT CONFIG.yaml OVERRIDE [OVERRIDE ...]
+
+A process that is stopped keeps the others in the middle of the publication for as long as it takes to kill one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from megatron_entropic.cluster.environment import prepare_ray_environment
+from megatron_entropic.config import Config
+from megatron_entropic.config_loading import load_config
+from megatron_entropic.errors import RunError
+from megatron_entropic.types import Prompt
+
+
+def pid_of(actor: Any) -> int:
+    import ray
+
+    return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=60))
+
+
+def broken_start(config: Config, victim: str) -> dict[str, Any]:
+    """Publishes and generates, then publishes while `victim` (policy or engine) is stopped and killed."""
+    from megatron_entropic.cluster.launch import launch
+    from megatron_entropic.cluster.weight_publisher import WeightPublisher
+
+    prompts = [Prompt(index, [3, 4, 5], "", None) for index in range(2)]
+    seen: dict[str, Any] = {}
+    with launch(config) as (policy, engines):
+        weights = WeightPublisher(policy, engines, config.cluster)
+        weights.publish(version=1)
+        seen["versions"] = [sample.weights_version for sample in engines.generate(prompts, 1)]
+        # The second stage's rank: the buckets of the others arrive, its own do not.
+        pid = pid_of(policy._actors[1] if victim == "policy" else engines._actors[0])
+        os.kill(pid, signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as threads:
+            publishing = threads.submit(weights.publish, version=2)
+            time.sleep(3)
+            seen["ended early"] = publishing.done()
+            killed = time.monotonic()
+            os.kill(pid, signal.SIGKILL)
+            error = publishing.exception(timeout=config.cluster.publish_timeout_s + 60)
+        seen["seconds"] = time.monotonic() - killed
+        seen["error"] = f"{type(error).__name__}: {error}"
+        try:
+            engines.generate(prompts, 2)
+        except RunError as refusal:
+            seen["refusal"] = str(refusal)
+    return seen
+
+
+def main(output: Path, config_file: str, *overrides: str) -> None:
+    config = load_config(Path(config_file), list(overrides))
+    prepare_ray_environment(config.cluster)
+    output.write_text(json.dumps({victim: broken_start(config, victim) for victim in ("policy", "engine")}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
