@@ -1,4 +1,4 @@
-"""The command line: train, preflight, plan, score, report."""
+"""The command line: train, preflight, plan, score, export, report."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from megatron_entropic.config import Config, PolicyConfig
 from megatron_entropic.config_checks import violations
 from megatron_entropic.config_loading import ConfigError, batch_arithmetic, config_warnings, load_config, read_config
 from megatron_entropic.errors import RunError
+from megatron_entropic.export_command import add_export_parser
 
 
 def main(arguments: Args[str] | None = None) -> int:
@@ -187,6 +188,8 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     score.add_argument("--tokens-per-microbatch", type=int, default=16384)
     score.set_defaults(command=_score)
+
+    add_export_parser(commands)
 
     report = commands.add_parser("report", help="write an HTML page and PNGs about one or several runs")
     report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")

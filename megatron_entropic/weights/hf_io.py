@@ -203,7 +203,7 @@ def write_hf_directory(
         if not (output_dir / "config.json").is_file():
             raise ValueError(f"{output_dir}: exists and is not a model directory; only a model is replaced")
     expected = ParameterMap(read_dimensions(template_dir)).hf_tensors
-    with _appears_when_complete(output_dir) as partial:
+    with appears_when_complete(output_dir) as partial:
         dtype = _write_weights(partial, tensors, expected, max_shard_bytes, output_dir)
         _copy_companions(partial, template_dir, dtype)
         for path in partial.iterdir():
@@ -212,7 +212,7 @@ def write_hf_directory(
 
 
 @contextmanager
-def _appears_when_complete(output_dir: Path) -> Iterator[Path]:
+def appears_when_complete(output_dir: Path) -> Iterator[Path]:
     """A hidden sibling of `output_dir`, renamed to it if the body succeeds and removed if it does not."""
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     partial = output_dir.with_name(f".{output_dir.name}.partial")

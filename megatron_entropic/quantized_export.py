@@ -1,0 +1,187 @@
+"""A trained policy in FP8 or INT8 for deployment, by nvidia-modelopt (extra `quant`), and what it costs in KL.
+
+    HF directory --load--> reference log-probs of the prompts --calibrate, quantise--> log-probs again --> files
+
+modelopt replaces linear layers by ones that round weights and inputs to scales it finds on the calibration prompts.
+KL(policy || quantised policy) is measured token by token on the same prompts, before the files are written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_entropic.data.dataset import read_prompt
+from megatron_entropic.data.rows import Problems, read_rows
+from megatron_entropic.data.tokenizer import load_tokenizer, render_prompts
+from megatron_entropic.weights.hf_io import HfReader, appears_when_complete
+
+QuantizationFormat = Literal["fp8", "int8", "nvfp4"]
+_MODELOPT_CONFIGS = {"fp8": "FP8_DEFAULT_CFG", "int8": "INT8_DEFAULT_CFG", "nvfp4": "NVFP4_DEFAULT_CFG"}
+_COMPANIONS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What quantising did to the policy."""
+
+    kl_mean: float
+    """Mean KL(policy || quantised) of the next-token distributions, nats."""
+    kl_max: float
+    """Largest of a single position, nats."""
+    tokens: int
+    """Positions over which the KL was taken."""
+    prompts: int
+    """Prompts that calibrated the scales."""
+
+
+def quantize_export(
+    source: Path,
+    output_dir: Path,
+    quantization: QuantizationFormat,
+    calibration: Path,
+    *,
+    prompt_key: str = "prompt",
+    apply_chat_template: bool = False,
+    max_prompts: int = 128,
+    max_tokens: int = 512,
+    kl_tokens: int = 1024,
+) -> QuantizationReport:
+    """Quantise a policy and write it as a Hugging Face directory of modelopt's layout.
+
+    Args:
+        source: a Hugging Face directory, or the directory of a run that has exported one.
+        output_dir: new or empty; appears when it is complete.
+        quantization: fp8 (weights and inputs E4M3, one scale a tensor), int8 (a scale a weight row), nvfp4 (CUDA only).
+        calibration: parquet or JSON lines with prompts, such as the training data.
+        prompt_key: their column.
+        apply_chat_template: as `data.apply_chat_template` of the run.
+        max_prompts: how many prompts calibrate.
+        max_tokens: prompts are cut to so many tokens.
+        kl_tokens: positions for the KL; their log-probs over the whole vocabulary are held in memory.
+
+    Raises:
+        ValueError: one error that lists everything that is wrong, before a model is loaded.
+        ModuleNotFoundError: the extra `quant` is not installed.
+        OSError: the output cannot be written.
+    """
+    prompts = _checked_prompts(
+        source, output_dir, quantization, calibration, prompt_key, apply_chat_template, max_prompts, max_tokens
+    )
+    modelopt = _modelopt()
+    import transformers
+
+    hf_dir = find_hf_dir(source)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf_dir, dtype="auto", local_files_only=True)
+    model = model.to(device).eval()
+    compared = _first_tokens(prompts, kl_tokens)
+    reference = [_logprobs(model, tokens) for tokens in compared]
+
+    def calibrate(candidate: torch.nn.Module) -> None:
+        for tokens in prompts:
+            _logprobs(candidate, tokens)
+
+    model = modelopt.quantize(model, getattr(modelopt, _MODELOPT_CONFIGS[quantization]), forward_loop=calibrate)
+    divergence = torch.cat(
+        [_kl(before, _logprobs(model, tokens)) for before, tokens in zip(reference, compared, strict=True)]
+    )
+    _write(model, hf_dir, output_dir)
+    return QuantizationReport(
+        float(divergence.mean()), float(divergence.max()), divergence.numel(), prompts=len(prompts)
+    )
+
+
+def find_hf_dir(source: Path) -> Path:
+    """The Hugging Face directory itself, or that of a run: `hf/`, else its newest export.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (source / "config.json").is_file():
+        return source
+    exports = sorted(path for path in (source / "exports").glob("step_*") if (path / "config.json").is_file())
+    for path in (source / "hf", *reversed(exports)):
+        if (path / "config.json").is_file():
+            return path
+    raise ValueError(f"{source}: neither a Hugging Face directory nor a run with one in hf/ or exports/")
+
+
+def _checked_prompts(
+    source: Path,
+    output_dir: Path,
+    quantization: QuantizationFormat,
+    calibration: Path,
+    prompt_key: str,
+    apply_chat_template: bool,
+    max_prompts: int,
+    max_tokens: int,
+) -> list[list[int]]:
+    """Tokens of the calibration prompts, after everything that can be refused was looked at."""
+    problems = Problems()
+    if quantization == "nvfp4" and not torch.cuda.is_available():
+        problems.add("nvfp4: modelopt's block quantisation runs on CUDA only, and there is no GPU; use fp8 or int8")
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        problems.add(f"{output_dir}: exists and is not empty; a model is not written over it")
+    rows = read_rows([calibration], problems)[:max_prompts]
+    found = [(row, read_prompt(row, prompt_key)) for row in rows]
+    for row, prompt in found:
+        if prompt is None:
+            problems.add(f"{row.place}: no prompt in column {prompt_key}")
+    tokens: list[list[int]] = []
+    try:
+        hf_dir = find_hf_dir(source)
+        HfReader(hf_dir)  # every tensor is there and whole
+        usable = [prompt for _, prompt in found if prompt is not None]
+        _, tokens = render_prompts(usable, load_tokenizer(hf_dir), apply_chat_template=apply_chat_template)
+    except (ValueError, FileNotFoundError) as error:
+        problems.add(str(error))
+    problems.raise_if_any("the policy cannot be quantised")
+    return [ids[:max_tokens] for ids in tokens if ids]
+
+
+def _modelopt() -> Any:
+    try:
+        import modelopt.torch.quantization as modelopt
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"--quantize needs nvidia-modelopt ({error}): install megatron_entropic with its extra `quant`"
+        ) from error
+    return modelopt
+
+
+def _first_tokens(prompts: list[list[int]], limit: int) -> list[list[int]]:
+    """Whole prompts, in order, until there are `limit` tokens."""
+    chosen: list[list[int]] = []
+    for tokens in prompts:
+        if chosen and sum(map(len, chosen)) + len(tokens) > limit:
+            break
+        chosen.append(tokens)
+    return chosen
+
+
+def _logprobs(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
+    """[len(tokens), vocabulary] float32 on the CPU: log-probs of the token after each position."""
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens], device=device)).logits[0]
+        return logits.float().log_softmax(-1).cpu()
+
+
+def _kl(reference: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+    """[positions] KL(reference || quantized), nats, from log-probs [positions, vocabulary]."""
+    return (reference.double().exp() * (reference.double() - quantized.double())).sum(-1)
+
+
+def _write(model: torch.nn.Module, hf_dir: Path, output_dir: Path) -> None:
+    from modelopt.torch.export import export_hf_checkpoint
+
+    with appears_when_complete(output_dir) as partial:
+        export_hf_checkpoint(model, export_dir=partial)
+        for pattern in _COMPANIONS:
+            for source in hf_dir.glob(pattern):
+                shutil.copyfile(source, partial / source.name)

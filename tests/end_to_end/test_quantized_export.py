@@ -1,0 +1,77 @@
+"""`megatron-entropic export --quantize` with real modelopt: readable files, a measured KL, refusals in one error."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+def export(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_entropic.cli", "export", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("quantization", "algorithm", "stored"),
+    [("fp8", "FP8", torch.float8_e4m3fn), ("int8", "W8A8_SQ_PER_CHANNEL", torch.int8)],
+)
+def test_files_are_readable_and_the_kl_is_small(
+    quantization: str, algorithm: str, stored: torch.dtype, countdown_dir: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "quantized"
+    done = export(
+        countdown_dir / "model",
+        *("--quantize", quantization, "--output-dir", output, "--max-prompts", 32),
+        *("--calibration", countdown_dir / "train.parquet"),
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"mean (\S+), max (\S+) nats over (\d+) tokens", done.stdout)
+    assert found is not None, done.stdout
+    mean, largest, tokens = float(found[1]), float(found[2]), int(found[3])
+    assert 0 < mean <= largest
+    assert mean < 0.05
+    assert tokens > 100
+    told = json.loads((output / "hf_quant_config.json").read_text())
+    assert told["quantization"]["quant_algo"] == algorithm
+    original, tensors = (
+        load_file(countdown_dir / "model" / "model.safetensors"),
+        load_file(output / "model.safetensors"),
+    )
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert tensors[name].dtype == stored
+    scale = tensors["model.layers.0.mlp.down_proj.weight_scale"]
+    restored = tensors[name].float() * (scale.float().unsqueeze(1) if scale.dim() else scale.float())
+    assert (restored - original[name].float()).abs().max() < 0.1 * original[name].abs().max()
+    assert (output / "tokenizer.json").is_file()
+
+
+def test_everything_wrong_comes_in_one_error_and_nothing_is_written(countdown_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "full"
+    output.mkdir()
+    (output / "precious").write_text("")
+    done = export(
+        tmp_path, "--quantize", "nvfp4", "--output-dir", output, "--calibration", countdown_dir / "missing.parquet"
+    )
+    assert done.returncode == 2
+    for part in (
+        "nvfp4: modelopt's block",
+        "exists and is not empty",
+        "no such file",
+        "neither a Hugging Face directory",
+    ):
+        assert part in done.stderr
+    assert [path.name for path in output.iterdir()] == ["precious"]
