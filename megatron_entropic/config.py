@@ -48,7 +48,11 @@ class PolicyConfig(Section):
     tensor_parallel: int = Field(1, ge=1)
     pipeline_parallel: int = Field(1, ge=1)
     data_parallel: int = Field(1, ge=1)
-    context_parallel: int = Field(1, ge=1)
+    context_parallel: int = Field(
+        1,
+        ge=1,
+        description="Ranks that share each sequence's tokens; tokens_per_microbatch counts those of all of them.",
+    )
     expert_parallel: int = Field(
         1, ge=1, description="Ranks that share out the experts of a layer; taken from data and context parallelism."
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_entropic.policy.segments import SegmentGroup, SegmentPlan
@@ -41,13 +42,22 @@ class SegmentedAttention(MegatronModule):
 
     Segments of similar length run as one batch, padded on the right (see `segments`): under the causal mask no real
     query sees a padded key, and outputs of padded queries are dropped, so their gradients are exactly zero.
+
+    Under context parallelism T counts this rank's rows. Keys and values of all ranks are gathered, one collective for
+    both, and their gradients scattered back with one.
     """
 
     def __init__(
-        self, config: Any, layer_number: int, attn_mask_type: Any, softmax_scale: float | None = None, **_unused: Any
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **_unused: Any,
     ) -> None:
         super().__init__(config=config)
-        assert config.context_parallel_size == 1
+        self._context_group = pg_collection.cp if config.context_parallel_size > 1 else None
         assert config.attention_dropout == 0.0
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
@@ -74,18 +84,30 @@ class SegmentedAttention(MegatronModule):
         """
         plan = packed_seq_params.plan
         assert plan is not None
+        if self._context_group is not None:
+            key, value = self._of_all_ranks(key, value)
         outputs = [self._attend(query, key, value, group) for group in plan.groups]
         packed = torch.cat(outputs).index_select(0, plan.order)
         return packed.flatten(1)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: SegmentGroup) -> torch.Tensor:
         """[count * length, query heads, head_dim] for the rows of one group."""
+        keys = group.rows if group.keys is None else group.keys
         q, k, v = (
-            tensor.index_select(0, group.rows).unflatten(0, (group.count, group.length)).transpose(1, 2)
-            for tensor in (query, key, value)
+            tensor.index_select(0, rows).unflatten(0, (group.count, -1)).transpose(1, 2)
+            for tensor, rows in ((query, group.rows), (key, keys), (value, keys))
         )
-        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
+        output = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=group.mask, is_causal=group.mask is None, scale=self.scale, enable_gqa=True
+        )
         return output.transpose(1, 2).flatten(0, 1)
+
+    def _of_all_ranks(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[size * T, heads, head_dim] of each, rank after rank; in backward gradients are summed over ranks."""
+        own = torch.cat((key, value), dim=1)
+        gathered = gather_from_sequence_parallel_region(own, group=self._context_group)
+        key, value = gathered.split(key.shape[1], dim=1)
+        return key, value
 
     def sharded_state_dict(self, *_position: Any, **_options: Any) -> dict[str, Any]:
         """Nothing: attention has no parameters."""

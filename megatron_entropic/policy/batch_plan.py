@@ -25,6 +25,8 @@ Marks = list[Tensor]
 class AcrossReplicas:
     """`algorithms.losses.Across` over the ranks that hold different sequences; all of them call it together.
 
+    Context-parallel ranks hold the same ones: the first of them counts.
+
     Args:
         parallel: this rank's place, on the last stage.
         device: of the collectives.
@@ -37,16 +39,19 @@ class AcrossReplicas:
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sums of [k] float64."""
         total = values.to(self._device, copy=True)
+        if self._parallel.context_rank:
+            total.zero_()
         dist.all_reduce(total, group=self._parallel.data_context_group)
         return total
 
     def largest(self, values: Tensor, count: int) -> Tensor:
         """The `count` largest of all replicas' values; every replica sends its own largest."""
         own = torch.full((count,), -torch.inf, dtype=torch.float64, device=self._device)
-        best = values.double().topk(min(count, values.numel())).values
-        own[: best.numel()] = best.to(self._device)
-        replicas = self._parallel.data_size * self._parallel.context_size
-        gathered = [torch.empty_like(own) for _ in range(replicas)]
+        if self._parallel.context_rank == 0:
+            best = values.double().topk(min(count, values.numel())).values
+            own[: best.numel()] = best.to(self._device)
+        ranks = self._parallel.data_size * self._parallel.context_size
+        gathered = [torch.empty_like(own) for _ in range(ranks)]
         dist.all_gather(gathered, own, group=self._parallel.data_context_group)
         return torch.cat(gathered).topk(count).values
 

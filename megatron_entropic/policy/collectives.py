@@ -30,9 +30,9 @@ def _reduced(number: int, operation: dist.ReduceOp.RedOpType, device: torch.devi
 def sum_of_token_statistics(values: torch.Tensor, parallel: ParallelState) -> torch.Tensor:
     """Global sums of what last stages measured on their own tokens (specification S1).
 
-    One SUM over data and context parallel ranks, which hold different tokens. Tensor parallel ranks hold the same
-    values and are not summed over. Other stages measured nothing; they receive the result, so logs and checkpoints
-    agree.
+    One SUM over data-parallel replicas. Context and tensor parallel ranks hold the same values, gathered or merged
+    (`context_parallel`, `tensor_parallel`), and count once. Other stages measured nothing; they receive the result, so
+    logs and checkpoints agree.
 
     Args:
         values: [k] float64 on the policy's device; on stages before the last only its size matters.
@@ -43,6 +43,8 @@ def sum_of_token_statistics(values: torch.Tensor, parallel: ParallelState) -> to
     assert values.dtype == torch.float64, "sums over a whole batch lose digits in float32"
     total = values.clone()
     if parallel.is_last_stage:
+        if parallel.context_rank:
+            total.zero_()
         dist.all_reduce(total, group=parallel.data_context_group)
     if parallel.pipeline_size > 1:
         dist.broadcast(total, src=parallel.last_stage_rank, group=parallel.pipeline_group)

@@ -37,7 +37,7 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What leaves the last pipeline stage, the same on all its tensor-parallel ranks."""
+    """What leaves the last pipeline stage, the same on all its tensor and context parallel ranks."""
 
     logprobs: torch.Tensor
     """[R] float32, with gradient when gradients are enabled, unless there is a `loss`."""

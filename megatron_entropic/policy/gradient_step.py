@@ -47,12 +47,12 @@ class GradientStep:
         A replica with too few sequences gets micro-batches without any: they run through the model and every collective
         like the others.
         """
-        multiple = self.parallel.token_multiple
-        own = pack(sequences, self._tokens_per_microbatch, token_multiple=multiple)
+        multiple, cut = self.parallel.token_multiple, self.parallel.cut
+        own = pack(sequences, self._tokens_per_microbatch, token_multiple=multiple, cut=cut)
         count = largest(len(own), self.device)
         if count == len(own):
             return own
-        return pack(sequences, self._tokens_per_microbatch, token_multiple=multiple, at_least=count)
+        return pack(sequences, self._tokens_per_microbatch, token_multiple=multiple, cut=cut, at_least=count)
 
     def measure(self, batch: list[MicroBatch], count: Callable[[torch.Tensor], float], options: OutputOptions) -> float:
         """Global sum of `count(logprobs [R])` over micro-batches and replicas, in a pass without gradients."""

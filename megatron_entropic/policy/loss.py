@@ -150,7 +150,7 @@ class MicrobatchLoss:
         sums += [column.detach().double().sum() for column in per_token]
         return parts.total, torch.stack([value.detach().double() for value in sums])
 
-    def of_tokens(self, logprobs: Tensor, entropies: Tensor | None, tokens: slice) -> Tensor:
+    def of_tokens(self, logprobs: Tensor, entropies: Tensor | None, tokens: slice | Tensor) -> Tensor:
         """The share of some tokens; these add up to `share`. It exists where `LossSettings.adds_up_over_tokens`.
 
         Args:

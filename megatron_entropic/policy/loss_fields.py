@@ -75,7 +75,7 @@ class TokenFields:
     marks: Tensor | None = None
     """[T] float32 from the policy loss's plan; None for a loss without one."""
 
-    def select(self, tokens: slice) -> TokenFields:
+    def select(self, tokens: slice | Tensor) -> TokenFields:
         """The constants of some of the tokens; `lengths` remain those of the whole micro-batch."""
         return replace(
             self,

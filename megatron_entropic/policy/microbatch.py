@@ -5,6 +5,10 @@ Shapes: T packed tokens of a micro-batch (padding tail included), R response tok
     tokens      p0 p1 r0 r1 | p0 r0 r1 r2 | pad      T = 9 with the multiple 3
     rows              1  2       4  5  6             the positions whose logits predict a response token
     targets           r0 r1      r0 r1 r2            R = 5, sequence after sequence
+
+Under context parallelism each segment is padded and cut (see `context_cut`), and a rank's micro-batch holds its own
+part of the tokens. All ranks of a group pack the same sequences, so each knows the target of a row whose next token is
+held by another.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from itertools import accumulate
 
 import torch
 
+from megatron_entropic.policy.context_cut import WHOLE, ContextCut
 from megatron_entropic.policy.segments import SegmentPlan, plan_segments
 from megatron_entropic.types import Sequence
 
@@ -23,19 +28,22 @@ class MicroBatch:
     """Some sequences laid end to end, with what the last stage needs to give statistics of the response tokens."""
 
     tokens: torch.Tensor
-    """[1, T] int64."""
+    """[1, T] int64; under context parallelism this rank's [1, T / size]."""
     position_ids: torch.Tensor
-    """[1, T] int64, from 0 in each sequence."""
+    """As `tokens`, from 0 in each sequence."""
     cu_seqlens: torch.Tensor
-    """[segments + 1] int32, where each segment starts, and T. A padding tail is a segment of its own, the last."""
+    """[segments + 1] int32, where each segment starts before the cut, and T. A padding tail is a segment of its own,
+    the last."""
     rows: torch.Tensor
-    """[R] int64, positions in T whose logits predict the response tokens, in the order of `targets`."""
+    """[R] int64, places in `tokens` whose logits predict the response tokens, in the order of `targets`."""
     targets: torch.Tensor
     """[R] int64, the response tokens of all sequences, one sequence after the other."""
+    owned: torch.Tensor | None
+    """Under context parallelism `rows` and `targets` are this rank's [r], and this says which of the R they are."""
     plan: SegmentPlan
     """How core attention batches the segments, computed once for all layers."""
     max_seqlen: int
-    """Tokens of the longest segment."""
+    """Tokens of the longest segment, before the cut."""
     response_lengths: tuple[int, ...]
     """Response tokens of each sequence; they sum to R."""
     sequences: tuple[Sequence, ...]
@@ -52,31 +60,51 @@ class MicroBatch:
         }
         return replace(self, plan=self.plan.to(device), **moved)
 
+    @property
+    def response_tokens(self) -> int:
+        """R, over all context-parallel ranks."""
+        return sum(self.response_lengths)
+
+    def places(self, targets: slice) -> slice | torch.Tensor:
+        """Which of the R response tokens some of this rank's `targets` are."""
+        return targets if self.owned is None else self.owned[targets]
+
     def split(self, values: torch.Tensor) -> list[torch.Tensor]:
         """Cuts a [R] tensor into one tensor per sequence."""
         return list(values.split(list(self.response_lengths)))
 
 
 def pack(
-    sequences: list[Sequence], tokens_per_microbatch: int, *, token_multiple: int = 1, at_least: int = 1
+    sequences: list[Sequence],
+    tokens_per_microbatch: int,
+    *,
+    token_multiple: int = 1,
+    cut: ContextCut = WHOLE,
+    at_least: int = 1,
 ) -> list[MicroBatch]:
     """Distributes sequences over as few micro-batches as first-fit decreasing needs; deterministic.
 
     Args:
         sequences: Each with at least one prompt and one response token.
-        tokens_per_microbatch: Budget of one micro-batch; a longer sequence gets one of its own.
+        tokens_per_microbatch: Budget of one micro-batch, over its context-parallel ranks; a longer sequence gets one
+            of its own.
         token_multiple: T is padded to a multiple of this (`ParallelState.token_multiple`).
+        cut: This rank's part of each sequence.
         at_least: Number of micro-batches wanted at least, so that data-parallel ranks can agree on one number; those
             for which there is no sequence left hold padding only and R = 0.
 
     Raises:
         ValueError: a sequence without prompt or response.
     """
-    lengths = [sequence.tokens.numel() for sequence in sequences]
+    lengths = [_rounded_up(sequence.tokens.numel(), cut.segment_multiple) for sequence in sequences]
     groups = first_fit_decreasing(lengths, tokens_per_microbatch)
     while len(groups) < at_least:
         groups = _halve_largest(groups, lengths)
-    return [pack_one([sequences[i] for i in group], group, token_multiple) for group in groups]
+    return [pack_one([sequences[i] for i in group], group, token_multiple, cut) for group in groups]
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def first_fit_decreasing(lengths: list[int], budget: int) -> list[list[int]]:
@@ -109,13 +137,16 @@ def _halve_largest(groups: list[list[int]], lengths: list[int]) -> list[list[int
     return [*groups[:place], *halves, *groups[place + 1 :]]
 
 
-def pack_one(sequences: list[Sequence], indices: list[int], token_multiple: int = 1) -> MicroBatch:
+def pack_one(
+    sequences: list[Sequence], indices: list[int], token_multiple: int = 1, cut: ContextCut = WHOLE
+) -> MicroBatch:
     """One micro-batch of these sequences, in this order.
 
     Args:
         sequences: Each with at least one prompt and one response token; may be empty.
         indices: Where each stood in the caller's list, to find its statistics again.
-        token_multiple: T is padded to a multiple of this, and to at least 1.
+        token_multiple: The rank's tokens are padded to a multiple of this, and to at least 1.
+        cut: This rank's part of each sequence.
 
     Raises:
         ValueError: a sequence without prompt or response.
@@ -123,25 +154,39 @@ def pack_one(sequences: list[Sequence], indices: list[int], token_multiple: int 
     bad = [i for i, s in zip(indices, sequences, strict=True) if s.prompt_length < 1 or s.response_length < 1]
     if bad:
         raise ValueError(f"sequences {bad} lack a prompt or a response token, so they have nothing to score")
-    lengths = [sequence.tokens.numel() for sequence in sequences]
-    padding = -sum(lengths) % token_multiple if lengths else token_multiple
+    lengths = [_rounded_up(sequence.tokens.numel(), cut.segment_multiple) for sequence in sequences]
+    multiple = token_multiple * cut.segment_multiple
+    padding = -sum(lengths) % multiple if lengths else multiple
     segments = [*lengths, padding] if padding else lengths
     starts = [0, *accumulate(segments)]
-    tokens = torch.cat([*(s.tokens.cpu() for s in sequences), torch.zeros(padding, dtype=torch.int64)])
-    rows = [
+    tokens = torch.zeros(starts[-1], dtype=torch.int64)
+    for sequence, start in zip(sequences, starts, strict=False):
+        tokens[start : start + sequence.tokens.numel()] = sequence.tokens
+    rows_of_all = [
         torch.arange(start + s.prompt_length - 1, start + s.tokens.numel() - 1)
         for s, start in zip(sequences, starts, strict=False)
     ]
-    rows_of_all = torch.cat([torch.empty(0, dtype=torch.int64), *rows])
+    rows = torch.cat([torch.empty(0, dtype=torch.int64), *rows_of_all])
+    own_rows = cut.rows(torch.tensor(segments))
+    place, owned = _own_places(rows, own_rows, starts[-1]) if cut.size > 1 else (rows, None)
     return MicroBatch(
-        tokens=tokens.unsqueeze(0),
-        position_ids=torch.cat([torch.arange(length) for length in segments]).unsqueeze(0),
+        tokens=tokens[own_rows].unsqueeze(0),
+        position_ids=cut.positions(torch.tensor(segments)).unsqueeze(0),
         cu_seqlens=torch.tensor(starts, dtype=torch.int32),
-        rows=rows_of_all,
-        targets=tokens[rows_of_all + 1],
-        plan=plan_segments(segments),
+        rows=place,
+        targets=tokens[(rows if owned is None else rows[owned]) + 1],
+        owned=owned,
+        plan=plan_segments(segments, cut),
         max_seqlen=max(segments),
         response_lengths=tuple(s.response_length for s in sequences),
         sequences=tuple(sequences),
         indices=tuple(indices),
     )
+
+
+def _own_places(rows: torch.Tensor, own_rows: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(places in `own_rows` of those `rows` that are among them, which of `rows` these are)."""
+    place = torch.full((total,), -1)
+    place[own_rows] = torch.arange(own_rows.numel())
+    owned = (place[rows] >= 0).nonzero().squeeze(1)
+    return place[rows[owned]], owned

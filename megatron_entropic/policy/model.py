@@ -53,7 +53,11 @@ class PolicyModel(GPTModel):
             scale_frequencies(self.rotary_pos_emb, dimensions.rope_scaling)
         if self.post_process:
             self._output_head = OutputHead(
-                self.output_layer, self.pg_collection.tp, dimensions.vocab_size, config.sequence_parallel
+                self.output_layer,
+                self.pg_collection.tp,
+                dimensions.vocab_size,
+                config.sequence_parallel,
+                self.pg_collection.cp if config.context_parallel_size > 1 else None,
             )
 
     def forward(self, micro_batch: MicroBatch, options: OutputOptions) -> torch.Tensor | Output:
@@ -61,7 +65,7 @@ class PolicyModel(GPTModel):
 
         Returns:
             Hidden states for the next stage, or on the last stage (log-probs [R] float32, entropies [R] float32 or
-            None, loss or None), equal on all tensor-parallel ranks.
+            None, loss or None), equal on all tensor and context parallel ranks.
         """
         return self._run(
             micro_batch, output_processor=self._statistics, output_processor_context=(micro_batch, options)

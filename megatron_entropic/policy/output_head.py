@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
 
+from megatron_entropic.policy.context_parallel import gather_tokens
 from megatron_entropic.policy.forward import Output, OutputOptions
 from megatron_entropic.policy.microbatch import MicroBatch
 from megatron_entropic.tensor_parallel import fused_logprob_and_entropy, fused_policy_loss, logprob_and_entropy
@@ -33,27 +34,47 @@ class OutputHead:
         group: tensor-parallel.
         vocab_size: token ids that exist; weight rows beyond are padding.
         sequence_parallel: hidden states come as this rank's part of the tokens.
+        context_group: context-parallel; None where there is one rank.
     """
 
-    def __init__(self, output_layer: Any, group: dist.ProcessGroup, vocab_size: int, sequence_parallel: bool) -> None:
+    def __init__(
+        self,
+        output_layer: Any,
+        group: dist.ProcessGroup,
+        vocab_size: int,
+        sequence_parallel: bool,
+        context_group: dist.ProcessGroup | None = None,
+    ) -> None:
         self._output_layer = output_layer
         self._group = group
         self._vocab_size = vocab_size
         self._sequence_parallel = sequence_parallel
+        self._context_group = context_group
         if sequence_parallel:
             _leave_gathering_to_the_head(output_layer)
 
     def run(
         self, hidden_states: torch.Tensor, weight: torch.Tensor, micro_batch: MicroBatch, options: OutputOptions
     ) -> Output:
-        """Statistics of the micro-batch's R response tokens, equal on all tensor-parallel ranks.
+        """Statistics of the micro-batch's R response tokens, equal on all tensor and context parallel ranks.
 
         Args:
-            hidden_states: [T, 1, H], or [T/tp, 1, H] with sequence parallelism.
+            hidden_states: [T, 1, H] of this rank's tokens, or [T/tp, 1, H] with sequence parallelism.
             weight: [V/tp, H] of the output layer, the embedding's where they are tied.
             micro_batch: names the rows and targets.
             options: which statistics, and which head. Without gradients `fused_loss` is `recompute`.
         """
+        logprobs, entropies, loss = self._of_own_tokens(hidden_states, weight, micro_batch, options)
+        if self._context_group is None:
+            return logprobs, entropies, loss
+        assert micro_batch.owned is not None
+        own = logprobs.unsqueeze(0) if entropies is None else torch.stack((logprobs, entropies))
+        gathered = gather_tokens(own, micro_batch.owned, micro_batch.response_tokens, self._context_group)
+        return gathered[0], None if entropies is None else gathered[1], loss
+
+    def _of_own_tokens(
+        self, hidden_states: torch.Tensor, weight: torch.Tensor, micro_batch: MicroBatch, options: OutputOptions
+    ) -> Output:
         if options.head == "logits":
             return self._from_logits(hidden_states, weight, micro_batch, options)
         shared: dict[str, Any] = {
@@ -71,8 +92,8 @@ class OutputHead:
                 hidden, weight, micro_batch.targets, entropy_gradient=options.entropy_gradient, **shared
             )
             return logprobs, entropies, None
-        # A micro-batch without sequences has no tokens and asks for no loss of any.
-        token_loss = options.token_loss(micro_batch) if micro_batch.sequences else _no_loss
+        # Without response tokens, of no sequence or of others' parts of sequences, there is no loss to ask for.
+        token_loss = options.token_loss(micro_batch) if micro_batch.targets.numel() else _no_loss
         loss, logprobs, entropies = fused_policy_loss(
             hidden, weight, micro_batch.targets, token_loss, gradient_scale=LOSS_SCALE, **shared
         )

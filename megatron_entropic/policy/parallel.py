@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from megatron_entropic.config import PolicyConfig
+from megatron_entropic.policy.context_cut import ContextCut
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,24 @@ class ParallelState:
         return dist.get_global_rank(self.pipeline_group, self.pipeline_size - 1)
 
     @property
+    def cut(self) -> ContextCut:
+        """This rank's part of each packed sequence."""
+        return ContextCut(self.context_rank, self.context_size)
+
+    @property
     def token_multiple(self) -> int:
-        """Packed micro-batches must be a multiple of this: sequence parallelism gives each tensor rank equal tokens."""
+        """A rank's packed tokens must be a multiple of this: with sequence parallelism tensor ranks get equal parts."""
         return self.token_alignment * (self.tensor_size if self.sequence_parallel else 1)
 
     def describe(self) -> str:
         """Short name for messages, such as `rank 3 (tp 1, pp 1, dp 0)`."""
-        return f"rank {self.rank} (tp {self.tensor_rank}, pp {self.pipeline_rank}, dp {self.data_rank})"
+        context = f"cp {self.context_rank}, " if self.context_size > 1 else ""
+        return f"rank {self.rank} (tp {self.tensor_rank}, pp {self.pipeline_rank}, {context}dp {self.data_rank})"
 
 
 def layout_problems(policy: PolicyConfig, world_size: int) -> list[str]:
     """Why a layout cannot be built on `world_size` ranks; empty if it can."""
     problems = []
-    if policy.context_parallel > 1:
-        problems.append(f"context_parallel={policy.context_parallel}: context parallelism is not available yet, use 1")
     if policy.expert_parallel > 1:
         problems.append(f"expert_parallel={policy.expert_parallel}: expert parallelism is not available yet, use 1")
     if policy.world_size != world_size:

@@ -318,8 +318,7 @@ class Policy:
 
     def _measure(self, scores: Scores | None) -> None:
         local = torch.zeros(2, dtype=torch.float64, device=self.platform.device)
-        # Scores hold whole sequences on each context-parallel rank: one of them counts.
-        if scores is not None and self.parallel.context_rank == 0:
+        if scores is not None:
             local[0] = sum(float(entropies.double().sum()) for entropies in scores.entropies)
             local[1] = sum(entropies.numel() for entropies in scores.entropies)
         self._scored = EntropyMeasurement(*sum_of_token_statistics(local, self.parallel).tolist())

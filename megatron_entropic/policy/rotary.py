@@ -9,26 +9,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-
-def packed_positions(cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """[T] int64, the position of each packed token within its segment, from `cu_seqlens` [segments + 1]."""
-    starts = cu_seqlens[:-1].long()
-    lengths = cu_seqlens[1:].long() - starts
-    return torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device) - starts.repeat_interleave(lengths)
+from megatron_entropic.policy.context_cut import ContextCut
 
 
 def apply_rotary_packed(
-    tensor: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, *_unused: Any, **_options: Any
+    tensor: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    freqs: torch.Tensor,
+    *_unused: Any,
+    cp_group: dist.ProcessGroup,
+    **_options: Any,
 ) -> torch.Tensor:
     """Stands for megatron-core's `_apply_rotary_pos_emb_thd`, with its arguments.
 
     Args:
-        tensor: [T, heads, head_dim], all of which is rotated, in halves (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
+        tensor: [T / size, heads, head_dim] for `size` context-parallel ranks, all of which is rotated, in halves
+            (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
         cu_seqlens: [segments + 1] int32; the last is T.
         freqs: [max_s, 1, 1, head_dim] angles in float32, by position within a segment.
+        cp_group: context-parallel.
     """
-    positions = packed_positions(cu_seqlens)
+    positions = ContextCut(cp_group.rank(), cp_group.size()).positions(cu_seqlens.long().diff())
     # [max_s, 1, d] before the gather: the cosine is taken once for each position, not for each token.
     cos = freqs.squeeze(2).cos().to(tensor.dtype)[positions]
     sin = freqs.squeeze(2).sin().to(tensor.dtype)[positions]

@@ -23,8 +23,8 @@ def score(
         temperature: Statistics are those of softmax(logits / temperature).
 
     Returns:
-        On the last stage (all its tensor ranks alike) float32 CPU tensors in the order of the sequences given to
-        `pack`; None on other stages.
+        On the last stage (all its tensor and context ranks alike) float32 CPU tensors in the order of the sequences
+        given to `pack`; None on other stages.
     """
     was_training = model.training
     model.eval()
@@ -44,7 +44,7 @@ def score_sequences(
     tokens_per_microbatch: int,
 ) -> Scores | None:
     """`score` of sequences not packed yet."""
-    micro_batches = pack(sequences, tokens_per_microbatch, token_multiple=state.token_multiple)
+    micro_batches = pack(sequences, tokens_per_microbatch, token_multiple=state.token_multiple, cut=state.cut)
     return score(model, micro_batches, state, temperature=temperature)
 
 

@@ -143,7 +143,7 @@ def _score_own_share(
     """Indices into the file and scores of this replica's sequences, scores in that order (last stage only)."""
     own = data_parallel_shards([len(tokens) for tokens in job.tokens], state.data_size)[state.data_rank]
     sequences = [Sequence(torch.tensor(job.tokens[i]), job.prompt_lengths[i]) for i in own]
-    micro_batches = pack(sequences, policy.tokens_per_microbatch, token_multiple=state.token_multiple)
+    micro_batches = pack(sequences, policy.tokens_per_microbatch, token_multiple=state.token_multiple, cut=state.cut)
     order: list[int] = []
     scored = Scores([], [])
     for first in range(0, len(micro_batches), _MICROBATCHES_PER_REPORT):

@@ -92,7 +92,8 @@ class PolicyUpdate:
             return MicrobatchLoss(self._fields(micro_batch, marks), self._settings, counts, steering)
 
         def token_loss(micro_batch: MicroBatch) -> TokenLoss:
-            return loss_of(micro_batch).of_tokens
+            loss = loss_of(micro_batch)
+            return lambda logprobs, entropies, own: loss.of_tokens(logprobs, entropies, micro_batch.places(own))
 
         def share(micro_batch: MicroBatch, statistics: TokenStatistics) -> tuple[torch.Tensor, torch.Tensor]:
             if self._local:

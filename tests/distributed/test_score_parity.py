@@ -27,6 +27,15 @@ LAYOUTS = {
         "sequence_parallel": True,
         "tokens_per_microbatch": 60,
     },
+    "cp2": {"context_parallel": 2, "data_parallel": 2, "tokens_per_microbatch": 60},
+    "cp4": {"context_parallel": 4},
+    "cp2 tp2 sp": {
+        "context_parallel": 2,
+        "tensor_parallel": 2,
+        "sequence_parallel": True,
+        "tokens_per_microbatch": 60,
+    },
+    "cp2 pp2": {"context_parallel": 2, "pipeline_parallel": 2, "tokens_per_microbatch": 60},
 }
 TOLERANCE = 1e-5
 

@@ -85,10 +85,17 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "pp2": _layout(pipeline_parallel=2),
         "dp2": _layout(CASES, ("plain", "distributed"), tokens_per_microbatch=60),
         "dp2, one sequence a micro-batch": _layout(tokens_per_microbatch=1),
+        "cp2": _layout(CASES, context_parallel=2),
+        "cp2, stored logits": _layout(context_parallel=2, train=(), output_head="logits"),
     },
     4: {
         "tp2 pp2 sp": _layout(tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True),
         "pp2 dp2": _layout(pipeline_parallel=2),
+        "cp2 tp2 sp": _layout(context_parallel=2, tensor_parallel=2, sequence_parallel=True),
+        "cp2 dp2": _layout(("seq-mean-token-mean high",), context_parallel=2, tokens_per_microbatch=60),
+        "cp2 pp2, recomputed logits": _layout(
+            context_parallel=2, pipeline_parallel=2, train=(), output_head="recompute"
+        ),
     },
 }
 

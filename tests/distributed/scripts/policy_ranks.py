@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from megatron_entropic.config import Config
 from megatron_entropic.policy.control import build_control
 from megatron_entropic.policy.data_parallel import data_parallel_shards
-from megatron_entropic.policy.gather import gather_hf_tensors
+from megatron_entropic.policy.gather import gather_hf_tensors, sends_weights
 from megatron_entropic.policy.load_weights import load_weights, named_entries
 from megatron_entropic.policy.loss_fields import LossSettings
 from megatron_entropic.policy.policy import Policy
@@ -28,7 +29,7 @@ RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 def configuration(hf_dir: Path, **sections: dict[str, Any]) -> Config:
     """A configuration, of float32 unless told; data parallelism fills up the ranks that the layout leaves over."""
     layout = {"distributed_timeout_s": 120, **sections.pop("policy", {})}
-    model_ranks = layout.get("tensor_parallel", 1) * layout.get("pipeline_parallel", 1)
+    model_ranks = prod(layout.get(f"{kind}_parallel", 1) for kind in ("tensor", "pipeline", "context"))
     layout["data_parallel"] = WORLD_SIZE // model_ranks
     model = {"hf_dir": hf_dir, "dtype": "float32", **sections.pop("model", {})}
     return Config(model=model, data={"train_files": ["unused"]}, policy=layout, **sections)
@@ -100,7 +101,7 @@ def _entries(policy: Policy) -> Iterator[Any]:
 
 
 def _gather(policy: Policy, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    if policy.parallel.data_rank:
+    if not sends_weights(policy.parallel):
         return {}
     gathered = gather_hf_tensors(policy.plan, values, policy.parameter_map, policy.parallel, "test")
     return {name: tensor.clone() for name, tensor in gathered}
