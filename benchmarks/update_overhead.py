@@ -103,7 +103,7 @@ class BareModel:
         """Forward, and backward unless told, of packed micro-batches; gradients accumulate in the policy's buffers."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        wrapped = self._owner._machinery.model
+        (wrapped,) = self._owner._machinery.model
         if not forward_only:
             self._owner.optimizer.zero_grad()
         total = sum(len(micro_batch.targets) for micro_batch in micro_batches)
@@ -133,7 +133,7 @@ class BareModel:
         """[1, T] cross-entropy of the next token at every position, by GPTModel's own last step."""
         from megatron_entropic.policy.attention import packed_segments
 
-        model = self._owner.model
+        (model,) = self._owner.model
         labels = micro_batch.tokens.roll(-1, dims=1)
         # The policy's class replaces what comes after the layers; here GPTModel's own is called.
         model._postprocess = lambda *args, **options: self._postprocess(model, *args, **options)

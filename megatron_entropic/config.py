@@ -47,6 +47,11 @@ class PolicyConfig(Section):
 
     tensor_parallel: int = Field(1, ge=1)
     pipeline_parallel: int = Field(1, ge=1)
+    virtual_pipeline_parallel: int = Field(
+        1,
+        ge=1,
+        description="Chunks of layers on each stage (interleaved 1F1B): a smaller bubble, more traffic.",
+    )
     data_parallel: int = Field(1, ge=1)
     context_parallel: int = Field(
         1,

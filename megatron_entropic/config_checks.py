@@ -120,6 +120,12 @@ def _parallelism(config: Config) -> Iterator[Violation]:
             ("policy.sequence_parallel", "policy.tensor_parallel"),
             "policy.sequence_parallel=true needs policy.tensor_parallel > 1: it splits activations over those ranks",
         )
+    if policy.virtual_pipeline_parallel > 1 and policy.pipeline_parallel == 1:
+        yield Violation(
+            ("policy.virtual_pipeline_parallel", "policy.pipeline_parallel"),
+            f"policy.virtual_pipeline_parallel={policy.virtual_pipeline_parallel} needs policy.pipeline_parallel > 1: "
+            "stages take turns with their chunks",
+        )
     if policy.fp8 != "off" and config.cluster.device == "cpu":
         yield Violation(
             ("policy.fp8", "cluster.device"), f"policy.fp8={policy.fp8} needs a GPU, but cluster.device is cpu"

@@ -14,8 +14,9 @@ from megatron_entropic.cluster.placement import Placement
 from megatron_entropic.cluster.waiting import gather
 from megatron_entropic.cluster.workers import PolicyWorker, worker_environment
 from megatron_entropic.config import ClusterConfig, Config
-from megatron_entropic.policy.data_parallel import data_parallel_shards
+from megatron_entropic.policy.data_parallel import attention_weight, data_parallel_shards, sequence_costs
 from megatron_entropic.types import Scores, Sequence
+from megatron_entropic.weights.dimensions import read_dimensions
 from megatron_entropic.weights.plan import PublishPlan
 
 
@@ -27,6 +28,7 @@ class PolicyGroup:
         self._limits: ClusterConfig = config.cluster
         self._world_size = config.policy.world_size
         self._data_parallel = config.policy.data_parallel
+        self._attention_weight = attention_weight(read_dimensions(config.model.hf_dir))
         environment = worker_environment(config, placement.device)
         self._actors = [
             PolicyWorker.options(  # type: ignore[attr-defined]
@@ -51,7 +53,7 @@ class PolicyGroup:
 
     def score(self, sequences: list[Sequence], *, reference: bool = False) -> Scores:
         """Log-probs and entropies of the response tokens under the current (or the reference) weights."""
-        shards = data_parallel_shards([s.tokens.numel() for s in sequences], self._data_parallel)
+        shards = self._deal(sequences)
         answers = self._on_replicas("score", sequences, shards, self._limits.score_timeout_s, reference=reference)
         logprobs: list[Any] = [None] * len(sequences)
         entropies: list[Any] = [None] * len(sequences)
@@ -122,8 +124,12 @@ class PolicyGroup:
         return max(self._on_all("peak_memory_mb", self._limits.score_timeout_s))
 
     def _optimizer_step(self, method: str, sequences: list[Sequence]) -> dict[str, float]:
-        shards = data_parallel_shards([s.tokens.numel() for s in sequences], self._data_parallel)
-        return self._on_replicas(method, sequences, shards, self._limits.update_timeout_s)[0]
+        return self._on_replicas(method, sequences, self._deal(sequences), self._limits.update_timeout_s)[0]
+
+    def _deal(self, sequences: list[Sequence]) -> list[list[int]]:
+        """Indices of each replica's sequences."""
+        costs = sequence_costs([sequence.tokens.numel() for sequence in sequences], self._attention_weight)
+        return data_parallel_shards(costs, self._data_parallel)
 
     def _on_replicas(
         self, method: str, sequences: list[Sequence], shards: list[list[int]], timeout_s: float, **options: Any

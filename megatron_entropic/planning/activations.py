@@ -58,8 +58,12 @@ class _Widths:
 
 
 def rank_tokens(policy: PolicyConfig, tokens: int) -> int:
-    """Tokens of a packed micro-batch on each context-parallel rank, padded for sequence parallelism."""
+    """Tokens of a packed micro-batch on each context-parallel rank, padded for sequence and context parallelism.
+
+    Under context parallelism each sequence is padded besides, by at most 2 * context_parallel - 1 tokens: not counted.
+    """
     multiple = policy.tensor_parallel if policy.sequence_parallel else 1
+    multiple *= 2 if policy.context_parallel > 1 else 1
     return -(-tokens // (policy.context_parallel * multiple)) * multiple
 
 

@@ -138,8 +138,10 @@ def _pipeline(
     """Hidden states to the next stage and their gradients to the one before."""
     policy = config.policy
     size = _hidden_bytes(config, table, tokens) / (policy.tensor_parallel if policy.sequence_parallel else 1)
-    # A stage between two others sends both ways.
-    count = 2 if direction == "update" and policy.pipeline_parallel > 2 else 1
+    # A stage between two others sends both ways, and so does every stage with several chunks.
+    chunks = policy.virtual_pipeline_parallel
+    both_ways = policy.pipeline_parallel > 2 or chunks > 1
+    count = chunks * (2 if direction == "update" and both_ways else 1)
     crosses = _crosses(policy, hardware, "pipeline")
     yield Traffic("pipeline", "point to point", policy.pipeline_parallel, crosses, count, count * size)
 

@@ -112,11 +112,12 @@ def stage_memory(config: Config, table: ParameterTable, schedule: Schedule, stag
 
 
 def _activation_bytes(config: Config, model: PlannedModel, schedule: Schedule, stage: int) -> int:
-    """1F1B: stage s of p holds min(p - s, m) micro-batches when its first backward pass begins."""
+    """What a stage holds when its first backward pass begins: micro-batches of its chunks (`in_flight`)."""
     policy, tokens = config.policy, schedule.largest_tokens
     layer = layer_bytes(model, policy, tokens, dtype=config.model.dtype, attention=attention_kind(config))
-    layers = model.dimensions.num_layers // policy.pipeline_parallel
-    alive = in_flight(policy.pipeline_parallel, stage, schedule.microbatches_at_most)
+    chunks = policy.virtual_pipeline_parallel
+    layers = model.dimensions.num_layers // (policy.pipeline_parallel * chunks)
+    alive = in_flight(policy.pipeline_parallel, stage, schedule.microbatches_at_most, chunks)
     total = alive * layers * layer.saved
     if stage == policy.pipeline_parallel - 1:
         total += layer.final

@@ -140,20 +140,21 @@ class ParameterTable:
                 pipeline_parallel=policy.pipeline_parallel,
                 bucket_bytes=bucket_bytes,
                 dtype=dtype,
+                virtual_pipeline_parallel=policy.virtual_pipeline_parallel,
                 expert_parallel=policy.expert_parallel,
                 expert_tensor_parallel=policy.expert_tensor_parallel,
             )
         return self._publish_plans[key]
 
-    def _key(self, policy: PolicyConfig, stage: int) -> tuple[int, int, int, int, int]:
-        sizes = policy.tensor_parallel, policy.pipeline_parallel, policy.expert_parallel, policy.expert_tensor_size
-        return *sizes, stage
+    def _key(self, policy: PolicyConfig, stage: int) -> tuple[int, ...]:
+        pipeline = policy.pipeline_parallel, policy.virtual_pipeline_parallel
+        return policy.tensor_parallel, *pipeline, policy.expert_parallel, policy.expert_tensor_size, stage
 
     def _shards(self, policy: PolicyConfig, stage: int) -> Iterator[ParameterShard]:
         """Of the first expert-parallel rank: the others hold as much, in the same order."""
         held = [
             entry
-            for entry in self.map.entries_of_stage(stage, policy.pipeline_parallel)
+            for entry in self.map.entries_of_stage(stage, policy.pipeline_parallel, policy.virtual_pipeline_parallel)
             if entry.expert is None or self.map.expert_rank(entry, policy.expert_parallel) == 0
         ]
         first, last = self.map.entries[0].megatron_name, self.map.entries[-1].megatron_name

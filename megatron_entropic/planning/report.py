@@ -145,7 +145,14 @@ def _memory(plan: Plan, numbers: Numbers) -> Section:
             str(stage.stage),
             *(_gb(getattr(stage, kind)) for kind in kinds),
             _gb(stage.total),
-            str(in_flight(plan.config.policy.pipeline_parallel, stage.stage, numbers.schedule.microbatches_at_most)),
+            str(
+                in_flight(
+                    plan.config.policy.pipeline_parallel,
+                    stage.stage,
+                    numbers.schedule.microbatches_at_most,
+                    plan.config.policy.virtual_pipeline_parallel,
+                )
+            ),
         )
         for stage in numbers.memory
     )
@@ -177,7 +184,8 @@ def _rollout(plan: Plan, numbers: Numbers) -> Section:
 
 
 def _schedule(plan: Plan, schedule: Schedule) -> Section:
-    stages = plan.config.policy.pipeline_parallel
+    stages, chunks = plan.config.policy.pipeline_parallel, plan.config.policy.virtual_pipeline_parallel
+    turns = f"{chunks} x {schedule.microbatches}" if chunks > 1 else f"{schedule.microbatches}"
     rows = (
         (
             "optimizer steps",
@@ -190,7 +198,7 @@ def _schedule(plan: Plan, schedule: Schedule) -> Section:
         ),
         (
             "pipeline bubble",
-            f"({stages} - 1) / ({schedule.microbatches} + {stages} - 1) = {100 * schedule.bubble_fraction:.1f} %",
+            f"({stages} - 1) / ({turns} + {stages} - 1) = {100 * schedule.bubble_fraction:.1f} %",
         ),
     )
     note = (

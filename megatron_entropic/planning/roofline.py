@@ -2,10 +2,10 @@
 
     step = rollout + score + update + publish      one after the other, as the loop runs them
 
-Policy phases: a pipeline of p stages needs m + p - 1 turns of its slowest stage for m micro-batches. Floating point
-operations per token: 2 for each parameter of a matrix forward, twice that backward, once more forward where activations
-are recomputed; attention adds 2 L q in each layer for sequences of L tokens under the causal mask (Kaplan et al. 2020,
-table 1, for the matrices).
+Policy phases: a pipeline of p stages needs m + p - 1 turns of its slowest stage for m micro-batches, m + (p - 1) / v
+with v chunks on each stage. Floating point operations per token: 2 for each parameter of a matrix forward, twice that
+backward, once more forward where activations are recomputed; attention adds 2 L q in each layer for sequences of L
+tokens under the causal mask (Kaplan et al. 2020, table 1, for the matrices).
 """
 
 from __future__ import annotations
@@ -63,14 +63,15 @@ def score_time_s(config: Config, table: ParameterTable, schedule: Schedule, hard
         passes += 1
     if config.entropy_control.steers_alpha and config.entropy_control.denominator == "high_prob_tokens":
         passes += (algorithm.updates_per_rollout - 1) / steps
-    turns = schedule.microbatches * steps + config.policy.pipeline_parallel - 1
+    policy = config.policy
+    turns = schedule.microbatches * steps + (policy.pipeline_parallel - 1) / policy.virtual_pipeline_parallel
     return passes * turns * _turn_s(config, table, schedule, hardware, "forward")
 
 
 def update_time_s(config: Config, table: ParameterTable, schedule: Schedule, hardware: Hardware) -> float:
     """All optimizer steps of a training step."""
     policy = config.policy
-    turns = schedule.microbatches + policy.pipeline_parallel - 1
+    turns = schedule.microbatches + (policy.pipeline_parallel - 1) / policy.virtual_pipeline_parallel
     traffic_s = sum(traffic.time_s(hardware) for traffic in gradient_traffic(config, table, hardware))
     if overlaps(config):
         traffic_s *= hardware.exposed_gradient_share

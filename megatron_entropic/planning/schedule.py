@@ -38,17 +38,23 @@ class Schedule:
         return self.mean_prompt_tokens + self.mean_response_tokens
 
 
-def in_flight(stages: int, stage: int, microbatches: int) -> int:
-    """Micro-batches whose activations a stage (from 0) keeps at once under 1F1B: the stages behind it and its own."""
-    return min(stages - stage, microbatches)
+def in_flight(stages: int, stage: int, microbatches: int, chunks: int = 1) -> int:
+    """Micro-batches of a chunk whose activations a stage (from 0) keeps at once, over all its chunks.
+
+    1F1B: one for each stage behind it and its own. Interleaved: two for each stage behind it, `stages` for each chunk
+    but one, and its own (megatron-core's warm-up).
+    """
+    if chunks == 1:
+        return min(stages - stage, microbatches)
+    return min(2 * (stages - stage - 1) + (chunks - 1) * stages + 1, chunks * microbatches)
 
 
-def bubble_fraction(stages: int, microbatches: int) -> float:
-    """Share of a step that a stage waits for others: (p - 1) / (m + p - 1), for p equal stages and m micro-batches.
+def bubble_fraction(stages: int, microbatches: int, chunks: int = 1) -> float:
+    """Share of a step that a stage waits: (p - 1) / (v m + p - 1), for p stages of v chunks and m micro-batches.
 
     Source: Narayanan et al. 2021 (arXiv 2104.04473), section 2.2, with the whole step as the denominator.
     """
-    return (stages - 1) / (microbatches + stages - 1)
+    return (stages - 1) / (chunks * microbatches + stages - 1)
 
 
 def make_schedule(config: Config) -> Schedule:
@@ -57,8 +63,10 @@ def make_schedule(config: Config) -> Schedule:
     prompt = max(1.0, MEAN_PROMPT_SHARE * config.data.max_prompt_tokens)
     response = max(1.0, MEAN_RESPONSE_SHARE * config.rollout.max_response_tokens)
     per_replica = -(-config.sequences_per_optimizer_step // policy.data_parallel)
+    # Interleaved stages run them in groups of one for each stage.
+    multiple = policy.pipeline_parallel if policy.virtual_pipeline_parallel > 1 else 1
     expected, at_most = (
-        _microbatches(per_replica, policy.tokens_per_microbatch, length)
+        -(-_microbatches(per_replica, policy.tokens_per_microbatch, length) // multiple) * multiple
         for length in (prompt + response, config.max_sequence_tokens)
     )
     return Schedule(
@@ -70,7 +78,7 @@ def make_schedule(config: Config) -> Schedule:
         microbatches_at_most=at_most,
         tokens=per_replica * (prompt + response) / expected,
         largest_tokens=max(policy.tokens_per_microbatch, config.max_sequence_tokens),
-        bubble_fraction=bubble_fraction(policy.pipeline_parallel, expected),
+        bubble_fraction=bubble_fraction(policy.pipeline_parallel, expected, policy.virtual_pipeline_parallel),
     )
 
 

@@ -226,6 +226,7 @@ def layout_name(policy: PolicyConfig) -> str:
     sizes = (
         ("TP", policy.tensor_parallel),
         ("PP", policy.pipeline_parallel),
+        ("VPP", policy.virtual_pipeline_parallel),
         ("CP", policy.context_parallel),
         ("EP", policy.expert_parallel),
         ("DP", policy.data_parallel),

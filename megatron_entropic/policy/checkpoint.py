@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -34,9 +34,6 @@ from megatron_entropic.policy.checkpoint_files import (
 from megatron_entropic.policy.checkpoint_patches import apply_checkpoint_patches
 from megatron_entropic.policy.optimizer import PolicyOptimizer
 
-if TYPE_CHECKING:
-    from megatron_entropic.policy.model import PolicyModel
-
 __all__ = [
     "CheckpointError",
     "checkpoint_path",
@@ -53,13 +50,13 @@ SPACE_MARGIN_BYTES = 32 * 2**20
 
 
 def save_checkpoint(
-    directory: Path, model: PolicyModel, optimizer: PolicyOptimizer, state: dict[str, Any], *, keep_last: int
+    directory: Path, model: torch.nn.ModuleList, optimizer: PolicyOptimizer, state: dict[str, Any], *, keep_last: int
 ) -> None:
     """Write a checkpoint, called by all ranks together.
 
     Args:
         directory: where the complete checkpoint will be, on a file system that all ranks share; see `checkpoint_path`.
-        model: this rank's stage, not wrapped.
+        model: the chunks of this rank's stage, not wrapped.
         optimizer: its optimizer; its parameters must be synchronised.
         state: JSON, the same on every rank; rank 0's is written.
         keep_last: complete checkpoints to keep beside `directory`, this one included.
@@ -90,12 +87,12 @@ def save_checkpoint(
     _on_rank_zero(directory, lambda: prune_checkpoints(directory.parent, keep_last))
 
 
-def load_checkpoint(directory: Path, model: PolicyModel, optimizer: PolicyOptimizer) -> dict[str, Any]:
+def load_checkpoint(directory: Path, model: torch.nn.ModuleList, optimizer: PolicyOptimizer) -> dict[str, Any]:
     """Restore a checkpoint into a model and optimizer of any layout, called by all ranks together.
 
     Args:
         directory: a complete checkpoint.
-        model: this rank's stage, not wrapped.
+        model: the chunks of this rank's stage, not wrapped.
         optimizer: its optimizer, with the schedule of the current configuration.
 
     Returns:
@@ -118,18 +115,21 @@ def load_checkpoint(directory: Path, model: PolicyModel, optimizer: PolicyOptimi
         loaded = dist_checkpointing.load(request, str(directory))
     except (CheckpointException, CheckpointingException, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"checkpoint {directory} cannot be read into this model: {error}") from error
-    model.load_state_dict(loaded["model"], strict=True)
+    for index, chunk in enumerate(model):
+        chunk.load_state_dict(loaded["model"][str(index)], strict=True)
     optimizer.load_state_dict(loaded["optimizer"], steps_taken=saved["schedule_steps"])
     if same_ranks:
         _set_rng_state(loaded["rng"])
     return saved["state"]
 
 
-def _sharded_state(model: PolicyModel, optimizer: PolicyOptimizer, *, loading: bool) -> dict[str, Any]:
+def _sharded_state(model: torch.nn.ModuleList, optimizer: PolicyOptimizer, *, loading: bool) -> dict[str, Any]:
     """What dist_checkpointing saves or fills, with this rank's place in every global tensor."""
     from megatron.core.dist_checkpointing import ShardedObject
 
-    model_state = model.sharded_state_dict()
+    # Names in the file count layers over the whole model; where a chunk stands in this tree does not matter.
+    chunks: list[Any] = list(model)
+    model_state = {str(index): chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
     return {
         "model": model_state,
         "optimizer": optimizer.sharded_state_dict(model_state, loading=loading),
@@ -137,7 +137,7 @@ def _sharded_state(model: PolicyModel, optimizer: PolicyOptimizer, *, loading: b
     }
 
 
-def _rng_state(model: PolicyModel) -> dict[str, Any]:
+def _rng_state(model: torch.nn.ModuleList) -> dict[str, Any]:
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     device = next(model.parameters()).device

@@ -184,6 +184,7 @@ _OPTIMIZER_INIT = "scalars of gradient scaling and clipping; types of parameters
 LITERALS = (
     CudaLiteral("pipeline_parallel.schedules:forward_backward_no_pipelining", "the token count"),
     CudaLiteral("pipeline_parallel.schedules:forward_backward_pipelining_without_interleaving", "the token count"),
+    CudaLiteral("pipeline_parallel.schedules:forward_backward_pipelining_with_interleaving", "the token count"),
     CudaLiteral("optimizer.clip_grads:get_grad_norm_fp32", "the norm"),
     CudaLiteral("optimizer.clip_grads:clip_grad_by_total_norm_fp32", "type of gradients, overflow buffer"),
     CudaLiteral("optimizer.optimizer:MixedPrecisionOptimizer.__init__", _OPTIMIZER_INIT),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from megatron_entropic.errors import RunError
@@ -15,13 +15,10 @@ from megatron_entropic.weights.hf_io import write_hf_directory
 from megatron_entropic.weights.parameter_map import ParameterMap
 from megatron_entropic.weights.plan import PublishPlan
 
-if TYPE_CHECKING:
-    from megatron_entropic.policy.model import PolicyModel
-
 
 def export_hf(
     output_dir: Path,
-    model: PolicyModel,
+    model: torch.nn.ModuleList,
     plan: PublishPlan,
     parameter_map: ParameterMap,
     parallel: ParallelState,
@@ -32,7 +29,7 @@ def export_hf(
 
     Args:
         output_dir: new directory; an earlier export there is replaced when the new one is complete.
-        model: this rank's stage, not wrapped, with synchronised parameters.
+        model: the chunks of this rank's stage, not wrapped, with synchronised parameters.
         plan: buckets in which parameters are gathered, and their dtype.
         parameter_map: of the model.
         parallel: this rank's place.

@@ -1,6 +1,6 @@
 """The forward step that scoring and updating share, and megatron-core's pipeline schedule around it.
 
-    micro-batches -> schedule (no pipelining, or 1F1B over stages) -> forward step -> model -> (log-probs, entropies)
+    micro-batches -> schedule (none, 1F1B or interleaved over stages) -> forward step -> model -> (log-probs, entropies)
 
 Hidden states pass from stage to stage; the statistics appear on the last one, where the caller's function gets them.
 """
@@ -57,7 +57,7 @@ CollectFunction = Callable[[MicroBatch, TokenStatistics], Any]
 
 
 def run_forward(
-    model: torch.nn.Module, micro_batches: list[MicroBatch], collect: CollectFunction, options: OutputOptions
+    model: torch.nn.ModuleList, micro_batches: list[MicroBatch], collect: CollectFunction, options: OutputOptions
 ) -> list[Any]:
     """One pass without gradients.
 
@@ -73,7 +73,7 @@ def run_forward(
 
 
 def run_forward_backward(
-    model: torch.nn.Module, micro_batches: list[MicroBatch], loss: LossFunction, options: OutputOptions
+    model: torch.nn.ModuleList, micro_batches: list[MicroBatch], loss: LossFunction, options: OutputOptions
 ) -> list[Any]:
     """Forward and backward over all micro-batches; gradients accumulate in the model's buffers.
 
@@ -93,7 +93,7 @@ def run_forward_backward(
 
 
 def _run_schedule(
-    model: torch.nn.Module,
+    model: torch.nn.ModuleList,
     micro_batches: list[MicroBatch],
     output_function: Callable[[MicroBatch], Callable[..., Any]],
     options: OutputOptions,
@@ -108,13 +108,15 @@ def _run_schedule(
         micro_batch = next(batches).to(device)
         return chunk(micro_batch=micro_batch, options=options), output_function(micro_batch)
 
+    chunks = list(model)
+    iterators = [iter(micro_batches) for _ in chunks]
     collected: list[Any] = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
-        model=[model],
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks,
         num_microbatches=len(micro_batches),
-        # Stages tell each other the shape of every micro-batch (variable_seq_lengths), so this number goes unused.
-        seq_length=micro_batches[0].tokens.numel(),
+        # Interleaved, all micro-batches have this length; otherwise stages tell each other (variable_seq_lengths).
+        seq_length=int(micro_batches[0].cu_seqlens[-1]),
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_entropic.policy.batch_metrics import batch_metrics
 from megatron_entropic.policy.collectives import largest, sum_of_token_statistics
 from megatron_entropic.policy.forward import OutputOptions, TokenStatistics, run_forward, run_forward_backward
 from megatron_entropic.policy.microbatch import MicroBatch, pack
@@ -27,19 +28,26 @@ class GradientStep:
     """Runs optimizer steps on one rank.
 
     Args:
-        model: this rank's pipeline stage, from `optimizer.wrap_data_parallel`.
+        model: the chunks of this rank's pipeline stage, from `optimizer.wrap_data_parallel`.
         parallel: this rank's place.
         device: of the model.
         tokens_per_microbatch: budget of one packed micro-batch.
+        attention_weight: of the model, for `batch_metrics`.
     """
 
     def __init__(
-        self, model: torch.nn.Module, parallel: ParallelState, device: torch.device, tokens_per_microbatch: int
+        self,
+        model: torch.nn.ModuleList,
+        parallel: ParallelState,
+        device: torch.device,
+        tokens_per_microbatch: int,
+        attention_weight: float = 0.0,
     ) -> None:
         self.model = model
         self.parallel = parallel
         self.device = device
         self._tokens_per_microbatch = tokens_per_microbatch
+        self._attention_weight = attention_weight
 
     def align(self, sequences: list[Sequence]) -> list[MicroBatch]:
         """Pack this replica's sequences into a number of micro-batches that all replicas agree on.
@@ -47,12 +55,15 @@ class GradientStep:
         A replica with too few sequences gets micro-batches without any: they run through the model and every collective
         like the others.
         """
-        multiple, cut = self.parallel.token_multiple, self.parallel.cut
-        own = pack(sequences, self._tokens_per_microbatch, token_multiple=multiple, cut=cut)
+        own = pack(sequences, self._tokens_per_microbatch, self.parallel.packing)
         count = largest(len(own), self.device)
         if count == len(own):
             return own
-        return pack(sequences, self._tokens_per_microbatch, token_multiple=multiple, cut=cut, at_least=count)
+        return pack(sequences, self._tokens_per_microbatch, self.parallel.packing, at_least=count)
+
+    def batch_metrics(self, batch: list[MicroBatch]) -> dict[str, float]:
+        """How well `batch`, from `align`, fills the ranks; equal on all of them."""
+        return batch_metrics(batch, self._attention_weight, self.parallel, self.device)
 
     def measure(self, batch: list[MicroBatch], count: Callable[[torch.Tensor], float], options: OutputOptions) -> float:
         """Global sum of `count(logprobs [R])` over micro-batches and replicas, in a pass without gradients."""

@@ -13,22 +13,23 @@ from megatron_entropic.weights.parameter_map import Entry, ParameterMap, to_glob
 
 
 def named_entries(
-    model: torch.nn.Module, parameter_map: ParameterMap, state: ParallelState
+    model: torch.nn.ModuleList, parameter_map: ParameterMap, state: ParallelState
 ) -> Iterator[tuple[Entry, torch.nn.Parameter]]:
     """This rank's parameters with the map's rows for them.
 
     Args:
-        model: This rank's stage, not wrapped.
+        model: The chunks of this rank's stage, not wrapped.
 
     Raises:
         KeyError: a parameter that the map does not know.
     """
-    first_layer = parameter_map.first_layer(state.pipeline_rank, state.pipeline_size)
-    for name, parameter in model.named_parameters():
-        yield parameter_map.by_megatron_name(to_global_name(name, first_layer)), parameter
+    for index, chunk in enumerate(model):
+        first_layer = parameter_map.first_layer(state.pipeline_rank, state.pipeline_size, index, state.virtual_size)
+        for name, parameter in chunk.named_parameters():
+            yield parameter_map.by_megatron_name(to_global_name(name, first_layer)), parameter
 
 
-def load_weights(model: torch.nn.Module, hf_dir: Path, state: ParallelState) -> None:
+def load_weights(model: torch.nn.ModuleList, hf_dir: Path, state: ParallelState) -> None:
     """Copies the checkpoint into every parameter, converting to the parameter's dtype; padded rows become zero.
 
     Raises:

@@ -19,8 +19,34 @@ from itertools import accumulate
 import torch
 
 from megatron_entropic.policy.context_cut import WHOLE, ContextCut
+from megatron_entropic.policy.data_parallel import spread
 from megatron_entropic.policy.segments import SegmentPlan, plan_segments
 from megatron_entropic.types import Sequence
+
+TAIL_TOKENS = 64
+"""Length of the segments of a padding tail: attention over them costs nothing."""
+
+
+@dataclass(frozen=True)
+class PackingRules:
+    """What a layout asks of micro-batches (`ParallelState.packing`)."""
+
+    token_multiple: int = 1
+    """The tokens of each rank are padded to a multiple of this."""
+    cut: ContextCut = WHOLE
+    """This rank's part of each sequence."""
+    count_multiple: int = 1
+    """There must be a multiple of this many micro-batches."""
+    equal_tokens: bool = False
+    """All micro-batches of a pass are padded to one length."""
+
+    @property
+    def total_multiple(self) -> int:
+        """The tokens of all context-parallel ranks are padded to a multiple of this."""
+        return self.token_multiple * self.cut.segment_multiple
+
+
+NO_RULES = PackingRules()
 
 
 @dataclass(frozen=True)
@@ -32,8 +58,7 @@ class MicroBatch:
     position_ids: torch.Tensor
     """As `tokens`, from 0 in each sequence."""
     cu_seqlens: torch.Tensor
-    """[segments + 1] int32, where each segment starts before the cut, and T. A padding tail is a segment of its own,
-    the last."""
+    """[segments + 1] int32, where each segment starts before the cut, and T. A padding tail is the last segments."""
     rows: torch.Tensor
     """[R] int64, places in `tokens` whose logits predict the response tokens, in the order of `targets`."""
     targets: torch.Tensor
@@ -75,32 +100,32 @@ class MicroBatch:
 
 
 def pack(
-    sequences: list[Sequence],
-    tokens_per_microbatch: int,
-    *,
-    token_multiple: int = 1,
-    cut: ContextCut = WHOLE,
-    at_least: int = 1,
+    sequences: list[Sequence], tokens_per_microbatch: int, rules: PackingRules = NO_RULES, *, at_least: int = 1
 ) -> list[MicroBatch]:
-    """Distributes sequences over as few micro-batches as first-fit decreasing needs; deterministic.
+    """Distributes sequences over as few micro-batches as first-fit decreasing needs, of close lengths; deterministic.
 
     Args:
         sequences: Each with at least one prompt and one response token.
         tokens_per_microbatch: Budget of one micro-batch, over its context-parallel ranks; a longer sequence gets one
             of its own.
-        token_multiple: T is padded to a multiple of this (`ParallelState.token_multiple`).
-        cut: This rank's part of each sequence.
+        rules: Of the layout.
         at_least: Number of micro-batches wanted at least, so that data-parallel ranks can agree on one number; those
             for which there is no sequence left hold padding only and R = 0.
 
     Raises:
         ValueError: a sequence without prompt or response.
     """
-    lengths = [_rounded_up(sequence.tokens.numel(), cut.segment_multiple) for sequence in sequences]
+    lengths = [_rounded_up(sequence.tokens.numel(), rules.cut.segment_multiple) for sequence in sequences]
     groups = first_fit_decreasing(lengths, tokens_per_microbatch)
-    while len(groups) < at_least:
+    count = _rounded_up(max(len(groups), at_least), rules.count_multiple)
+    level = spread(lengths, count)
+    # Stages of a pipeline wait for the longest one. A level deal may exceed the budget where first fit does not.
+    if all(len(group) == 1 or sum(lengths[i] for i in group) <= tokens_per_microbatch for group in level):
+        groups = level
+    while len(groups) < count:
         groups = _halve_largest(groups, lengths)
-    return [pack_one([sequences[i] for i in group], group, token_multiple, cut) for group in groups]
+    longest = max(sum(lengths[i] for i in group) for group in groups) if rules.equal_tokens else 0
+    return [pack_one([sequences[i] for i in group], group, rules, at_least_tokens=longest) for group in groups]
 
 
 def _rounded_up(number: int, multiple: int) -> int:
@@ -138,15 +163,15 @@ def _halve_largest(groups: list[list[int]], lengths: list[int]) -> list[list[int
 
 
 def pack_one(
-    sequences: list[Sequence], indices: list[int], token_multiple: int = 1, cut: ContextCut = WHOLE
+    sequences: list[Sequence], indices: list[int], rules: PackingRules = NO_RULES, *, at_least_tokens: int = 0
 ) -> MicroBatch:
     """One micro-batch of these sequences, in this order.
 
     Args:
         sequences: Each with at least one prompt and one response token; may be empty.
         indices: Where each stood in the caller's list, to find its statistics again.
-        token_multiple: The rank's tokens are padded to a multiple of this, and to at least 1.
-        cut: This rank's part of each sequence.
+        rules: Of the layout; how many micro-batches there are does not matter here.
+        at_least_tokens: T is padded to this, and to at least 1.
 
     Raises:
         ValueError: a sequence without prompt or response.
@@ -154,10 +179,8 @@ def pack_one(
     bad = [i for i, s in zip(indices, sequences, strict=True) if s.prompt_length < 1 or s.response_length < 1]
     if bad:
         raise ValueError(f"sequences {bad} lack a prompt or a response token, so they have nothing to score")
-    lengths = [_rounded_up(sequence.tokens.numel(), cut.segment_multiple) for sequence in sequences]
-    multiple = token_multiple * cut.segment_multiple
-    padding = -sum(lengths) % multiple if lengths else multiple
-    segments = [*lengths, padding] if padding else lengths
+    cut = rules.cut
+    segments = _segments([sequence.tokens.numel() for sequence in sequences], rules, at_least_tokens)
     starts = [0, *accumulate(segments)]
     tokens = torch.zeros(starts[-1], dtype=torch.int64)
     for sequence, start in zip(sequences, starts, strict=False):
@@ -182,6 +205,15 @@ def pack_one(
         sequences=tuple(sequences),
         indices=tuple(indices),
     )
+
+
+def _segments(lengths: list[int], rules: PackingRules, at_least_tokens: int) -> list[int]:
+    """Padded lengths of the sequences, then of the tail."""
+    multiple = rules.cut.segment_multiple
+    segments = [_rounded_up(length, multiple) for length in lengths]
+    padding = _rounded_up(max(sum(segments), at_least_tokens, 1), rules.total_multiple) - sum(segments)
+    whole, rest = divmod(padding, _rounded_up(TAIL_TOKENS, multiple))
+    return [*segments, *[_rounded_up(TAIL_TOKENS, multiple)] * whole, *([rest] if rest else [])]
 
 
 def _own_places(rows: torch.Tensor, own_rows: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:

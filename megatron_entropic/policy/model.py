@@ -34,20 +34,21 @@ from megatron_entropic.weights.dimensions import ModelDimensions
 
 
 class PolicyModel(GPTModel):
-    """One pipeline stage of the policy. `forward(micro_batch=..., options=...)` is its only use."""
+    """One chunk of a pipeline stage of the policy. `forward(micro_batch=..., options=...)` is its only use."""
 
-    def __init__(self, dimensions: ModelDimensions, config: Any, spec: Any, state: ParallelState) -> None:
+    def __init__(self, dimensions: ModelDimensions, config: Any, spec: Any, state: ParallelState, chunk: int) -> None:
         super().__init__(
             config=config,
             transformer_layer_spec=spec,
             vocab_size=dimensions.padded_vocab_size(state.tensor_size),
             max_sequence_length=dimensions.max_position_embeddings,
-            pre_process=state.is_first_stage,
-            post_process=state.is_last_stage,
+            pre_process=state.is_first_stage and chunk == 0,
+            post_process=state.is_last_stage and chunk == state.virtual_size - 1,
             parallel_output=True,
             share_embeddings_and_output_weights=dimensions.tie_word_embeddings,
             position_embedding_type="rope",
             rotary_base=dimensions.rope_theta,
+            vp_stage=chunk if state.virtual_size > 1 else None,
         )
         if dimensions.rope_scaling is not None:
             scale_frequencies(self.rotary_pos_emb, dimensions.rope_scaling)
@@ -61,10 +62,10 @@ class PolicyModel(GPTModel):
             )
 
     def forward(self, micro_batch: MicroBatch, options: OutputOptions) -> torch.Tensor | Output:
-        """Runs this stage.
+        """Runs this chunk.
 
         Returns:
-            Hidden states for the next stage, or on the last stage (log-probs [R] float32, entropies [R] float32 or
+            Hidden states for the next chunk, or from the last (log-probs [R] float32, entropies [R] float32 or
             None, loss or None), equal on all tensor and context parallel ranks.
         """
         return self._run(
@@ -107,8 +108,10 @@ class PolicyModelWithoutHook(PolicyModel):
 
 def build_model(
     dimensions: ModelDimensions, policy: PolicyConfig, dtype: Dtype, state: ParallelState, platform: Platform
-) -> PolicyModel:
-    """This rank's stage on the platform's device, parameters uninitialised (see `load_weights`).
+) -> torch.nn.ModuleList:
+    """The chunks of this rank's stage, one without virtual pipeline parallelism, on the platform's device.
+
+    Parameters are uninitialised (see `load_weights`).
 
     Raises:
         ValueError: the layout does not divide the model.
@@ -117,8 +120,8 @@ def build_model(
     spec = _transformer_engine_spec(config) if platform.transformer_engine else _plain_spec(config, state)
     has_hook = "output_processor" in inspect.signature(GPTModel.forward).parameters
     model_class = PolicyModel if has_hook else PolicyModelWithoutHook
-    model: PolicyModel = model_class(dimensions, config, spec, state).to(platform.device)
-    return model
+    chunks = [model_class(dimensions, config, spec, state, chunk) for chunk in range(state.virtual_size)]
+    return torch.nn.ModuleList(chunks).to(platform.device)
 
 
 def _transformer_engine_spec(config: Any) -> Any:
@@ -134,5 +137,5 @@ def _plain_spec(config: Any, state: ParallelState) -> TransformerBlockSubmodules
     attention.core_attention = SegmentedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    layers = config.num_layers // state.pipeline_size
+    layers = config.num_layers // (state.pipeline_size * state.virtual_size)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)

@@ -9,7 +9,7 @@ Gradients are sums over micro-batches and ranks, never means: the loss carries i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ class StepOutcome:
     """Of all gradients before clipping; not finite when the step was refused."""
 
 
-def wrap_data_parallel(chunks: Sequence[Any], *, distributed_optimizer: bool, overlap: bool) -> list[Any]:
+def wrap_data_parallel(chunks: Iterable[Any], *, distributed_optimizer: bool, overlap: bool) -> torch.nn.ModuleList:
     """Wrap model chunks so that gradients are summed in float32 over micro-batches and over data and context ranks.
 
     By default megatron-core divides the loss by the number of micro-batches and averages gradients over ranks. With
@@ -56,6 +56,7 @@ def wrap_data_parallel(chunks: Sequence[Any], *, distributed_optimizer: bool, ov
         # A gradient that is not finite is handled by PolicyOptimizer.step, on all ranks alike.
         check_for_nan_in_grad=False,
     )
+    chunks = list(chunks)
     model_config = chunks[0].config
     model_config.calculate_per_token_loss = True
     model_config.finalize_model_grads_func = _sum_gradients
@@ -66,7 +67,7 @@ def wrap_data_parallel(chunks: Sequence[Any], *, distributed_optimizer: bool, ov
     if overlap:
         no_sync = [chunk.no_sync for chunk in wrapped]
         model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-    return wrapped
+    return torch.nn.ModuleList(wrapped)
 
 
 def _sum_gradients(model: list[Any], num_tokens: torch.Tensor | None = None, **options: Any) -> None:
@@ -86,7 +87,7 @@ class PolicyOptimizer:
         dtype: of the parameters; bfloat16 keeps float32 main parameters.
     """
 
-    def __init__(self, chunks: Sequence[Any], config: OptimizerConfig, *, total_steps: int, dtype: torch.dtype) -> None:
+    def __init__(self, chunks: Iterable[Any], config: OptimizerConfig, *, total_steps: int, dtype: torch.dtype) -> None:
         from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
         from megatron.core.optimizer import get_megatron_optimizer
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from megatron_entropic.config import PolicyConfig
 from megatron_entropic.policy.context_cut import ContextCut
+from megatron_entropic.policy.microbatch import PackingRules
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class ParallelState:
     data_size: int
     context_rank: int
     context_size: int
+    virtual_size: int
+    """Chunks of the model on each pipeline stage."""
     sequence_parallel: bool
     token_alignment: int
     """Tokens of each product must be a multiple of this, see `PolicyConfig.token_alignment`."""
@@ -55,14 +58,20 @@ class ParallelState:
         return dist.get_global_rank(self.pipeline_group, self.pipeline_size - 1)
 
     @property
-    def cut(self) -> ContextCut:
-        """This rank's part of each packed sequence."""
-        return ContextCut(self.context_rank, self.context_size)
+    def packing(self) -> PackingRules:
+        """What micro-batches must be like.
 
-    @property
-    def token_multiple(self) -> int:
-        """A rank's packed tokens must be a multiple of this: with sequence parallelism tensor ranks get equal parts."""
-        return self.token_alignment * (self.tensor_size if self.sequence_parallel else 1)
+        With sequence parallelism tensor ranks get equal parts of the tokens. Interleaved stages run micro-batches in
+        groups of one for each stage, of equal length: between two stages that send in both directions at once,
+        megatron-core's exchange of lengths mixes them up.
+        """
+        interleaved = self.virtual_size > 1
+        return PackingRules(
+            token_multiple=self.token_alignment * (self.tensor_size if self.sequence_parallel else 1),
+            cut=ContextCut(self.context_rank, self.context_size),
+            count_multiple=self.pipeline_size if interleaved else 1,
+            equal_tokens=interleaved,
+        )
 
     def describe(self) -> str:
         """Short name for messages, such as `rank 3 (tp 1, pp 1, dp 0)`."""
@@ -96,6 +105,7 @@ def initialise_model_parallel(policy: PolicyConfig) -> ParallelState:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=policy.tensor_parallel,
         pipeline_model_parallel_size=policy.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=virtual if (virtual := policy.virtual_pipeline_parallel) > 1 else None,
         context_parallel_size=policy.context_parallel,
         expert_model_parallel_size=policy.expert_parallel,
         distributed_timeout_minutes=policy.distributed_timeout_s / 60,
@@ -117,6 +127,7 @@ def _current_state(policy: PolicyConfig) -> ParallelState:
         data_size=policy.data_parallel,
         context_rank=parallel_state.get_context_parallel_rank(),
         context_size=policy.context_parallel,
+        virtual_size=policy.virtual_pipeline_parallel,
         # With one tensor rank there is nothing to split: megatron-core would only warn and switch it off.
         sequence_parallel=policy.sequence_parallel and policy.tensor_parallel > 1,
         token_alignment=policy.token_alignment,

@@ -8,7 +8,7 @@ The driver calls it through an actor; nothing here knows how.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from megatron_entropic.policy.control import (
     collect_control_state,
     restore_control_state,
 )
+from megatron_entropic.policy.data_parallel import attention_weight
 from megatron_entropic.policy.export import export_hf
 from megatron_entropic.policy.gradient_step import GradientStep
 from megatron_entropic.policy.load_weights import load_weights
@@ -42,9 +43,6 @@ from megatron_entropic.weights.parameter_map import ParameterMap
 from megatron_entropic.weights.plan import PublishPlan, publish_plan
 from megatron_entropic.weights.transport import GlooSender, local_address
 
-if TYPE_CHECKING:
-    from megatron_entropic.policy.model import PolicyModel
-
 
 class Policy:
     """One rank's part of the policy: process group, model, optimizer, entropy control.
@@ -55,8 +53,8 @@ class Policy:
         device: "auto" takes CUDA where there is one.
         sender_type: what carries weights to the rollout engines.
 
-    Attributes that others build on: `platform`, `parallel`, `parameter_map` (with `.dimensions`), `model` (this rank's
-    stage, not wrapped), `plan` (buckets of its parameters), `optimizer`.
+    Attributes that others build on: `platform`, `parallel`, `parameter_map` (with `.dimensions`), `model` (the
+    chunks of this rank's stage, not wrapped), `plan` (buckets of its parameters), `optimizer`.
 
     Raises:
         ValueError: the model directory or the layout does not work; all reasons in one message.
@@ -89,12 +87,16 @@ class Policy:
         self.model = self._load(config.model.hf_dir)
         self._reference = self._load_reference() if config.algorithm.kl.coefficient > 0 else None
         self._wrapped = wrap_data_parallel(
-            [self.model],
+            self.model,
             distributed_optimizer=config.policy.distributed_optimizer,
             overlap=self.platform.backend == "nccl",
         )
         self._machinery = GradientStep(
-            self._wrapped[0], self.parallel, self.platform.device, config.policy.tokens_per_microbatch
+            self._wrapped,
+            self.parallel,
+            self.platform.device,
+            config.policy.tokens_per_microbatch,
+            attention_weight(self.parameter_map.dimensions),
         )
         self._control = build_control(config, self.parallel, self.platform.device)
         settings = LossSettings.from_config(config)
@@ -267,7 +269,7 @@ class Policy:
         """Highest memory use of this rank so far, MiB."""
         return self.platform.peak_memory_mb()
 
-    def _load(self, hf_dir: Path) -> PolicyModel:
+    def _load(self, hf_dir: Path) -> torch.nn.ModuleList:
         # Imports megatron-core, which the platform must have prepared for.
         from megatron_entropic.policy.model import build_model
 
@@ -276,7 +278,7 @@ class Policy:
         load_weights(model, hf_dir, self.parallel)
         return model
 
-    def _load_reference(self) -> PolicyModel:
+    def _load_reference(self) -> torch.nn.ModuleList:
         reference_dir = self.config.algorithm.kl.reference_hf_dir or self.config.model.hf_dir
         if read_dimensions(reference_dir) != self.parameter_map.dimensions:
             raise ValueError(f"algorithm.kl.reference_hf_dir={reference_dir} is not of the policy's architecture")
@@ -289,6 +291,7 @@ class Policy:
             self.parameter_map,
             pipeline_parallel=self.parallel.pipeline_size,
             tensor_parallel=self.parallel.tensor_size,
+            virtual_pipeline_parallel=self.parallel.virtual_size,
             bucket_bytes=BUCKET_BYTES,
             dtype=self.config.model.dtype,
         )

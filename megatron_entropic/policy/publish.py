@@ -58,7 +58,7 @@ class Publisher:
         self,
         plan: PublishPlan,
         parameter_map: ParameterMap,
-        model: torch.nn.Module,
+        model: torch.nn.ModuleList,
         parallel: ParallelState,
         *,
         host: str,
@@ -71,7 +71,7 @@ class Publisher:
         Args:
             plan: buckets in the order in which the engines receive them.
             parameter_map: of the model.
-            model: this rank's stage, not wrapped.
+            model: the chunks of this rank's stage, not wrapped.
             parallel: this rank's place.
             host: address of this rank that the engines can reach.
             timeout_s: limit of the rendezvous and of each broadcast; keep it below the limit of the whole publication,

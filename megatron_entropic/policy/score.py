@@ -13,12 +13,12 @@ Scored = tuple[tuple[int, ...], list[torch.Tensor], list[torch.Tensor]]
 
 
 def score(
-    model: torch.nn.Module, micro_batches: list[MicroBatch], state: ParallelState, *, temperature: float
+    model: torch.nn.ModuleList, micro_batches: list[MicroBatch], state: ParallelState, *, temperature: float
 ) -> Scores | None:
     """Scores the response tokens of packed sequences; every rank of the replica calls it with the same micro-batches.
 
     Args:
-        model: This rank's pipeline stage, wrapped for data parallelism or not.
+        model: The chunks of this rank's pipeline stage, wrapped for data parallelism or not.
         micro_batches: From `microbatch.pack`.
         temperature: Statistics are those of softmax(logits / temperature).
 
@@ -36,7 +36,7 @@ def score(
 
 
 def score_sequences(
-    model: torch.nn.Module,
+    model: torch.nn.ModuleList,
     sequences: list[Sequence],
     state: ParallelState,
     *,
@@ -44,7 +44,7 @@ def score_sequences(
     tokens_per_microbatch: int,
 ) -> Scores | None:
     """`score` of sequences not packed yet."""
-    micro_batches = pack(sequences, tokens_per_microbatch, token_multiple=state.token_multiple, cut=state.cut)
+    micro_batches = pack(sequences, tokens_per_microbatch, state.packing)
     return score(model, micro_batches, state, temperature=temperature)
 
 

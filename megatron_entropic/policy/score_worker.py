@@ -20,7 +20,7 @@ import torch
 
 from megatron_entropic.config import Dtype, PolicyConfig
 from megatron_entropic.data.token_file import TokenLine, read_token_file, write_scored_file
-from megatron_entropic.policy.data_parallel import data_parallel_shards
+from megatron_entropic.policy.data_parallel import attention_weight, data_parallel_shards, sequence_costs
 from megatron_entropic.policy.load_weights import load_weights
 from megatron_entropic.policy.local_ranks import run_local_ranks, tell_phase
 from megatron_entropic.policy.microbatch import pack
@@ -28,6 +28,7 @@ from megatron_entropic.policy.parallel import ParallelState, initialise_model_pa
 from megatron_entropic.policy.platform import Device, Platform, select_platform
 from megatron_entropic.policy.score import score
 from megatron_entropic.types import Scores, Sequence
+from megatron_entropic.weights.dimensions import read_dimensions
 from megatron_entropic.weights.hf_io import HfReader
 
 _MICROBATCHES_PER_REPORT = 16
@@ -65,7 +66,7 @@ def score_file(
     lines = read_token_file(tokens_path, dimensions.vocab_size)
     problems = [
         *layout_problems(policy, policy.world_size),
-        *dimensions.parallel_problems(policy.tensor_parallel, policy.pipeline_parallel),
+        *dimensions.layout_problems(policy),
     ]
     if temperature <= 0:
         problems.append(f"temperature {temperature:g} must be positive")
@@ -127,7 +128,7 @@ def run_rank(job_dir: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _load_model(job: _Job, policy: PolicyConfig, platform: Platform, state: ParallelState) -> torch.nn.Module:
+def _load_model(job: _Job, policy: PolicyConfig, platform: Platform, state: ParallelState) -> torch.nn.ModuleList:
     from megatron_entropic.policy.model import build_model
 
     platform.manual_seed(0)
@@ -138,17 +139,19 @@ def _load_model(job: _Job, policy: PolicyConfig, platform: Platform, state: Para
 
 
 def _score_own_share(
-    model: torch.nn.Module, job: _Job, policy: PolicyConfig, state: ParallelState, job_dir: Path
+    model: torch.nn.ModuleList, job: _Job, policy: PolicyConfig, state: ParallelState, job_dir: Path
 ) -> tuple[list[int], Scores]:
     """Indices into the file and scores of this replica's sequences, scores in that order (last stage only)."""
-    own = data_parallel_shards([len(tokens) for tokens in job.tokens], state.data_size)[state.data_rank]
+    costs = sequence_costs([len(tokens) for tokens in job.tokens], attention_weight(read_dimensions(Path(job.hf_dir))))
+    own = data_parallel_shards(costs, state.data_size)[state.data_rank]
     sequences = [Sequence(torch.tensor(job.tokens[i]), job.prompt_lengths[i]) for i in own]
-    micro_batches = pack(sequences, policy.tokens_per_microbatch, token_multiple=state.token_multiple, cut=state.cut)
+    micro_batches = pack(sequences, policy.tokens_per_microbatch, state.packing)
     order: list[int] = []
     scored = Scores([], [])
-    for first in range(0, len(micro_batches), _MICROBATCHES_PER_REPORT):
+    at_once = -(-_MICROBATCHES_PER_REPORT // state.packing.count_multiple) * state.packing.count_multiple
+    for first in range(0, len(micro_batches), at_once):
         tell_phase(job_dir, state.rank, f"score micro-batch {first} of {len(micro_batches)}")
-        some = micro_batches[first : first + _MICROBATCHES_PER_REPORT]
+        some = micro_batches[first : first + at_once]
         order += sorted(index for micro_batch in some for index in micro_batch.indices)
         scores = score(model, some, state, temperature=job.temperature)
         if scores is not None:

@@ -28,7 +28,7 @@ def build_transformer_config(
     """
     from megatron.core.transformer import TransformerConfig
 
-    dimensions.check_parallel(state.tensor_size, state.pipeline_size)
+    dimensions.check_parallel(state.tensor_size, state.pipeline_size, virtual_pipeline_parallel=state.virtual_size)
     if dimensions.experts is not None:
         raise ValueError("models with experts can be converted, published and planned for, but not trained yet")
     params_dtype = DTYPES[dtype]
@@ -39,13 +39,14 @@ def build_transformer_config(
         **_fp8(policy, platform),
         tensor_model_parallel_size=state.tensor_size,
         pipeline_model_parallel_size=state.pipeline_size,
+        virtual_pipeline_model_parallel_size=state.virtual_size if state.virtual_size > 1 else None,
         context_parallel_size=state.context_size,
         sequence_parallel=state.sequence_parallel,
         params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
         bf16=params_dtype is torch.bfloat16,
-        # Micro-batches are packed without padding, so each has its own length.
-        variable_seq_lengths=True,
+        # Micro-batches are packed without padding, so each has its own length, but for interleaved stages.
+        variable_seq_lengths=not state.packing.equal_tokens,
         # Looked at for dense models too: the default excludes variable lengths.
         moe_token_dispatcher_type="alltoall",
         batch_p2p_comm=False,

@@ -72,7 +72,7 @@ class PolicyUpdate:
             Metrics, equal on all ranks: loss/policy, loss/entropic, loss/kl, loss/entropy, ratio/clip_fraction,
             ratio/mean, grad_norm, learning_rate, optimizer/skipped, response/tokens, entropy/high_prob_fraction,
             entropy/actuated_fraction (pi > tau and A != 0), entropy/nonzero_advantage_fraction, entropy/kept_fraction
-            (tokens whose policy loss the controller left in), and those of the controller.
+            (tokens whose policy loss the controller left in), those of the controller and of `batch_metrics`.
 
         Raises:
             ValueError: a sequence lacks what the loss reads, or entropy control has no usable measurement.
@@ -107,7 +107,7 @@ class PolicyUpdate:
             measurement = EntropyMeasurement(measured["entropy"], measured["tokens"]) if measures else None
             has_advantage = measured["nonzero_advantage"] > 0
             self._replicated.commit(measurement, stepped=outcome.stepped, has_advantage=has_advantage)
-        return self._metrics(measured, outcome, optimizer)
+        return self._metrics(measured, outcome, optimizer) | self._machinery.batch_metrics(batch)
 
     def _fields(self, micro_batch: MicroBatch, marks: Marks | None) -> TokenFields:
         own = None if marks is None else [marks[index] for index in micro_batch.indices]

@@ -86,6 +86,7 @@ class ModelDimensions:
         tensor_parallel: int,
         pipeline_parallel: int = 1,
         *,
+        virtual_pipeline_parallel: int = 1,
         expert_parallel: int = 1,
         expert_tensor_parallel: int | None = None,
     ) -> list[str]:
@@ -103,6 +104,11 @@ class ModelDimensions:
                 problems.append(f"tensor_parallel={tensor_parallel} does not divide the {name} ({size})")
         if self.num_layers % pipeline_parallel:
             problems.append(f"pipeline_parallel={pipeline_parallel} does not divide the {self.num_layers} layers")
+        elif self.num_layers % (pipeline_parallel * virtual_pipeline_parallel):
+            problems.append(
+                f"virtual_pipeline_parallel={virtual_pipeline_parallel} x pipeline_parallel={pipeline_parallel} does "
+                f"not divide the {self.num_layers} layers"
+            )
         if self.experts is not None:
             problems += self.experts.parallel_problems(expert_parallel, expert_tensor_parallel or tensor_parallel)
         else:
@@ -115,6 +121,7 @@ class ModelDimensions:
         problems = self.parallel_problems(
             policy.tensor_parallel,
             policy.pipeline_parallel,
+            virtual_pipeline_parallel=policy.virtual_pipeline_parallel,
             expert_parallel=policy.expert_parallel,
             expert_tensor_parallel=policy.expert_tensor_parallel,
         )
@@ -137,6 +144,7 @@ class ModelDimensions:
         tensor_parallel: int,
         pipeline_parallel: int = 1,
         *,
+        virtual_pipeline_parallel: int = 1,
         expert_parallel: int = 1,
         expert_tensor_parallel: int | None = None,
     ) -> None:
@@ -148,6 +156,7 @@ class ModelDimensions:
         problems = self.parallel_problems(
             tensor_parallel,
             pipeline_parallel,
+            virtual_pipeline_parallel=virtual_pipeline_parallel,
             expert_parallel=expert_parallel,
             expert_tensor_parallel=expert_tensor_parallel,
         )

@@ -94,27 +94,39 @@ class ParameterMap:
             raise KeyError(f"{name}: no such parameter in a {self.dimensions.family} model")
         return self._by_name[name]
 
-    def stage_of(self, entry: Entry, pipeline_parallel: int) -> int:
-        """Pipeline stage that owns a parameter: equal runs of layers, embedding first, final norm and output last."""
-        self.dimensions.check_parallel(1, pipeline_parallel)
+    def stage_of(self, entry: Entry, pipeline_parallel: int, virtual_pipeline_parallel: int = 1) -> int:
+        """Pipeline stage that owns a parameter: equal runs of layers, embedding first, final norm and output last.
+
+        With `virtual_pipeline_parallel` chunks on each stage, stages take runs in turn.
+        """
+        layers = self._layers_of_chunk(pipeline_parallel, virtual_pipeline_parallel)
         if entry.layer is not None:
-            return entry.layer // (self.dimensions.num_layers // pipeline_parallel)
+            return entry.layer // layers % pipeline_parallel
         return 0 if entry.megatron_name == self.entries[0].megatron_name else pipeline_parallel - 1
 
-    def first_layer(self, stage: int, pipeline_parallel: int) -> int:
-        """Global number of a pipeline stage's layer 0."""
-        self.dimensions.check_parallel(1, pipeline_parallel)
-        return stage * (self.dimensions.num_layers // pipeline_parallel)
+    def first_layer(
+        self, stage: int, pipeline_parallel: int, chunk: int = 0, virtual_pipeline_parallel: int = 1
+    ) -> int:
+        """Global number of layer 0 of a pipeline stage's chunk."""
+        layers = self._layers_of_chunk(pipeline_parallel, virtual_pipeline_parallel)
+        return (chunk * pipeline_parallel + stage) * layers
 
-    def entries_of_stage(self, stage: int, pipeline_parallel: int) -> tuple[Entry, ...]:
-        """Parameters that a stage's GPTModel holds.
+    def _layers_of_chunk(self, pipeline_parallel: int, virtual_pipeline_parallel: int) -> int:
+        self.dimensions.check_parallel(1, pipeline_parallel, virtual_pipeline_parallel=virtual_pipeline_parallel)
+        return self.dimensions.num_layers // (pipeline_parallel * virtual_pipeline_parallel)
+
+    def entries_of_stage(
+        self, stage: int, pipeline_parallel: int, virtual_pipeline_parallel: int = 1
+    ) -> tuple[Entry, ...]:
+        """Parameters that a stage's GPTModels hold.
 
         With tied embeddings the output layer is a parameter of its own only where the last stage is not the first.
         """
         return tuple(
             entry
             for entry in self.entries
-            if self.stage_of(entry, pipeline_parallel) == stage and (entry.exported or pipeline_parallel > 1)
+            if self.stage_of(entry, pipeline_parallel, virtual_pipeline_parallel) == stage
+            and (entry.exported or pipeline_parallel > 1)
         )
 
     def expert_rank(self, entry: Entry, expert_parallel: int) -> int:

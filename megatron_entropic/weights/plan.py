@@ -171,6 +171,7 @@ def publish_plan(
     tensor_parallel: int,
     bucket_bytes: int,
     dtype: Dtype,
+    virtual_pipeline_parallel: int = 1,
     expert_parallel: int = 1,
     expert_tensor_parallel: int | None = None,
 ) -> PublishPlan:
@@ -185,6 +186,7 @@ def publish_plan(
         pipeline_parallel, tensor_parallel, expert_parallel: sizes of the layout.
         bucket_bytes: limit of one bucket.
         dtype: of the values that travel.
+        virtual_pipeline_parallel: chunks of layers on each stage.
         expert_tensor_parallel: None: `tensor_parallel`.
 
     Raises:
@@ -194,6 +196,7 @@ def publish_plan(
     parameter_map.dimensions.check_parallel(
         tensor_parallel,
         pipeline_parallel,
+        virtual_pipeline_parallel=virtual_pipeline_parallel,
         expert_parallel=expert_parallel,
         expert_tensor_parallel=expert_tensor_parallel,
     )
@@ -201,7 +204,8 @@ def publish_plan(
         raise ValueError(f"bucket_bytes must be positive, not {bucket_bytes}")
     buckets: list[Bucket] = []
     for stage in range(pipeline_parallel):
-        entries = [e for e in parameter_map.entries_of_stage(stage, pipeline_parallel) if e.exported]
+        held = parameter_map.entries_of_stage(stage, pipeline_parallel, virtual_pipeline_parallel)
+        entries = [entry for entry in held if entry.exported]
         dense = [
             (BucketItem(entry, parameter_map.shard_shape(entry, tensor_parallel)),)
             for entry in entries

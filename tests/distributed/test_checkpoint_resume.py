@@ -26,16 +26,21 @@ SAVED = {
     "dp2 plain": _run("dp2 plain", "from_dp2_plain", PLAIN),
     "dp2 bfloat16": _run("dp2 bfloat16", "from_dp2_bfloat16", dtype="bfloat16"),
     "dp2 local": _run("dp2 local", "from_dp2_local", control=LOCAL),
+    "pp2 vpp2": _run("pp2 vpp2", "from_pp2_vpp2", {"pipeline_parallel": 2, "virtual_pipeline_parallel": 2}),
 }
 RESHARDED = {
     2: {
         "tp2 to dp2": _run("tp2 to dp2", "from_tp2"),
         "tp2 to pp2": _run("tp2 to pp2", "from_tp2", {"pipeline_parallel": 2}),
+        "dp2 to pp2 vpp2": _run(
+            "dp2 to pp2 vpp2", "from_dp2", {"pipeline_parallel": 2, "virtual_pipeline_parallel": 2}
+        ),
+        "pp2 vpp2 to cp2": _run("pp2 vpp2 to cp2", "from_pp2_vpp2", {"context_parallel": 2}),
         "dp2 to tp2 sp": _run("dp2 to tp2 sp", "from_dp2", {"tensor_parallel": 2, "sequence_parallel": True}),
         "dp2 plain to tp2": _run("dp2 plain to tp2", "from_dp2_plain", {"tensor_parallel": 2, **PLAIN}),
     },
     1: {
-        "tp2 to one rank": _run("tp2 to one rank", "from_tp2"),
+        "pp2 vpp2 to one rank": _run("pp2 vpp2 to one rank", "from_pp2_vpp2"),
         "dp2 to one rank": _run("dp2 to one rank", "from_dp2"),
     },
 }

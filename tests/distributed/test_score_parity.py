@@ -35,6 +35,19 @@ LAYOUTS = {
         "sequence_parallel": True,
         "tokens_per_microbatch": 60,
     },
+    "pp4": {"pipeline_parallel": 4, "tokens_per_microbatch": 60},
+    "pp2 vpp2": {
+        "pipeline_parallel": 2,
+        "virtual_pipeline_parallel": 2,
+        "data_parallel": 2,
+        "tokens_per_microbatch": 60,
+    },
+    "pp2 vpp2 cp2": {
+        "pipeline_parallel": 2,
+        "virtual_pipeline_parallel": 2,
+        "context_parallel": 2,
+        "tokens_per_microbatch": 60,
+    },
     "cp2 pp2": {"context_parallel": 2, "pipeline_parallel": 2, "tokens_per_microbatch": 60},
 }
 TOLERANCE = 1e-5

@@ -91,6 +91,13 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     4: {
         "tp2 pp2 sp": _layout(tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True),
         "pp2 dp2": _layout(pipeline_parallel=2),
+        "pp4": _layout(pipeline_parallel=4, train=()),
+        "tp2 pp2 vpp2 sp": _layout(
+            tensor_parallel=2, pipeline_parallel=2, virtual_pipeline_parallel=2, sequence_parallel=True
+        ),
+        "pp2 vpp2 dp2": _layout(
+            ("token-mean high",), pipeline_parallel=2, virtual_pipeline_parallel=2, tokens_per_microbatch=60
+        ),
         "cp2 tp2 sp": _layout(context_parallel=2, tensor_parallel=2, sequence_parallel=True),
         "cp2 dp2": _layout(("seq-mean-token-mean high",), context_parallel=2, tokens_per_microbatch=60),
         "cp2 pp2, recomputed logits": _layout(

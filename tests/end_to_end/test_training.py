@@ -55,6 +55,8 @@ def test_every_step_reports_the_public_metrics(uninterrupted: Run) -> None:
         assert row["optimizer/skipped"] == 0
         assert 0 < row["entropy/mean"] < math.log(19)
         assert abs(row["entropy/alpha"]) <= 1
+        assert row["batch/padding_fraction"] == 0
+        assert row["batch/imbalance"] >= 0
 
 
 def test_training_equals_rollout_after_every_publication(uninterrupted: Run) -> None:

@@ -42,8 +42,8 @@ def optimizer_bytes(policy: Policy) -> dict[str, int]:
 def saved_bytes(policy: Policy, lengths: list[int]) -> int:
     """Storages that one forward pass leaves to the backward pass, each counted once, parameters not."""
     sequences = [Sequence(tokens=torch.arange(length) % 199, prompt_length=length // 4) for length in lengths]
-    (micro_batch,) = pack(sequences, sum(lengths) + 8, token_multiple=policy.parallel.token_multiple)
-    model = policy._machinery.model
+    (micro_batch,) = pack(sequences, sum(lengths) + 8, policy.parallel.packing)
+    (model,) = policy._machinery.model
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     known |= {buffer.grad_data.untyped_storage().data_ptr() for buffer in model.buffers}
     saved: dict[int, torch.UntypedStorage] = {}
@@ -63,7 +63,7 @@ def saved_bytes(policy: Policy, lengths: list[int]) -> int:
 
 def measure(policy: Policy, lengths: list[int] | None) -> dict[str, Any]:
     """What this rank holds."""
-    model = policy._machinery.model
+    (model,) = policy._machinery.model
     buffers = [*model.buffers, *model.expert_parallel_buffers]
     return {
         "stage": policy.parallel.pipeline_rank,

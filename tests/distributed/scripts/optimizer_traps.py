@@ -103,7 +103,7 @@ def weight_decay(work: Path, rendezvous: Rendezvous, distributed: bool) -> dict[
         }
         unscheduled = get_megatron_optimizer(
             MegatronOptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.5, use_distributed_optimizer=distributed),
-            policy._wrapped,
+            list(policy._wrapped),
             use_gloo_process_groups=False,
         )
         upstream = [group["weight_decay"] for group in unscheduled.param_groups if group["wd_mult"] == 0.0]
@@ -133,10 +133,10 @@ def three_steps(policy: Policy, hf_dir: Path, *, overlap: bool, head: HeadName) 
     dimensions, layout = policy.parameter_map.dimensions, PolicyConfig(data_parallel=WORLD_SIZE)
     model = build_model(dimensions, layout, "float32", policy.parallel, policy.platform)
     load_weights(model, hf_dir, policy.parallel)
-    chunks = wrap_data_parallel([model], distributed_optimizer=True, overlap=overlap)
+    chunks = wrap_data_parallel(model, distributed_optimizer=True, overlap=overlap)
     config = OptimizerConfig(learning_rate=1e-3, epsilon=1e-5)
     optimizer = PolicyOptimizer(chunks, config, total_steps=9, dtype=torch.float32)
-    machinery = GradientStep(chunks[0], policy.parallel, policy.platform.device, 40)
+    machinery = GradientStep(chunks, policy.parallel, policy.platform.device, 40)
     part = replica_part(policy, batch())
     metrics = [exact(warm_start_step(machinery, part, optimizer, head)) for _ in range(3)]
     stale = largest_difference_between_ranks(model)

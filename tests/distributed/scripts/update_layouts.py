@@ -99,6 +99,8 @@ def main(directory: Path, layouts: dict[str, dict[str, Any]], saved_path: Path) 
         plain = {**entry["layout"], "distributed_optimizer": False}
         for family in ("qwen3", "qwen2"):
             cases = {c: plan["cases"][c] for c in entry["cases"] if plan["cases"][c]["family"] == family}
+            if not cases:
+                continue
             with rendezvous.policy(directory / family, **sections(next(iter(cases.values())), plain, {})) as policy:
                 for label, case in cases.items():
                     metrics, saved[f"{name}/{label}"], counts = first_update(policy, directory, case, plain)

@@ -37,6 +37,9 @@ def test_bubble(stages: int, microbatches: int, expected: float) -> None:
 def test_micro_batches_in_flight() -> None:
     assert [in_flight(4, stage, 8) for stage in range(4)] == [4, 3, 2, 1]
     assert [in_flight(4, stage, 2) for stage in range(4)] == [2, 2, 2, 1]
+    # Two chunks: warm-up of 2 (p - s - 1) + p forward passes of a chunk, and one more before the first backward.
+    assert [in_flight(4, stage, 8, 2) for stage in range(4)] == [11, 9, 7, 5]
+    assert bubble_fraction(4, 8, 2) == pytest.approx(3 / 19)
 
 
 def test_schedule_of_the_published_setting() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_entropic.policy.context_cut import ContextCut
-from megatron_entropic.policy.microbatch import pack_one
+from megatron_entropic.policy.microbatch import PackingRules, pack_one
 from megatron_entropic.policy.segments import plan_segments
 from megatron_entropic.types import Sequence
 
@@ -57,7 +57,7 @@ def test_ranks_share_out_the_targets_of_the_whole_micro_batch(size):
     whole = pack_one(sequences, [0, 1, 2])
     found = torch.full_like(whole.targets, -1)
     for cut in cuts(size):
-        part = pack_one(sequences, [0, 1, 2], 3, cut)
+        part = pack_one(sequences, [0, 1, 2], PackingRules(3, cut))
         assert part.tokens.numel() % 3 == 0
         assert part.response_tokens == whole.targets.numel()
         # A row predicts the token after its own, on whichever rank that is.

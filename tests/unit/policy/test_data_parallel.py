@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_entropic.policy.data_parallel import data_parallel_shards
+from megatron_entropic.planning.models import KNOWN_MODELS, read_model
+from megatron_entropic.policy.data_parallel import attention_weight, data_parallel_shards, sequence_costs
 
 LENGTHS = st.lists(st.integers(1, 5000), max_size=200)
 
@@ -35,3 +36,12 @@ def test_replicas_may_be_empty():
 def test_no_replica_is_an_error():
     with pytest.raises(ValueError, match="data_parallel must be at least 1"):
         data_parallel_shards([1], 0)
+
+
+def test_long_sequences_weigh_more_than_their_tokens():
+    weight = attention_weight(read_model(KNOWN_MODELS / "Qwen3-8B.json", "Qwen3-8B").dimensions)
+    # 36 layers of width 4096 over 7.6e9 parameters in products.
+    assert weight == pytest.approx(36 * 4096 / 7.568e9, rel=0.01)
+    lengths = [16384, *[1024] * 20]
+    assert len(data_parallel_shards(sequence_costs(lengths, 0.0), 2)[0]) == 3
+    assert data_parallel_shards(sequence_costs(lengths, weight), 2)[0] == [0]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_entropic.policy.microbatch import first_fit_decreasing, pack, pack_one
+from megatron_entropic.policy.microbatch import PackingRules, first_fit_decreasing, pack, pack_one
 from megatron_entropic.types import Sequence
 
 
@@ -20,7 +20,7 @@ def sequence(prompt: int, response: int, start: int = 1) -> Sequence:
 def test_the_layout_of_the_module_docstring():
     first, second = sequence(2, 2, start=10), sequence(1, 3, start=20)
 
-    batch = pack_one([first, second], [4, 7], token_multiple=3)
+    batch = pack_one([first, second], [4, 7], PackingRules(token_multiple=3))
 
     assert batch.tokens.tolist() == [[10, 11, 12, 13, 20, 21, 22, 23, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 0]]
@@ -35,13 +35,13 @@ def test_the_layout_of_the_module_docstring():
 
 
 def test_no_padding_where_none_is_needed():
-    batch = pack_one([sequence(2, 2)], [0], token_multiple=2)
+    batch = pack_one([sequence(2, 2)], [0], PackingRules(token_multiple=2))
     assert batch.cu_seqlens.tolist() == [0, 4]
     assert batch.tokens.shape == (1, 4)
 
 
 def test_a_micro_batch_without_sequences_is_padding_only():
-    batch = pack_one([], [], token_multiple=2)
+    batch = pack_one([], [], PackingRules(token_multiple=2))
     assert batch.tokens.tolist() == [[0, 0]]
     assert batch.rows.numel() == batch.targets.numel() == 0
     assert batch.rows.dtype is torch.int64
@@ -81,7 +81,7 @@ def test_first_fit_keeps_every_item_once_within_the_budget(lengths, budget):
 def test_at_least_is_exact_when_more_are_wanted_than_needed(lengths, at_least):
     sequences = [sequence(1, length - 1) for length in lengths]
     needed = len(pack(sequences, 40))
-    batches = pack(sequences, 40, at_least=at_least, token_multiple=2)
+    batches = pack(sequences, 40, PackingRules(token_multiple=2), at_least=at_least)
     assert len(batches) == max(needed, at_least)
     assert sorted(index for batch in batches for index in batch.indices) == list(range(len(lengths)))
     assert all(batch.tokens.numel() % 2 == 0 for batch in batches)
