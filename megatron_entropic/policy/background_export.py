@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,16 +21,13 @@ from megatron_entropic.weights.hf_io import write_hf_directory
 from megatron_entropic.weights.parameter_map import ParameterMap
 from megatron_entropic.weights.plan import PublishPlan
 
-if TYPE_CHECKING:
-    from megatron_entropic.policy.model import PolicyModel
-
 
 class BackgroundExport:
     """One policy rank's part in exports. All ranks call `begin` together; only rank 0 writes."""
 
     def __init__(
         self,
-        model: PolicyModel,
+        model: torch.nn.ModuleList,
         plan: PublishPlan,
         parameter_map: ParameterMap,
         parallel: ParallelState,
