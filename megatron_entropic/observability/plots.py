@@ -169,6 +169,26 @@ def _alpha(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     return drawn
 
 
+def _authority(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
+    """Tokens with pi > tau (dashed), and those of them with an advantage, which alpha acts on."""
+    drawn = _lines(axes, runs, "entropy/actuated_fraction", theme, label="pi > tau and A \u2260 0")
+    drawn |= _lines(axes, runs, "entropy/high_prob_fraction", theme, label="pi > tau", dashed=True)
+    axes.set_ylabel("share of tokens")
+    _finish(axes, floor=0.0)
+    _legend(axes)
+    return drawn
+
+
+def _outcome(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
+    """Entropy of correct (solid) and wrong (dashed) responses."""
+    drawn = _lines(axes, runs, "entropy/correct", theme, smooth=True, label="correct")
+    drawn |= _lines(axes, runs, "entropy/wrong", theme, smooth=True, label="wrong", dashed=True)
+    axes.set_ylabel("nats per token")
+    _finish(axes, floor=0.0)
+    _legend(axes)
+    return drawn
+
+
 def _reward(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     drawn = _lines(axes, runs, "reward/mean", theme, smooth=True)
     axes.set_ylabel("mean reward")
@@ -348,6 +368,21 @@ PLOTS = (
         "part dashed.",
         True,
         _alpha,
+    ),
+    Plot(
+        "authority",
+        "What alpha acts on",
+        "Share of tokens with pi > tau (dashed), and of those that also have an advantage (solid): near 0 the "
+        "controller has nothing to move.",
+        False,
+        _authority,
+    ),
+    Plot(
+        "entropy_by_outcome",
+        "Entropy by outcome",
+        "Mean entropy over the tokens of correct (solid) and wrong (dashed) responses.",
+        False,
+        _outcome,
     ),
     Plot("reward", "Reward", "Mean reward of a step's responses, and its rolling mean.", False, _reward),
     Plot(

@@ -15,6 +15,7 @@ from megatron_entropic.observability import plots
 from megatron_entropic.observability.metrics import ENTROPY_BAND
 from megatron_entropic.observability.progress import duration
 from megatron_entropic.observability.summary import LAST_STEPS, Run, Summary, load_run, summarise
+from megatron_entropic.observability.verdicts import verdicts
 
 REPORT_FILE = "report.html"
 _SAMPLES_SHOWN = 6
@@ -65,6 +66,7 @@ def write_report(run_dirs: Sequence[Path], output_dir: Path) -> Path:
                 "colours": (plots.LIGHT.runs[i % len(plots.LIGHT.runs)], plots.DARK.runs[i % len(plots.DARK.runs)]),
                 "facts": _facts(run, summary),
                 "cards": _cards(summary),
+                "verdicts": verdicts(run),
                 "samples": _samples(run),
             }
             for i, (run, summary) in enumerate(zip(runs, summaries, strict=True))
@@ -110,6 +112,8 @@ def _facts(run: Run, summary: Summary) -> list[str]:
     controller = run.setting("entropy_control.controller")
     if controller == "off":
         facts.append("no entropy control")
+    elif controller and controller not in ("p", "pi"):
+        facts.append(f"controller {controller}")
     elif controller:
         integral = f", K_i {run.setting('entropy_control.ki')}" if controller == "pi" else ""
         facts.append(f"EntroPIC-{str(controller).upper()}, K_p {run.setting('entropy_control.kp')}{integral}")
@@ -137,6 +141,8 @@ def _cards(summary: Summary) -> Iterator[Card]:
     if summary.saturated is not None:
         tone = "warn" if summary.saturated > 0.5 else ""
         yield Card("Alpha at its limit", f"{summary.saturated:.0%}", "of all steps", tone)
+    if summary.actuated is not None:
+        yield Card("Tokens alpha acts on", f"{summary.actuated:.1%}", "pi > tau and an advantage")
     if summary.worst_mismatch is not None:
         yield Card("Worst mismatch", f"{summary.worst_mismatch:.1e}", "largest |log-prob difference|, nats")
     if summary.tokens_per_s is not None:

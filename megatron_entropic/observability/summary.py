@@ -82,9 +82,11 @@ class Summary:
     """Mean of the last steps, nats."""
     target: float | None
     tracking_error: float | None
-    """Mean |H - target| over the last steps, nats."""
+    """Mean |H - target| over the last steps, each step against its own target, nats."""
     saturated: float | None
-    """Share of steps with alpha at its limit."""
+    """Share of steps with alpha at its limit; None where alpha does not follow the entropy."""
+    actuated: float | None
+    """Share of the last steps' tokens that alpha acts on: pi > tau and A != 0."""
     worst_mismatch: float | None
     """Largest |log-prob difference| between policy and engines of any step."""
     tokens_per_s: float | None
@@ -122,10 +124,16 @@ def summarise(run: Run) -> Summary:
     """The numbers of a run's cards."""
     entropy = run.finite("entropy/mean")[-LAST_STEPS:]
     rewards, alpha = run.finite("reward/mean"), run.finite("entropy/alpha")
+    actuated = run.finite("entropy/actuated_fraction")[-LAST_STEPS:]
     mismatch, speed = run.finite("mismatch/logprob_abs_max"), run.finite("throughput/tokens_per_s")
     seconds = run.finite("time/step_s")
     target = run.target
-    tracked = entropy and target is not None
+    errors = [
+        abs(value - (run.target or 0.0) if math.isnan(aim) else value - aim)
+        for value, aim in zip(run.series("entropy/mean"), run.series("entropy/target"), strict=True)
+        if math.isfinite(value)
+    ][-LAST_STEPS:]
+    feedback = run.setting("entropy_control.controller", "pi") in ("p", "pi")
     return Summary(
         steps=run.steps[-1],
         planned_steps=run.setting("train.steps"),
@@ -133,8 +141,9 @@ def summarise(run: Run) -> Summary:
         reward_start=fmean(rewards[:LAST_STEPS]) if len(rewards) >= 2 * LAST_STEPS else None,
         entropy=fmean(entropy) if entropy else None,
         target=target,
-        tracking_error=fmean(abs(value - target) for value in entropy) if tracked and target is not None else None,
-        saturated=fmean(abs(value) >= 1 for value in alpha) if alpha and target is not None else None,
+        tracking_error=fmean(errors) if errors and target is not None else None,
+        saturated=fmean(abs(value) >= 1 for value in alpha) if alpha and target is not None and feedback else None,
+        actuated=fmean(actuated) if actuated and target is not None else None,
         worst_mismatch=max(mismatch) if mismatch else None,
         tokens_per_s=median(speed) if speed else None,
         hours=sum(seconds) / 3600 if seconds else None,

@@ -1,0 +1,149 @@
+"""Gains from a recorded run: how strongly alpha moves entropy, and which K_p and K_i make that settle in a wanted time.
+
+The plant, one row an optimizer step, entropy in nats:
+
+    H[k+1] = H[k] + b - g alpha[k]              b what learning does by itself, g what full alpha takes away
+    summed:  H[k] = h0 + b k - g A[k] + noise   A[k] = alpha[0] + .. + alpha[k-1]
+
+The summed form is fitted: in the differences, the measurement's noise sits on both sides once alpha follows it, and the
+estimate of g is biased.
+
+With alpha = K_p e + K_i sum(e) the error obeys (z - 1)^2 + g K_p (z - 1) + g K_i = 0. Two equal poles at z = 1 - p need
+
+    K_p = 2 p / g,   K_i = p^2 / g,   and then e(t) = e(0) (1 - p t) exp(-p t), within 5 % of e(0) from p t = 4.15 on
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+
+SETTLED = 0.05
+"""Settled: the error stays within this fraction of the first."""
+SETTLING_POLE_STEPS = 4.15
+"""p t from which |(1 - p t) exp(-p t)| <= SETTLED."""
+MIN_STEPS = 10
+MIN_SIGNIFICANCE = 3.0
+"""g must be this many standard errors above 0, or the run says nothing about it."""
+USABLE_ALPHA = 0.9
+"""Largest |alpha| that may be needed just to hold the target."""
+LARGEST_POLE = 0.5
+"""A faster loop would chase the noise of single measurements."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plant:
+    """What a run says about its entropy."""
+
+    gain: float
+    """g > 0, nats per optimizer step and unit of alpha."""
+    drift: float
+    """b, nats per optimizer step."""
+    gain_error: float
+    """Standard error of g."""
+    noise: float
+    """Standard deviation of H around the fit, nats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Gains and the way to them."""
+
+    kp: float
+    ki: float
+    settling_steps: float
+    """Optimizer steps in which they settle; more than wanted where alpha would saturate."""
+    reasoning: tuple[str, ...]
+
+
+def identify_plant(entropies: Seq[float], alphas: Seq[float], updates_per_row: int = 1) -> Plant:
+    """Least squares of the summed form over consecutive rows.
+
+    Args:
+        entropies: [n] measured before the update of each row, nats.
+        alphas: [n] used in that update.
+        updates_per_row: optimizer steps between one row and the next; alpha stands for all of them.
+
+    Raises:
+        ValueError: too few rows, a value is not finite, or alpha varied so little that g cannot be told from noise.
+    """
+    if len(entropies) != len(alphas) or len(entropies) < MIN_STEPS:
+        raise ValueError(
+            f"identification needs at least {MIN_STEPS} steps with entropy and alpha, not {len(entropies)}"
+        )
+    h, a = torch.tensor(list(entropies), dtype=torch.float64), torch.tensor(list(alphas), dtype=torch.float64)
+    if not bool(torch.isfinite(h).all() and torch.isfinite(a).all()):
+        raise ValueError("identification: an entropy or alpha is not finite")
+    steps = updates_per_row * torch.arange(len(h), dtype=torch.float64)
+    summed = updates_per_row * (a.cumsum(0) - a)
+    trend = torch.stack([torch.ones_like(h), steps], dim=1)
+    # What of the summed alpha is not a straight line: a constant alpha cannot be told from drift.
+    excitation = summed - trend @ torch.linalg.lstsq(trend, summed.unsqueeze(1)).solution.squeeze(1)
+    energy = float(excitation.square().sum())
+    if energy <= 1e-12 * max(float(summed.square().sum()), 1.0):
+        raise ValueError("identification: alpha was constant, so its effect cannot be told from drift; vary the target")
+    gain = -float(excitation @ h) / energy
+    rest = h + gain * summed
+    (start, drift) = torch.linalg.lstsq(trend, rest.unsqueeze(1)).solution.squeeze(1).tolist()
+    residual = rest - start - drift * steps
+    noise = math.sqrt(float(residual.square().sum()) / (len(h) - 3))
+    error = noise / math.sqrt(energy)
+    if not gain > MIN_SIGNIFICANCE * error:
+        raise ValueError(
+            f"identification: g = {gain:.3g} +- {error:.1g} nats per step and alpha is not clearly above 0; record "
+            "more steps, or let alpha vary more (a target that moves, a lower tau)"
+        )
+    return Plant(gain, drift, error, noise)
+
+
+def propose_gains(plant: Plant, entropy: float, target: float, settling_steps: float) -> Proposal:
+    """K_p and K_i that bring `entropy` to `target` within `settling_steps` optimizer steps without saturating alpha.
+
+    Where the wanted time needs |alpha| > 1 at the start, the shortest time that does not is taken, and said.
+
+    Raises:
+        ValueError: settling_steps < 1, or holding the target needs more than alpha can do.
+    """
+    if not settling_steps >= 1:
+        raise ValueError(f"settling_steps must be at least 1, not {settling_steps}")
+    holding = plant.drift / plant.gain
+    says = [
+        f"plant: alpha = 1 takes {plant.gain:.3g} +- {plant.gain_error:.1g} nats an optimizer step; by itself entropy "
+        f"moves by {plant.drift:+.3g}; noise of a measurement {plant.noise:.2g} nats",
+        f"holding the target needs alpha = b / g = {holding:+.2f}",
+    ]
+    if abs(holding) > USABLE_ALPHA:
+        raise ValueError(
+            f"holding any target needs alpha = {holding:+.2f}, and its limit is 1: lower tau or the learning rate, or "
+            f"use denominator=high_prob_tokens, so that alpha has more effect ({says[0]})"
+        )
+    error = entropy - target
+    # The first alpha is K_p e = 2 p e / g; what holding takes in the same direction is not available for it.
+    room = 1.0 - max(0.0, math.copysign(holding, holding * error))
+    fastest = LARGEST_POLE if error == 0.0 else min(LARGEST_POLE, room * plant.gain / (2.0 * abs(error)))
+    wanted = SETTLING_POLE_STEPS / settling_steps
+    pole = min(wanted, fastest)
+    says.append(
+        f"from H = {entropy:.3g} to {target:.3g} in {settling_steps:g} optimizer steps: p = {SETTLING_POLE_STEPS} / "
+        f"{settling_steps:g} = {wanted:.3g}"
+    )
+    if pole < wanted:
+        reached = SETTLING_POLE_STEPS / pole
+        reason = "alpha would saturate" if fastest < LARGEST_POLE else "the loop would chase noise"
+        says.append(f"that is too fast, {reason}: p = {pole:.3g}, settled after {reached:.0f} steps")
+        if fastest < LARGEST_POLE:
+            ramp = math.ceil(2.0 * abs(error) / (room * plant.gain))
+            says.append(f"or move the target: entropy_control.target_schedule linear over {ramp} optimizer steps")
+    kp, ki = 2.0 * pole / plant.gain, pole**2 / plant.gain
+    says.append(f"K_p = 2 p / g = {kp:.3g}, K_i = p^2 / g = {ki:.3g}")
+    says.append(f"noise alone moves alpha by {kp * plant.noise:.2g} (standard deviation)")
+    return Proposal(kp, ki, SETTLING_POLE_STEPS / pole, tuple(says))
+
+
+def settled_after(errors: Seq[float], tolerance: float) -> int:
+    """Number of steps after which every |error| is within `tolerance`; len(errors) if the last one is not."""
+    outside = [index for index, error in enumerate(errors) if abs(error) > tolerance]
+    return outside[-1] + 1 if outside else 0
