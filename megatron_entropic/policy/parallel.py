@@ -139,7 +139,14 @@ def _current_state(policy: PolicyConfig) -> ParallelState:
 
 
 def destroy_model_parallel() -> None:
-    """Forgets the groups, so that another layout can be initialised in the same processes."""
+    """Ends the groups, so that another layout can be initialised in the same processes.
+
+    megatron-core only forgets most of them. Each keeps threads of gloo that wake up a hundred times a second, and a
+    layout has some thirty groups.
+    """
     from megatron.core import parallel_state
 
+    for group in parallel_state._global_process_group_list or ():
+        if group is not None:  # None stands for the group of all ranks
+            dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
