@@ -18,7 +18,8 @@ import torch
 from megatron_entropic.data.dataset import read_prompt
 from megatron_entropic.data.rows import Problems, read_rows
 from megatron_entropic.data.tokenizer import load_tokenizer, render_prompts
-from megatron_entropic.weights.hf_io import HfReader, appears_when_complete
+from megatron_entropic.weights.atomic_directory import appears_when_complete
+from megatron_entropic.weights.hf_io import HfReader
 
 QuantizationFormat = Literal["fp8", "int8", "nvfp4"]
 _MODELOPT_CONFIGS = {"fp8": "FP8_DEFAULT_CFG", "int8": "INT8_DEFAULT_CFG", "nvfp4": "NVFP4_DEFAULT_CFG"}

@@ -252,7 +252,10 @@ def _unsupported_features(config: dict[str, Any]) -> list[str]:
     problems = []
     quantization = config.get("quantization_config")
     if quantization is not None:
-        method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else "unknown"
+        settings = quantization if isinstance(quantization, dict) else {}
+        method = settings.get("quant_method", "unknown method")
+        if method == "fp8" and settings.get("weight_block_size"):
+            method = f"FP8 in blocks of {' x '.join(map(str, settings['weight_block_size']))}"
         problems.append(f"the checkpoint is quantised ({method}); training needs the unquantised weights")
     if _uses_sliding_window(config):
         problems.append("sliding-window attention is in use (use_sliding_window or layer_types)")

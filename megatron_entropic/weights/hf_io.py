@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,14 +14,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_entropic.weights.atomic_directory import appears_when_complete
 from megatron_entropic.weights.dimensions import read_dimensions
 from megatron_entropic.weights.layouts import Shape
 from megatron_entropic.weights.parameter_map import ParameterMap
-from megatron_entropic.weights.safetensors_files import SafetensorsWriter, read_header, sync
+from megatron_entropic.weights.safetensors_files import SafetensorsWriter, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
+FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+"""What weights may be, as safetensors spells it."""
 _LISTED_PER_KIND = 20
 _COPIED = (
     "generation_config.json",
@@ -47,14 +48,20 @@ class _Stored:
     shape: Shape
 
 
-class _Problems:
+class Problems:
     """Everything wrong with a set of tensors, grouped by kind for one error."""
 
     def __init__(self) -> None:
         self._by_kind: dict[str, list[str]] = {}
 
     def add(self, kind: str, detail: str) -> None:
+        """Note one problem."""
         self._by_kind.setdefault(kind, []).append(detail)
+
+    def add_once(self, kind: str, detail: str) -> None:
+        """Add what may have been noted before."""
+        if detail not in self._by_kind.get(kind, []):
+            self.add(kind, detail)
 
     def raise_if_any(self, headline: str) -> None:
         """Raise one ValueError with every kind of problem; long lists are cut with a count."""
@@ -85,7 +92,7 @@ class HfReader(Mapping[str, Tensor]):
         self.hf_dir = Path(hf_dir)
         self.parameter_map = ParameterMap(read_dimensions(self.hf_dir))
         expected = self.parameter_map.hf_tensors
-        problems = _Problems()
+        problems = Problems()
         stored = _read_headers(self.hf_dir, expected, problems)
         _compare(stored, expected, problems)
         problems.raise_if_any(f"{self.hf_dir}: the checkpoint does not fit its config.json:")
@@ -96,6 +103,10 @@ class HfReader(Mapping[str, Tensor]):
     def names(self) -> tuple[str, ...]:
         """Names of all tensors, in the order of the forward pass."""
         return tuple(self._stored)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, by the header of its file."""
+        return FLOAT_DTYPES[self._stored[name].dtype]
 
     def __getitem__(self, name: str) -> Tensor:
         path = self._stored[name].path
@@ -111,7 +122,7 @@ class HfReader(Mapping[str, Tensor]):
         return len(self._stored)
 
 
-def _read_headers(hf_dir: Path, expected: Mapping[str, Shape], problems: _Problems) -> dict[str, _Stored]:
+def _read_headers(hf_dir: Path, expected: Mapping[str, Shape], problems: Problems) -> dict[str, _Stored]:
     """What every weight file holds. Expected tensors that nobody stores are reported, unless the file that should
     hold them is itself reported."""
     stored: dict[str, _Stored] = {}
@@ -129,6 +140,9 @@ def _read_headers(hf_dir: Path, expected: Mapping[str, Shape], problems: _Proble
             continue
         if damage:
             problems.add("unusable files", f"{path.name}: {damage}")
+        unnamed = [name for name in header if name in expected and name not in promised]
+        for name in unnamed:
+            problems.add(f"tensors that {INDEX_FILE} does not name in their file", f"{name}: in {path.name}")
         for name, tensor in header.items():
             if name in stored:
                 problems.add("tensors stored twice", f"{name}: in {stored[name].path.name} and {path.name}")
@@ -139,7 +153,7 @@ def _read_headers(hf_dir: Path, expected: Mapping[str, Shape], problems: _Proble
     return stored
 
 
-def _weight_files(hf_dir: Path, expected: Mapping[str, Shape], problems: _Problems) -> dict[Path, set[str]]:
+def _weight_files(hf_dir: Path, expected: Mapping[str, Shape], problems: Problems) -> dict[Path, set[str]]:
     """Weight files and the tensors each should hold.
 
     Raises:
@@ -162,13 +176,17 @@ def _weight_files(hf_dir: Path, expected: Mapping[str, Shape], problems: _Proble
     return files
 
 
-def _compare(stored: Mapping[str, _Stored], expected: Mapping[str, Shape], problems: _Problems) -> None:
+def _compare(stored: Mapping[str, _Stored], expected: Mapping[str, Shape], problems: Problems) -> None:
     """Report tensors that are not what the model needs."""
     for name, tensor in stored.items():
         if name not in expected:
             if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
                 problems.add("unexpected tensors", name)
-        elif tensor.dtype not in _FLOAT_DTYPES:
+        elif tensor.dtype.startswith("F8"):
+            problems.add(
+                "FP8 tensors of a block-quantised checkpoint, which cannot be trained", f"{name}: {tensor.dtype}"
+            )
+        elif tensor.dtype not in FLOAT_DTYPES:
             problems.add("quantised tensors, which cannot be trained", f"{name}: {tensor.dtype}")
         elif tensor.shape != expected[name]:
             problems.add("wrong shapes", f"{name}: {list(tensor.shape)}, expected {list(expected[name])}")
@@ -205,30 +223,7 @@ def write_hf_directory(
     expected = ParameterMap(read_dimensions(template_dir)).hf_tensors
     with appears_when_complete(output_dir) as partial:
         dtype = _write_weights(partial, tensors, expected, max_shard_bytes, output_dir)
-        _copy_companions(partial, template_dir, dtype)
-        for path in partial.iterdir():
-            sync(path)
-        sync(partial)
-
-
-@contextmanager
-def appears_when_complete(output_dir: Path) -> Iterator[Path]:
-    """A hidden sibling of `output_dir`, renamed to it if the body succeeds and removed if it does not."""
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = output_dir.with_name(f".{output_dir.name}.partial")
-    replaced = output_dir.with_name(f".{output_dir.name}.replaced")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        yield partial
-        if output_dir.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            output_dir.rename(replaced)
-        partial.rename(output_dir)
-        sync(output_dir.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
+        copy_companions(partial, template_dir, dtype)
 
 
 def _write_weights(
@@ -239,14 +234,14 @@ def _write_weights(
     output_dir: Path,
 ) -> torch.dtype:
     """Fill the weight files in the order of arrival; the first tensor's dtype is everyone's."""
-    problems = _Problems()
+    problems = Problems()
     writers: dict[str, SafetensorsWriter] = {}
     dtype: torch.dtype | None = None
     written: set[str] = set()
     for name, tensor in tensors:
         if dtype is None:
             dtype = tensor.dtype
-            writers = _create_weight_files(directory, expected, dtype, max_shard_bytes)
+            writers = create_weight_files(directory, expected, dtype, max_shard_bytes)
         if name not in expected:
             problems.add("unexpected tensors", name)
         elif name in written:
@@ -266,7 +261,7 @@ def _write_weights(
     return dtype
 
 
-def _create_weight_files(
+def create_weight_files(
     directory: Path, expected: Mapping[str, Shape], dtype: torch.dtype, max_shard_bytes: int
 ) -> dict[str, SafetensorsWriter]:
     """Weight files of at most `max_shard_bytes` of data (one tensor may exceed it) and their index; writer by name."""
@@ -294,7 +289,7 @@ def _create_weight_files(
     return writers
 
 
-def _copy_companions(directory: Path, template_dir: Path, dtype: torch.dtype) -> None:
+def copy_companions(directory: Path, template_dir: Path, dtype: torch.dtype) -> None:
     """config.json with the new dtype, under the key the template uses (torch_dtype before transformers 5)."""
     config = json.loads((template_dir / "config.json").read_text(encoding="utf-8"))
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]

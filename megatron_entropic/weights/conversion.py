@@ -1,0 +1,239 @@
+"""Hugging Face directory -> distributed checkpoint of megatron-core (torch_dist) -> Hugging Face directory.
+
+Both directions move values in pieces of at most PIECE_BYTES from one memory map to a file; no model is built, and the
+map decides what goes where. The output appears when it is complete (`atomic_directory`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial as bind
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_entropic.weights.atomic_directory import appears_when_complete, output_problems
+from megatron_entropic.weights.dimensions import read_dimensions
+from megatron_entropic.weights.hf_io import HfReader, Problems, copy_companions, create_weight_files
+from megatron_entropic.weights.megatron_checkpoint import MegatronCheckpoint
+from megatron_entropic.weights.parameter_map import ParameterMap
+from megatron_entropic.weights.pieces import Piece, pieces_of
+from megatron_entropic.weights.safetensors_files import DTYPE_NAMES, SafetensorsWriter
+from megatron_entropic.weights.torch_dist_names import places_to_write
+from megatron_entropic.weights.torch_dist_writer import Chunk, write_torch_dist
+
+PIECE_BYTES = 64 * 2**20
+"""Memory of a piece; a thread holds about three of them at most."""
+_ADVICE = ", or be given one with --dtype"
+
+Report = Callable[[int], None]
+"""Called from any thread with the bytes that were converted since the last call."""
+
+
+def hf_to_megatron(
+    hf_dir: Path,
+    output_dir: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    workers: int = 2,
+    begin: Report | None = None,
+    report: Report | None = None,
+) -> None:
+    """Write a distributed checkpoint with the weights of a Hugging Face directory, and its configuration beside them.
+
+    Args:
+        hf_dir: is only read.
+        output_dir: must not exist, or be empty.
+        dtype: of the output; None keeps the dtype of the input.
+        workers: threads.
+        begin: called once with the number of bytes to write, when everything has been checked.
+        report: called with progress.
+
+    Raises:
+        ValueError: from `HfReader`, or one error that lists why nothing can be written; or tensors hold NaN.
+        OSError: the output could not be written.
+    """
+    reader = HfReader(hf_dir)
+    output_dir = Path(output_dir).absolute()
+    target = dtype or _only_dtype({name: reader.stored_dtype(name) for name in reader.names}, reader.hf_dir, _ADVICE)
+    invalid = InvalidTensors()
+    chunks = list(_chunks(reader, target, invalid, report or _nobody))
+    total = sum(chunk.nbytes for chunk in chunks)
+    _refuse(output_problems(output_dir, total))
+    (begin or _nobody)(total)
+    with appears_when_complete(output_dir) as directory:
+        write_torch_dist(directory, chunks, workers=workers)
+        invalid.raise_if_any(hf_dir)
+        copy_companions(directory, reader.hf_dir, target)
+
+
+def megatron_to_hf(
+    megatron_dir: Path,
+    output_dir: Path,
+    *,
+    template_dir: Path | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    workers: int = 2,
+    begin: Report | None = None,
+    report: Report | None = None,
+) -> None:
+    """Write a Hugging Face directory with the weights of a distributed checkpoint.
+
+    Args:
+        megatron_dir: a converted checkpoint, one of a run, or one of another Megatron training script; is only read.
+        output_dir: must not exist, or be empty.
+        template_dir: Hugging Face directory with the model's configuration and tokenizer; None: they are in
+            `megatron_dir`, as a conversion leaves them.
+        max_shard_bytes, workers, begin, report: as `hf_to_megatron` and `write_hf_directory`.
+
+    Raises:
+        ValueError: from `read_dimensions` or `MegatronCheckpoint`, or one error that lists why nothing can be written;
+            or tensors hold NaN.
+        OSError: the output could not be written.
+    """
+    megatron_dir, output_dir = Path(megatron_dir), Path(output_dir).absolute()
+    template_dir, parameter_map = read_template(megatron_dir, template_dir)
+    checkpoint = MegatronCheckpoint(megatron_dir, parameter_map)
+    exported = [entry for entry in parameter_map.entries if entry.exported]
+    dtype = _only_dtype({entry.megatron_name: checkpoint.dtype(entry) for entry in exported}, megatron_dir)
+    total = sum(prod(entry.shape) for entry in exported) * dtype.itemsize
+    _refuse(output_problems(output_dir, total))
+    (begin or _nobody)(total)
+    invalid = InvalidTensors()
+    with appears_when_complete(output_dir) as directory:
+        writers = create_weight_files(directory, parameter_map.hf_tensors, dtype, max_shard_bytes)
+        limit = PIECE_BYTES // dtype.itemsize
+        pieces = [piece for entry in exported for piece in pieces_of(entry, parameter_map.dimensions, limit)]
+        _for_each(pieces, bind(_write_piece, checkpoint, writers, invalid, report or _nobody), workers)
+        invalid.raise_if_any(megatron_dir)
+        copy_companions(directory, template_dir, dtype)
+
+
+def read_template(megatron_dir: Path, template_dir: Path | None) -> tuple[Path, ParameterMap]:
+    """The directory that describes the model of a checkpoint, and the model's parameters.
+
+    Raises:
+        ValueError: from `read_dimensions`; or there is no such description, and the message asks for one.
+    """
+    directory = Path(template_dir or megatron_dir)
+    if template_dir is None and not (directory / "config.json").is_file():
+        raise ValueError(
+            f"{directory}: no config.json beside the checkpoint; name a Hugging Face directory of the same model "
+            "as template"
+        )
+    return directory, ParameterMap(read_dimensions(directory))
+
+
+def _chunks(reader: HfReader, dtype: torch.dtype, invalid: InvalidTensors, report: Report) -> Iterator[Chunk]:
+    """All of the checkpoint, in the order of the forward pass."""
+    dimensions = reader.parameter_map.dimensions
+    for entry in reader.parameter_map.entries:
+        if not entry.exported:
+            continue
+        for piece in pieces_of(entry, dimensions, PIECE_BYTES // dtype.itemsize):
+            for place in places_to_write(entry, dimensions):
+                read = bind(_read_piece, reader, piece, dtype, invalid, report)
+                yield Chunk(
+                    place.key,
+                    shape=place.shape(entry),
+                    offsets=(*place.index, piece.start, *(0 for _ in entry.shape[1:])),
+                    sizes=(*(1 for _ in place.index), piece.stop - piece.start, *entry.shape[1:]),
+                    dtype=dtype,
+                    read=read,
+                )
+
+
+def _read_piece(reader: HfReader, piece: Piece, dtype: torch.dtype, invalid: InvalidTensors, report: Report) -> Tensor:
+    """Rows of a parameter from the Hugging Face directory, in `dtype`; a view of the map where that is possible."""
+    parts = [reader[rows.name][rows.start : rows.stop].to(dtype) for rows in piece.sources]
+    for rows, part in zip(piece.sources, parts, strict=True):
+        invalid.check(rows.name, part)
+    values = piece.combine(reader.parameter_map.dimensions, parts)
+    report(values.nbytes)
+    return values
+
+
+def _write_piece(
+    checkpoint: MegatronCheckpoint,
+    writers: dict[str, SafetensorsWriter],
+    invalid: InvalidTensors,
+    report: Report,
+    piece: Piece,
+) -> None:
+    """Rows of a parameter from the checkpoint to the files of their Hugging Face tensors."""
+    values = checkpoint.rows(piece.entry, piece.start, piece.stop)
+    for rows, part in zip(piece.sources, piece.separate(checkpoint.parameter_map.dimensions, values), strict=True):
+        invalid.check(rows.name, part)
+        writers[rows.name].write(rows.name, part, first_row=rows.start)
+    report(values.nbytes)
+
+
+def _for_each(pieces: Iterable[Piece], action: Callable[[Piece], None], workers: int) -> None:
+    """Call `action` in several threads; the first failure ends all."""
+    stopping = threading.Event()
+
+    def run(piece: Piece) -> None:
+        if not stopping.is_set():
+            action(piece)
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
+        try:
+            for future in [pool.submit(run, piece) for piece in pieces]:
+                future.result()
+        finally:
+            stopping.set()
+
+
+class InvalidTensors:
+    """Collects the names of tensors that hold NaN, with which no model can work."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def check(self, name: str, values: Tensor) -> None:
+        """Look at some values of a tensor."""
+        # NaN is the minimum of whatever it is among, and the minimum takes a fraction of the time of a comparison.
+        if torch.aminmax(values)[0].isnan():
+            count = int(values.isnan().sum())
+            with self._lock:
+                self._names[name] = self._names.get(name, 0) + count
+
+    def raise_if_any(self, source: Path) -> None:
+        """Raise one ValueError with all names."""
+        problems = Problems()
+        for name, count in sorted(self._names.items()):
+            problems.add("tensors with NaN", f"{name}: {count:,} values")
+        problems.raise_if_any(f"{source}: not converted, no model can work with these weights:")
+
+
+def _only_dtype(dtypes: Mapping[str, torch.dtype], source: Path, advice: str = "") -> torch.dtype:
+    """The dtype that all tensors share, by name.
+
+    Raises:
+        ValueError: they have several, or one in which no weights are written; lists the tensors that stand out.
+    """
+    usual, count = Counter(dtypes.values()).most_common(1)[0]
+    if count == len(dtypes) and usual in DTYPE_NAMES:
+        return usual
+    problems = Problems()
+    for name, dtype in dtypes.items():
+        if dtype != usual or dtype not in DTYPE_NAMES:
+            problems.add("tensors of other dtypes", f"{name}: {dtype}")
+    supported = ", ".join(map(str, DTYPE_NAMES))
+    problems.raise_if_any(f"{source}: tensors must share one dtype of {supported}{advice}; most are {usual}:")
+    raise AssertionError("some tensor stood out")
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("nothing was written:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _nobody(_nbytes: int) -> None:
+    """Takes progress that nobody asked for."""

@@ -1,0 +1,232 @@
+"""Distributed checkpoints (torch_dist) read through memory maps, as megatron-core or `torch_dist_writer` wrote them.
+
+Values stay in the map until they are used, so reading a checkpoint takes no memory of its own. Of pickles only the few
+classes that describe tensors are made; nothing else in them is ever called.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import pickle
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+
+from megatron_entropic.weights.layouts import Shape
+from megatron_entropic.weights.saved_tensor import DamagedTensor, find_values
+
+_DESCRIBING = (
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A stored block of a tensor and the part of a file that holds it."""
+
+    offsets: Shape
+    sizes: Shape
+    file: str
+    start: int
+    length: int
+
+
+@dataclass
+class StoredTensor:
+    """A tensor of the checkpoint, by its metadata."""
+
+    shape: Shape
+    dtype: torch.dtype
+    chunks: list[_Chunk] = field(default_factory=list)
+    """In the order of their first offsets."""
+
+    def near(self, first: int, count: int) -> list[_Chunk]:
+        """Chunks that may hold something of `count` rows behind `first`; there may be very many others."""
+        longest = max(chunk.sizes[0] for chunk in self.chunks)
+        low = bisect_left(self.chunks, first - longest + 1, key=lambda chunk: chunk.offsets[0])
+        return self.chunks[low : bisect_left(self.chunks, first + count, key=lambda chunk: chunk.offsets[0])]
+
+
+class TorchDistReader:
+    """The tensors of a distributed checkpoint by name. Opening it reads metadata and looks at the sizes of files.
+
+    Raises:
+        ValueError: not such a checkpoint, or one error that lists every missing or truncated file and every tensor that
+            is not completely there.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        self._maps: dict[str, mmap.mmap] = {}
+        metadata = _read_metadata(self.directory)
+        self.tensors = {
+            name: StoredTensor(tuple(stored.size), stored.properties.dtype)
+            for name, stored in metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata)
+        }
+        objects = {n for n, stored in metadata.state_dict_metadata.items() if isinstance(stored, BytesStorageMetadata)}
+        self._find_chunks(metadata, objects)
+        problems = [*self._file_problems(), *self._coverage_problems()]
+        if problems:
+            raise ValueError(
+                f"{self.directory}: the checkpoint is damaged:\n" + "\n".join(f"  - {p}" for p in problems)
+            )
+
+    def read(self, name: str, offsets: Shape, sizes: Shape) -> Tensor:
+        """A block of a tensor: a view of the map (copy it, never write to it), or a copy where several chunks meet.
+
+        Raises:
+            KeyError: no such tensor.
+            ValueError: a chunk is not what the metadata says.
+        """
+        stored = self.tensors[name]
+        result: Tensor | None = None
+        for chunk in stored.near(offsets[0], sizes[0]):
+            common = _intersection(chunk, offsets, sizes)
+            if common is None:
+                continue
+            begin, extent = common
+            values = self._map(name, stored, chunk)
+            for axis, (first, origin, length) in enumerate(zip(begin, chunk.offsets, extent, strict=True)):
+                values = values.narrow(axis, first - origin, length)
+            if extent == sizes:
+                return values
+            if result is None:
+                result = torch.empty(sizes, dtype=stored.dtype)
+            target = result
+            for axis, (first, origin, length) in enumerate(zip(begin, offsets, extent, strict=True)):
+                target = target.narrow(axis, first - origin, length)
+            target.copy_(values)
+        assert result is not None, "chunks were found to cover the tensor"
+        return result
+
+    def _map(self, name: str, stored: StoredTensor, chunk: _Chunk) -> Tensor:
+        """A chunk's values [chunk.sizes], as a view of its file."""
+        if chunk.file not in self._maps:
+            with (self.directory / chunk.file).open("rb") as file:
+                # A private map: tensors want writable memory, and the file cannot be changed through this one.
+                self._maps[chunk.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        try:
+            values, dtype = find_values(self._maps[chunk.file], chunk.start, chunk.length, chunk.sizes)
+            if dtype != stored.dtype:
+                raise DamagedTensor(f"its values are {dtype}, its metadata says {stored.dtype}")
+        except DamagedTensor as error:
+            path = self.directory / chunk.file
+            raise ValueError(f"{path}: {name} at byte {chunk.start} is damaged: {error}") from error
+        return torch.frombuffer(self._maps[chunk.file], dtype=dtype, count=prod(chunk.sizes), offset=values).view(
+            chunk.sizes
+        )
+
+    def _find_chunks(self, metadata: Metadata, objects: set[str]) -> None:
+        """Sort the places of all chunks to their tensors."""
+        sizes = {
+            (name, tuple(chunk.offsets)): tuple(chunk.sizes)
+            for name, stored in metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata)
+            for chunk in stored.chunks
+        }
+        for index, place in metadata.storage_data.items():
+            if index.fqn in objects:
+                continue
+            offsets = tuple(index.offset) if index.offset is not None else (0,) * len(self.tensors[index.fqn].shape)
+            chunk = _Chunk(offsets, sizes[index.fqn, offsets], place.relative_path, place.offset, place.length)
+            self.tensors[index.fqn].chunks.append(chunk)
+        for stored in self.tensors.values():
+            stored.chunks.sort(key=lambda chunk: chunk.offsets)
+
+    def _file_problems(self) -> list[str]:
+        needed: dict[str, int] = {}
+        for stored in self.tensors.values():
+            for chunk in stored.chunks:
+                needed[chunk.file] = max(needed.get(chunk.file, 0), chunk.start + chunk.length)
+        problems = []
+        for name, size in sorted(needed.items()):
+            path = self.directory / name
+            if not path.is_file():
+                problems.append(f"{name}: missing")
+            elif path.stat().st_size < size:
+                problems.append(f"{name}: truncated: {path.stat().st_size} bytes, but its tensors end at {size}")
+        return problems
+
+    def _coverage_problems(self) -> list[str]:
+        return [
+            f"{name}: its chunks hold {held:,} of {prod(stored.shape):,} values"
+            for name, stored in self.tensors.items()
+            if (held := sum(prod(chunk.sizes) for chunk in stored.chunks)) != prod(stored.shape)
+        ]
+
+
+def _intersection(chunk: _Chunk, offsets: Shape, sizes: Shape) -> tuple[Shape, Shape] | None:
+    """Begin and extent of what a chunk and a block have in common, None if nothing."""
+    begin = tuple(max(a, b) for a, b in zip(chunk.offsets, offsets, strict=True))
+    ends = [min(a + m, b + n) for a, m, b, n in zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True)]
+    extent = tuple(end - first for end, first in zip(ends, begin, strict=True))
+    return (begin, extent) if all(length > 0 for length in extent) else None
+
+
+def _read_metadata(directory: Path) -> Metadata:
+    """The `.metadata` file of a torch_dist checkpoint.
+
+    Raises:
+        ValueError: there is none, or it cannot be understood.
+    """
+    path = directory / ".metadata"
+    if not path.is_file():
+        raise ValueError(f"{directory}: not a distributed checkpoint (no .metadata){_others(directory)}")
+    form = directory / "metadata.json"
+    if form.is_file():
+        try:
+            backend = json.loads(form.read_text(encoding="utf-8"))["sharded_backend"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{form}: not megatron-core's description of a checkpoint: {error!r}") from error
+        if backend != "torch_dist":
+            raise ValueError(f"{directory}: a checkpoint of format {backend!r}; only torch_dist can be read")
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except (pickle.UnpicklingError, AttributeError, EOFError, ImportError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged, or of an unknown kind: {error!r}") from error
+    if not isinstance(metadata, Metadata) or metadata.storage_data is None:
+        raise ValueError(f"{path}: not the metadata of a checkpoint")
+    return metadata
+
+
+def _others(directory: Path) -> str:
+    """A hint for who named a folder above or below the checkpoint."""
+    if not directory.is_dir():
+        return "; there is no such directory"
+    found = sorted(path.parent for pattern in ("*/.metadata", "*/*/.metadata") for path in directory.glob(pattern))
+    return f"; below it are {', '.join(str(path) for path in found[:8])}" if found else ""
+
+
+class _Ignored(dict):
+    """Stands for any object that reading tensors has no use for, such as megatron-core's copies of save plans."""
+
+    def __init__(self, *_arguments: Any, **_named: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, _state: Any) -> None:
+        """Forgets what was saved of it."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes the classes that describe tensors and their places, and nothing else of what a pickle names."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """One of those classes, or `_Ignored`."""
+        if module == "torch.distributed.checkpoint.metadata" or (module, name) in _DESCRIBING:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        return _Ignored
