@@ -1,0 +1,76 @@
+"""Converted checkpoints load into real models under every layout, and what megatron-core saves converts back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import random_sequences, transformers_statistics, write_tiny_model
+
+from megatron_entropic.weights.conversion import hf_to_megatron, megatron_to_hf
+
+SCRIPT = Path(__file__).parent / "scripts/conversion_layouts.py"
+TEMPERATURE = 0.7
+TOLERANCE = 1e-5
+# Four ranks; data parallelism fills them up. 251 tokens of vocabulary are padded where there are two tensor ranks.
+LAYOUTS = {
+    "tp1": {},
+    "tp2": {"tensor_parallel": 2},
+    "pp2": {"pipeline_parallel": 2},
+    "pp4": {"pipeline_parallel": 4},
+    "tp2 pp2": {"tensor_parallel": 2, "pipeline_parallel": 2},
+    "tp2 pp2 sp": {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True},
+    "pp2 vpp2": {"pipeline_parallel": 2, "virtual_pipeline_parallel": 2},
+}
+SAVED = {
+    "qwen2 tp2": "run",
+    "qwen2 tp2 pp2": "plain",
+    "qwen2 pp2": "prefixed",
+    "llama pp2 vpp2": "plain",
+    "qwen3 tp2 pp2": "single",
+    "qwen3 pp4": "run",
+}
+"""Case and form of what is saved: tied and untied, padded and not, as a run does, with a prefix, one key per layer."""
+CASES = {
+    **{f"qwen2 {name}": {"family": "qwen2", "layout": layout} for name, layout in LAYOUTS.items()},
+    "qwen3 tp2 pp2": {"family": "qwen3", "layout": LAYOUTS["tp2 pp2"]},
+    "qwen3 pp4": {"family": "qwen3", "layout": LAYOUTS["pp4"]},
+    "llama pp2 vpp2": {"family": "llama", "layout": LAYOUTS["pp2 vpp2"]},
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, run_ranks_once) -> tuple[Path, list[dict[str, float]]]:
+    """Directory with everything the ranks saved, and the distances that each of them saw."""
+    directory = tmp_path_factory.mktemp("conversion")
+    sequences = random_sequences()
+    for family in sorted({case["family"] for case in CASES.values()}):
+        write_tiny_model(family, directory / family)
+        reference = transformers_statistics(directory / family, sequences, TEMPERATURE)
+        case = {"sequences": sequences, "reference": reference, "temperature": TEMPERATURE}
+        torch.save(case, directory / f"{family}.pt")
+        hf_to_megatron(directory / family, directory / f"{family}_megatron")
+    cases = {name: {**case, "save": SAVED.get(name, "")} for name, case in CASES.items()}
+    (directory / "cases.json").write_text(json.dumps(cases))
+    return directory, [json.loads(text) for text in run_ranks_once(SCRIPT, 4, directory)]
+
+
+def test_conversions_load_under_every_layout(work):
+    seen = {name: value for distances in work[1] for name, value in distances.items()}
+    assert seen.keys() == CASES.keys()
+    for distances in work[1]:
+        for case, distance in distances.items():
+            assert distance < TOLERANCE, f"{case}: off by {distance}"
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_megatron_core_saved_converts_back(work, tmp_path, name):
+    family = CASES[name]["family"]
+    original = work[0] / family
+    megatron_to_hf(work[0] / "saved" / name, tmp_path / "back", template_dir=original)
+    wanted, found = (load_file(path / "model.safetensors") for path in (original, tmp_path / "back"))
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(value, found[key]) for key, value in wanted.items())
