@@ -29,7 +29,7 @@ class Violation:
 
 def violations(config: Config) -> Iterator[Violation]:
     """Combinations that cannot work on any machine."""
-    for check in (_batch, _parallelism, _optimizer, _reward, _policy_loss, _entropy_control, _placement):
+    for check in (_batch, _parallelism, _optimizer, _reward, _policy_loss, _entropy_control, _placement, _publish):
         yield from check(config)
 
 
@@ -150,6 +150,14 @@ def _parallelism(config: Config) -> Iterator[Violation]:
             )
 
 
+def _publish(config: Config) -> Iterator[Violation]:
+    if config.rollout.publish == "delta" and config.cluster.device == "cuda":
+        yield Violation(
+            ("rollout.publish", "cluster.device"),
+            "rollout.publish=delta needs gloo, which carries weights on a CPU; with cluster.device=cuda use full",
+        )
+
+
 def _optimizer(config: Config) -> Iterator[Violation]:
     optimizer = config.optimizer
     if optimizer.min_learning_rate > optimizer.learning_rate:
@@ -254,6 +262,11 @@ def _model_directory(config: Config) -> Iterator[Violation]:
         yield Violation((key,), f"model.hf_dir: {error}")
         return
     policy, rollout = config.policy, config.rollout
+    if config.cluster.check_weights and dimensions.experts is not None:
+        yield Violation(
+            (key, "cluster.check_weights"),
+            "cluster.check_weights=true: vLLM's fused experts cannot be compared yet, only dense models can",
+        )
     layout_keys = (key, "policy.tensor_parallel", "policy.pipeline_parallel")
     for problem in dimensions.layout_problems(policy):
         yield Violation(layout_keys, f"policy.{problem}")

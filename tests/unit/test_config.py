@@ -390,3 +390,10 @@ def test_feedback_follows_what_was_scored(machine: Path) -> None:
     assert feedback("algorithm.epochs_per_rollout=2") == "previous_step"
     assert feedback("algorithm.epochs_per_rollout=2", "algorithm.proximal_logprobs=each_epoch") == "score_pass"
     assert feedback("algorithm.optimizer_steps_per_rollout=2") == "previous_step"
+
+
+def test_deltas_need_the_cpu_transport(machine: Path) -> None:
+    found = problems_of(write(machine), "rollout.publish=delta", "cluster.device=cuda", "cluster.address=10.0.0.1:6379")
+    assert found == [
+        "rollout.publish=delta needs gloo, which carries weights on a CPU; with cluster.device=cuda use full"
+    ]
