@@ -7,7 +7,6 @@ import logging
 import os
 import subprocess
 import sys
-from dataclasses import fields
 
 import pytest
 
@@ -112,16 +111,16 @@ def test_the_installed_vllm_takes_our_nccl_options_and_loads_the_plugin():
     from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
     from vllm.plugins import load_general_plugins
 
-    from megatron_entropic.rollout.gloo_transport import GlooInitInfo, GlooUpdateInfo
+    from megatron_entropic.rollout.gloo_transport import GlooUpdateInfo
     from megatron_entropic.rollout.nccl_transport import _trainer_init, packing_options
 
     rendezvous = {"master_address": "127.0.0.1", "master_port": 1, "world_size": 2, "rank_offset": 1}
     connection, update = packing_options()
     info = NCCLWeightTransferEngine.init_info_cls(**rendezvous, **connection)
-    assert {field.name for field in fields(GlooInitInfo)} == {*rendezvous, "timeout_s"}
     tensors = contents(embed=(7, 4)).update_info()
     NCCLWeightTransferEngine.update_info_cls(**tensors, **update)
-    GlooUpdateInfo(**tensors)
+    gloo = GlooUpdateInfo(**tensors, bucket_tensors=[1], bucket_senders=[1])
+    assert gloo.contents_by_sender(2) == [[], [contents(embed=(7, 4))]]
     assert (info if connection else NCCLWeightTransferEngine.update_info_cls(**tensors, **update)).packed
     assert callable(_trainer_init())
     assert callable(packed_nccl_broadcast_producer)
