@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_entropic.algorithms import Steering, kl_penalty, policy_loss, token_weights
+from megatron_entropic.algorithms import MicrobatchLocalController, Steering, kl_penalty, policy_loss, token_weights
 from megatron_entropic.config import Config
 from megatron_entropic.policy.loss import SUMS, MicrobatchLoss, count_high_prob, local_normalizers
 from megatron_entropic.policy.loss_fields import LossSettings, TokenFields, token_fields
@@ -201,3 +201,33 @@ def test_sequence_correction_does_not_depend_on_packing(correction):
     assert torch.equal(together, torch.cat(apart))
     assert len(set(together[3:14].tolist())) == 1, "one weight a response"
     assert (0.0 in together.tolist()) == (correction == "mis")
+
+
+def test_microbatch_local_reproduces_the_published_loss_on_recorded_numbers():
+    """Two micro-batches of one rank by the published code's formulas, number by number.
+
+    K = (1, 0.01), target 0.1, tau 0.6, a mini-batch of 3 sequences as 2 + 1, log-probs at ratio 1.1 and 1:
+
+        micro-batch 1: H .30; alpha 1 * .20 + .01 * 0 = .2;      acc 0 + .20 * 2 / 3 = .13333
+        micro-batch 2: H .05; alpha -.05 + .01 * .13333 = -.048667; acc .13333 - .05 * 1 / 3 = .116667
+        loss = 2/3 (mean of -A r + .2 * mean over pi > .6 of -|A| r) + 1/3 (the same with the second alpha)
+    """
+    chosen = replace(settings(high_prob_denominator=True, correction="none", kl={"coefficient": 0.0}), tau=0.6)
+    control = MicrobatchLocalController(0.1, 1.0, 0.01)
+    recorded = [
+        # (probabilities, ratios, advantages, response lengths, token mean of H)
+        ([0.9, 0.5, 0.7], [1.1, 1.0, 1.1], [1.0, 1.0, -2.0], [2, 1], 0.30),
+        ([0.8, 0.4], [1.0, 1.1], [0.5, 0.5], [2], 0.05),
+    ]
+    alphas, total = [], 0.0
+    for probabilities, ratios, advantages, lengths, entropy in recorded:
+        current = torch.tensor(probabilities).log()
+        fields = TokenFields(torch.tensor(lengths), current - torch.tensor(ratios).log(), torch.tensor(advantages))
+        alphas.append(control.step(entropy, len(lengths), 3))
+        counts = local_normalizers(fields, minibatch_sequences=3, data_parallel=1)
+        total += float(MicrobatchLoss(fields, chosen, counts, Steering(alpha=alphas[-1])).share(current, None)[0])
+    assert alphas == pytest.approx([0.2, -0.05 + 0.01 * 0.4 / 3])
+    assert control.integral == pytest.approx(0.2 * 2 / 3 - 0.05 / 3)
+    first = (-1.1 - 1.0 + 2.2) / 3 + 0.2 * (-1.1 - 2.2) / 2
+    second = (-0.5 - 0.55) / 2 + (-0.05 + 0.01 * 0.4 / 3) * -0.5 / 1
+    assert total == pytest.approx(first * 2 / 3 + second / 3, rel=1e-6)
