@@ -64,6 +64,9 @@ class PolicyConfig(Section):
     expert_tensor_parallel: int | None = Field(
         None, ge=1, description="Tensor parallel size of experts. None: tensor_parallel."
     )
+    moe_aux_loss_coefficient: float = Field(
+        0.0, ge=0, description="Weight of the load-balancing loss of layers with experts; 0 switches it off."
+    )
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
     tokens_per_microbatch: int = Field(

@@ -143,11 +143,6 @@ def _parallelism(config: Config) -> Iterator[Violation]:
             f"algorithm.policy_loss={config.algorithm.policy_loss} "
             "a token's loss depends on the other tokens of its micro-batch: use auto or recompute",
         )
-    for name in ("expert_parallel",):
-        if getattr(policy, name) > 1:
-            yield Violation(
-                (f"policy.{name}",), f"policy.{name}={getattr(policy, name)}: more than 1 is not supported yet"
-            )
 
 
 def _publish(config: Config) -> Iterator[Violation]:

@@ -117,9 +117,11 @@ class ParameterTable:
         limit = max(BUCKET_ELEMENTS, 1_000_000 * dense_ranks) if overlap and stage == 0 else None
         key = (self._key(policy, stage), dense_ranks, policy.distributed_optimizer, limit)
         if key not in self._buffers:
+            # Experts that every rank holds are summed with the rest.
+            apart = policy.expert_parallel > 1
             groups = (
-                (dense_ranks, [shard for shard in parameters.shards if not shard.expert]),
-                (policy.expert_replicas, [shard for shard in parameters.shards if shard.expert]),
+                (dense_ranks, [shard for shard in parameters.shards if not (apart and shard.expert)]),
+                (policy.expert_replicas, [shard for shard in parameters.shards if apart and shard.expert]),
             )
             self._buffers[key] = tuple(
                 gradient_buffer(

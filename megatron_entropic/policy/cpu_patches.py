@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from megatron_entropic.policy.gloo_collectives import gather_along_first_dim, reduce_scatter_along_first_dim
 from megatron_entropic.policy.rotary import apply_rotary_packed
 
 _CONSTANTS = {
@@ -81,24 +82,27 @@ def _constant_on_cpu(constant: Any) -> Any:
 
 @dataclass(frozen=True)
 class Replacement:
-    """One attribute of a module that is exchanged."""
+    """One attribute of a module, or of a class in it, that is exchanged."""
 
     target: str
-    """module:name."""
-    function: Callable[..., Any]
+    """module:qualified name."""
+    value: Any
     reason: str
-    defect: Callable[[Callable[..., Any]], bool]
+    defect: Callable[[Any], bool]
     """Whether the original, given to it, shows the defect."""
 
     def needed(self) -> bool:
         """Whether the attribute, as it stands, shows the defect."""
-        module, name = self.target.split(":")
-        return self.defect(getattr(importlib.import_module(module), name))
+        return self.defect(getattr(*self._place()))
 
     def apply(self) -> None:
         """Exchanges the attribute."""
+        setattr(*self._place(), self.value)
+
+    def _place(self) -> tuple[Any, str]:
         module, name = self.target.split(":")
-        setattr(importlib.import_module(module), name, self.function)
+        *owners, last = name.split(".")
+        return functools.reduce(getattr, owners, importlib.import_module(module)), last
 
 
 def _cpu_device() -> torch.device:
@@ -151,6 +155,37 @@ def _does_not_restore(function: Callable[..., Any]) -> bool:
         torch.set_rng_state(before)
 
 
+class _HostStream:
+    """Stands for the stream on which counts are copied to the host: they are there, nothing has to be waited for."""
+
+    def wait_stream(self, _other: Any) -> None:
+        """Nothing runs beside."""
+
+    def record_event(self) -> _HostStream:
+        """What was asked for has happened."""
+        return self
+
+    def synchronize(self) -> None:
+        """As `record_event`."""
+
+
+def _is_absent(value: Any) -> bool:
+    return value is None
+
+
+def _as_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Stands for megatron-core's `maybe_move_tensor_to_cpu`, on tensors that are there already."""
+    return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
+
+
+def _keeps_tensors(function: Callable[..., Any]) -> bool:
+    return torch.is_tensor(function(torch.zeros(1, dtype=torch.int64), as_numpy=True))
+
+
+def _calls(function: Callable[..., Any], name: str) -> bool:
+    return name in function.__code__.co_names
+
+
 def _loops_over_segments(function: Callable[..., Any]) -> bool:
     return "torch.split(t, seqlens)" in inspect.getsource(function)
 
@@ -177,6 +212,30 @@ REPLACEMENTS = (
         apply_rotary_packed,
         "one gather instead of a loop over segments; CUDA has Transformer Engine's kernel",
         _loops_over_segments,
+    ),
+    Replacement(
+        "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher.cuda_dtoh_stream",
+        _HostStream(),
+        "the first dispatcher makes a CUDA stream for all, unless there is one; torch's CPU stream records no events",
+        _is_absent,
+    ),
+    Replacement(
+        "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
+        _as_numbers,
+        "tokens for each expert's rank must be numbers; only CUDA tensors become some",
+        _keeps_tensors,
+    ),
+    Replacement(
+        "megatron.core.tensor_parallel.mappings:_gather_along_first_dim",
+        gather_along_first_dim,
+        "experts cut over tensor ranks gather unequal numbers of tokens, which gloo's all_gather refuses",
+        functools.partial(_calls, name="all_gather"),
+    ),
+    Replacement(
+        "megatron.core.tensor_parallel.mappings:_reduce_scatter_along_first_dim",
+        reduce_scatter_along_first_dim,
+        "and scatter them likewise",
+        functools.partial(_calls, name="reduce_scatter"),
     ),
 )
 
@@ -205,6 +264,10 @@ LITERALS = (
     CudaLiteral(
         "models.common.language_module.language_module:LanguageModule.setup_embeddings_and_output_layer",
         "tied embeddings over pipeline stages are moved with .cuda()",
+    ),
+    CudaLiteral(
+        "transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize",
+        "asks for the current stream",
     ),
     CudaLiteral("dist_checkpointing.strategies.state_dict_saver:verify_global_md_reuse", "a flag"),
     CudaLiteral("dist_checkpointing.exchange_utils:_get_empty_tensor_for_exchange", "buffers of parallel loading"),

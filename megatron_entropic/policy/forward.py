@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -47,8 +47,18 @@ class TokenStatistics:
     """Scalar whose gradient has been taken already, with `head="fused_loss"`; the others then carry none."""
 
 
-Output = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-"""What the model's last stage returns: the fields of `TokenStatistics`."""
+class Output(NamedTuple):
+    """What the model's last stage returns: the fields of `TokenStatistics`."""
+
+    logprobs: torch.Tensor
+    entropies: torch.Tensor | None
+    loss: torch.Tensor | None
+
+    @property
+    def device(self) -> torch.device:
+        """As of a tensor: megatron-core asks for it where a model has experts."""
+        return self.logprobs.device
+
 
 LossFunction = Callable[[MicroBatch, TokenStatistics], tuple[torch.Tensor, Any]]
 """(loss, anything to collect). Gradients are summed over micro-batches and data-parallel ranks and divided by nothing:

@@ -1,6 +1,7 @@
 """From parameters spread over tensor and pipeline ranks to whole Hugging Face tensors, one flat bucket at a time.
 
 owner stage:    shards of a bucket, flat --one all-gather over TP--> unshard --> Hugging Face tensors, flat
+                experts: over expert TP x EP instead
                 --one send--> first stage, unless each stage's own first tensor rank is where they are wanted
 """
 
@@ -19,7 +20,11 @@ from megatron_entropic.weights.transport import FlatContents, named_wait
 
 
 def sends_weights(parallel: ParallelState) -> bool:
-    """Whether this rank takes part in a gather: replicas hold the same parameters, the first one sends."""
+    """Whether this rank takes part in a gather: of those that hold the same parameters, the first one sends."""
+    return _sends_dense(parallel) or parallel.expert_data_rank == 0
+
+
+def _sends_dense(parallel: ParallelState) -> bool:
     return parallel.data_rank == 0 and parallel.context_rank == 0
 
 
@@ -50,12 +55,14 @@ def gather_bucket(
     """
     where = f"{phase}: bucket {bucket.index} ({bucket.items[0].entry.megatron_name} ..)"
     flat = None
-    if parallel.pipeline_rank == bucket.owner_stage:
-        with named_wait(where, f"policy {parallel.describe()}", "the tensor ranks of its stage"):
+    holds = parallel.expert_data_rank == 0 if bucket.of_experts else _sends_dense(parallel)
+    if parallel.pipeline_rank == bucket.owner_stage and holds:
+        peers = "the expert-parallel ranks of its stage" if bucket.of_experts else "the tensor ranks of its stage"
+        with named_wait(where, f"policy {parallel.describe()}", peers):
             shards = _all_gather_shards(bucket, values, parallel)
-        if parallel.tensor_rank == 0:
+        if parallel.is_first_of_stage:
             flat = _join(bucket, shards, parameter_map)
-    if not to_first_stage or bucket.owner_stage == 0 or parallel.tensor_rank != 0:
+    if not to_first_stage or bucket.owner_stage == 0 or not parallel.is_first_of_stage:
         return flat
     return _send_to_first_stage(bucket, flat, values, parallel, where)
 
@@ -78,24 +85,27 @@ def gather_hf_tensors(
 
 
 def _all_gather_shards(bucket: Bucket, values: Mapping[str, torch.Tensor], parallel: ParallelState) -> torch.Tensor:
-    """[tp, shard_elements]: every tensor rank's part of the bucket, one collective whatever the number of tensors."""
-    dtype = DTYPES[bucket.dtype]
-    mine = torch.cat([values[item.entry.megatron_name].detach().flatten().to(dtype) for item in bucket.items])
+    """[ranks, shard_elements]: every rank's part of the bucket, one collective whatever the number of tensors."""
+    dtype, items = DTYPES[bucket.dtype], bucket.held_by(parallel.expert_rank)
+    mine = torch.cat([values[item.entry.megatron_name].detach().flatten().to(dtype) for item in items])
     assert mine.numel() == bucket.shard_elements, "parameters have the shapes of the plan"
-    if parallel.tensor_size == 1:
+    group = parallel.expert_group if bucket.of_experts else parallel.tensor_group
+    if group.size() == 1:
         return mine.unsqueeze(0)
-    gathered = mine.new_empty(parallel.tensor_size * mine.numel())
-    dist.all_gather_into_tensor(gathered, mine, group=parallel.tensor_group)
-    return gathered.view(parallel.tensor_size, -1)
+    gathered = mine.new_empty(group.size() * mine.numel())
+    dist.all_gather_into_tensor(gathered, mine, group=group)
+    return gathered.view(group.size(), -1)
 
 
 def _join(bucket: Bucket, shards: torch.Tensor, parameter_map: ParameterMap) -> torch.Tensor:
-    """[bucket.elements]: whole Hugging Face tensors without padding, from shards [tp, shard_elements]."""
-    pieces = []
-    for item, parts in zip(bucket.items, shards.split([i.shard_elements for i in bucket.items], dim=1), strict=True):
-        tensors = parameter_map.to_hf(item.entry, [part.reshape(item.shard_shape) for part in parts])
-        pieces += [tensors[name].flatten() for name in item.entry.hf_names]
-    return torch.cat(pieces)
+    """[bucket.elements]: whole Hugging Face tensors without padding, from shards [ranks, shard_elements]."""
+    pieces: dict[str, torch.Tensor] = {}
+    owners = 1 + max(item.expert_rank for item in bucket.items)
+    for owner, of_owner in enumerate(shards.unflatten(0, (owners, -1))):
+        items = bucket.held_by(owner)
+        for item, parts in zip(items, of_owner.split([i.shard_elements for i in items], dim=1), strict=True):
+            pieces |= parameter_map.to_hf(item.entry, [part.reshape(item.shard_shape) for part in parts])
+    return torch.cat([pieces[name].flatten() for name in bucket.hf_names])
 
 
 def _send_to_first_stage(

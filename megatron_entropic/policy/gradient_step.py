@@ -11,12 +11,14 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_entropic.policy.alignment import pack_alike
 from megatron_entropic.policy.batch_metrics import batch_metrics
-from megatron_entropic.policy.collectives import largest, sum_of_token_statistics
+from megatron_entropic.policy.collectives import sum_of_token_statistics
 from megatron_entropic.policy.forward import OutputOptions, TokenStatistics, run_forward, run_forward_backward
-from megatron_entropic.policy.microbatch import MicroBatch, pack
+from megatron_entropic.policy.microbatch import MicroBatch
 from megatron_entropic.policy.optimizer import PolicyOptimizer, StepOutcome
 from megatron_entropic.policy.parallel import ParallelState
+from megatron_entropic.policy.routing import Routing, has_experts
 from megatron_entropic.types import Sequence
 
 Share = Callable[[MicroBatch, TokenStatistics], tuple[torch.Tensor, torch.Tensor]]
@@ -33,6 +35,9 @@ class GradientStep:
         device: of the model.
         tokens_per_microbatch: budget of one packed micro-batch.
         attention_weight: of the model, for `batch_metrics`.
+
+    Attributes:
+        routing: of a model with experts: where the tokens of the last step went.
     """
 
     def __init__(
@@ -46,20 +51,13 @@ class GradientStep:
         self.model = model
         self.parallel = parallel
         self.device = device
+        self.routing = Routing(model, parallel) if has_experts(model) else None
         self._tokens_per_microbatch = tokens_per_microbatch
         self._attention_weight = attention_weight
 
     def align(self, sequences: list[Sequence]) -> list[MicroBatch]:
-        """Pack this replica's sequences into a number of micro-batches that all replicas agree on.
-
-        A replica with too few sequences gets micro-batches without any: they run through the model and every collective
-        like the others.
-        """
-        own = pack(sequences, self._tokens_per_microbatch, self.parallel.packing)
-        count = largest(len(own), self.device)
-        if count == len(own):
-            return own
-        return pack(sequences, self._tokens_per_microbatch, self.parallel.packing, at_least=count)
+        """This replica's sequences in as many micro-batches as every other replica runs (see `pack_alike`)."""
+        return pack_alike(sequences, self._tokens_per_microbatch, self.parallel, self.device)
 
     def batch_metrics(self, batch: list[MicroBatch]) -> dict[str, float]:
         """How well `batch`, from `align`, fills the ranks; equal on all of them."""
@@ -98,6 +96,8 @@ class GradientStep:
             return value if statistics.loss is None else statistics.loss, measured
 
         optimizer.zero_grad()
+        if self.routing is not None:
+            self.routing.begin_step(batch)
         collected = run_forward_backward(self.model, batch, loss, options)
         sums = self._sums(collected, width)
         return sums, optimizer.step()

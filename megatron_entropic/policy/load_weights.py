@@ -23,10 +23,11 @@ def named_entries(
     Raises:
         KeyError: a parameter that the map does not know.
     """
+    first_expert = parameter_map.first_expert(state.expert_rank, state.expert_size)
     for index, chunk in enumerate(model):
         first_layer = parameter_map.first_layer(state.pipeline_rank, state.pipeline_size, index, state.virtual_size)
         for name, parameter in chunk.named_parameters():
-            yield parameter_map.by_megatron_name(to_global_name(name, first_layer)), parameter
+            yield parameter_map.by_megatron_name(to_global_name(name, first_layer, first_expert)), parameter
 
 
 def load_weights(model: torch.nn.ModuleList, hf_dir: Path, state: ParallelState) -> None:
@@ -39,6 +40,7 @@ def load_weights(model: torch.nn.ModuleList, hf_dir: Path, state: ParallelState)
     parameter_map = reader.parameter_map
     with torch.no_grad():
         for entry, parameter in named_entries(model, parameter_map, state):
-            shard = parameter_map.to_megatron_shard(entry, reader, state.tensor_rank, state.tensor_size)
+            rank, size = state.tensor_place(of_expert=entry.expert is not None)
+            shard = parameter_map.to_megatron_shard(entry, reader, rank, size)
             assert shard.shape == parameter.shape, f"{entry.megatron_name}: {shard.shape} for {parameter.shape}"
             parameter.copy_(shard)

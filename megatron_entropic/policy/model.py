@@ -29,6 +29,7 @@ from megatron_entropic.policy.output_head import OutputHead
 from megatron_entropic.policy.parallel import ParallelState
 from megatron_entropic.policy.platform import Platform
 from megatron_entropic.policy.rotary import scale_frequencies
+from megatron_entropic.policy.router import PolicyRouter
 from megatron_entropic.policy.transformer_config import build_transformer_config
 from megatron_entropic.weights.dimensions import ModelDimensions
 
@@ -117,25 +118,60 @@ def build_model(
         ValueError: the layout does not divide the model.
     """
     config = build_transformer_config(dimensions, policy, dtype, state, platform)
-    spec = _transformer_engine_spec(config) if platform.transformer_engine else _plain_spec(config, state)
+    build_spec = _transformer_engine_spec if platform.transformer_engine else _plain_spec
     has_hook = "output_processor" in inspect.signature(GPTModel.forward).parameters
     model_class = PolicyModel if has_hook else PolicyModelWithoutHook
-    chunks = [model_class(dimensions, config, spec, state, chunk) for chunk in range(state.virtual_size)]
+    chunks = []
+    for chunk in range(state.virtual_size):
+        spec = build_spec(
+            config, [dimensions.has_experts(layer) for layer in _layers_of_chunk(dimensions, state, chunk)]
+        )
+        chunks.append(model_class(dimensions, config, spec, state, chunk))
     return torch.nn.ModuleList(chunks).to(platform.device)
 
 
-def _transformer_engine_spec(config: Any) -> Any:
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+def _layers_of_chunk(dimensions: ModelDimensions, state: ParallelState, chunk: int) -> range:
+    """Global numbers of the layers of this stage's chunk."""
+    count = dimensions.num_layers // (state.pipeline_size * state.virtual_size)
+    first = (chunk * state.pipeline_size + state.pipeline_rank) * count
+    return range(first, first + count)
 
 
-def _plain_spec(config: Any, state: ParallelState) -> TransformerBlockSubmodules:
-    """megatron-core's own linear layers with our norms and attention."""
-    spec: ModuleSpec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    attention = layer.self_attention.submodules
-    attention.core_attention = SegmentedAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    layers = config.num_layers // (state.pipeline_size * state.virtual_size)
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+def _transformer_engine_spec(config: Any, has_experts: list[bool]) -> TransformerBlockSubmodules:
+    """Transformer Engine's layers, of which each has experts or not; experts run as one grouped product."""
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    def layer_spec(experts: bool) -> ModuleSpec:
+        spec: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts if experts else None,
+            moe_grouped_gemm=config.moe_grouped_gemm and experts,
+            qk_layernorm=config.qk_layernorm,
+        )
+        return _with_router(spec) if experts else spec
+
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(experts) for experts in has_experts], layer_norm=TENorm)
+
+
+def _plain_spec(config: Any, has_experts: list[bool]) -> TransformerBlockSubmodules:
+    """megatron-core's own linear layers with our norms and attention; experts run one after the other."""
+
+    def layer_spec(experts: bool) -> ModuleSpec:
+        spec: ModuleSpec = get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts if experts else None,
+            qk_layernorm=config.qk_layernorm,
+            normalization="RMSNorm",
+        )
+        layer = spec.submodules
+        layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+        attention = layer.self_attention.submodules
+        attention.core_attention = SegmentedAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+        return _with_router(spec) if experts else spec
+
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(experts) for experts in has_experts], layer_norm=RMSNorm)
+
+
+def _with_router(spec: ModuleSpec) -> ModuleSpec:
+    spec.submodules.mlp.submodules.router = PolicyRouter
+    return spec

@@ -66,11 +66,11 @@ class OutputHead:
         """
         logprobs, entropies, loss = self._of_own_tokens(hidden_states, weight, micro_batch, options)
         if self._context_group is None:
-            return logprobs, entropies, loss
+            return Output(logprobs, entropies, loss)
         assert micro_batch.owned is not None
         own = logprobs.unsqueeze(0) if entropies is None else torch.stack((logprobs, entropies))
         gathered = gather_tokens(own, micro_batch.owned, micro_batch.response_tokens, self._context_group)
-        return gathered[0], None if entropies is None else gathered[1], loss
+        return Output(gathered[0], None if entropies is None else gathered[1], loss)
 
     def _of_own_tokens(
         self, hidden_states: torch.Tensor, weight: torch.Tensor, micro_batch: MicroBatch, options: OutputOptions
@@ -91,13 +91,13 @@ class OutputHead:
             logprobs, entropies = fused_logprob_and_entropy(
                 hidden, weight, micro_batch.targets, entropy_gradient=options.entropy_gradient, **shared
             )
-            return logprobs, entropies, None
+            return Output(logprobs, entropies, None)
         # Without response tokens, of no sequence or of others' parts of sequences, there is no loss to ask for.
         token_loss = options.token_loss(micro_batch) if micro_batch.targets.numel() else _no_loss
         loss, logprobs, entropies = fused_policy_loss(
             hidden, weight, micro_batch.targets, token_loss, gradient_scale=LOSS_SCALE, **shared
         )
-        return logprobs, entropies, loss
+        return Output(logprobs, entropies, loss)
 
     def _from_logits(
         self, hidden_states: torch.Tensor, weight: torch.Tensor, micro_batch: MicroBatch, options: OutputOptions
@@ -116,7 +116,7 @@ class OutputHead:
             entropy_gradient=options.entropy_gradient,
             vocab_size=self._vocab_size,
         )
-        return logprobs, entropies, None
+        return Output(logprobs, entropies, None)
 
 
 def _no_loss(logprobs: torch.Tensor, entropies: torch.Tensor | None, tokens: slice) -> torch.Tensor:

@@ -27,6 +27,12 @@ class ParallelState:
     context_size: int
     virtual_size: int
     """Chunks of the model on each pipeline stage."""
+    expert_rank: int
+    expert_size: int
+    expert_tensor_rank: int
+    expert_tensor_size: int
+    expert_data_rank: int
+    """Which of the copies of its experts this rank holds."""
     sequence_parallel: bool
     token_alignment: int
     """Tokens of each product must be a multiple of this, see `PolicyConfig.token_alignment`."""
@@ -36,6 +42,9 @@ class ParallelState:
     """Ranks that hold the same parameters and different tokens (data x context parallel)."""
     model_group: dist.ProcessGroup
     """Ranks that together hold one replica of the policy (tensor x pipeline parallel)."""
+    expert_group: dist.ProcessGroup
+    """Ranks that together hold one copy of a stage's experts: expert tensor ranks of the first expert-parallel rank,
+    then those of the next."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -46,6 +55,11 @@ class ParallelState:
     def is_last_stage(self) -> bool:
         """Whether this rank holds the output layer, hence the token statistics."""
         return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def is_first_of_stage(self) -> bool:
+        """True on one rank of each pipeline stage; it is the first of its tensor and of its expert group."""
+        return self.tensor_rank == 0 and self.data_rank == 0 and self.context_rank == 0
 
     @property
     def reports(self) -> bool:
@@ -73,17 +87,28 @@ class ParallelState:
             equal_tokens=interleaved,
         )
 
+    @property
+    def replicas_meet(self) -> bool:
+        """Whether replicas exchange tokens within a forward pass, so that all must run as many: experts do that."""
+        return self.expert_size * self.expert_tensor_size > self.tensor_size
+
+    def tensor_place(self, *, of_expert: bool) -> tuple[int, int]:
+        """(rank, size) of the tensor parallelism that cuts a dense parameter, or one of an expert."""
+        if of_expert:
+            return self.expert_tensor_rank, self.expert_tensor_size
+        return self.tensor_rank, self.tensor_size
+
     def describe(self) -> str:
         """Short name for messages, such as `rank 3 (tp 1, pp 1, dp 0)`."""
         context = f"cp {self.context_rank}, " if self.context_size > 1 else ""
-        return f"rank {self.rank} (tp {self.tensor_rank}, pp {self.pipeline_rank}, {context}dp {self.data_rank})"
+        experts = f", ep {self.expert_rank}" if self.expert_size > 1 else ""
+        place = f"tp {self.tensor_rank}, pp {self.pipeline_rank}, {context}dp {self.data_rank}{experts}"
+        return f"rank {self.rank} ({place})"
 
 
 def layout_problems(policy: PolicyConfig, world_size: int) -> list[str]:
     """Why a layout cannot be built on `world_size` ranks; empty if it can."""
     problems = []
-    if policy.expert_parallel > 1:
-        problems.append(f"expert_parallel={policy.expert_parallel}: expert parallelism is not available yet, use 1")
     if policy.world_size != world_size:
         problems.append(
             f"tensor x pipeline x context x data parallel = {policy.world_size}, but there are {world_size} ranks"
@@ -108,6 +133,7 @@ def initialise_model_parallel(policy: PolicyConfig) -> ParallelState:
         virtual_pipeline_model_parallel_size=virtual if (virtual := policy.virtual_pipeline_parallel) > 1 else None,
         context_parallel_size=policy.context_parallel,
         expert_model_parallel_size=policy.expert_parallel,
+        expert_tensor_parallel_size=policy.expert_tensor_parallel,
         distributed_timeout_minutes=policy.distributed_timeout_s / 60,
     )
     return _current_state(policy)
@@ -128,6 +154,11 @@ def _current_state(policy: PolicyConfig) -> ParallelState:
         context_rank=parallel_state.get_context_parallel_rank(),
         context_size=policy.context_parallel,
         virtual_size=policy.virtual_pipeline_parallel,
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_size=policy.expert_parallel,
+        expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        expert_tensor_size=policy.expert_tensor_size,
+        expert_data_rank=parallel_state.get_expert_data_parallel_rank(),
         # With one tensor rank there is nothing to split: megatron-core would only warn and switch it off.
         sequence_parallel=policy.sequence_parallel and policy.tensor_parallel > 1,
         token_alignment=policy.token_alignment,
@@ -135,6 +166,7 @@ def _current_state(policy: PolicyConfig) -> ParallelState:
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         model_group=parallel_state.get_model_parallel_group(),
+        expert_group=parallel_state.get_expert_tensor_and_model_parallel_group(),
     )
 
 

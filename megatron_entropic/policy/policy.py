@@ -136,15 +136,13 @@ class Policy:
         model = self._reference if reference else self._machinery.model
         if model is None:
             raise ValueError("no reference model: algorithm.kl.coefficient is 0")
-        scores: Scores | None = Scores([], [])
-        if sequences:
-            scores = score_sequences(
-                model,
-                sequences,
-                self.parallel,
-                temperature=self.config.rollout.temperature,
-                tokens_per_microbatch=self.config.policy.tokens_per_microbatch,
-            )
+        scores = score_sequences(
+            model,
+            sequences,
+            self.parallel,
+            temperature=self.config.rollout.temperature,
+            tokens_per_microbatch=self.config.policy.tokens_per_microbatch,
+        )
         if not reference:
             self._measure(scores)
         return scores if self.parallel.reports else None
@@ -164,6 +162,8 @@ class Policy:
         metrics = self._update.step(minibatch, self.optimizer, freshly_scored=self._freshly_scored)
         if not metrics["optimizer/skipped"]:
             self._freshly_scored = False
+        if self._machinery.routing is not None:
+            metrics |= self._machinery.routing.metrics()
         if self._control is None and self._scored is not None:
             # Nothing is controlled, but a run without control is compared with one that has it.
             metrics |= {"entropy/mean": self._scored.mean, "entropy/alpha": 0.0, "entropy/alpha_unclipped": 0.0}
@@ -294,6 +294,8 @@ class Policy:
             virtual_pipeline_parallel=self.parallel.virtual_size,
             bucket_bytes=BUCKET_BYTES,
             dtype=self.config.model.dtype,
+            expert_parallel=self.parallel.expert_size,
+            expert_tensor_parallel=self.config.policy.expert_tensor_parallel,
         )
 
     def _build_publisher(self, host: str, sender_type: SenderType) -> Publisher:

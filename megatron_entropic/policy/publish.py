@@ -172,7 +172,7 @@ class Publisher:
         """Whether this rank is the sending end of a group."""
         if self._to_first_stage:
             return self._parallel.rank == 0
-        return sends_weights(self._parallel) and self._parallel.tensor_rank == 0
+        return self._parallel.is_first_of_stage
 
     def _buckets(self) -> list[Bucket]:
         """Those in whose gathering this rank takes part, in plan order."""

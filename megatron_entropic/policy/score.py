@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_entropic.policy.alignment import pack_alike
 from megatron_entropic.policy.forward import OutputOptions, TokenStatistics, run_forward
 from megatron_entropic.policy.microbatch import MicroBatch, pack
 from megatron_entropic.policy.parallel import ParallelState
@@ -43,8 +44,13 @@ def score_sequences(
     temperature: float,
     tokens_per_microbatch: int,
 ) -> Scores | None:
-    """`score` of sequences not packed yet."""
-    micro_batches = pack(sequences, tokens_per_microbatch, state.packing)
+    """`score` of sequences not packed yet; they may be none. Called by all ranks together."""
+    if not sequences and not state.replicas_meet:
+        return Scores([], []) if state.is_last_stage else None
+    if state.replicas_meet:
+        micro_batches = pack_alike(sequences, tokens_per_microbatch, state, next(model.parameters()).device)
+    else:
+        micro_batches = pack(sequences, tokens_per_microbatch, state.packing)
     return score(model, micro_batches, state, temperature=temperature)
 
 

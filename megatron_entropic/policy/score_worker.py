@@ -20,10 +20,10 @@ import torch
 
 from megatron_entropic.config import Dtype, PolicyConfig
 from megatron_entropic.data.token_file import TokenLine, read_token_file, write_scored_file
+from megatron_entropic.policy.alignment import pack_alike
 from megatron_entropic.policy.data_parallel import attention_weight, data_parallel_shards, sequence_costs
 from megatron_entropic.policy.load_weights import load_weights
 from megatron_entropic.policy.local_ranks import run_local_ranks, tell_phase
-from megatron_entropic.policy.microbatch import pack
 from megatron_entropic.policy.parallel import ParallelState, initialise_model_parallel, layout_problems
 from megatron_entropic.policy.platform import Device, Platform, select_platform
 from megatron_entropic.policy.score import score
@@ -145,7 +145,7 @@ def _score_own_share(
     costs = sequence_costs([len(tokens) for tokens in job.tokens], attention_weight(read_dimensions(Path(job.hf_dir))))
     own = data_parallel_shards(costs, state.data_size)[state.data_rank]
     sequences = [Sequence(torch.tensor(job.tokens[i]), job.prompt_lengths[i]) for i in own]
-    micro_batches = pack(sequences, policy.tokens_per_microbatch, state.packing)
+    micro_batches = pack_alike(sequences, policy.tokens_per_microbatch, state, next(model.parameters()).device)
     order: list[int] = []
     scored = Scores([], [])
     at_once = -(-_MICROBATCHES_PER_REPORT // state.packing.count_multiple) * state.packing.count_multiple

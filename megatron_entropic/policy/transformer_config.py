@@ -28,15 +28,16 @@ def build_transformer_config(
     """
     from megatron.core.transformer import TransformerConfig
 
-    dimensions.check_parallel(state.tensor_size, state.pipeline_size, virtual_pipeline_parallel=state.virtual_size)
-    if dimensions.experts is not None:
-        raise ValueError("models with experts can be converted, published and planned for, but not trained yet")
+    problems = dimensions.layout_problems(policy)
+    if problems:
+        raise ValueError("the policy cannot be laid out as asked:\n" + "\n".join(f"  - {p}" for p in problems))
     params_dtype = DTYPES[dtype]
     return TransformerConfig(
         **_architecture(dimensions),
         **_fusions(platform),
         **_recompute(policy),
         **_fp8(policy, platform),
+        **_experts(dimensions, policy, platform),
         tensor_model_parallel_size=state.tensor_size,
         pipeline_model_parallel_size=state.pipeline_size,
         virtual_pipeline_model_parallel_size=state.virtual_size if state.virtual_size > 1 else None,
@@ -78,6 +79,29 @@ def _architecture(dimensions: ModelDimensions) -> dict[str, Any]:
         "activation_func": F.silu,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+    }
+
+
+def _experts(dimensions: ModelDimensions, policy: PolicyConfig, platform: Platform) -> dict[str, Any]:
+    """Everything about experts; nothing for a dense model."""
+    experts = dimensions.experts
+    if experts is None:
+        return {}
+    return {
+        "expert_model_parallel_size": policy.expert_parallel,
+        "expert_tensor_parallel_size": policy.expert_tensor_size,
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_topk": experts.per_token,
+        "moe_layer_freq": [int(dimensions.has_experts(layer)) for layer in range(dimensions.num_layers)],
+        # A softmax over the chosen experts' logits is the softmax over all, scaled to add up to 1.
+        "moe_router_pre_softmax": not experts.renormalised,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "aux_loss" if policy.moe_aux_loss_coefficient else "none",
+        "moe_aux_loss_coeff": policy.moe_aux_loss_coefficient,
+        # One product for all experts of a rank needs Transformer Engine; without, they run one after the other.
+        "moe_grouped_gemm": platform.transformer_engine,
+        "moe_permute_fusion": platform.transformer_engine,
     }
 
 

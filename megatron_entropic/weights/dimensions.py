@@ -132,6 +132,12 @@ class ModelDimensions:
                 f"expert_parallel={policy.expert_parallel} x expert tensor parallel {policy.expert_tensor_size} does "
                 f"not divide tensor x context x data parallel = {policy.stage_ranks}, whose ranks share the experts"
             )
+        if policy.expert_parallel == 1 and policy.expert_tensor_size != policy.tensor_parallel:
+            problems.append(
+                f"expert_tensor_parallel={policy.expert_tensor_size} differs from tensor_parallel="
+                f"{policy.tensor_parallel}, which needs expert_parallel > 1: megatron-core gives experts data-parallel "
+                "groups of their own only then"
+            )
         if policy.tensor_parallel > 1 and not policy.sequence_parallel:
             problems.append(
                 f"sequence_parallel=false: experts with tensor_parallel={policy.tensor_parallel} need it, each tensor "

@@ -16,7 +16,30 @@ def load_model(hf_dir: Path) -> Any:
     """The model in float64."""
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).double().eval()
+    # Experts one after the other: transformers' grouped product does not know float64.
+    return (
+        transformers.AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, experts_implementation="eager")
+        .double()
+        .eval()
+    )
+
+
+def checkpoint_names(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by name in memory, where experts of a layer are one tensor, as checkpoints hold them."""
+    mixtral = model.config.model_type == "mixtral"
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    found = {}
+    for full_name, tensor in tensors.items():
+        name = full_name.replace(".mlp.", ".block_sparse_moe.") if mixtral else full_name
+        prefix, _, last = name.rpartition(".")
+        if last == "gate_up_proj":
+            for expert, stacked in enumerate(tensor):
+                found[f"{prefix}.{expert}.{gate}.weight"], found[f"{prefix}.{expert}.{up}.weight"] = stacked.chunk(2)
+        elif last == "down_proj":
+            found |= {f"{prefix}.{expert}.{down}.weight": matrix for expert, matrix in enumerate(tensor)}
+        else:
+            found[name] = tensor
+    return found
 
 
 def statistics(model: Any, sequences: list[dict], temperature: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -29,6 +52,34 @@ def statistics(model: Any, sequences: list[dict], temperature: float) -> list[tu
         chosen = logprobs.gather(-1, torch.tensor(tokens[prompt:]).unsqueeze(-1)).squeeze(-1)
         result.append((chosen, -(logprobs.exp() * logprobs).sum(-1)))
     return result
+
+
+def watch_routers(model: Any) -> dict[str, list[torch.Tensor]]:
+    """Logits [tokens, experts] of every router, by name, filled by each forward pass."""
+    logits: dict[str, list[torch.Tensor]] = {}
+
+    def keep(name: str) -> Any:
+        return lambda _module, _inputs, output: logits.setdefault(name, []).append(output[0])
+
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_hook(keep(name))
+    return logits
+
+
+def balance(logits: dict[str, list[torch.Tensor]], per_token: int) -> tuple[torch.Tensor, list[float]]:
+    """Sum over layers of the load-balancing loss of all tokens; each layer's busiest expert over the mean of experts.
+
+    Fedus et al. 2021, equation 4, with the choices of `per_token` experts counted: experts x sum of f_i P_i.
+    """
+    total, busiest = torch.zeros((), dtype=torch.float64), []
+    for parts in logits.values():
+        layer = torch.cat(parts)
+        chosen = torch.zeros_like(layer).scatter(1, layer.topk(per_token).indices, 1.0)
+        share = chosen.mean(dim=0) / per_token
+        total = total + layer.shape[1] * (share * layer.softmax(-1).mean(dim=0)).sum()
+        busiest.append(float(share.max() * layer.shape[1]))
+    return total, busiest
 
 
 def mean_entropy(stats: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -84,14 +135,23 @@ def _weight(case: dict, own_tokens: int, all_tokens: int, n_sequences: int) -> f
 def gradients(hf_dir: Path, sequences: list[dict], case: dict) -> dict:
     """Loss, alpha and gradients by Hugging Face name of the first update."""
     model = load_model(hf_dir)
+    logits = watch_routers(model)
     stats = statistics(model, sequences, case["temperature"])
     alpha = max(-1.0, min(1.0, case["kp"] * (mean_entropy(stats) - case["target"])))
     terms = loss_terms(stats, sequences, case, alpha)
-    (terms["policy"] + terms["entropic"] + terms["kl"]).backward()
+    aux_loss, busiest = balance(logits, getattr(model.config, "num_experts_per_tok", 1))
+    (terms["policy"] + terms["entropic"] + terms["kl"] + case["aux_loss"] * aux_loss).backward()
     values = {name: float(torch.as_tensor(value).detach()) for name, value in terms.items()}
     grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
-    return {**values, "alpha": alpha, "entropy": mean_entropy(stats), "grad_norm": norm, "gradients": grads}
+    return {
+        **values,
+        "alpha": alpha,
+        "entropy": mean_entropy(stats),
+        "grad_norm": norm,
+        "busiest": busiest,
+        "gradients": checkpoint_names(model, grads),
+    }
 
 
 def train(hf_dir: Path, sequences: list[dict], case: dict, optimizer: dict, steps: int) -> dict:
@@ -121,7 +181,8 @@ def train(hf_dir: Path, sequences: list[dict], case: dict, optimizer: dict, step
         adam.step()
         for name, value in (("alpha", alpha), ("grad_norm", float(norm)), ("learning_rate", rate)):
             trace[name].append(value)
-    return {**trace, "parameters": {name: p.detach().clone() for name, p in model.named_parameters()}}
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {**trace, "parameters": checkpoint_names(model, parameters)}
 
 
 def _rate(step: int, optimizer: dict) -> float:

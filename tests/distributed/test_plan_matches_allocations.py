@@ -44,12 +44,15 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "dp2 distributed llama": _case("llama"),
         "dp2 plain": _case(distributed_optimizer=False),
         "dp2 plain bf16": _case(dtype="bfloat16", distributed_optimizer=False),
+        "experts ep2": _case("mixtral", expert_parallel=2),
+        "experts dp2": _case("mixtral"),
         "saved tp2": _case(lengths=LENGTHS, tensor_parallel=2),
         "saved tp2 sp": _case(lengths=LENGTHS, tensor_parallel=2, sequence_parallel=True),
         "saved tp2 sp full": _case(lengths=LENGTHS, tensor_parallel=2, sequence_parallel=True, recompute="full"),
     },
     4: {
         "tp2 pp2": _case(tensor_parallel=2, pipeline_parallel=2),
+        "experts dp4 ep2 bf16": _case("mixtral", "bfloat16", expert_parallel=2),
         "pp2 dp2 tied": _case("qwen2", pipeline_parallel=2, dtype="bfloat16"),
     },
 }
@@ -59,7 +62,7 @@ ALL = [(ranks, name) for ranks, cases in CASES.items() for name in cases]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("plan")
-    for family in ("qwen3", "qwen2", "llama"):
+    for family in ("qwen3", "qwen2", "llama", "mixtral"):
         write_tiny_model(family, directory / family)
     return directory
 
@@ -87,12 +90,14 @@ def test_static_bytes_are_exact(ranks: int, name: str, models: Path, measured: d
     table = ParameterTable(find_model(models / case["family"]))
     for report in (rank[name] for rank in measured[ranks]):
         parameters = table.stage(policy, report["stage"])
-        (buffer,) = table.buffers(policy, report["stage"], overlap=False)
-        owned = buffer.owned_elements(report["data_rank"])
+        dense, *experts = table.buffers(policy, report["stage"], overlap=False)
+        owned = dense.owned_elements(report["data_rank"])
+        owned += sum(buffer.owned_elements(report["expert_data_rank"]) for buffer in experts)
+        padded = sum(buffer.padded_elements for buffer in (dense, *experts))
         state = optimizer_bytes_per_element(case["dtype"])
         assert report["parameters"] == parameters.elements * item
-        assert report["parameter_buffer"] == (buffer.padded_elements * item if policy.distributed_optimizer else 0)
-        assert report["gradients"] == buffer.padded_elements * 4
+        assert report["parameter_buffer"] == (padded * item if policy.distributed_optimizer else 0)
+        assert report["gradients"] == padded * 4
         assert report["moments"] + report["main_parameters"] == owned * state
         assert report["moments"] == owned * 8
 

@@ -22,6 +22,12 @@ LAYOUTS = {
     "pp2 dp2": {"pipeline_parallel": 2, "data_parallel": 2},
     "tp2 pp2": {"tensor_parallel": 2, "pipeline_parallel": 2},
 }
+EXPERT_LAYOUTS = {
+    "tp2 ep2": {"tensor_parallel": 2, "data_parallel": 2, "expert_parallel": 2, "sequence_parallel": True},
+    "dp4 ep2": {"data_parallel": 4, "expert_parallel": 2},
+    "pp2 ep2": {"pipeline_parallel": 2, "data_parallel": 2, "expert_parallel": 2},
+}
+CASES = {**dict.fromkeys(FAMILIES, LAYOUTS), **dict.fromkeys(("qwen3_moe", "mixtral"), EXPERT_LAYOUTS)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,16 +43,15 @@ def one_thread() -> Iterator[None]:
 def reports(run_ranks_once, tmp_path_factory) -> list[dict[str, Any]]:
     """What each of four ranks saw, by family and layout."""
     directory = tmp_path_factory.mktemp("publish_layouts")
-    for family in FAMILIES:
+    for family in CASES:
         write_tiny_model(family, directory / family)
-    (directory / "families.json").write_text(json.dumps(FAMILIES))
-    (directory / "layouts.json").write_text(json.dumps(LAYOUTS))
+    (directory / "cases.json").write_text(json.dumps(CASES))
     return [json.loads(text) for text in run_ranks_once(SCRIPTS / "publish_layouts.py", 4, directory)]
 
 
 def test_every_tensor_arrives_bit_for_bit_under_every_layout(reports):
     sender = reports[0]
-    assert set(sender) == {f"{family} {layout}" for family in FAMILIES for layout in LAYOUTS}
+    assert set(sender) == {f"{family} {layout}" for family, layouts in CASES.items() for layout in layouts}
     for case, found in sender.items():
         assert found["tensors"] > 20
         assert found["buckets"] > 2, "one bucket would not test their order"
@@ -57,7 +62,9 @@ def test_one_collective_a_bucket_and_only_in_the_first_replica(reports):
     for found in (found for report in reports for found in report.values()):
         calls, place = found["calls"], found["place"]
         assert calls["all_gather"] == 0
-        gathers = found["owned"] if place["data"] == 0 and place["tensor_size"] > 1 else 0
+        dense, experts = found["owned"]
+        gathers = dense if place["data"] == 0 and place["tensor_size"] > 1 else 0
+        gathers += experts if place["expert_data"] == 0 else 0
         assert calls["all_gather_into_tensor"] == gathers
         assert calls["send"] == 0, "every stage sends its own buckets to the engines"
 

@@ -50,6 +50,17 @@ LAYOUTS = {
     },
     "cp2 pp2": {"context_parallel": 2, "pipeline_parallel": 2, "tokens_per_microbatch": 60},
 }
+EXPERT_FAMILIES = ("qwen3_moe", "mixtral")
+EXPERT_LAYOUTS = {
+    "tp1": LAYOUTS["tp1"],
+    "tp2 sp": LAYOUTS["tp2 sp"],
+    "tp2 pp2 sp": LAYOUTS["tp2 pp2 sp"],
+    "ep2": {"data_parallel": 4, "expert_parallel": 2, "tokens_per_microbatch": 60},
+    "ep2 pp2": {"pipeline_parallel": 2, "data_parallel": 2, "expert_parallel": 2, "tokens_per_microbatch": 60},
+    "ep2 tp2 sp": {**LAYOUTS["tp2 sp"], "expert_parallel": 2},
+    "ep2 tp2 sp, experts whole": {**LAYOUTS["tp2 sp"], "expert_parallel": 2, "expert_tensor_parallel": 1},
+}
+CASES = {**dict.fromkeys(FAMILIES, LAYOUTS), **dict.fromkeys(EXPERT_FAMILIES, EXPERT_LAYOUTS)}
 TOLERANCE = 1e-5
 
 
@@ -58,20 +69,19 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models, sequences and transformers' statistics, for the ranks to find."""
     directory = tmp_path_factory.mktemp("score_parity")
     sequences = random_sequences()
-    for family in FAMILIES:
+    for family in CASES:
         write_tiny_model(family, directory / family)
         reference = transformers_statistics(directory / family, sequences, TEMPERATURE)
         case = {"sequences": sequences, "reference": reference, "temperature": TEMPERATURE}
         torch.save(case, directory / f"{family}.pt")
-    (directory / "families.json").write_text(json.dumps(FAMILIES))
-    (directory / "layouts.json").write_text(json.dumps(LAYOUTS))
+    (directory / "cases.json").write_text(json.dumps(CASES))
     return directory
 
 
 def test_every_layout_agrees_with_transformers(run_ranks, cases):
     distances_of_ranks = [json.loads(text) for text in run_ranks(SCRIPTS / "score_layouts.py", 4, cases)]
     last = distances_of_ranks[-1]
-    assert set(last) == {f"{family} {layout}" for family in FAMILIES for layout in LAYOUTS}
+    assert set(last) == {f"{family} {layout}" for family, layouts in CASES.items() for layout in layouts}
     tokens = sum(response for _, response in LENGTHS)
     for distances in distances_of_ranks:
         for case, statistics in distances.items():

@@ -31,6 +31,7 @@ BASE: dict[str, Any] = {
     "ratio_clip": "none",
     "feedback": "score_pass",
     "on_policy": False,
+    "aux_loss": 0.0,
     "steps": 5,
 }
 EVERYTHING = {"importance_cap": 1.3, "kl": 0.07, "ratio_clip": "ppo"}
@@ -45,6 +46,9 @@ CASES: dict[str, dict[str, Any]] = {
     "seq-mean-token-sum-norm": {"aggregation": "seq-mean-token-sum-norm", **EVERYTHING},
     "seq-mean-token-sum-norm high": {"aggregation": "seq-mean-token-sum-norm", "denominator": "high_prob_tokens"},
     "tied embeddings and biases": {"family": "qwen2", **EVERYTHING},
+    "experts": {"family": "qwen3_moe"},
+    "experts, balanced": {"family": "qwen3_moe", "aux_loss": 0.3},
+    "experts, weights add up to 1": {"family": "mixtral", "denominator": "high_prob_tokens", **EVERYTHING},
 }
 TRAIN_CASE, TRAIN_STEPS = "token-mean high", 5
 OPTIMIZER = {
@@ -62,31 +66,52 @@ OPTIMIZER = {
 }
 FEWER = ("token-mean high", "seq-mean-token-mean", "tied embeddings and biases")
 """For layouts that combine others."""
+EXPERTS = ("experts", "experts, weights add up to 1")
+DENSE = tuple(name for name in CASES if not name.startswith("experts"))
 
 
-def _layout(cases: Any = FEWER, train: tuple[str, ...] = ("distributed",), **layout: Any) -> dict[str, Any]:
-    return {"layout": {"tokens_per_microbatch": 40, **layout}, "cases": list(cases), "train": train}
+def _layout(
+    cases: Any = FEWER, train: tuple[str, ...] = ("distributed",), train_case: str = TRAIN_CASE, **layout: Any
+) -> dict[str, Any]:
+    policy = {"tokens_per_microbatch": 40, **layout}
+    return {"layout": policy, "cases": list(cases), "train": train, "train_case": train_case}
+
+
+def _balanced(**layout: Any) -> dict[str, Any]:
+    """All sequences in one micro-batch: the loss is one of its tokens, not a sum over sequences."""
+    coefficient = CASES["experts, balanced"]["aux_loss"]
+    return _layout(
+        ["experts, balanced"], (), tokens_per_microbatch=16384, moe_aux_loss_coefficient=coefficient, **layout
+    )
+
+
+def _experts(train: tuple[str, ...] = (), **layout: Any) -> dict[str, Any]:
+    return _layout(EXPERTS, train, EXPERTS[0], **layout)
 
 
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     1: {
-        "one rank": _layout(CASES, ("plain", "distributed"), tokens_per_microbatch=16384),
+        "one rank": _layout(DENSE, ("plain", "distributed"), tokens_per_microbatch=16384),
         "one rank, small micro-batches": _layout(),
         "one rank, stored logits": _layout(train=(), output_head="logits"),
         "one rank, recomputed logits": _layout(train=(), output_head="recompute"),
+        "one rank, experts": _experts(recompute="full"),
+        "one rank, auxiliary loss": _balanced(recompute="full"),
     },
     2: {
-        "tp2": _layout(CASES, tensor_parallel=2),
+        "tp2": _layout(DENSE, tensor_parallel=2),
         "tp2 sp": _layout(tensor_parallel=2, sequence_parallel=True),
         "tp2 sp, stored logits": _layout(tensor_parallel=2, sequence_parallel=True, train=(), output_head="logits"),
         "tp2 sp, recomputed logits": _layout(
             tensor_parallel=2, sequence_parallel=True, train=(), output_head="recompute"
         ),
         "pp2": _layout(pipeline_parallel=2),
-        "dp2": _layout(CASES, ("plain", "distributed"), tokens_per_microbatch=60),
+        "dp2": _layout(DENSE, ("plain", "distributed"), tokens_per_microbatch=60),
         "dp2, one sequence a micro-batch": _layout(tokens_per_microbatch=1),
         "cp2": _layout(CASES, context_parallel=2),
         "cp2, stored logits": _layout(context_parallel=2, train=(), output_head="logits"),
+        "tp2 sp, auxiliary loss": _balanced(tensor_parallel=2, sequence_parallel=True),
+        "ep2": _experts(("plain", "distributed"), expert_parallel=2),
     },
     4: {
         "tp2 pp2 sp": _layout(tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True),
@@ -103,6 +128,12 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "cp2 pp2, recomputed logits": _layout(
             context_parallel=2, pipeline_parallel=2, train=(), output_head="recompute"
         ),
+        "tp2 ep2 sp": _experts(tensor_parallel=2, sequence_parallel=True, expert_parallel=2),
+        "tp2 ep2 sp, experts whole": _experts(
+            ("distributed",), tensor_parallel=2, sequence_parallel=True, expert_parallel=2, expert_tensor_parallel=1
+        ),
+        "pp2 ep2": _experts(pipeline_parallel=2, expert_parallel=2),
+        "dp4 ep2": _experts(("distributed",), expert_parallel=2),
     },
 }
 
@@ -146,7 +177,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 def _prepare(directory: Path) -> tuple[Path, dict[str, Any]]:
     fields: dict[str, list[dict]] = {}
     facts = {}
-    for family in ("qwen3", "qwen2"):
+    for family in dict.fromkeys({**BASE, **case}["family"] for case in CASES.values()):
         write_tiny_model(family, directory / family)
         fields[family], facts[family] = _sequences(directory / family)
         torch.save(fields[family], directory / f"{family}.pt")
@@ -155,7 +186,7 @@ def _prepare(directory: Path) -> tuple[Path, dict[str, Any]]:
         case = {**BASE, **changes}
         fact = facts[case["family"]]
         cases[name] = {**case, "tau": fact["tau"], "target": fact["entropy"] - 4.0}
-    plan = {"cases": cases, "train_case": TRAIN_CASE, "train_steps": TRAIN_STEPS, "optimizer": OPTIMIZER}
+    plan = {"cases": cases, "train_steps": TRAIN_STEPS, "optimizer": OPTIMIZER}
     (directory / "plan.json").write_text(json.dumps(plan))
     expected: dict[str, Any] = {}
     for name, case in cases.items():
@@ -163,10 +194,10 @@ def _prepare(directory: Path) -> tuple[Path, dict[str, Any]]:
         if case["on_policy"]:
             sequences = [{**sequence, "old_logprobs": sequence["current_logprobs"]} for sequence in sequences]
         expected[name] = reference_update.gradients(directory / case["family"], sequences, case)
-    train = cases[TRAIN_CASE]
-    expected["train"] = reference_update.train(
-        directory / train["family"], fields[train["family"]], train, OPTIMIZER, TRAIN_STEPS
-    )
+    for name in (TRAIN_CASE, EXPERTS[0]):
+        family = cases[name]["family"]
+        trained = reference_update.train(directory / family, fields[family], cases[name], OPTIMIZER, TRAIN_STEPS)
+        expected[f"train {name}"] = trained
     return directory, expected
 
 
@@ -186,7 +217,12 @@ def test_updates_do_not_depend_on_the_layout(run_ranks, prepared, tmp_path, worl
             _check_tensors(saved[label], expected[case]["gradients"], label)
         for kind in layout["train"]:
             label = f"{name}/train/{kind}"
-            _check_training([report[label]["trace"] for report in reports], saved[label], expected["train"], label)
+            _check_training(
+                [report[label]["trace"] for report in reports],
+                saved[label],
+                expected[f"train {layout['train_case']}"],
+                label,
+            )
     if world_size == 2:
         counts = [report[f"dp2, one sequence a micro-batch/{FEWER[0]}"]["micro_batches"] for report in reports]
         assert counts[0][0] == counts[1][0], "replicas ran different numbers of micro-batches"
@@ -209,6 +245,12 @@ def _check_metrics(by_rank: list[dict[str, str]], expected: dict[str, Any], name
     ):
         assert metrics[key] == pytest.approx(expected[term], rel=TOLERANCE, abs=1e-12), (name, key)
     assert metrics["optimizer/skipped"] == 0.0
+    if expected["busiest"]:
+        mean = sum(expected["busiest"]) / len(expected["busiest"])
+        # Padding, of which every rank may have a token or two, is counted too.
+        assert metrics["moe/max_load"] == pytest.approx(mean, rel=0.05), name
+        assert metrics["moe/max_load_worst_layer"] == pytest.approx(max(expected["busiest"]), rel=0.05), name
+        assert metrics["moe/idle_experts"] == 0.0
 
 
 def _check_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], name: str) -> None:

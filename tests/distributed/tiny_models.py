@@ -50,6 +50,27 @@ def write_tiny_model(family: str, directory: Path) -> Path:
         "llama": lambda: transformers.LlamaConfig(
             hidden_size=102, head_dim=26, tie_word_embeddings=False, rope_parameters=llama_rope, **COMMON
         ),
+        # Layer 1 is dense; the probabilities of a token's experts do not add up to 1.
+        "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+            hidden_size=90,
+            head_dim=22,
+            moe_intermediate_size=38,
+            num_experts=6,
+            num_experts_per_tok=3,
+            norm_topk_prob=False,
+            mlp_only_layers=[1],
+            tie_word_embeddings=False,
+            rope_parameters=plain_rope,
+            **COMMON,
+        ),
+        "mixtral": lambda: transformers.MixtralConfig(
+            hidden_size=102,
+            head_dim=26,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            rope_parameters=plain_rope,
+            **(COMMON | {"intermediate_size": 46}),
+        ),
     }[family]()
     torch.manual_seed(11)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -63,6 +84,15 @@ def write_tiny_model(family: str, directory: Path) -> Path:
                 parameter.mul_(4.0)
     model.save_pretrained(directory)
     return directory
+
+
+def load_reference(hf_dir: Path) -> Any:
+    """The model in float32; experts one after the other, transformers' grouped product wants multiples of 16 bytes."""
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        hf_dir, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
 
 
 def random_sequences(seed: int = 5) -> list[tuple[list[int], int]]:
@@ -85,9 +115,7 @@ def transformers_statistics(
     hf_dir: Path, sequences: list[tuple[list[int], int]], temperature: float
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(log-probs, entropies) [R] of each response: one float32 forward a sequence, the softmax in float64."""
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
+    model = load_reference(hf_dir)
     statistics = []
     for tokens, prompt in sequences:
         with torch.no_grad():

@@ -68,6 +68,7 @@ def measure(policy: Policy, lengths: list[int] | None) -> dict[str, Any]:
     return {
         "stage": policy.parallel.pipeline_rank,
         "data_rank": policy.parallel.data_rank,
+        "expert_data_rank": policy.parallel.expert_data_rank,
         "parameters": size(policy.model.parameters()),
         "parameter_buffer": size(buffer.param_data for buffer in buffers if buffer.param_data is not None),
         "gradients": size(buffer.grad_data for buffer in buffers),

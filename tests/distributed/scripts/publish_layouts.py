@@ -116,6 +116,7 @@ def publish_layout(
         tensor_parallel=policy.tensor_parallel,
         bucket_bytes=BUCKET_BYTES,
         dtype="float32",
+        expert_parallel=policy.expert_parallel,
     )
     publisher = Publisher(plan, parameter_map, model, parallel, host="127.0.0.1", timeout_s=60)
     found: dict[str, Any] = {"tensors": len(parameter_map.hf_tensors), "buckets": len(plan.buckets)}
@@ -139,7 +140,8 @@ def publish_layout(
     if policy.pipeline_parallel > 1 and policy.tensor_parallel > 1:
         found["exports"] = exports(model, plan, parameter_map, parallel, hf_dir)
     found["all elements"] = sum(bucket.elements for bucket in plan.buckets)
-    found["owned"] = sum(bucket.owner_stage == parallel.pipeline_rank for bucket in plan.buckets)
+    owned = [bucket for bucket in plan.buckets if bucket.owner_stage == parallel.pipeline_rank]
+    found["owned"] = [sum(bucket.of_experts is experts for bucket in owned) for experts in (False, True)]
     destroy_model_parallel()
     return parallel, found
 
@@ -155,11 +157,12 @@ def main(directory: Path) -> None:
     )
     counted = Counted()
     report = {}
-    for family in json.loads((directory / "families.json").read_text()):
-        for name, layout in json.loads((directory / "layouts.json").read_text()).items():
+    for family, layouts in json.loads((directory / "cases.json").read_text()).items():
+        for name, layout in layouts.items():
             parallel, found = publish_layout(platform, PolicyConfig(**layout), directory / family, counted)
             found["place"] = {
                 "data": parallel.data_rank,
+                "expert_data": parallel.expert_data_rank,
                 "tensor": parallel.tensor_rank,
                 "tensor_size": parallel.tensor_size,
                 "stage": parallel.pipeline_rank,

@@ -48,9 +48,9 @@ def main(directory: Path) -> None:
         timeout_s=120,
     )
     distances = {}
-    for family in json.loads((directory / "families.json").read_text()):
+    for family, layouts in json.loads((directory / "cases.json").read_text()).items():
         case = torch.load(directory / f"{family}.pt")
-        for name, layout in json.loads((directory / "layouts.json").read_text()).items():
+        for name, layout in layouts.items():
             scores = score_layout(platform, PolicyConfig(**layout), directory / family, case)
             if scores is not None:
                 found = [torch.cat(scores.logprobs), torch.cat(scores.entropies)]

@@ -75,9 +75,8 @@ def first_update(policy: Policy, directory: Path, case: dict[str, Any], layout: 
     return _exact(metrics), hf_gradients(policy), [len(batch), idle]
 
 
-def train(policy: Policy, directory: Path, plan: Any, layout: dict[str, Any]) -> Any:
+def train(policy: Policy, directory: Path, plan: Any, case: dict[str, Any], layout: dict[str, Any]) -> Any:
     """Metrics of several updates, the parameters after them."""
-    case = plan["cases"][plan["train_case"]]
     optimizer = {**plan["optimizer"], "schedule": "linear"}
     del optimizer["total_steps"]
     start_over(policy, configuration(directory / case["family"], **sections(case, layout, optimizer)))
@@ -97,7 +96,7 @@ def main(directory: Path, layouts: dict[str, dict[str, Any]], saved_path: Path) 
     saved: dict[str, Any] = {}
     for name, entry in layouts.items():
         plain = {**entry["layout"], "distributed_optimizer": False}
-        for family in ("qwen3", "qwen2"):
+        for family in dict.fromkeys(plan["cases"][c]["family"] for c in entry["cases"]):
             cases = {c: plan["cases"][c] for c in entry["cases"] if plan["cases"][c]["family"] == family}
             if not cases:
                 continue
@@ -107,9 +106,9 @@ def main(directory: Path, layouts: dict[str, dict[str, Any]], saved_path: Path) 
                     report[f"{name}/{label}"] = {"metrics": metrics, "micro_batches": counts}
         for kind in entry["train"]:
             chosen = {**entry["layout"], "distributed_optimizer": kind == "distributed"}
-            case = plan["cases"][plan["train_case"]]
+            case = plan["cases"][entry["train_case"]]
             with rendezvous.policy(directory / case["family"], **sections(case, chosen, {})) as policy:
-                trace, saved[f"{name}/train/{kind}"] = train(policy, directory, plan, chosen)
+                trace, saved[f"{name}/train/{kind}"] = train(policy, directory, plan, case, chosen)
                 report[f"{name}/train/{kind}"] = {"trace": trace}
     if RANK == 0:
         torch.save(saved, saved_path)

@@ -173,6 +173,8 @@ def test_spreading_experts_is_refused_with_every_reason(tmp_path: Path):
     ]
     fitting = policy.model_copy(update={"expert_tensor_parallel": 1, "sequence_parallel": True})
     assert qwen.layout_problems(fitting) == []
+    (uneven,) = qwen.layout_problems(fitting.model_copy(update={"expert_parallel": 1}))
+    assert uneven.startswith("expert_tensor_parallel=1 differs from tensor_parallel=2")
     assert dense.parallel_problems(1, expert_parallel=2) == ["expert_parallel=2: the model has no experts"]
 
 
