@@ -20,7 +20,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_entropic", "megatron_entropic.*"]),
-    package_data={"megatron_entropic": ["py.typed", "observability/*.jinja", "planning/model_configs/*.json"]},
+    package_data={
+        "megatron_entropic": [
+            "py.typed",
+            "observability/*.jinja",
+            "evaluation/*.jinja",
+            "planning/model_configs/*.json",
+        ]
+    },
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.9",

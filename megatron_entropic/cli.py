@@ -1,4 +1,4 @@
-"""The command line: train, preflight, plan, score, export, report, tune."""
+"""The command line: train, preflight, plan, evaluate, score, export, report, tune."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from megatron_entropic.config import Config, PolicyConfig
 from megatron_entropic.config_checks import violations
 from megatron_entropic.config_loading import ConfigError, batch_arithmetic, config_warnings, load_config, read_config
 from megatron_entropic.errors import RunError
+from megatron_entropic.evaluate_command import add_evaluate_parser
 from megatron_entropic.export_command import add_export_parser
 
 
@@ -137,10 +138,16 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from megatron_entropic.evaluation.page import write_evaluation_page
+    from megatron_entropic.evaluation.store import is_evaluation
     from megatron_entropic.observability.report import write_report
 
     output_dir = options.output or options.run_dirs[0] / "report"
-    Console().print(f"report: {write_report(options.run_dirs, output_dir)}", soft_wrap=True)
+    evaluations = [is_evaluation(directory) for directory in options.run_dirs]
+    if any(evaluations) and not all(evaluations):
+        raise ValueError("a report is about runs or about evaluations, not about both at once")
+    write = write_evaluation_page if all(evaluations) else write_report
+    Console().print(f"report: {write(options.run_dirs, output_dir)}", soft_wrap=True)
 
 
 def _tune(options: argparse.Namespace) -> None:
@@ -199,6 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--suggest", action="store_true", help="search layouts for these GPUs and print the fastest")
     plan.set_defaults(command=_plan)
 
+    add_evaluate_parser(commands)
+
     score = commands.add_parser("score", help="log-probs and entropies of given tokens: does training equal rollout?")
     score.add_argument("--hf-dir", type=Path, required=True)
     score.add_argument("--tokens", type=Path, required=True, help='JSON lines {"tokens": [...], "prompt_length": n}')
@@ -215,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_export_parser(commands)
 
-    report = commands.add_parser("report", help="write an HTML page and PNGs about one or several runs")
+    report = commands.add_parser("report", help="write an HTML page about one or several runs, or evaluations")
     report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     report.add_argument("--output", type=Path, help="folder to write into (default: RUN_DIR/report of the first run)")
     report.set_defaults(command=_report)

@@ -6,6 +6,7 @@ dotted overrides into this tree and refuses combinations that cannot work, all v
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +22,16 @@ from megatron_entropic.config_base import Section, off_is_a_word, one_is_a_list
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
 PublishMode = Literal["full", "delta"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one response is drawn. Temperature 0 takes the most probable token each time."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_response_tokens: int
 
 
 class RunConfig(Section):
@@ -166,6 +177,11 @@ class RolloutConfig(Section):
         """Responses of one rollout."""
         return self.prompts_per_step * self.samples_per_prompt
 
+    @property
+    def sampling(self) -> Sampling:
+        """How the responses of a training step are drawn."""
+        return Sampling(self.temperature, self.top_p, self.top_k, self.max_response_tokens)
+
 
 class DataConfig(Section):
     """Prompts."""
@@ -208,6 +224,26 @@ class TrainConfig(Section):
     """Length of the run."""
 
     steps: int = Field(2000, ge=0, description="Rollout steps.")
+
+
+class EvaluationConfig(Section):
+    """Benchmarks: files of problems that are answered several times each, during training or by `evaluate`."""
+
+    benchmarks: dict[str, Path] = Field(
+        {}, description="Name: file, in a layout of data.train_files. Names and order of the table's columns."
+    )
+    every_steps: int = Field(0, ge=0, description="Evaluate after every so many training steps; 0: never.")
+    samples_per_prompt: int = Field(8, ge=1, description="N of avg@N, pass@N and maj@N.")
+    samples_of: dict[str, int] = Field({}, description="Name: N of the benchmarks with an N of their own.")
+    temperature: float | None = Field(None, ge=0, description="None: rollout.temperature. 0: greedy.")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(-1, ge=-1)
+    max_response_tokens: int | None = Field(None, ge=1, description="None: rollout.max_response_tokens.")
+    seed: int = Field(1, ge=0, description="Of the responses; the same at every evaluation of a run.")
+
+    def samples(self, benchmark: str) -> int:
+        """N of one benchmark."""
+        return self.samples_of.get(benchmark, self.samples_per_prompt)
 
 
 class CheckpointConfig(Section):
@@ -272,6 +308,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -285,6 +322,25 @@ class Config(Section):
     def max_sequence_tokens(self) -> int:
         """Longest sequence the policy can meet: prompt and response."""
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+    @property
+    def evaluation_sampling(self) -> Sampling:
+        """How the responses to benchmark problems are drawn."""
+        own = self.evaluation
+        return Sampling(
+            self.rollout.temperature if own.temperature is None else own.temperature,
+            own.top_p,
+            own.top_k,
+            own.max_response_tokens or self.rollout.max_response_tokens,
+        )
+
+    @property
+    def max_engine_tokens(self) -> int:
+        """Longest sequence an engine can meet, benchmarks included."""
+        longest = self.rollout.max_response_tokens
+        if self.evaluation.benchmarks:
+            longest = max(longest, self.evaluation_sampling.max_response_tokens)
+        return self.data.max_prompt_tokens + longest
 
     @property
     def loss_adds_up_over_tokens(self) -> bool:

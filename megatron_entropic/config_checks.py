@@ -7,6 +7,7 @@ dropped. Nothing is allocated here, and the checks of `violations` do not touch 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +30,23 @@ class Violation:
 
 def violations(config: Config) -> Iterator[Violation]:
     """Combinations that cannot work on any machine."""
-    for check in (_batch, _parallelism, _optimizer, _reward, _policy_loss, _entropy_control, _placement, _publish):
+    checks = (
+        *(_batch, _parallelism, _optimizer, _reward, _policy_loss),
+        *(_entropy_control, _placement, _publish, _evaluation),
+    )
+    for check in checks:
         yield from check(config)
 
 
 def machine_violations(config: Config) -> Iterator[Violation]:
     """What is missing or does not fit on this machine: model directory, data files, output folder, GPUs."""
-    for check in (_model_directory, _reference, _data_files, _output_dir, _devices):
+    for check in (_model_directory, _reference, _data_files, _benchmark_files, _output_dir, _devices):
+        yield from check(config)
+
+
+def evaluation_violations(config: Config) -> Iterator[Violation]:
+    """What keeps a configuration without a policy from evaluating, on this machine."""
+    for check in (_reward, _evaluation, _model_directory, _benchmark_files, _output_dir):
         yield from check(config)
 
 
@@ -239,6 +250,31 @@ def _placement(config: Config) -> Iterator[Violation]:
         )
 
 
+def _evaluation(config: Config) -> Iterator[Violation]:
+    evaluation = config.evaluation
+    key = "evaluation.benchmarks"
+    for name in evaluation.benchmarks:
+        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
+            yield Violation(
+                (key,), f"{key}: {name!r}: a name becomes a file name; use letters, digits, dots, dashes, underscores"
+            )
+    if evaluation.every_steps and not evaluation.benchmarks:
+        yield Violation(
+            (key, "evaluation.every_steps"),
+            f"evaluation.every_steps={evaluation.every_steps}, but evaluation.benchmarks names no file",
+        )
+    for name, samples in evaluation.samples_of.items():
+        if name not in evaluation.benchmarks:
+            yield Violation(("evaluation.samples_of", key), f"evaluation.samples_of: no benchmark is called {name!r}")
+        if samples < 1:
+            yield Violation(("evaluation.samples_of",), f"evaluation.samples_of: {name}={samples}: at least 1")
+    greedy = config.evaluation_sampling.temperature == 0
+    if greedy and any(evaluation.samples(name) > 1 for name in evaluation.benchmarks):
+        yield Violation(
+            ("evaluation",), "evaluation.temperature=0 gives the same response every time: use 1 sample per prompt"
+        )
+
+
 def _model_directory(config: Config) -> Iterator[Violation]:
     """The directory is complete, the project can train the model, and the layouts and lengths fit it."""
     from megatron_entropic.weights.dimensions import read_dimensions
@@ -271,11 +307,13 @@ def _model_directory(config: Config) -> Iterator[Violation]:
             f"rollout.tensor_parallel={rollout.tensor_parallel} does not divide the attention heads "
             f"({dimensions.num_attention_heads})",
         )
-    if config.max_sequence_tokens > dimensions.max_position_embeddings:
+    if config.max_engine_tokens > dimensions.max_position_embeddings:
+        longest = config.max_engine_tokens - config.data.max_prompt_tokens
+        name = "rollout" if longest == rollout.max_response_tokens else "evaluation"
         yield Violation(
-            (key, "data.max_prompt_tokens", "rollout.max_response_tokens"),
+            (key, "data.max_prompt_tokens", f"{name}.max_response_tokens"),
             f"data.max_prompt_tokens={config.data.max_prompt_tokens} + "
-            f"rollout.max_response_tokens={rollout.max_response_tokens} = {config.max_sequence_tokens} tokens, but the "
+            f"{name}.max_response_tokens={longest} = {config.max_engine_tokens} tokens, but the "
             f"model's positions end at {dimensions.max_position_embeddings} (max_position_embeddings)",
         )
 
@@ -294,6 +332,13 @@ def _data_files(config: Config) -> Iterator[Violation]:
         problem = _file_problem(path)
         if problem:
             yield Violation((key,), f"{key}: {path}: {problem}")
+
+
+def _benchmark_files(config: Config) -> Iterator[Violation]:
+    for name, path in config.evaluation.benchmarks.items():
+        problem = _file_problem(path)
+        if problem:
+            yield Violation(("evaluation.benchmarks",), f"evaluation.benchmarks: {name}: {path}: {problem}")
 
 
 def _file_problem(path: Path) -> str | None:

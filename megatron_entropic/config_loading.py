@@ -304,3 +304,5 @@ def _resolve_paths(section: BaseModel) -> None:
             setattr(section, name, value.expanduser().absolute())
         elif isinstance(value, list) and all(isinstance(item, Path) for item in value):
             setattr(section, name, [item.expanduser().absolute() for item in value])
+        elif isinstance(value, dict) and all(isinstance(item, Path) for item in value.values()):
+            setattr(section, name, {key: item.expanduser().absolute() for key, item in value.items()})

@@ -24,6 +24,7 @@ from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.cluster.weight_publisher import WeightPublisher
 from megatron_entropic.config import Config
 from megatron_entropic.data import PromptDataset
+from megatron_entropic.evaluator import Evaluator
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.run_directory import RunDirectory
 from megatron_entropic.training_batch import (
@@ -52,6 +53,7 @@ def train(config: Config) -> Path:
             return run.path
         prompts = PromptDataset(config.data, run.tokenizer, seed=config.run.seed)
         HfReader(config.model.hf_dir)  # every tensor is there and whole, or the run ends here
+        evaluator = Evaluator(config, run.tokenizer)
         lessons = warm_start_sequences(config, run.tokenizer)
         with launch(config) as (policy, engines):
             step = run.resume(policy)
@@ -62,7 +64,10 @@ def train(config: Config) -> Path:
             run.export(policy, step, resumed=True)
             while step < config.train.steps:
                 step += 1
-                run.record(step, one_step(step, config, prompts, engines, scorer, policy, weights, run))
+                metrics = one_step(step, config, prompts, engines, scorer, policy, weights, run)
+                if evaluator.due(step):
+                    metrics |= evaluator.after_step(step, engines, scorer, run)
+                run.record(step, metrics)
                 if run.checkpoint_due(step):
                     run.checkpoint(policy, step)
                 run.export(policy, step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -10,7 +11,7 @@ import ray
 from megatron_entropic.cluster.placement import Placement
 from megatron_entropic.cluster.waiting import gather
 from megatron_entropic.cluster.workers import EngineWorker, worker_environment
-from megatron_entropic.config import Config
+from megatron_entropic.config import Config, Sampling
 from megatron_entropic.types import GenerationRequest, Prompt, Sample
 
 
@@ -47,20 +48,53 @@ class EngineGroup:
         Every response has a seed of its own, made from run, step, prompt and sample: what is sampled depends neither
         on the number of engines nor on restarts.
         """
-        count = self._config.rollout.samples_per_prompt
+        seed = self._config.run.seed
+        return self._sample(
+            prompts,
+            self._config.rollout.samples_per_prompt,
+            lambda prompt, sample: sample_seed(seed, step, prompt.index, sample),
+            self._config.rollout.sampling,
+            phase=f"generate (step {step})",
+        )
+
+    def answer_benchmark(self, name: str, problems: list[Prompt]) -> list[Sample]:
+        """The responses of an evaluation, grouped by problem: `evaluation.samples(name)` to each.
+
+        Their seeds are functions of evaluation.seed, benchmark, problem and sample, whatever was generated before.
+        """
+        evaluation = self._config.evaluation
+        return self._sample(
+            problems,
+            evaluation.samples(name),
+            lambda problem, sample: sample_seed("evaluation", evaluation.seed, name, problem.index, sample),
+            self._config.evaluation_sampling,
+            phase=f"evaluate ({name})",
+        )
+
+    def _sample(
+        self,
+        prompts: list[Prompt],
+        count: int,
+        seed_of: Callable[[Prompt, int], int],
+        sampling: Sampling,
+        *,
+        phase: str,
+    ) -> list[Sample]:
+        """`count` responses to each prompt; whole groups are dealt to the engines in turn."""
         engines = len(self._actors)
         calls = {
             self._name(engine): self._actors[engine].generate.remote(
                 [
-                    GenerationRequest(prompt, sample, sample_seed(self._config.run.seed, step, prompt.index, sample))
+                    GenerationRequest(prompt, sample, seed_of(prompt, sample))
                     for prompt in prompts[engine::engines]
                     for sample in range(count)
-                ]
+                ],
+                sampling,
             )
             for engine in range(engines)
             if prompts[engine::engines]
         }
-        answers = gather(calls, phase=f"generate (step {step})", timeout_s=self._config.cluster.generate_timeout_s)
+        answers = gather(calls, phase=phase, timeout_s=self._config.cluster.generate_timeout_s)
         per_engine = list(answers.values())
         groups = [
             per_engine[i % engines][i // engines * count : (i // engines + 1) * count] for i in range(len(prompts))
@@ -88,7 +122,7 @@ class EngineGroup:
         return f"engine {engine}"
 
 
-def sample_seed(run_seed: int, step: int, prompt_index: int, sample_index: int) -> int:
-    """Seed of one response, 31 bits; neighbouring arguments give unrelated seeds."""
-    key = f"{run_seed}/{step}/{prompt_index}/{sample_index}".encode()
+def sample_seed(*names: str | int) -> int:
+    """Seed of one response, 31 bits, from what names it; neighbouring names give unrelated seeds."""
+    key = "/".join(map(str, names)).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little") >> 1

@@ -13,6 +13,23 @@ from megatron_entropic.config import Config
 
 
 @contextmanager
+def launch_engines(config: Config) -> Iterator[EngineGroup]:
+    """Ray and the engines alone, with the weights of `model.hf_dir`; for evaluation.
+
+    Raises:
+        RunError: something could not start; everything that did is gone again.
+    """
+    with ray_session(config.cluster, local_cpus=config.rollout.engines) as device:
+        placement = reserve(config, device, policy_ranks=0)
+        try:
+            engines = EngineGroup(config, placement)
+            engines.finish_start(engines.begin_start())
+            yield engines
+        finally:
+            placement.release()
+
+
+@contextmanager
 def launch(config: Config) -> Iterator[tuple[PolicyGroup, EngineGroup]]:
     """Ray, the reservation, policy ranks and engines, all ready to work.
 

@@ -55,23 +55,23 @@ class Placement:
         }
 
 
-def bundles(config: Config, device: Device) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+def bundles(config: Config, device: Device, policy_ranks: int) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """Resources of (policy ranks, engines), one dict each."""
     gpu = 1.0 if device == "cuda" else 0.0
-    policy = [{"CPU": 1.0, "GPU": gpu} for _ in range(config.policy.world_size)]
+    policy = [{"CPU": 1.0, "GPU": gpu} for _ in range(policy_ranks)]
     engines = [{"CPU": 1.0, "GPU": gpu * config.rollout.tensor_parallel} for _ in range(config.rollout.engines)]
     return [[{k: v for k, v in bundle.items() if v} for bundle in side] for side in (policy, engines)]  # type: ignore[return-value]
 
 
-def reserve(config: Config, device: Device) -> Placement:
-    """Reserve everything the run needs.
+def reserve(config: Config, device: Device, *, policy_ranks: int | None = None) -> Placement:
+    """Reserve everything the run needs: all engines, and `policy_ranks` policy ranks (None: all; 0 to evaluate).
 
     Raises:
         RunError: the cluster does not have the resources within cluster.startup_timeout_s; says what is there.
     """
-    policy, engines = bundles(config, device)
+    policy, engines = bundles(config, device, config.policy.world_size if policy_ranks is None else policy_ranks)
     per_node = config.cluster.policy_ranks_per_node
-    if per_node is None:
+    if per_node is None or not policy:
         slots = _reserve({"PACK": policy + engines}, config)
         ranks, served = slots[: len(policy)], slots[len(policy) :]
     else:

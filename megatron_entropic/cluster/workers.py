@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from megatron_entropic.cluster.network import use_interface_of
-from megatron_entropic.config import Config, Device
+from megatron_entropic.config import Config, Device, Sampling
 from megatron_entropic.types import GenerationRequest, Sample, Sequence
 from megatron_entropic.weights.checksums import Piece
 from megatron_entropic.weights.plan import PublishPlan
@@ -102,7 +102,7 @@ class EngineWorker:
             self._config.model.hf_dir,
             self._config.model.dtype,
             self._config.rollout,
-            max_model_tokens=self._config.max_sequence_tokens,
+            max_model_tokens=self._config.max_engine_tokens,
             seed=self._config.run.seed,
             device=self._device,
         )
@@ -119,6 +119,6 @@ class EngineWorker:
         """Checksums of the weights in this engine."""
         return self._engine.weight_pieces()
 
-    def generate(self, requests: list[GenerationRequest]) -> list[Sample]:
+    def generate(self, requests: list[GenerationRequest], sampling: Sampling) -> list[Sample]:
         """Responses to the requests, in their order."""
-        return self._engine.generate(requests)
+        return self._engine.generate(requests, sampling)

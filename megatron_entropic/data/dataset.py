@@ -66,6 +66,11 @@ class PromptDataset:
     def __getitem__(self, position: int) -> Prompt:
         return self._prompts[position]
 
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Every prompt once, in the order of the files."""
+        return list(self._prompts)
+
     def at_step(self, step: int, count: int) -> list[Prompt]:
         """The `count` prompts of `step` (counted from 1), every step of the run taking as many.
 

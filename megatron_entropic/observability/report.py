@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from megatron_entropic.observability import plots
 from megatron_entropic.observability.metrics import ENTROPY_BAND
+from megatron_entropic.observability.pages import render_page, write_page
 from megatron_entropic.observability.progress import duration
 from megatron_entropic.observability.summary import LAST_STEPS, Run, Summary, load_run, summarise
 from megatron_entropic.observability.verdicts import verdicts
@@ -51,14 +49,8 @@ def write_report(run_dirs: Sequence[Path], output_dir: Path) -> Path:
         (output_dir / f"{plot.slug}.png").write_bytes(light)
         figures.append({"plot": plot, "light": _data_uri(light), "dark": _data_uri(dark)})
     summaries = [summarise(run) for run in runs]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.jinja").render(
+    page = render_page(
+        Path(__file__).parent / "report.html.jinja",
         title=" / ".join(run.name for run in runs),
         runs=[
             {
@@ -75,12 +67,7 @@ def write_report(run_dirs: Sequence[Path], output_dir: Path) -> Path:
         differences=_differences(runs),
         last_metrics=_last_metrics(runs),
     )
-    path = output_dir / REPORT_FILE
-    # A page that is being looked at is replaced as a whole.
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, path)
-    return path
+    return write_page(output_dir / REPORT_FILE, page)
 
 
 def _load(run_dirs: Sequence[Path]) -> list[Run]:

@@ -3,7 +3,8 @@
 Imports neither torch nor anything heavy: verifier processes start from this package.
 """
 
+from megatron_entropic.rewards.readings import build_reader
 from megatron_entropic.rewards.scorer import RewardScorer
 from megatron_entropic.rewards.verifiers import Verifier, build_verifier
 
-__all__ = ["RewardScorer", "Verifier", "build_verifier"]
+__all__ = ["RewardScorer", "Verifier", "build_reader", "build_verifier"]

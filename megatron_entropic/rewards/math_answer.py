@@ -13,6 +13,8 @@ from typing import Any
 
 from math_verify import parse, verify
 
+from megatron_entropic.rewards.boxed import last_boxed
+
 _ANSWER_CHARACTERS = 300
 
 for _name in ("math_verify.parser", "math_verify.grader"):
@@ -40,20 +42,6 @@ def math_answer(response: str, ground_truth: Any, extra_info: Mapping[str, Any])
     if not parsed_gold:
         raise ValueError(f"the ground truth {gold!r} cannot be read as mathematics")
     return float(verify(parsed_gold, _parse(answer), timeout_seconds=None, raise_on_error=True))
-
-
-def last_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{} of a text, braces balanced; None without one or if it is not closed."""
-    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
-    if start < 0:
-        return None
-    start = text.index("{", start) + 1
-    depth = 1
-    for brace in re.finditer(r"\\.|[{}]", text[start:]):
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0:
-            return text[start : start + brace.start()].strip()
-    return None
 
 
 def _gold(ground_truth: Any) -> str:

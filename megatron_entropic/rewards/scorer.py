@@ -50,18 +50,23 @@ class RewardScorer:
         Args:
             samples: grouped by prompt, sample_index ascending in each group.
         """
-        jobs: list[Job] = [(sample.text, sample.prompt.ground_truth, sample.prompt.extra_info) for sample in samples]
-        verdicts = self._pool.judge(jobs) if self._pool else [judge(self._verifier, *job) for job in jobs]
+        verdicts = self.verdicts(samples)
         for sample, verdict in zip(samples, verdicts, strict=True):
             sample.reward, sample.verifier_status = verdict.reward, verdict.status
         for group in _groups(samples):
             _neutralise_failures(group)
-        self._warn(verdicts)
         statuses = Counter(verdict.status for verdict in verdicts)
         return {
             "reward/verifier_errors": float(statuses["error"]),
             "reward/verifier_timeouts": float(statuses["timeout"]),
         }
+
+    def verdicts(self, samples: Sequence[Sample]) -> list[Verdict]:
+        """What the verifier says of each sample, failures as such; they are logged and change no sample."""
+        jobs: list[Job] = [(sample.text, sample.prompt.ground_truth, sample.prompt.extra_info) for sample in samples]
+        verdicts = self._pool.judge(jobs) if self._pool else [judge(self._verifier, *job) for job in jobs]
+        self._warn(verdicts)
+        return verdicts
 
     def close(self) -> None:
         """End the verifier processes."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_entropic.config import Dtype, RolloutConfig
+from megatron_entropic.config import Dtype, RolloutConfig, Sampling
 from megatron_entropic.rollout.environment import Device, prepare_environment
 from megatron_entropic.rollout.noise import silence_known_noise
 from megatron_entropic.types import GenerationRequest, Sample
@@ -23,6 +23,9 @@ from megatron_entropic.weights.dimensions import read_dimensions
 from megatron_entropic.weights.parameter_map import ParameterMap
 from megatron_entropic.weights.plan import PublishPlan
 from megatron_entropic.weights.transport import FlatContents
+
+_CPU_TOKENS_PER_FORWARD = 4096
+"""vLLM's own default for a CPU."""
 
 
 class RolloutEngine:
@@ -70,6 +73,8 @@ class RolloutEngine:
         options = _engine_options(dtype, config, device)
         if max_batched_tokens is not None:
             options["max_num_batched_tokens"] = max_batched_tokens
+        elif device == "cpu":
+            options |= _whole_prompts(max_model_tokens)
         self._llm = LLM(model=str(hf_dir), max_model_len=max_model_tokens, seed=seed, **options)
 
     @property
@@ -83,8 +88,12 @@ class RolloutEngine:
             raise RuntimeError("a weight update broke off: the engine's weights are incomplete, publish again")
         return self._weights_version
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[Sample]:
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling | None = None) -> list[Sample]:
         """One response to each request, in the order of the requests.
+
+        Args:
+            requests: prompts, each with the seed of its response.
+            sampling: None: that of the configuration.
 
         Raises:
             ValueError: a prompt that leaves no room for max_response_tokens.
@@ -93,14 +102,15 @@ class RolloutEngine:
         from vllm import SamplingParams, TokensPrompt
 
         version = self.weights_version
-        self._check_lengths(requests)
+        sampling = sampling or self._config.sampling
+        self._check_lengths(requests, sampling.max_response_tokens)
         parameters = [
             SamplingParams(
-                temperature=self._config.temperature,
-                top_p=self._config.top_p,
-                top_k=self._config.top_k,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
                 seed=request.seed,
-                max_tokens=self._config.max_response_tokens,
+                max_tokens=sampling.max_response_tokens,
                 stop_token_ids=self._stop_token_ids,
                 logprobs=0,
                 flat_logprobs=True,
@@ -213,14 +223,14 @@ class RolloutEngine:
         if reported != str(version):
             raise RuntimeError(f"publish: vLLM reports weights version {reported} after update {version}")
 
-    def _check_lengths(self, requests: Sequence[GenerationRequest]) -> None:
-        room = self._max_model_tokens - self._config.max_response_tokens
+    def _check_lengths(self, requests: Sequence[GenerationRequest], response_tokens: int) -> None:
+        room = self._max_model_tokens - response_tokens
         too_long = [r.prompt for r in requests if len(r.prompt.tokens) > room]
         if too_long:
             worst = max(too_long, key=lambda prompt: len(prompt.tokens))
             raise ValueError(
                 f"{len(too_long)} prompts are longer than the {room} tokens that max_response_tokens="
-                f"{self._config.max_response_tokens} leaves of {self._max_model_tokens}; the longest is prompt "
+                f"{response_tokens} leaves of {self._max_model_tokens}; the longest is prompt "
                 f"{worst.index} with {len(worst.tokens)}"
             )
 
@@ -283,6 +293,18 @@ def _engine_options(dtype: Dtype, config: RolloutConfig, device: Device) -> dict
         "weight_transfer_config": WeightTransferConfig(backend="gloo" if on_cpu else "nccl"),
         "worker_extension_cls": "megatron_entropic.rollout.weight_inspection.WeightInspection",
         **memory,
+    }
+
+
+def _whole_prompts(max_model_tokens: int) -> dict[str, Any]:
+    """Options that keep vLLM from cutting prompts into parts, which fails on a CPU for requests with a seed.
+
+    vLLM draws a token for the unfinished prompt, throws it away and winds the request's generator back, which torch's
+    CPU generators cannot do ("CPU Generator does not use offset").
+    """
+    return {
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(_CPU_TOKENS_PER_FORWARD, max_model_tokens),
     }
 
 

@@ -8,3 +8,16 @@ from typing import Any
 def digit_share(response: str, ground_truth: Any, extra_info: dict[str, Any]) -> float:
     """Share of the response's characters that are digits, 0 for an empty response."""
     return sum(character.isdigit() for character in response) / max(1, len(response))
+
+
+def first_digit_is_even(response: str, ground_truth: Any, extra_info: dict[str, Any]) -> float:
+    """1.0 if the response's first digit is even, 0.0 if it is odd or there is none."""
+    digit = _first_digit(response)
+    return float(digit is not None and int(digit) % 2 == 0)
+
+
+def _first_digit(response: str) -> str | None:
+    return next((character for character in response if character in "0123456789"), None)
+
+
+first_digit_is_even.read_answer = _first_digit  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 from training_run import Run
@@ -164,7 +165,9 @@ def test_another_layout_samples_and_measures_the_same(uninterrupted: Run, countd
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
 
 
-def test_every_option_at_once(countdown_run: Callable[..., Run]) -> None:
+def test_every_option_at_once(countdown_run: Callable[..., Run], countdown_dir: Path, tmp_path: Path) -> None:
+    heldout = tmp_path / "heldout.parquet"
+    pq.write_table(pq.read_table(countdown_dir / "heldout.parquet").slice(0, 6), heldout)
     run = countdown_run(
         "options",
         "policy.tensor_parallel=1",
@@ -182,12 +185,20 @@ def test_every_option_at_once(countdown_run: Callable[..., Run]) -> None:
         "entropy_control.denominator=all_tokens",
         "entropy_control.ratio_clip=ppo",
         "train.steps=3",
+        f"evaluation.benchmarks={{heldout: {heldout}}}",
+        "evaluation.every_steps=2",
+        "evaluation.samples_per_prompt=2",
     )
     run.finish()
     rows = run.metrics()
     assert max(row["mismatch/logprob_abs_max"] for row in rows) <= 1e-3
     assert all(math.isfinite(row["loss/policy"]) for row in rows)
     assert rows[-1]["loss/kl"] > 0, "the policy has left its reference"
+    assert [("evaluation/heldout/avg" in row) for row in rows] == [False, True, False]
+    stored = pq.read_table(run.directory / "evaluations/step_000002/heldout.parquet").to_pylist()
+    assert len(stored) == 12
+    assert rows[1]["evaluation/heldout/length_mean"] == sum(len(row["response_tokens"]) for row in stored) / 12
+    assert rows[2]["time/evaluate_s"] > 0
     assert all(0.9 < row["weights/published_fraction"] <= 1 for row in rows), "float32 weights all change"
     exports = run.directory / "exports"
     assert sorted(path.name for path in exports.iterdir()) == ["step_000002", "step_000003"]

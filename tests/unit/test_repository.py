@@ -18,7 +18,7 @@ MAX_LINES = 500
 ROWS = [
     {"config", "config_base", "config_algorithm", "types", "errors"},
     {"observability"},
-    {"tensor_parallel", "algorithms", "rewards", "data"},
+    {"tensor_parallel", "algorithms", "rewards", "data", "evaluation"},
     {"weights"},
     {"planning"},
     {"policy", "rollout"},
@@ -28,6 +28,7 @@ ROWS = [
 # Modules of the package's top folder that together are the face: the command line, the loop and what it is made of.
 FACE = {"cli", "trainer", "config_loading", "config_checks", "run_directory", "training_batch", "warm_start"}
 FACE |= {"export_command", "quantized_export"}
+FACE |= {"evaluate", "evaluate_command", "evaluator"}
 # The large neighbours, and the only rooms that know them.
 OWNERS = {"megatron": {"policy"}, "vllm": {"rollout"}, "ray": {"cluster"}, "wandb": {"observability"}}
 

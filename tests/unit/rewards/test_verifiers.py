@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_entropic.rewards import build_verifier
-from megatron_entropic.rewards.math_answer import last_boxed
+from megatron_entropic.rewards.boxed import last_boxed
 from megatron_entropic.rewards.verdict import judge
 
 countdown = build_verifier("countdown")

@@ -1,0 +1,148 @@
+"""The options of `megatron-entropic evaluate`, and the configuration they stand for."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megatron_entropic.cluster.environment import prepare_ray_environment
+from megatron_entropic.config import (
+    ClusterConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+)
+from megatron_entropic.config_checks import evaluation_violations
+from megatron_entropic.config_loading import ConfigError
+
+
+def add_evaluate_parser(commands: Any) -> None:
+    """Add `evaluate` to the subparsers of the command line."""
+    parser = commands.add_parser(
+        "evaluate", help="avg@N, pass@k, maj@N of a model on benchmark files, with vLLM; continues where it was stopped"
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR|RUN", help="HF directory, or a finished run")
+    parser.add_argument("--benchmarks", nargs="+", required=True, metavar="NAME=FILE", help="parquet or JSON lines")
+    parser.add_argument(
+        "--samples",
+        nargs="+",
+        default=["8"],
+        metavar="N|NAME=N",
+        help="responses to each problem: for all, and for single benchmarks (8 aime24=32)",
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy (default: 1)")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=-1)
+    parser.add_argument("--max-tokens", type=int, default=8192, help="of a response (default: 8192)")
+    parser.add_argument("--max-prompt-tokens", type=int, default=1024, help="a longer problem is an error")
+    parser.add_argument("--no-chat-template", action="store_true", help="prompts as they are in the file")
+    parser.add_argument("--verifier", default="math", help="as reward.verifier (default: math)")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="verifier processes (default: 2)")
+    parser.add_argument("--verifier-timeout", type=float, default=10.0, metavar="S", help="of a response, seconds")
+    parser.add_argument("--engines", type=int, default=1, metavar="N")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs of each engine")
+    parser.add_argument("--max-concurrent-sequences", type=int, default=256, metavar="N", help="of each engine")
+    parser.add_argument("--kv-cache-gb", type=float, default=1.0, metavar="G", help="of each engine, on a CPU")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--ray-address", default="local", help="as cluster.address (default: local)")
+    parser.add_argument("--generate-timeout", type=float, default=86400.0, metavar="S", help="of a benchmark, seconds")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--label", help="name of the model in the table (default: that of its directory)")
+    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
+    parser.set_defaults(command=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    config = evaluation_config(options)
+    # Ray reads its settings when it is imported.
+    prepare_ray_environment(config.cluster)
+    from megatron_entropic.evaluate import evaluate
+    from megatron_entropic.evaluation.store import SUMMARY_FILE, TABLE_FILE
+
+    label = options.label or options.model.absolute().name
+    evaluate(config, config.run.output_dir, label)
+    console = Console(highlight=False)
+    console.print((config.run.output_dir / TABLE_FILE).read_text(encoding="utf-8"), markup=False, soft_wrap=True)
+    console.print(f"responses and numbers: {config.run.output_dir / SUMMARY_FILE}", soft_wrap=True)
+
+
+def evaluation_config(options: argparse.Namespace) -> Config:
+    """The configuration of an evaluation.
+
+    Raises:
+        ConfigError: listing everything that is wrong with the options, the model and the files.
+    """
+    problems: list[str] = []
+    # The issue's form with commas is taken too.
+    benchmarks = _pairs("--benchmarks", [part for word in options.benchmarks for part in word.split(",")], problems)
+    samples = [word for word in options.samples if "=" not in word]
+    samples_of = _pairs("--samples", [word for word in options.samples if "=" in word], problems)
+    if len(samples) > 1:
+        problems.append(f"--samples: more than one number for all benchmarks: {' '.join(samples)}")
+    if not benchmarks:
+        raise ConfigError("evaluate", problems)
+    try:
+        config = Config(
+            run=RunConfig(output_dir=options.output_dir.absolute()),
+            model=ModelConfig(hf_dir=_hf_dir(options.model), dtype=options.dtype),
+            data=DataConfig(
+                train_files=[Path(file) for file in benchmarks.values()],
+                max_prompt_tokens=options.max_prompt_tokens,
+                apply_chat_template=not options.no_chat_template,
+            ),
+            reward=RewardConfig(verifier=options.verifier, workers=options.workers, timeout_s=options.verifier_timeout),
+            rollout=RolloutConfig(
+                engines=options.engines,
+                tensor_parallel=options.tensor_parallel,
+                max_response_tokens=options.max_tokens,
+                max_concurrent_sequences=options.max_concurrent_sequences,
+                kv_cache_gb=options.kv_cache_gb,
+            ),
+            evaluation=EvaluationConfig.model_validate(
+                {
+                    "benchmarks": {name: Path(file).absolute() for name, file in benchmarks.items()},
+                    "samples_per_prompt": samples[-1] if samples else 8,
+                    "samples_of": samples_of,
+                    "temperature": options.temperature,
+                    "top_p": options.top_p,
+                    "top_k": options.top_k,
+                    "seed": options.seed,
+                }
+            ),
+            cluster=ClusterConfig(
+                address=options.ray_address, device=options.device, generate_timeout_s=options.generate_timeout
+            ),
+        )
+    except ValueError as error:
+        raise ConfigError("evaluate", [*problems, str(error)]) from error
+    problems += [violation.message for violation in evaluation_violations(config)]
+    if problems:
+        raise ConfigError("evaluate", problems)
+    return config
+
+
+def _hf_dir(model: Path) -> Path:
+    """The model of a finished run, or the directory itself."""
+    exported = model / "hf"
+    return (exported if (exported / "config.json").is_file() else model).absolute()
+
+
+def _pairs(option: str, words: list[str], problems: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for word in words:
+        name, separator, value = word.partition("=")
+        if not (separator and name and value):
+            problems.append(f"{option} {word!r}: expected NAME={'FILE' if option == '--benchmarks' else 'N'}")
+        elif name in found:
+            problems.append(f"{option}: {name} is given twice")
+        else:
+            found[name] = value
+    return found

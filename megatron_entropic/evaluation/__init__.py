@@ -1,0 +1,1 @@
+"""Evaluation from stored generations: statistics, tables, comparisons, pages. Nothing here generates or judges."""

@@ -1,0 +1,91 @@
+"""The stored responses of one benchmark: a parquet file that appears when it is complete.
+
+One row a response. The settings it was made with are in the file's own metadata, so that a file can never be taken for
+the answer to another question.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+_SETTINGS_KEY = b"megatron_entropic.evaluation"
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One judged response to one problem."""
+
+    problem: int
+    """Row of the benchmark's file."""
+    sample: int
+    """Which of the responses to this problem, from 0."""
+    prompt: str
+    response: str
+    answer: str | None
+    """The verifier's reading of the response; None if it found no answer."""
+    ground_truth: str
+    """As JSON where it is not a string."""
+    reward: float
+    """0 where the verifier gave none; `verifier_status` says why."""
+    verifier_status: str
+    """ok, timeout or error."""
+    response_tokens: list[int]
+    """Token ids, the end-of-sequence token included."""
+    logprob_sum: float
+    """Sum of the sampled tokens' log-probs under the distribution they were sampled from, nats."""
+    finish_reason: str
+    """stop or length."""
+
+    @property
+    def correct(self) -> bool:
+        """Whether the verifier gave a positive reward."""
+        return self.reward > 0
+
+
+def write_generations(path: Path, generations: Sequence[Generation], settings: dict[str, Any]) -> None:
+    """Write all responses of a benchmark, durably and as a whole."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    types = {
+        "problem": pa.int32(),
+        "sample": pa.int32(),
+        "reward": pa.float64(),
+        "response_tokens": pa.list_(pa.int32()),
+        "logprob_sum": pa.float64(),
+    }
+    schema = pa.schema(
+        [(field.name, types.get(field.name, pa.string())) for field in fields(Generation)],
+        metadata={_SETTINGS_KEY: json.dumps(settings, sort_keys=True).encode()},
+    )
+    table = pa.Table.from_pylist([asdict(generation) for generation in generations], schema=schema)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("wb") as file:
+        pyarrow.parquet.write_table(table, file, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def read_generations(path: Path) -> tuple[list[Generation], dict[str, Any]]:
+    """(responses in the order of problem and sample, settings).
+
+    Raises:
+        ValueError: not a file that `write_generations` wrote.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+        settings = json.loads((table.schema.metadata or {})[_SETTINGS_KEY])
+        generations = [Generation(**row) for row in table.to_pylist()]
+    except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not the stored responses of an evaluation: {error}") from error
+    return sorted(generations, key=lambda generation: (generation.problem, generation.sample)), settings

@@ -1,0 +1,165 @@
+"""Benchmarks answered by engines: what `megatron-entropic evaluate` and the training loop share.
+
+    problems --> engines --> verifier --> NAME.parquet --> evaluation.json, table.md
+
+The numbers are computed from the stored responses, so they can be computed again without a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_entropic.cluster.engine_group import EngineGroup
+from megatron_entropic.config import Config
+from megatron_entropic.data import PromptDataset
+from megatron_entropic.evaluation.generations import Generation, write_generations
+from megatron_entropic.evaluation.store import generations_path, stored_settings, summarise_stored, write_summary
+from megatron_entropic.evaluation.summary import BenchmarkSummary
+from megatron_entropic.rewards import RewardScorer, build_reader
+from megatron_entropic.run_directory import RunDirectory
+from megatron_entropic.training_batch import decode_responses
+from megatron_entropic.types import Prompt, Sample
+
+
+class Evaluator:
+    """The benchmarks of a configuration, read and tokenised."""
+
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        """Read every benchmark.
+
+        Raises:
+            ValueError: listing every benchmark that cannot be used, with its rows. A problem that is too long is an
+                error here even with `data.too_long=drop`: the numbers would be those of another benchmark.
+        """
+        self._config = config
+        self._tokenizer = tokenizer
+        self._read_answer = build_reader(config.reward.verifier)
+        self._benchmarks: dict[str, list[Prompt]] = {}
+        refused = []
+        for name, file in config.evaluation.benchmarks.items():
+            data = config.data.model_copy(update={"train_files": [file], "too_long": "error"})
+            try:
+                self._benchmarks[name] = PromptDataset(data, tokenizer, seed=0).prompts
+            except ValueError as error:
+                refused.append(f"benchmark {name}: {error}")
+        if refused:
+            raise ValueError("\n".join(refused))
+
+    def due(self, step: int) -> bool:
+        """Whether the run is to be evaluated after this training step."""
+        every = self._config.evaluation.every_steps
+        return every > 0 and step % every == 0 and bool(self._benchmarks)
+
+    def pending(self, directory: Path, model: dict[str, Any]) -> list[str]:
+        """Benchmarks whose responses are not in `directory` yet.
+
+        Args:
+            model: what identifies the weights.
+
+        Raises:
+            ValueError: the directory holds responses made with other settings; naming those.
+        """
+        missing, problems = [], []
+        for name in self._benchmarks:
+            present, wanted = stored_settings(directory, name), self._settings(name, model)
+            if present is None:
+                missing.append(name)
+            elif present != wanted:
+                changed = sorted(key for key in wanted | present if wanted.get(key) != present.get(key))
+                problems.append(f"  - {name}: {', '.join(changed)}")
+        if problems:
+            raise ValueError(
+                f"{directory} holds responses that were made with other settings; choose another directory\n"
+                + "\n".join(problems)
+            )
+        return missing
+
+    def answer(
+        self, name: str, engines: EngineGroup, scorer: RewardScorer, directory: Path, model: dict[str, Any]
+    ) -> None:
+        """Let the engines answer one benchmark, judge the responses and store them."""
+        samples = engines.answer_benchmark(name, self._benchmarks[name])
+        decode_responses(samples, self._tokenizer)
+        generations = list(self._judged(samples, scorer))
+        write_generations(generations_path(directory, name), generations, self._settings(name, model))
+
+    def summarise(self, directory: Path, label: str) -> list[BenchmarkSummary]:
+        """Compute and write the numbers of the stored responses."""
+        summaries = [summarise_stored(directory, name)[1] for name in self._benchmarks]
+        write_summary(directory, label, summaries)
+        return summaries
+
+    def after_step(self, step: int, engines: EngineGroup, scorer: RewardScorer, run: RunDirectory) -> dict[str, float]:
+        """Evaluate the weights of a training step; returns evaluation/* for metrics.jsonl.
+
+        What an earlier attempt of the run stored for this step is replaced.
+        """
+        directory = run.path / "evaluations" / f"step_{step:06d}"
+        # Counted, as checkpoints are, into the time of the step that follows.
+        with run.phase("evaluate"):
+            for name in self._benchmarks:
+                self.answer(name, engines, scorer, directory, {"step": step})
+            summaries = self.summarise(directory, f"{self._config.run.name}, step {step}")
+        return {key: value for summary in summaries for key, value in _metrics(summary)}
+
+    def _judged(self, samples: list[Sample], scorer: RewardScorer) -> Iterator[Generation]:
+        for sample, verdict in zip(samples, scorer.verdicts(samples), strict=True):
+            truth = sample.prompt.ground_truth
+            yield Generation(
+                problem=sample.prompt.index,
+                sample=sample.sample_index,
+                prompt=sample.prompt.text,
+                response=sample.text,
+                answer=self._read_answer(sample.text),
+                ground_truth=truth if isinstance(truth, str) else json.dumps(truth, sort_keys=True, default=str),
+                reward=verdict.reward,
+                verifier_status=verdict.status,
+                response_tokens=sample.response_tokens,
+                logprob_sum=sum(sample.rollout_logprobs),
+                finish_reason=sample.finish_reason,
+            )
+
+    def _settings(self, name: str, model: dict[str, Any]) -> dict[str, Any]:
+        """Everything that a benchmark's responses depend on."""
+        config = self._config
+        return {
+            "model": model,
+            "file_sha256": hashlib.sha256(config.evaluation.benchmarks[name].read_bytes()).hexdigest(),
+            "samples": config.evaluation.samples(name),
+            "sampling": asdict(config.evaluation_sampling),
+            "seed": config.evaluation.seed,
+            "dtype": config.model.dtype,
+            "verifier": config.reward.verifier,
+            "data": config.data.model_dump(mode="json", exclude={"train_files", "shuffle", "too_long"}),
+        }
+
+
+def model_identity(hf_dir: Path) -> dict[str, Any]:
+    """What tells two Hugging Face directories apart without reading all of them: names, sizes, ends of the files."""
+    digest = hashlib.sha256()
+    for path in sorted([*hf_dir.glob("*.safetensors"), *hf_dir.glob("*.json")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name}/{size}/".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_SAMPLED_BYTES))
+            file.seek(max(0, size - _SAMPLED_BYTES))
+            digest.update(file.read(_SAMPLED_BYTES))
+    return {"files_sha256": digest.hexdigest()}
+
+
+_SAMPLED_BYTES = 1 << 20
+
+
+def _metrics(summary: BenchmarkSummary) -> Iterator[tuple[str, float]]:
+    prefix = f"evaluation/{summary.name}"
+    yield f"{prefix}/avg", summary.average.value
+    yield f"{prefix}/pass", summary.pass_at[summary.samples].value
+    if summary.majority is not None:
+        yield f"{prefix}/maj", summary.majority.value
+    yield f"{prefix}/length_mean", summary.mean_tokens
+    yield f"{prefix}/truncated_fraction", summary.truncated

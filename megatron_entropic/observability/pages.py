@@ -1,0 +1,30 @@
+"""HTML pages from templates. They share one style sheet, and each is a single file that needs nothing else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+
+def render_page(template: Path, **values: Any) -> str:
+    """Fill in a template; everything in `values` is escaped, and a name that is missing is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template.name).render(**values)
+
+
+def write_page(path: Path, page: str) -> Path:
+    """Write a page as a whole: one that is being looked at is replaced, never half there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(page, encoding="utf-8", errors="backslashreplace")
+    os.replace(unfinished, path)
+    return path
