@@ -201,7 +201,13 @@ class RewardConfig(Section):
 
     verifier: str = Field("math", description="countdown, math, exact, or module:function.")
     workers: int = Field(1, ge=0, description="Verifier processes; 0 judges in the driver.")
-    timeout_s: float = Field(10.0, gt=0)
+    timeout_s: float = Field(30.0, gt=0, description="Wall time of one response; a process that passes it is killed.")
+    cpu_time_s: float = Field(
+        5.0, gt=0, description="CPU time of one response: what a busy machine does not use up. Ends in a timeout too."
+    )
+    memory_limit_gb: float = Field(
+        4.0, gt=0, description="Address space of each process of a built-in verifier; module:function has no limit."
+    )
 
 
 class WarmStartConfig(Section):

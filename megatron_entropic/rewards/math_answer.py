@@ -16,6 +16,8 @@ from math_verify import parse, verify
 from megatron_entropic.rewards.boxed import last_boxed
 
 _ANSWER_CHARACTERS = 300
+# A sign of mathematics or of money: neither is part of a value, and a backslash left alone would be.
+_DOLLAR = re.compile(r"\\?\$")
 
 for _name in ("math_verify.parser", "math_verify.grader"):
     # Otherwise every comparison warns that the limits are off.
@@ -56,9 +58,9 @@ def _gold(ground_truth: Any) -> str:
 
 def _bare(text: str) -> str:
     """Without white space and dollar signs: enough for most right answers, and far quicker than parsing."""
-    return re.sub(r"[\s$]", "", text)
+    return re.sub(r"\s|\\?\$", "", text)
 
 
 def _parse(latex: str) -> list[Any]:
-    parsed: list[Any] = parse(rf"\boxed{{{latex.replace('$', '')}}}", parsing_timeout=None, raise_on_error=True)
+    parsed: list[Any] = parse(rf"\boxed{{{_DOLLAR.sub('', latex)}}}", parsing_timeout=None, raise_on_error=True)
     return parsed

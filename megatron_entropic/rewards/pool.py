@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
+from megatron_entropic.config import RewardConfig
 from megatron_entropic.errors import RunError
 from megatron_entropic.rewards.verdict import Verdict
 
@@ -26,15 +27,15 @@ _STARTUP_TIMEOUT_S = 180.0
 class VerifierPool:
     """A fixed number of verifier processes, reused from job to job and replaced when they die."""
 
-    def __init__(self, verifier: str, workers: int, timeout_s: float):
+    def __init__(self, config: RewardConfig):
         """Start the processes and wait until each has imported its verifier.
 
         Raises:
             ValueError: the verifier does not exist or does not import.
             RunError: a process did not start.
         """
-        self._workers = [_VerifierProcess(verifier, timeout_s) for _ in range(workers)]
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier")
+        self._workers = [_VerifierProcess(config) for _ in range(config.workers)]
+        self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="verifier")
         try:
             list(self._threads.map(_VerifierProcess.start, self._workers))
         except (ValueError, RunError):
@@ -65,14 +66,16 @@ class VerifierPool:
 class _VerifierProcess:
     """One process; used by one thread at a time."""
 
-    def __init__(self, verifier: str, timeout_s: float):
-        self._verifier, self._timeout_s = verifier, timeout_s
+    def __init__(self, config: RewardConfig):
+        self._verifier, self._timeout_s, self._cpu_time_s = config.verifier, config.timeout_s, config.cpu_time_s
+        limits = (config.timeout_s, config.cpu_time_s, config.memory_limit_gb)
+        self._arguments = [config.verifier, *map(str, limits)]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start the process and wait for its verifier; see `VerifierPool`."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_entropic.rewards.worker", self._verifier, str(self._timeout_s)],
+            [sys.executable, "-m", "megatron_entropic.rewards.worker", *self._arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -101,6 +104,8 @@ class _VerifierProcess:
             return Verdict(reply["status"], reply["reward"], reply["message"])
         if expired:
             return Verdict("timeout", message=f"no verdict within {self._timeout_s:g} s")
+        if code == -signal.SIGPROF:
+            return Verdict("timeout", message=f"no verdict within {self._cpu_time_s:g} s of CPU time")
         return Verdict("error", message=f"the verifier process died (status {code})")
 
     def stop(self) -> int | None:

@@ -39,7 +39,7 @@ class RewardScorer:
         if config.workers == 0 or config.verifier in INSTANT:
             self._verifier = build_verifier(config.verifier)
         else:
-            self._pool = VerifierPool(config.verifier, config.workers, config.timeout_s)
+            self._pool = VerifierPool(config)
 
     def judge(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Set `reward` and `verifier_status` of every sample; returns reward/verifier_errors and _timeouts (counts).

@@ -1,7 +1,8 @@
-"""A verifier process: `python -m megatron_entropic.rewards.worker NAME TIMEOUT_S`.
+"""A verifier process: `python -m megatron_entropic.rewards.worker NAME TIMEOUT_S CPU_TIME_S MEMORY_GB`.
 
 Jobs come in as pickles on standard input, verdicts go out as JSON lines on what was standard output. The process
-ends when its input does, and, should its parent be gone while a job hangs, by an alarm that needs no Python.
+ends when its input does, when a job uses up its CPU time, and, should its parent be gone while a job hangs, after the
+wall time; the last two by signals whose default action ends the process, so that no Python needs to run.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from typing import IO, Any
 from megatron_entropic.rewards.verdict import Verdict, judge
 from megatron_entropic.rewards.verifiers import BUILT_IN, build_verifier
 
-_MEMORY_LIMIT = 4 << 30
 _ORPHAN_GRACE_S = 30
 
 
 def main() -> None:
     """Serve jobs until the input ends."""
-    name, timeout_s = sys.argv[1], float(sys.argv[2])
+    name = sys.argv[1]
+    timeout_s, cpu_time_s, memory_gb = map(float, sys.argv[2:])
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     # A verifier that prints must not speak into the answers.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     if name in BUILT_IN:
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT, _MEMORY_LIMIT))
+        limit = int(memory_gb * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
         verifier = build_verifier(name)
     except ValueError as error:
@@ -42,7 +44,9 @@ def main() -> None:
         except EOFError:
             return
         signal.alarm(math.ceil(timeout_s) + _ORPHAN_GRACE_S)
+        signal.setitimer(signal.ITIMER_PROF, cpu_time_s)
         verdict: Verdict = judge(verifier, response, ground_truth, extra_info)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         _answer(answers, {"status": verdict.status, "reward": verdict.reward, "message": verdict.message})
 

@@ -170,8 +170,9 @@ def test_math_verify_survives_a_tower_of_powers() -> None:
 def test_verifier_processes_do_not_outlive_a_killed_driver(verifier: str) -> None:
     program = (
         "import sys, time\n"
+        "from megatron_entropic.config import RewardConfig\n"
         "from megatron_entropic.rewards.pool import VerifierPool\n"
-        f"pool = VerifierPool({verifier!r}, 2, 5.0)\n"
+        f"pool = VerifierPool(RewardConfig(verifier={verifier!r}, workers=2))\n"
         "print(*[int(v.reward) for v in pool.judge([('pid', '', {})] * 2)], flush=True)\n"
         "time.sleep(1000)\n"
     )
