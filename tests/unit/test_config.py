@@ -102,7 +102,7 @@ def test_overrides_are_yaml_and_the_last_one_wins(machine: Path) -> None:
     ("unknown", "meant"),
     [
         ("rollout.temprature", "rollout.temperature"),
-        ("temperature", "rollout.temperature"),
+        ("temperature", "rollout.temperature or evaluation.temperature"),
         ("rolout", "rollout"),
         ("policy.tensor_model_parallel", "policy.tensor_parallel"),
         ("algorithm.learning_rate", "optimizer.learning_rate or warm_start.learning_rate"),
