@@ -39,7 +39,8 @@ def read(path: Path) -> list[dict]:
 def test_both_backends_agree_and_keep_the_lines(model, tokens, tmp_path):
     with tokens.open("a") as file:
         file.write("\n" + json.dumps({"tokens": [3, 1, 4], "prompt_length": 2, "id": "pi"}) + "\n")
-    score(model, tokens, tmp_path / "new" / "megatron.jsonl", tensor_parallel=2, sequence_parallel=True)
+    layout = {"tensor_parallel": 2, "context_parallel": 2, "sequence_parallel": True}
+    score(model, tokens, tmp_path / "new" / "megatron.jsonl", **layout)
     score_with_transformers(model, tokens, tmp_path / "reference.jsonl", TEMPERATURE, "float32")
 
     scored, reference = read(tmp_path / "new" / "megatron.jsonl"), read(tmp_path / "reference.jsonl")
@@ -82,9 +83,9 @@ def test_all_bad_lines_in_one_error(model, tmp_path):
 
 def test_a_layout_that_does_not_divide_the_model_is_refused_before_any_process_starts(model, tokens, tmp_path):
     with pytest.raises(ValueError, match="tensor_parallel=4") as caught:
-        score(model, tokens, tmp_path / "out.jsonl", tensor_parallel=4, pipeline_parallel=3, context_parallel=2)
+        score(model, tokens, tmp_path / "out.jsonl", tensor_parallel=4, pipeline_parallel=3, expert_parallel=2)
     assert "pipeline_parallel=3 does not divide the 4 layers" in str(caught.value)
-    assert "context parallelism is not available yet" in str(caught.value)
+    assert "expert_parallel=2: the model has no experts" in str(caught.value)
 
 
 def test_a_failing_rank_is_named_with_its_phase_and_error(model, tokens, tmp_path, monkeypatch):
