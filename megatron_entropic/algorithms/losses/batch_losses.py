@@ -56,9 +56,11 @@ def clip_cov(inputs: LossInputs, algorithm: AlgorithmConfig) -> PolicyLossTerms:
 
 
 def kl_cov_plan(tokens: BatchTokens, across: Across, algorithm: AlgorithmConfig) -> Tensor:
-    """Marks the share of tokens with the largest covariance."""
+    """Marks the share of tokens with the largest covariance, if positive: without advantages all are tied at 0."""
     covariance, count = covariances(tokens, across)
-    return _marked(covariance, algorithm.loss_options.covariance_fraction, count, across)
+    return _marked(
+        covariance.masked_fill(covariance <= 0, -torch.inf), algorithm.loss_options.covariance_fraction, count, across
+    )
 
 
 def kl_cov(inputs: LossInputs, algorithm: AlgorithmConfig) -> PolicyLossTerms:

@@ -177,6 +177,12 @@ def test_kl_cov_by_hand() -> None:
     assert gradient(terms, inputs).tolist() == pytest.approx([-1, 1, -1, math.exp(0.2) + 0.5])
 
 
+def test_kl_cov_marks_nothing_where_no_token_has_an_advantage() -> None:
+    config = algorithm(loss_options={"covariance_fraction": 0.25})
+    tokens = batch([0.0, -0.5, -0.5, -3.0], [0.0] * 4)
+    assert POLICY_LOSSES["kl_cov"].plan(tokens, Alone(), config).tolist() == [0] * 4
+
+
 def test_clip_cov_draws_from_the_band_by_the_keys() -> None:
     config = algorithm(loss_options={"covariance_fraction": 0.25, "clip_cov_low": 0.4, "clip_cov_high": 1.5})
     loss = POLICY_LOSSES["clip_cov"]
