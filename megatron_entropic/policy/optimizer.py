@@ -18,6 +18,7 @@ import torch
 from megatron_entropic.config import OptimizerConfig
 from megatron_entropic.policy.collectives import all_ranks
 from megatron_entropic.policy.optimizer_patches import apply_optimizer_patches
+from megatron_entropic.policy.optimizer_state import state_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +166,12 @@ class PolicyOptimizer:
         return self.megatron.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
 
     def load_state_dict(self, state: dict[str, Any], *, steps_taken: int) -> None:
-        """Restore moments, main parameters and step counts; rates and decay follow the current configuration."""
-        self.megatron.load_state_dict(state)
+        """Restore moments, main parameters and step counts; rates and decay follow the current configuration.
+
+        Raises:
+            CheckpointError: see `optimizer_state.state_for`.
+        """
+        self.megatron.load_state_dict(state_for(self.megatron.chained_optimizers, state))
         # A state saved before the first step has no step counts, and the groups hold the rates of the run that saved.
         self._create_state()
         for group in self.megatron.param_groups:

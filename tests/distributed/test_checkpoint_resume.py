@@ -13,11 +13,13 @@ from tiny_models import random_sequences, transformers_statistics, write_tiny_mo
 
 SCRIPT = Path(__file__).parent / "scripts" / "checkpoint_resume.py"
 PLAIN = {"distributed_optimizer": False}
+EXPERTS = {"family": "qwen3_moe"}
 LOCAL = {"feedback": "microbatch_local"}
 
 
 def _run(name: str, checkpoint: str, layout: dict[str, Any] | None = None, dtype: str = "float32", **more: Any) -> dict:
-    return {"name": name, "checkpoint": checkpoint, "layout": layout or {}, "dtype": dtype, **more}
+    described = {"name": name, "checkpoint": checkpoint, "layout": layout or {}, "dtype": dtype, "family": "qwen3"}
+    return described | more
 
 
 SAVED = {
@@ -25,6 +27,10 @@ SAVED = {
     "dp2": _run("dp2", "from_dp2"),
     "dp2 plain": _run("dp2 plain", "from_dp2_plain", PLAIN),
     "dp2 bfloat16": _run("dp2 bfloat16", "from_dp2_bfloat16", dtype="bfloat16"),
+    "ep2": _run("ep2", "from_ep2", {"expert_parallel": 2}, **EXPERTS),
+    "experts tp2 sp": _run(
+        "experts tp2 sp", "from_experts_tp2", {"tensor_parallel": 2, "sequence_parallel": True}, **EXPERTS
+    ),
     "dp2 local": _run("dp2 local", "from_dp2_local", control=LOCAL),
     "pp2 vpp2": _run("pp2 vpp2", "from_pp2_vpp2", {"pipeline_parallel": 2, "virtual_pipeline_parallel": 2}),
 }
@@ -37,10 +43,13 @@ RESHARDED = {
         ),
         "pp2 vpp2 to cp2": _run("pp2 vpp2 to cp2", "from_pp2_vpp2", {"context_parallel": 2}),
         "dp2 to tp2 sp": _run("dp2 to tp2 sp", "from_dp2", {"tensor_parallel": 2, "sequence_parallel": True}),
+        "ep2 to pp2": _run("ep2 to pp2", "from_ep2", {"pipeline_parallel": 2}, **EXPERTS),
+        "experts tp2 sp to ep2": _run("experts tp2 sp to ep2", "from_experts_tp2", {"expert_parallel": 2}, **EXPERTS),
         "dp2 plain to tp2": _run("dp2 plain to tp2", "from_dp2_plain", {"tensor_parallel": 2, **PLAIN}),
     },
     1: {
         "pp2 vpp2 to one rank": _run("pp2 vpp2 to one rank", "from_pp2_vpp2"),
+        "ep2 to one rank": _run("ep2 to one rank", "from_ep2", **EXPERTS),
         "dp2 to one rank": _run("dp2 to one rank", "from_dp2"),
     },
 }
@@ -49,7 +58,8 @@ RESHARDED = {
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoints")
-    write_tiny_model("qwen3", directory / "model")
+    for family in ("qwen3", "qwen3_moe"):
+        write_tiny_model(family, directory / family)
     generator = torch.Generator().manual_seed(29)
     fields = [
         {

@@ -108,7 +108,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "pp2": _layout(pipeline_parallel=2),
         "dp2": _layout(DENSE, ("plain", "distributed"), tokens_per_microbatch=60),
         "dp2, one sequence a micro-batch": _layout(tokens_per_microbatch=1),
-        "cp2": _layout(CASES, context_parallel=2),
+        "cp2": _layout((*DENSE, *EXPERTS), context_parallel=2),
         "cp2, stored logits": _layout(context_parallel=2, train=(), output_head="logits"),
         "tp2 sp, auxiliary loss": _balanced(tensor_parallel=2, sequence_parallel=True),
         "ep2": _experts(("plain", "distributed"), expert_parallel=2),

@@ -2,8 +2,8 @@
 
 Usage: checkpoint_resume.py train|resume|fail WORK_DIR RUNS_JSON
 
-WORK_DIR holds model/ and sequences.pt; a run is {"name", "checkpoint", "layout", "dtype"}. `train` writes checkpoints
-that `resume` reads in other processes; both then take the same STEPS_AFTER steps.
+WORK_DIR holds a model for each family and sequences.pt; a run is {"name", "checkpoint", "layout", "dtype", "family"}.
+`train` writes checkpoints that `resume` reads in other processes; both then take the same STEPS_AFTER steps.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def adam_steps(policy: Policy) -> list[float]:
 
 def train(work: Path, run: dict[str, Any], rendezvous: Rendezvous) -> dict[str, Any]:
     """Warm start, STEPS_BEFORE updates, a checkpoint, and on without a break."""
-    with rendezvous.policy(work / "model", **sections(run)) as policy:
+    with rendezvous.policy(work / run["family"], **sections(run)) as policy:
         part = replica_part(policy, load_sequences(work))
         policy.warm_start_step(part)
         policy.begin_reinforcement_learning()
@@ -97,7 +97,7 @@ def train(work: Path, run: dict[str, Any], rendezvous: Rendezvous) -> dict[str, 
 
 def resume(work: Path, run: dict[str, Any], rendezvous: Rendezvous) -> dict[str, Any]:
     """The same from the checkpoint."""
-    with rendezvous.policy(work / "model", **sections(run)) as policy:
+    with rendezvous.policy(work / run["family"], **sections(run)) as policy:
         part = replica_part(policy, load_sequences(work))
         latest = checkpoint.latest_checkpoint(work / run["checkpoint"])
         assert latest is not None
@@ -120,7 +120,7 @@ def fail(work: Path, run: dict[str, Any], rendezvous: Rendezvous) -> dict[str, A
     """Saves that cannot succeed, on each rank in turn, then one that does."""
     root = work / run["checkpoint"]
     report: dict[str, Any] = {}
-    with rendezvous.policy(work / "model", **sections(run)) as policy:
+    with rendezvous.policy(work / run["family"], **sections(run)) as policy:
         part = replica_part(policy, load_sequences(work))
         policy.warm_start_step(part)
         policy.begin_reinforcement_learning()
