@@ -105,18 +105,12 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    refused = [
-        f"--{name.replace('_', '-')} {value}: not supported yet, only 1"
-        for name in ("expert_parallel",)
-        if (value := getattr(options, name)) != 1
-    ]
-    if refused:
-        raise ValueError("\n".join(refused))
     layout = PolicyConfig(
         tensor_parallel=options.tensor_parallel,
         pipeline_parallel=options.pipeline_parallel,
         data_parallel=options.data_parallel,
         context_parallel=options.context_parallel,
+        expert_parallel=options.expert_parallel,
         sequence_parallel=options.sequence_parallel,
         tokens_per_microbatch=options.tokens_per_microbatch,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, random_sequences, write_tiny_model, write_token_file
+from tiny_models import VOCABULARY, random_sequences, transformers_statistics, write_tiny_model, write_token_file
 
 from megatron_entropic.config import PolicyConfig
 from megatron_entropic.errors import PeerDied
@@ -59,6 +59,14 @@ def test_data_and_pipeline_parallel_ranks_merge_in_order(model, tokens, tmp_path
     score_with_transformers(model, tokens, tmp_path / "reference.jsonl", TEMPERATURE, "float32")
     for line, wanted in zip(read(tmp_path / "scored.jsonl"), read(tmp_path / "reference.jsonl"), strict=True):
         torch.testing.assert_close(torch.tensor(line["logprobs"]), torch.tensor(wanted["logprobs"]), rtol=0, atol=1e-5)
+
+
+def test_expert_parallel_ranks_merge_in_order(tokens, tmp_path):
+    model = write_tiny_model("mixtral", tmp_path / "mixtral")
+    score(model, tokens, tmp_path / "scored.jsonl", data_parallel=2, expert_parallel=2)
+    reference = transformers_statistics(model, random_sequences(), TEMPERATURE)
+    for line, (logprobs, _) in zip(read(tmp_path / "scored.jsonl"), reference, strict=True):
+        torch.testing.assert_close(torch.tensor(line["logprobs"]), logprobs.float(), rtol=0, atol=1e-5)
 
 
 def test_all_bad_lines_in_one_error(model, tmp_path):
