@@ -114,7 +114,8 @@ def _score(options: argparse.Namespace) -> None:
         sequence_parallel=options.sequence_parallel,
         tokens_per_microbatch=options.tokens_per_microbatch,
     )
-    if options.backend != "megatron" and (layout.world_size > 1 or layout.sequence_parallel):
+    parallel = layout.world_size > 1 or layout.sequence_parallel or layout.expert_parallel > 1
+    if options.backend != "megatron" and parallel:
         raise ValueError(f"--backend {options.backend} runs in one process; parallel layouts need --backend megatron")
     files = {"hf_dir": options.hf_dir, "tokens_path": options.tokens, "output_path": options.output}
     if options.backend == "megatron":

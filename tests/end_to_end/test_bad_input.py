@@ -134,7 +134,7 @@ def test_check_validates_and_starts_nothing(countdown_run: Callable[..., Run]) -
 def test_score_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture[str], countdown_dir: Path) -> None:
     common = ["score", "--hf-dir", str(countdown_dir / "model"), "--tokens", "in.jsonl", "--output", "out.jsonl"]
     for extra, part in (
-        (["--expert-parallel", "2"], "expert_parallel=2: the model has no experts"),
+        (["--backend", "transformers", "--expert-parallel", "2"], "--backend transformers"),
         (["--backend", "vllm", "--tensor-parallel", "2"], "--backend vllm"),
         ([], "in.jsonl"),
     ):
