@@ -16,13 +16,16 @@ from megatron_entropic.cluster.environment import prepare_ray_environment
 from megatron_entropic.config import Config, PolicyConfig
 from megatron_entropic.config_checks import violations
 from megatron_entropic.config_loading import ConfigError, batch_arithmetic, config_warnings, load_config, read_config
-from megatron_entropic.errors import RunError
+from megatron_entropic.errors import RunError, StopAsked
 from megatron_entropic.evaluate_command import add_evaluate_parser
 from megatron_entropic.export_command import add_export_parser
 
+STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command continues."""
+
 
 def main(arguments: Args[str] | None = None) -> int:
-    """Entry point of `megatron-entropic`. Returns the exit status: 0, 1 (the work failed) or 2 (bad input)."""
+    """Entry point of `megatron-entropic`. Returns 0, 1 (the work failed), 2 (bad input) or 75 (asked to stop)."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse gives up on overrides that come after an option.
@@ -36,6 +39,9 @@ def main(arguments: Args[str] | None = None) -> int:
     except (ConfigError, ValueError, FileNotFoundError) as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}")
         return 2
+    except StopAsked as error:
+        errors.print(f"[bold yellow]stopped:[/] {escape(str(error))}")
+        return STOPPED
     except (RunError, OSError, ModuleNotFoundError) as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}")
         return 1

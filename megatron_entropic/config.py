@@ -230,6 +230,9 @@ class TrainConfig(Section):
     """Length of the run."""
 
     steps: int = Field(2000, ge=0, description="Rollout steps.")
+    max_skipped_steps: int = Field(
+        10, ge=1, description="The run ends when so many steps in a row had an update skipped for not being finite."
+    )
 
 
 class EvaluationConfig(Section):
@@ -257,6 +260,7 @@ class CheckpointConfig(Section):
 
     every_steps: int = Field(50, ge=0, description="0: only at the end.")
     keep_last: int = Field(2, ge=1, description="Of checkpoints, and of the exports of export_every_steps.")
+    keep_every: int = Field(0, ge=0, description="Checkpoints of steps it divides stay for ever; 0: none.")
     export_every_steps: int = Field(
         0,
         ge=0,
@@ -287,6 +291,9 @@ class ClusterConfig(Section):
     )
     policy_ranks_per_node: int | None = Field(
         None, ge=1, description="Exactly so many policy ranks on a node; null fills nodes one after the other."
+    )
+    max_restarts: int = Field(
+        0, ge=0, description="After the loss of a process: so many new starts from the newest checkpoint by itself."
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     startup_timeout_s: float = Field(600.0, gt=0)

@@ -11,5 +11,9 @@ class PeerDied(RunError):
     """A process of the run is gone: the message names it and the phase it was needed in."""
 
 
+class StopAsked(RunError):
+    """A signal asked the run to end: its state is saved and the same command continues."""
+
+
 class PhaseTimeout(RunError):
     """A wait between processes passed its limit: the message names the phase and who is missing."""

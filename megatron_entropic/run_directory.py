@@ -4,6 +4,7 @@ output_dir/
     config.yaml          the resolved configuration of the newest attempt
     metrics.jsonl        one object a step; the truth. tensorboard/ and wandb/ repeat it
     warm_start.jsonl     one object a supervised step
+    restarts.jsonl       why processes were started anew (cluster.max_restarts)
     samples.jsonl        some responses of each step
     checkpoints/         resumable state, see policy/checkpoint_files
     exports/step_000010/ the policy after a step as a Hugging Face directory, see checkpoint.export_every_steps
@@ -14,6 +15,7 @@ output_dir/
 from __future__ import annotations
 
 import fcntl
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -30,7 +32,12 @@ from megatron_entropic.observability.metrics import MetricsWriter
 from megatron_entropic.observability.progress import Progress
 from megatron_entropic.observability.samples import SampleLog
 from megatron_entropic.observability.timing import PhaseClock
-from megatron_entropic.policy.checkpoint_files import checkpoint_path, latest_checkpoint
+from megatron_entropic.policy.checkpoint_files import (
+    CheckpointError,
+    checkpoint_path,
+    intact_checkpoint,
+    latest_checkpoint,
+)
 from megatron_entropic.types import Sample
 
 
@@ -90,10 +97,11 @@ class RunDirectory:
         return exported and self._newest == checkpoint_path(self._checkpoints, self._config.train.steps)
 
     def resume(self, policy: PolicyGroup) -> int | None:
-        """Restore the newest checkpoint into all policy ranks; returns its step, None if there is nothing to resume.
+        """Restore the newest intact checkpoint into all policy ranks; returns its step, None if there is none.
 
         Metrics of later steps, which will be computed again, are cut off.
         """
+        self._newest = intact_checkpoint(self._checkpoints, self._damaged)
         step = -1 if self._newest is None else int(policy.load_checkpoint(self._newest)["step"])
         self._metrics.truncate_after(step)
         self._samples.truncate_after(step)
@@ -114,6 +122,12 @@ class RunDirectory:
         total = self._config.warm_start.steps
         if step % max(1, total // 10) == 0 or step == total:
             self.progress.log(f"warm start {step}/{total}  loss {metrics['loss/warm_start']:.3f}")
+
+    def record_restart(self, restart: int, limit: int, error: RunError) -> None:
+        """Write down why everything starts anew, in restarts.jsonl and on the screen."""
+        with closing(JsonLinesWriter(self.path / "restarts.jsonl")) as restarts:
+            restarts.append({"time": time.time(), "cause": type(error).__name__, "message": str(error)})
+        self.progress.log(f"{error}\nrestart {restart} of {limit} from the newest checkpoint")
 
     def keep_samples(self, step: int, samples: list[Sample]) -> None:
         """Write some responses of a step, for people to read."""
@@ -178,6 +192,9 @@ class RunDirectory:
                 f"{error}\nstep {step} is saved in {checkpoint_path(self._checkpoints, step)}; "
                 "the same command continues after it"
             ) from error
+
+    def _damaged(self, error: CheckpointError) -> None:
+        self.progress.log(f"warning: {error}; it is set aside, and the one before is used")
 
     @contextmanager
     def _lock(self) -> Iterator[None]:

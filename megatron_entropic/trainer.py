@@ -25,8 +25,10 @@ from megatron_entropic.cluster.weight_publisher import WeightPublisher
 from megatron_entropic.config import Config
 from megatron_entropic.data import PromptDataset
 from megatron_entropic.evaluator import Evaluator
+from megatron_entropic.restarts import with_restarts
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.run_directory import RunDirectory
+from megatron_entropic.stopping import SkipLimit, StopRequest
 from megatron_entropic.training_batch import (
     attach_scores,
     decode_responses,
@@ -47,33 +49,42 @@ def train(config: Config) -> Path:
 
     Raises:
         RunError: the run cannot go on. What it had completed is in its checkpoints.
+        StopAsked: a signal asked it to end.
     """
-    with RunDirectory(config) as run, RewardScorer(config.reward) as scorer:
+    with StopRequest() as stop, RunDirectory(config) as run, RewardScorer(config.reward) as scorer:
         if run.finished:
             return run.path
         prompts = PromptDataset(config.data, run.tokenizer, seed=config.run.seed)
         HfReader(config.model.hf_dir)  # every tensor is there and whole, or the run ends here
         evaluator = Evaluator(config, run.tokenizer)
         lessons = warm_start_sequences(config, run.tokenizer)
-        with launch(config) as (policy, engines):
-            step = run.resume(policy)
-            if step is None:
-                step = warm_start(policy, run, lessons)
-            weights = WeightPublisher(policy, engines, config.cluster)
-            weights.publish(version=step)
-            run.export(policy, step, resumed=True)
-            while step < config.train.steps:
-                step += 1
-                metrics = one_step(step, config, prompts, engines, scorer, policy, weights, run)
-                if evaluator.due(step):
-                    metrics |= evaluator.after_step(step, engines, scorer, run)
-                run.record(step, metrics)
-                if run.checkpoint_due(step):
-                    run.checkpoint(policy, step)
-                run.export(policy, step)
-            run.finish_exports(policy)
-            if config.checkpoint.export_hf:
-                policy.export_hf(run.export_dir)
+
+        def attempt() -> None:
+            with launch(config) as (policy, engines):
+                stop.listen()  # Ray's own handlers would end the process
+                step = run.resume(policy)
+                if step is None:
+                    step = warm_start(policy, run, lessons)
+                weights = WeightPublisher(policy, engines, config.cluster)
+                weights.publish(version=step)
+                run.export(policy, step, resumed=True)
+                skips = SkipLimit(config.train.max_skipped_steps)
+                while step < config.train.steps:
+                    step += 1
+                    metrics = one_step(step, config, prompts, engines, scorer, policy, weights, run, stop)
+                    if evaluator.due(step):
+                        metrics |= evaluator.after_step(step, engines, scorer, run)
+                    run.record(step, metrics)
+                    skips.observe(step, metrics)
+                    if run.checkpoint_due(step) or stop.asked:
+                        run.checkpoint(policy, step)
+                    stop.raise_if_asked()
+                    run.export(policy, step)
+                run.finish_exports(policy)
+                if config.checkpoint.export_hf:
+                    policy.export_hf(run.export_dir)
+
+        with_restarts(attempt, run, stop, config.cluster.max_restarts)
     return run.path
 
 
@@ -86,10 +97,12 @@ def one_step(
     policy: PolicyGroup,
     weights: WeightPublisher,
     run: RunDirectory,
+    stop: StopRequest,
 ) -> dict[str, float]:
     """One rollout and its optimizer steps; returns what metrics.jsonl says of them."""
     with run.phase("generate"), run.preserving(policy, step - 1):
-        samples = engines.generate(prompts.at_step(step, config.rollout.prompts_per_step), step)
+        asked = prompts.at_step(step, config.rollout.prompts_per_step)
+        samples = engines.generate(asked, step, while_waiting=stop.raise_if_asked)
     with run.phase("reward"):
         decode_responses(samples, run.tokenizer)
         reward_metrics = scorer.judge(samples)

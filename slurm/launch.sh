@@ -18,7 +18,7 @@ if [ $# -gt 0 ] && [[ $1 != *=* ]]; then
   config=$(realpath "$1")
   shift
 fi
-overrides=("$@")
+overrides=(cluster.max_restarts=2 "$@")
 stopped=75
 
 say() { echo "launch: $(date +%T) $*"; }

@@ -23,15 +23,30 @@ stop() {
   [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true
 }
 trap stop TERM
+role="worker"
 if [ "$own" = "$head" ]; then
+  role="head"
   options+=(--head --port="$port" --ray-client-server-port=$((port + 1)) --include-dashboard=false)
 else
-  until (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null || [ -n "$ended" ]; do sleep 0.5; done
   options+=(--address="$head:$port")
 fi
-if [ -z "$ended" ]; then
+# A worker may come before the head can take it, and may lose its raylet: it joins again for as long as the job lasts.
+# Without its head the job is lost, which the driver notices.
+status=0
+while [ -z "$ended" ]; do
+  if [ $role = worker ] && ! (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null; then
+    sleep 0.5
+    continue
+  fi
   "$python" -m ray.scripts.scripts start "${options[@]}" &
   child=$!
-  while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
-fi
+  while kill -0 "$child" 2>/dev/null; do
+    status=0
+    wait "$child" || status=$?
+  done
+  child=
+  [ $role = worker ] || break
+  [ -n "$ended" ] || sleep 2
+done
 rm -rf "$folder"
+[ -n "$ended" ] || exit "$status"

@@ -42,11 +42,11 @@ class EngineGroup:
         """Wait for `begin_start`."""
         gather(pending, phase="engine start", timeout_s=self._config.cluster.startup_timeout_s)
 
-    def generate(self, prompts: list[Prompt], step: int) -> list[Sample]:
+    def generate(self, prompts: list[Prompt], step: int, while_waiting: Callable[[], None]) -> list[Sample]:
         """`samples_per_prompt` responses to each prompt, grouped by prompt, in the caller's order.
 
         Every response has a seed of its own, made from run, step, prompt and sample: what is sampled depends neither
-        on the number of engines nor on restarts.
+        on the number of engines nor on restarts. `while_waiting` is called about once a second and may raise.
         """
         seed = self._config.run.seed
         return self._sample(
@@ -55,6 +55,7 @@ class EngineGroup:
             lambda prompt, sample: sample_seed(seed, step, prompt.index, sample),
             self._config.rollout.sampling,
             phase=f"generate (step {step})",
+            while_waiting=while_waiting,
         )
 
     def answer_benchmark(self, name: str, problems: list[Prompt]) -> list[Sample]:
@@ -79,6 +80,7 @@ class EngineGroup:
         sampling: Sampling,
         *,
         phase: str,
+        while_waiting: Callable[[], None] = lambda: None,
     ) -> list[Sample]:
         """`count` responses to each prompt; whole groups are dealt to the engines in turn."""
         engines = len(self._actors)
@@ -94,7 +96,12 @@ class EngineGroup:
             for engine in range(engines)
             if prompts[engine::engines]
         }
-        answers = gather(calls, phase=phase, timeout_s=self._config.cluster.generate_timeout_s)
+        answers = gather(
+            calls,
+            phase=phase,
+            timeout_s=self._config.cluster.generate_timeout_s,
+            while_waiting=while_waiting,
+        )
         per_engine = list(answers.values())
         groups = [
             per_engine[i % engines][i // engines * count : (i // engines + 1) * count] for i in range(len(prompts))

@@ -73,7 +73,8 @@ class MetricsWriter:
         Raises:
             ValueError: `logging.wandb=online`, and W&B does not start.
         """
-        assert self._sinks is None, "truncate_after comes before the first write"
+        for sink in self._sinks or ():
+            sink.close()
         self._lines.truncate_after(step)
         self._sinks = self._open_sinks(step + 1)
 

@@ -23,6 +23,7 @@ from megatron_entropic.policy.checkpoint_files import (
     CheckpointError,
     begin_checkpoint,
     checkpoint_path,
+    checksums,
     complete_checkpoints,
     discard,
     finish_checkpoint,
@@ -50,7 +51,13 @@ SPACE_MARGIN_BYTES = 32 * 2**20
 
 
 def save_checkpoint(
-    directory: Path, model: torch.nn.ModuleList, optimizer: PolicyOptimizer, state: dict[str, Any], *, keep_last: int
+    directory: Path,
+    model: torch.nn.ModuleList,
+    optimizer: PolicyOptimizer,
+    state: dict[str, Any],
+    *,
+    keep_last: int,
+    keep_every: int = 0,
 ) -> None:
     """Write a checkpoint, called by all ranks together.
 
@@ -60,6 +67,7 @@ def save_checkpoint(
         optimizer: its optimizer; its parameters must be synchronised.
         state: JSON, the same on every rank; rank 0's is written.
         keep_last: complete checkpoints to keep beside `directory`, this one included.
+        keep_every: checkpoints of steps it divides are kept for ever; 0: none.
 
     Raises:
         CheckpointError: it could not be written, for instance for want of space. The partial directory is removed.
@@ -83,8 +91,9 @@ def save_checkpoint(
         # collective that will not come; this error ends the run without them.
         discard(partial_path(directory))
         raise CheckpointError(_message(directory, error)) from error
-    _on_rank_zero(directory, lambda: finish_checkpoint(directory, record))
-    _on_rank_zero(directory, lambda: prune_checkpoints(directory.parent, keep_last))
+    sums = _checksums_of_all_ranks(partial_path(directory))
+    _on_rank_zero(directory, lambda: finish_checkpoint(directory, record, sums))
+    _on_rank_zero(directory, lambda: prune_checkpoints(directory.parent, keep_last, keep_every))
 
 
 def load_checkpoint(directory: Path, model: torch.nn.ModuleList, optimizer: PolicyOptimizer) -> dict[str, Any]:
@@ -170,6 +179,15 @@ def _bytes_to_write(tensors: dict[str, Any], device: torch.device) -> int:
     total = torch.tensor(own, dtype=torch.int64, device=device)
     dist.all_reduce(total)
     return int(total)
+
+
+def _checksums_of_all_ranks(partial: Path) -> dict[str, str]:
+    """By file name; each rank reads back what it wrote itself, which its node still has in memory."""
+    own = sorted(partial.glob(f"__{dist.get_rank()}_*.distcp"))
+    sums = dict(zip([path.name for path in own], checksums(own), strict=True))
+    collected: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(collected, sums)
+    return {name: value for part in collected for name, value in part.items()}
 
 
 def _begin(directory: Path, needed: int) -> None:

@@ -1,18 +1,22 @@
 """Where checkpoints lie and which of them count. Plain files, no processes: the driver uses it too.
 
 root/step_00000050/            a checkpoint is a directory that was renamed into place, never written in place
-    COMPLETE                   names and sizes of all files; without it the directory does not count
+    COMPLETE                   size and SHA-256 of every file; without it the directory does not count
     state.json                 controller, counters and the driver's own state
     *.distcp, .metadata, ...   tensors, megatron-core torch_dist
+root/step_00000040.damaged/    its files no longer had the sums of its manifest; never read, never deleted
 root/.step_00000060.partial/   being written, or left by a crash; removed by the next save
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from megatron_entropic.errors import RunError
 
 MANIFEST = "COMPLETE"
 STATE = "state.json"
+CHECKSUM_THREADS = 8
 _NAME = re.compile(r"^step_(\d+)$")
 
 
@@ -46,8 +51,27 @@ def latest_checkpoint(root: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def prune_checkpoints(root: Path, keep_last: int) -> None:
+def intact_checkpoint(root: Path, damaged: Callable[[CheckpointError], None]) -> Path | None:
+    """The newest complete checkpoint whose files still have their sums, or None; reads all of it.
+
+    One that fails is renamed to NAME.damaged, so that it is neither found nor counted again, and `damaged` is told.
+    """
+    for directory in reversed(complete_checkpoints(root)):
+        try:
+            verify_checkpoint(directory)
+            return directory
+        except CheckpointError as error:
+            aside = directory.with_name(f"{directory.name}.damaged")
+            discard(aside)
+            directory.rename(aside)
+            damaged(error)
+    return None
+
+
+def prune_checkpoints(root: Path, keep_last: int, keep_every: int = 0) -> None:
     """Delete all but the newest `keep_last` complete checkpoints, and what interrupted saves left behind.
+
+    Checkpoints of steps that `keep_every` divides stay; 0 keeps none for that reason.
 
     Raises:
         ValueError: keep_last < 1.
@@ -55,7 +79,9 @@ def prune_checkpoints(root: Path, keep_last: int) -> None:
     if keep_last < 1:
         raise ValueError(f"checkpoint.keep_last must be at least 1, not {keep_last}")
     leftovers = [path for pattern in (".step_*.partial", ".step_*.old") for path in root.glob(pattern)]
-    for path in [*leftovers, *complete_checkpoints(root)[:-keep_last]]:
+    old = complete_checkpoints(root)[:-keep_last]
+    kept = {path for path in old if keep_every and int(path.name.removeprefix("step_")) % keep_every == 0}
+    for path in [*leftovers, *(path for path in old if path not in kept)]:
         # Without its manifest a half-deleted checkpoint cannot be mistaken for a complete one.
         (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path)
@@ -80,8 +106,19 @@ def discard(directory: Path) -> None:
         shutil.rmtree(directory)
 
 
-def finish_checkpoint(directory: Path, state: dict[str, Any]) -> None:
+def checksums(paths: list[Path]) -> list[str]:
+    """SHA-256 of each file, in hexadecimal; several at a time, since hashing does not hold Python's lock."""
+    with ThreadPoolExecutor(max_workers=CHECKSUM_THREADS) as pool:
+        return list(pool.map(_checksum, paths))
+
+
+def finish_checkpoint(directory: Path, state: dict[str, Any], sums: dict[str, str] | None = None) -> None:
     """Write `state` and the manifest into the partial folder, flush everything to disk and rename it to `directory`.
+
+    Args:
+        directory: as in `begin_checkpoint`.
+        state: JSON.
+        sums: SHA-256 of files that are known, by name; the others' are computed here.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
@@ -90,8 +127,15 @@ def finish_checkpoint(directory: Path, state: dict[str, Any]) -> None:
     partial = partial_path(directory)
     (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     files = sorted(path for path in partial.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(partial)): path.stat().st_size for path in files}
-    (partial / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1), encoding="utf-8")
+    names = [str(path.relative_to(partial)) for path in files]
+    known = sums or {}
+    unknown = [name for name in names if name not in known]
+    known = known | dict(zip(unknown, checksums([partial / name for name in unknown]), strict=True))
+    manifest = {
+        "files": {name: path.stat().st_size for name, path in zip(names, files, strict=True)},
+        "sha256": {name: known[name] for name in names},
+    }
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*files, partial / MANIFEST, partial]:
         _flush(path)
     replaced = directory.with_name(f".{directory.name}.old")
@@ -101,6 +145,23 @@ def finish_checkpoint(directory: Path, state: dict[str, Any]) -> None:
     partial.rename(directory)
     _flush(directory.parent)
     discard(replaced)
+
+
+def verify_checkpoint(directory: Path) -> None:
+    """Compare the content of every file with the manifest.
+
+    Raises:
+        CheckpointError: names the files that are missing or changed.
+    """
+    read_state(directory)
+    try:
+        sums = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        found = checksums([directory / name for name in sums])
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {directory} cannot be verified: {error!r}") from error
+    changed = [name for (name, wanted), actual in zip(sums.items(), found, strict=True) if actual != wanted]
+    if changed:
+        raise CheckpointError(f"checkpoint {directory} is damaged: {', '.join(changed)} changed after it was written")
 
 
 def read_state(directory: Path) -> dict[str, Any]:
@@ -121,6 +182,11 @@ def read_state(directory: Path) -> dict[str, Any]:
         return json.loads((directory / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{directory} is not a complete checkpoint: {error}") from error
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _size(path: Path) -> int:

@@ -188,7 +188,7 @@ class Policy:
     def save_checkpoint(self, directory: Path, driver_state: dict[str, Any]) -> None:
         """Write everything this run needs to go on, with the driver's own JSON state, atomically.
 
-        Older checkpoints beside it are deleted down to `checkpoint.keep_last`.
+        Older checkpoints beside it are deleted as `checkpoint.keep_last` and `keep_every` say.
 
         Raises:
             CheckpointError: on every rank; earlier checkpoints are complete.
@@ -200,8 +200,8 @@ class Policy:
             "scored": None if self._scored is None else [self._scored.entropy_sum, self._scored.token_count],
             "driver": driver_state,
         }
-        keep_last = self.config.checkpoint.keep_last
-        checkpoint.save_checkpoint(directory, self.model, self.optimizer, state, keep_last=keep_last)
+        kept = {"keep_last": self.config.checkpoint.keep_last, "keep_every": self.config.checkpoint.keep_every}
+        checkpoint.save_checkpoint(directory, self.model, self.optimizer, state, **kept)
 
     def load_checkpoint(self, directory: Path) -> dict[str, Any]:
         """Restore a checkpoint of any layout; returns the driver's state.

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -144,6 +145,33 @@ def test_a_killed_run_continues_bit_for_bit(victim: str, uninterrupted: Run, cou
         assert "Traceback" not in message
         assert (run.directory / "error.log").exists()
     run.finish()
+    assert run.reproducible_metrics() == uninterrupted.reproducible_metrics()
+
+
+def test_a_lost_policy_rank_and_a_damaged_checkpoint_do_not_end_the_run(
+    uninterrupted: Run, countdown_run: Callable[..., Run]
+) -> None:
+    run = countdown_run("restarted", "cluster.max_restarts=1", "checkpoint.every_steps=1")
+    process = run.start()
+    try:
+        _wait_for_step(run, process, 3)
+        family = psutil.Process(process.pid).children(recursive=True)
+        rank = next(p for p in family if "PolicyWorker" in " ".join(p.cmdline()))
+        process.send_signal(signal.SIGSTOP)  # while nothing can be saved, the newest checkpoint is spoilt
+        rank.kill()
+        time.sleep(1)  # a save that was all but done
+        newest = max((run.directory / "checkpoints").glob("step_*"))
+        tensors = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+        tensors.write_bytes(bytes(tensors.stat().st_size))
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=400) == 0, run.log.read_text(encoding="utf-8")
+    finally:
+        process.kill()
+    (row,) = [json.loads(line) for line in (run.directory / "restarts.jsonl").read_text().splitlines()]
+    assert row["cause"] == "PeerDied"
+    assert re.search(r"the process of policy rank \d died", row["message"])
+    assert f"{newest.name} is damaged" in run.log.read_text(encoding="utf-8")
+    assert newest.with_name(f"{newest.name}.damaged").is_dir()
     assert run.reproducible_metrics() == uninterrupted.reproducible_metrics()
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from private_cluster import PrivateCluster
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 4
-LIMIT_S = 400
+STEPS = 8
+LIMIT_S = 600
 """Of every wait; the machine may be busy with other things."""
 VARYING = ("time/", "throughput/", "memory/")
 """Metrics that no two runs share."""
@@ -73,9 +73,15 @@ class Job:
         self._await(lambda: len(self.metrics()) >= step, f"step {step}")
         return time.monotonic() - self._submitted
 
+    def await_restart(self, restarts: int) -> None:
+        """Waits until the job runs again after so many restarts."""
+        self._await(lambda: self.restarts() >= restarts and self.state() == "RUNNING", f"restart {restarts}")
+
     def await_end(self) -> None:
-        """Waits until Slurm calls the job neither waiting nor running."""
-        self._await(lambda: self.state() not in ("PENDING", "CONFIGURING", "RUNNING", "REQUEUED"), "its end")
+        """Waits until Slurm calls the job neither waiting nor running nor ending."""
+        self._await(
+            lambda: self.state() not in ("PENDING", "CONFIGURING", "RUNNING", "REQUEUED", "COMPLETING"), "its end"
+        )
 
     def _await(self, condition: Any, what: str) -> None:
         deadline = time.monotonic() + LIMIT_S

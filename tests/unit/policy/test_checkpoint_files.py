@@ -10,6 +10,7 @@ from megatron_entropic.policy.checkpoint_files import (
     checkpoint_path,
     complete_checkpoints,
     finish_checkpoint,
+    intact_checkpoint,
     latest_checkpoint,
     prune_checkpoints,
     read_state,
@@ -108,3 +109,36 @@ def test_only_the_newest_are_kept(tmp_path):
 def test_keeping_none_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="keep_last must be at least 1"):
         prune_checkpoints(tmp_path, 0)
+
+
+def test_every_nth_is_kept_for_ever(tmp_path):
+    for step in range(1, 8):
+        save(tmp_path, step)
+    prune_checkpoints(tmp_path, 1, keep_every=3)
+    assert complete_checkpoints(tmp_path) == [checkpoint_path(tmp_path, step) for step in (3, 6, 7)]
+
+
+def test_a_changed_byte_is_found_and_the_checkpoint_before_is_used(tmp_path):
+    good, bad = save(tmp_path, 3), save(tmp_path, 4)
+    (bad / "data" / "0.bin").write_text("tensorz")  # the same size
+    warnings: list[CheckpointError] = []
+    assert intact_checkpoint(tmp_path, warnings.append) == good
+    assert "step_00000004 is damaged: data/0.bin changed after it was written" in str(warnings[0])
+    assert complete_checkpoints(tmp_path) == [good]
+    assert bad.with_name("step_00000004.damaged").is_dir()
+    assert intact_checkpoint(tmp_path, warnings.append) == good
+    assert len(warnings) == 1
+
+
+def test_without_an_intact_checkpoint_there_is_none(tmp_path):
+    (save(tmp_path, 1) / "data" / "0.bin").unlink()
+    warnings: list[CheckpointError] = []
+    assert intact_checkpoint(tmp_path, warnings.append) is None
+    assert "has 0 bytes instead of 7" in str(warnings[0])
+
+
+def test_known_sums_are_not_computed_again_and_count(tmp_path):
+    directory = checkpoint_path(tmp_path, 5)
+    (begin_checkpoint(directory) / "0.bin").write_text("tensors")
+    finish_checkpoint(directory, {"step": 5}, {"0.bin": "0" * 64})
+    assert intact_checkpoint(tmp_path, lambda error: None) is None

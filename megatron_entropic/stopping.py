@@ -1,0 +1,91 @@
+"""Ending early: on request, or because nothing is learnt any more.
+
+A signal sets a flag, the loop saves at its next safe point and ends with a status of its own.
+
+A launcher that hears of preemption or of the end of its time sends SIGUSR1 or SIGTERM. Safe points are the end of a
+step and every moment of generation, during which the policy stands still. So the run ends within the time of one score,
+update and publish phase and one checkpoint.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from types import FrameType, TracebackType
+from typing import Any
+
+from megatron_entropic.errors import RunError, StopAsked
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Listens for `SIGNALS` between enter and exit; to be used in the main thread."""
+
+    def __init__(self) -> None:
+        self._received: signal.Signals | None = None
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._former = {number: signal.getsignal(number) for number in SIGNALS}
+        self.listen()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        # Whoever ends a job may end its other processes at the same time: their loss is part of the request.
+        if self.asked and isinstance(error, RunError) and not isinstance(error, StopAsked):
+            raise StopAsked(f"{self._reason()}, and processes of the run were ended too: {error}") from error
+
+    def listen(self) -> None:
+        """Take the signals; again, after something else (such as Ray when it starts) took them for itself."""
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has come."""
+        return self._received is not None
+
+    def raise_if_asked(self) -> None:
+        """End the run here.
+
+        Raises:
+            StopAsked: a signal has come.
+        """
+        if self.asked:
+            raise StopAsked(self._reason())
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = signal.Signals(number)
+
+    def _reason(self) -> str:
+        assert self._received is not None
+        return f"asked to stop by {self._received.name}"
+
+
+class SkipLimit:
+    """Counts steps in a row with an update that the optimizer skipped because loss or gradient was not finite.
+
+    One such step is bad luck and costs its batch; many are a run that will not recover.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._in_a_row = 0
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Count one step.
+
+        Raises:
+            RunError: it is the last of `limit` in a row.
+        """
+        self._in_a_row = self._in_a_row + 1 if metrics["optimizer/skipped"] else 0
+        if self._in_a_row >= self._limit:
+            raise RunError(
+                f"step {step}: the update was not finite and was skipped, {self._in_a_row} steps in a row "
+                "(train.max_skipped_steps); try a lower optimizer.learning_rate, from an earlier checkpoint"
+            )

@@ -1,0 +1,46 @@
+"""A job that is preempted, killed and loses a node continues by itself, and its metrics do not show it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from job import STEPS, Job
+from private_cluster import PrivateCluster
+
+
+def _await_progress(job: Job, restarts: int) -> None:
+    """Waits until the job runs for the given time and has made a step since it was started."""
+    job.await_restart(restarts)
+    resumed = len(job.metrics())
+    job.await_step(min(resumed + 1, STEPS - 1))
+
+
+@pytest.mark.timeout(1800)
+def test_a_disturbed_job_has_the_metrics_of_an_undisturbed_one(
+    cluster: PrivateCluster, assets: Path, finished: Job, tmp_path: Path
+) -> None:
+    job = Job(cluster, tmp_path, assets)
+    job.submit()
+
+    job.await_step(1)
+    cluster.run("scancel", "--batch", "--signal=USR1", job.id)
+    job.await_restart(1)
+    assert re.search(r"stopped: asked to stop by SIGUSR1(\nstep \d+ is saved)?", job.log())
+    assert "stopped on request; the job is queued again" in job.log()
+
+    # To all steps: Ray's processes are ended together with the driver.
+    _await_progress(job, restarts=1)
+    cluster.run("scancel", "--signal=TERM", job.id)
+
+    _await_progress(job, restarts=2)
+    cluster.kill_node("host1")
+    _await_progress(job, restarts=3)
+    assert "host1" not in cluster.job(job.id)["NodeList"]
+    job.await_end()
+    assert job.state() == "COMPLETED", job.log()
+    cluster.start_node("host1")
+
+    assert job.metrics() == finished.metrics()
+    assert not list((job.run_dir / "checkpoints").glob(".*")), "nothing half-written is left"

@@ -1,0 +1,92 @@
+"""Signals become a flag and an error of their own, lost processes another attempt; skipped steps are counted."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError, StopAsked
+from megatron_entropic.restarts import with_restarts
+from megatron_entropic.stopping import SkipLimit, StopRequest
+
+
+class Restarts:
+    """Stands where the run directory does."""
+
+    def __init__(self) -> None:
+        self.causes: list[RunError] = []
+
+    def record_restart(self, restart: int, limit: int, error: RunError) -> None:
+        self.causes.append(error)
+
+
+def attempts(*outcomes: RunError | None) -> Callable[[], None]:
+    """A function that raises the outcomes one after the other."""
+    left = iter(outcomes)
+
+    def attempt() -> None:
+        if (outcome := next(left)) is not None:
+            raise outcome
+
+    return attempt
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_heard_and_the_former_handler_comes_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        stop.raise_if_asked()
+        os.kill(os.getpid(), number)
+        assert stop.asked
+        with pytest.raises(StopAsked, match=f"asked to stop by {number.name}"):
+            stop.raise_if_asked()
+    assert signal.getsignal(number) == before
+
+
+def signalled_run(run: Any, number: signal.Signals, outcome: RunError) -> None:
+    """A run that may start again five times, is signalled and loses a process."""
+    with StopRequest() as stop:
+        os.kill(os.getpid(), number)
+        with_restarts(attempts(outcome), run, stop, max_restarts=5)
+
+
+def test_processes_that_go_after_the_signal_belong_to_the_request() -> None:
+    run = Restarts()
+    with pytest.raises(StopAsked, match=r"SIGTERM, and processes of the run were ended too: update: rank 1 died"):
+        signalled_run(run, signal.SIGTERM, PeerDied("update: rank 1 died"))
+    assert not run.causes, "who is asked to stop does not start again"
+
+
+def test_without_a_signal_errors_pass() -> None:
+    with pytest.raises(PeerDied, match="rank 1 died"), StopRequest():
+        raise PeerDied("rank 1 died")
+
+
+def test_lost_processes_lead_to_new_attempts() -> None:
+    run: Any = Restarts()
+    causes = [PeerDied("rank 1"), PhaseTimeout("engine 0")]
+    with StopRequest() as stop:
+        with_restarts(attempts(*causes, None), run, stop, max_restarts=2)
+    assert run.causes == causes
+
+
+def test_the_last_attempt_and_other_errors_end_the_run() -> None:
+    run: Any = Restarts()
+    with StopRequest() as stop:
+        with pytest.raises(PeerDied, match="second"):
+            with_restarts(attempts(PeerDied("first"), PeerDied("second")), run, stop, max_restarts=1)
+        with pytest.raises(RunError, match="out of memory"):
+            with_restarts(attempts(RunError("out of memory")), run, stop, max_restarts=5)
+    assert len(run.causes) == 1
+
+
+def test_skipped_steps_end_the_run_when_they_come_in_a_row() -> None:
+    skips = SkipLimit(3)
+    for step, skipped in enumerate([1.0, 1.0, 0.0, 0.5, 1.0], start=1):
+        skips.observe(step, {"optimizer/skipped": skipped})
+    with pytest.raises(RunError, match=r"step 6: .* 3 steps in a row \(train.max_skipped_steps\)"):
+        skips.observe(6, {"optimizer/skipped": 1.0})
