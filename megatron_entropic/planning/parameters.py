@@ -39,6 +39,8 @@ class ParameterShard:
     expert: bool = False
     shared_embedding: bool = False
     """One of two copies of a tied embedding, on the first and on the last pipeline stage."""
+    chunk: int = 0
+    """Of the stage's chunks, which have buffers of their own."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class ParameterTable:
         return self.elements - lookup - dimensions.num_layers * idle
 
     def buffers(self, policy: PolicyConfig, stage: int, *, overlap: bool) -> tuple[GradientBuffer, ...]:
-        """The buffers of each rank of a stage: of dense parameters, and of experts if it has any.
+        """The buffers of each rank of a stage: for each chunk of dense parameters, and of experts if it has any.
 
         Args:
             policy: the layout.
@@ -119,15 +121,21 @@ class ParameterTable:
         if key not in self._buffers:
             # Experts that every rank holds are summed with the rest.
             apart = policy.expert_parallel > 1
-            groups = (
-                (dense_ranks, [shard for shard in parameters.shards if not (apart and shard.expert)]),
-                (policy.expert_replicas, [shard for shard in parameters.shards if apart and shard.expert]),
-            )
+            groups = [
+                (expert, chunk, [s for s in parameters.shards if s.chunk == chunk and (apart and s.expert) == expert])
+                for chunk in range(policy.virtual_pipeline_parallel)
+                for expert in (False, True)
+            ]
+            # The gradients of all chunks but the first travel in one piece.
             self._buffers[key] = tuple(
                 gradient_buffer(
-                    group, data_ranks=ranks, distributed=policy.distributed_optimizer, bucket_elements=limit
+                    group,
+                    expert=expert,
+                    data_ranks=policy.expert_replicas if expert else dense_ranks,
+                    distributed=policy.distributed_optimizer,
+                    bucket_elements=limit if chunk == 0 else None,
                 )
-                for ranks, group in groups
+                for expert, chunk, group in groups
                 if group
             )
         return self._buffers[key]
@@ -170,6 +178,7 @@ class ParameterTable:
                 prod(self.map.shard_shape(entry, ranks)),
                 expert=expert,
                 shared_embedding=tied and entry.megatron_name in (first, last),
+                chunk=self.map.chunk_of(entry, policy.pipeline_parallel, policy.virtual_pipeline_parallel),
             )
 
 
@@ -193,6 +202,8 @@ class GradientBuffer:
     """Begin and end of every bucket; each is summed over data-parallel ranks, and divided among them."""
     data_ranks: int
     distributed: bool
+    expert: bool = False
+    """Of experts, summed over ranks of their own; `data_rank` below is a rank's place among those."""
 
     @property
     def padded_elements(self) -> int:
@@ -218,7 +229,12 @@ class GradientBuffer:
 
 
 def gradient_buffer(
-    shards: Sequence[ParameterShard], *, data_ranks: int, distributed: bool, bucket_elements: int | None
+    shards: Sequence[ParameterShard],
+    *,
+    data_ranks: int,
+    distributed: bool,
+    bucket_elements: int | None,
+    expert: bool = False,
 ) -> GradientBuffer:
     """The buffer of some parameters, given in megatron-core's order.
 
@@ -231,6 +247,7 @@ def gradient_buffer(
         data_ranks: ranks that hold the same parameters (data x context parallel).
         distributed: policy.distributed_optimizer.
         bucket_elements: size at which a bucket is closed; None: never.
+        expert: of experts alone.
     """
     ranges: list[tuple[int, int]] = []
     bucket_of: list[int] = []
@@ -255,7 +272,7 @@ def gradient_buffer(
             end = bucket_begin = close()
     if end > bucket_begin:
         close()
-    return GradientBuffer(tuple(ranges), tuple(bucket_of), tuple(buckets), data_ranks, distributed)
+    return GradientBuffer(tuple(ranges), tuple(bucket_of), tuple(buckets), data_ranks, distributed, expert)
 
 
 def _padded(elements: int, multiple: int) -> int:

@@ -104,6 +104,13 @@ class ParameterMap:
             return entry.layer // layers % pipeline_parallel
         return 0 if entry.megatron_name == self.entries[0].megatron_name else pipeline_parallel - 1
 
+    def chunk_of(self, entry: Entry, pipeline_parallel: int, virtual_pipeline_parallel: int) -> int:
+        """Which of its stage's chunks a parameter belongs to; see `stage_of`."""
+        layers = self._layers_of_chunk(pipeline_parallel, virtual_pipeline_parallel)
+        if entry.layer is not None:
+            return entry.layer // layers // pipeline_parallel
+        return 0 if entry.megatron_name == self.entries[0].megatron_name else virtual_pipeline_parallel - 1
+
     def first_layer(
         self, stage: int, pipeline_parallel: int, chunk: int = 0, virtual_pipeline_parallel: int = 1
     ) -> int:

@@ -38,6 +38,8 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "tp2": _case(tensor_parallel=2),
         "tp2 bf16": _case(dtype="bfloat16", tensor_parallel=2, distributed_optimizer=False),
         "pp2": _case(pipeline_parallel=2),
+        "pp2 vpp2 tied": _case("qwen2", pipeline_parallel=2, virtual_pipeline_parallel=2),
+        "cp2": _case(context_parallel=2),
         "pp2 tied": _case("qwen2", "bfloat16", pipeline_parallel=2),
         "dp2 distributed": _case(),
         "dp2 distributed bf16": _case(dtype="bfloat16"),
@@ -53,6 +55,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
     4: {
         "tp2 pp2": _case(tensor_parallel=2, pipeline_parallel=2),
         "experts dp4 ep2 bf16": _case("mixtral", "bfloat16", expert_parallel=2),
+        "pp2 vpp2 dp2": _case(pipeline_parallel=2, virtual_pipeline_parallel=2),
         "pp2 dp2 tied": _case("qwen2", pipeline_parallel=2, dtype="bfloat16"),
     },
 }
@@ -80,7 +83,7 @@ def measured(models: Path, run_ranks_once: Any) -> dict[int, list[dict[str, Any]
 
 def _layout(case: dict[str, Any], ranks: int) -> PolicyConfig:
     layout = PolicyConfig(**case["policy"])
-    return layout.model_copy(update={"data_parallel": ranks // (layout.tensor_parallel * layout.pipeline_parallel)})
+    return layout.model_copy(update={"data_parallel": ranks // layout.world_size})
 
 
 @pytest.mark.parametrize(("ranks", "name"), ALL)
@@ -90,10 +93,10 @@ def test_static_bytes_are_exact(ranks: int, name: str, models: Path, measured: d
     table = ParameterTable(find_model(models / case["family"]))
     for report in (rank[name] for rank in measured[ranks]):
         parameters = table.stage(policy, report["stage"])
-        dense, *experts = table.buffers(policy, report["stage"], overlap=False)
-        owned = dense.owned_elements(report["data_rank"])
-        owned += sum(buffer.owned_elements(report["expert_data_rank"]) for buffer in experts)
-        padded = sum(buffer.padded_elements for buffer in (dense, *experts))
+        buffers = table.buffers(policy, report["stage"], overlap=False)
+        rank_of = {False: report["data_rank"], True: report["expert_data_rank"]}
+        owned = sum(buffer.owned_elements(rank_of[buffer.expert]) for buffer in buffers)
+        padded = sum(buffer.padded_elements for buffer in buffers)
         state = optimizer_bytes_per_element(case["dtype"])
         assert report["parameters"] == parameters.elements * item
         assert report["parameter_buffer"] == (padded * item if policy.distributed_optimizer else 0)

@@ -71,10 +71,15 @@ DENSE = tuple(name for name in CASES if not name.startswith("experts"))
 
 
 def _layout(
-    cases: Any = FEWER, train: tuple[str, ...] = ("distributed",), train_case: str = TRAIN_CASE, **layout: Any
+    cases: Any = FEWER,
+    train: tuple[str, ...] = ("distributed",),
+    train_case: str = TRAIN_CASE,
+    *,
+    reverse: bool = False,
+    **layout: Any,
 ) -> dict[str, Any]:
     policy = {"tokens_per_microbatch": 40, **layout}
-    return {"layout": policy, "cases": list(cases), "train": train, "train_case": train_case}
+    return {"layout": policy, "cases": list(cases), "train": train, "train_case": train_case, "reverse": reverse}
 
 
 def _balanced(**layout: Any) -> dict[str, Any]:
@@ -97,6 +102,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "one rank, recomputed logits": _layout(train=(), output_head="recompute"),
         "one rank, experts": _experts(recompute="full"),
         "one rank, auxiliary loss": _balanced(recompute="full"),
+        "one rank, sequences in reverse": _layout(train=(), reverse=True),
     },
     2: {
         "tp2": _layout(DENSE, tensor_parallel=2),
@@ -112,6 +118,10 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "cp2, stored logits": _layout(context_parallel=2, train=(), output_head="logits"),
         "tp2 sp, auxiliary loss": _balanced(tensor_parallel=2, sequence_parallel=True),
         "ep2": _experts(("plain", "distributed"), expert_parallel=2),
+        "tp2 sp, full recomputation": _layout(
+            FEWER[:1], (), tensor_parallel=2, sequence_parallel=True, recompute="full"
+        ),
+        "cp2, selective recomputation": _layout(FEWER[:1], (), context_parallel=2, recompute="selective"),
     },
     4: {
         "tp2 pp2 sp": _layout(tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True),

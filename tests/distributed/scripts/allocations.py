@@ -63,11 +63,11 @@ def saved_bytes(policy: Policy, lengths: list[int]) -> int:
 
 def measure(policy: Policy, lengths: list[int] | None) -> dict[str, Any]:
     """What this rank holds."""
-    (model,) = policy._machinery.model
-    buffers = [*model.buffers, *model.expert_parallel_buffers]
+    buffers = [b for chunk in policy._machinery.model for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    parallel = policy.parallel
     return {
         "stage": policy.parallel.pipeline_rank,
-        "data_rank": policy.parallel.data_rank,
+        "data_rank": parallel.data_rank * parallel.context_size + parallel.context_rank,
         "expert_data_rank": policy.parallel.expert_data_rank,
         "parameters": size(policy.model.parameters()),
         "parameter_buffer": size(buffer.param_data for buffer in buffers if buffer.param_data is not None),

@@ -108,11 +108,12 @@ def resume(work: Path, run: dict[str, Any], rendezvous: Rendezvous) -> dict[str,
 
 def went_on(policy: Policy, part: list[Sequence], saved_path: Path) -> dict[str, Any]:
     before = adam_steps(policy)
+    parameters_before = hf_parameters(policy)
     numbers = random_numbers()
     trace = steps(policy, part, STEPS_AFTER)
     parameters = hf_parameters(policy)
     if RANK == 0:
-        torch.save(parameters, saved_path)
+        torch.save({"before": parameters_before, "after": parameters}, saved_path)
     return {"trace": trace, "random": numbers, "adam steps": [before, adam_steps(policy)]}
 
 

@@ -61,11 +61,14 @@ def sequences_of(case: dict[str, Any], fields: list[dict[str, Any]]) -> list[Seq
     ]
 
 
-def first_update(policy: Policy, directory: Path, case: dict[str, Any], layout: dict[str, Any]) -> Any:
+def first_update(
+    policy: Policy, directory: Path, case: dict[str, Any], layout: dict[str, Any], *, reverse: bool
+) -> Any:
     """Metrics and gradients of one update."""
     optimizer = {"gradient_clip": 0.0, "learning_rate": 1e-4}
     start_over(policy, configuration(directory / case["family"], **sections(case, layout, optimizer)))
-    part = replica_part(policy, sequences_of(case, torch.load(directory / f"{case['family']}.pt")))
+    sequences = sequences_of(case, torch.load(directory / f"{case['family']}.pt"))
+    part = replica_part(policy, sequences[::-1] if reverse else sequences)
     policy.score(part)
     # Old log-probs of another policy say nothing about which tokens are probable now.
     policy._freshly_scored = case["on_policy"]
@@ -102,7 +105,9 @@ def main(directory: Path, layouts: dict[str, dict[str, Any]], saved_path: Path) 
                 continue
             with rendezvous.policy(directory / family, **sections(next(iter(cases.values())), plain, {})) as policy:
                 for label, case in cases.items():
-                    metrics, saved[f"{name}/{label}"], counts = first_update(policy, directory, case, plain)
+                    metrics, saved[f"{name}/{label}"], counts = first_update(
+                        policy, directory, case, plain, reverse=entry["reverse"]
+                    )
                     report[f"{name}/{label}"] = {"metrics": metrics, "micro_batches": counts}
         for kind in entry["train"]:
             chosen = {**entry["layout"], "distributed_optimizer": kind == "distributed"}

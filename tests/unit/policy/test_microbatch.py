@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_entropic.policy.microbatch import PackingRules, first_fit_decreasing, pack, pack_one
+from megatron_entropic.policy.context_cut import ContextCut
+from megatron_entropic.policy.microbatch import TAIL_TOKENS, PackingRules, first_fit_decreasing, pack, pack_one
 from megatron_entropic.types import Sequence
 
 
@@ -85,3 +86,27 @@ def test_at_least_is_exact_when_more_are_wanted_than_needed(lengths, at_least):
     assert len(batches) == max(needed, at_least)
     assert sorted(index for batch in batches for index in batch.indices) == list(range(len(lengths)))
     assert all(batch.tokens.numel() % 2 == 0 for batch in batches)
+
+
+@given(st.lists(st.integers(2, 30), min_size=1, max_size=20), st.sampled_from([ContextCut(), ContextCut(1, 2)]))
+def test_interleaved_stages_get_groups_of_equal_micro_batches(lengths, cut):
+    rules = PackingRules(token_multiple=3, cut=cut, count_multiple=4, equal_tokens=True)
+    batches = pack([sequence(1, length - 1) for length in lengths], 40, rules)
+    assert len(batches) % 4 == 0
+    assert len({batch.tokens.numel() for batch in batches}) == 1
+    assert batches[0].tokens.numel() % 3 == 0
+    assert sorted(index for batch in batches for index in batch.indices) == list(range(len(lengths)))
+    assert all(batch.max_seqlen <= max(40, TAIL_TOKENS) for batch in batches)
+
+
+def test_micro_batches_have_close_lengths():
+    # First fit alone would leave 40 + 40 + 20.
+    batches = pack([sequence(1, 4)] * 20, 40)
+    assert sorted(batch.tokens.numel() for batch in batches) == [30, 35, 35]
+
+
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=30))
+def test_level_micro_batches_stay_within_the_budget_and_are_no_more(lengths):
+    batches = pack([sequence(1, length - 1) for length in lengths], 40)
+    assert len(batches) == len(first_fit_decreasing(lengths, 40))
+    assert all(batch.tokens.numel() <= 40 for batch in batches)
