@@ -57,6 +57,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "DP2 x TP2, SP": {_DP: 2, _TP: 2, _SP: True},
         "EP2 x TP2, SP": {_DP: 2, _EP: 2, _TP: 2, _SP: True},
         "EP2 x PP2": {_DP: 2, _EP: 2, _PP: 2},
+        "EP2 over TP2 x PP2, SP": {_TP: 2, _EP: 2, "expert_tensor_parallel": 1, _PP: 2, _SP: True},
         "EP2 over CP2 x PP2": {_CP: 2, _EP: 2, _PP: 2},
     },
 }
@@ -110,8 +111,10 @@ def _prepare(folder: Path, families: list[str]) -> None:
 
 
 def _can_run(hf_dir: Path, layout: dict[str, Any]) -> bool:
-    """Whether the family has experts where the layout spreads them."""
-    return _EP not in layout or read_dimensions(hf_dir).experts is not None
+    """Whether the layout is one for the family: experts need sequence beside tensor parallelism, others no EP."""
+    if read_dimensions(hf_dir).experts is None:
+        return _EP not in layout
+    return _TP not in layout or _SP in layout
 
 
 def _on_rank(
@@ -180,7 +183,9 @@ def _update_error(loss: float, gradients: dict[str, torch.Tensor], path: Path) -
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Errors of every layout and family.")
-    parser.add_argument("--families", nargs="+", default=["qwen3", "qwen2", "llama"], help="of the parity tests")
+    parser.add_argument(
+        "--families", nargs="+", default=["qwen3", "qwen2", "llama", "qwen3_moe", "mixtral"], help="of the parity tests"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE.md", help="where the table goes besides the screen")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for the layouts of one size")
     return parser

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from megatron_entropic.config import Config, PolicyConfig
@@ -31,6 +32,10 @@ MAX_TENSOR_PARALLEL = 8
 """More would leave the node."""
 
 _CONTEXT_SIZES = (1, 2, 4, 8)
+_CHUNKS = (1, 2, 4)
+"""Of a pipeline stage: more would send small pieces often."""
+_VIRTUAL = "virtual_pipeline_parallel"
+"""Like recomputation, no reason to list a layout twice."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,9 @@ def suggest(
     found: dict[tuple[int, ...], Suggestion] = {}
     for _, policy, rollout in sorted(pairs, key=lambda pair: pair[0]):
         changed = _changed(config, policy.changes, rollout.changes)
-        sizes = tuple(value for name, value in policy.changes.items() if name.endswith("_parallel"))
+        sizes = tuple(
+            value for name, value in policy.changes.items() if name.endswith("_parallel") and name != _VIRTUAL
+        )
         if sizes in found:
             continue
         plan = make_plan(changed, table, gpu_memory_gb=gpu_memory_gb, gpus=gpus)
@@ -176,7 +183,7 @@ def _layouts(table: ParameterTable, gpus: int) -> Iterator[dict[str, Any]]:
     layers = table.model.dimensions.num_layers
     for tensor in _tensor_sizes(table):
         for pipeline in (size for size in range(1, layers + 1) if layers % size == 0):
-            for context in _CONTEXT_SIZES:
+            for virtual, context in product(_chunks(layers, pipeline), _CONTEXT_SIZES):
                 if gpus % (tensor * pipeline * context):
                     continue
                 data = gpus // (tensor * pipeline * context)
@@ -184,11 +191,16 @@ def _layouts(table: ParameterTable, gpus: int) -> Iterator[dict[str, Any]]:
                     yield {
                         "tensor_parallel": tensor,
                         "pipeline_parallel": pipeline,
+                        _VIRTUAL: virtual,
                         "context_parallel": context,
                         "data_parallel": data,
                         "expert_parallel": expert,
                         "sequence_parallel": tensor > 1,
                     }
+
+
+def _chunks(layers: int, pipeline: int) -> list[int]:
+    return [size for size in _CHUNKS if size == 1 or (pipeline > 1 and layers % (pipeline * size) == 0)]
 
 
 def _tensor_sizes(table: ParameterTable) -> list[int]:
