@@ -54,7 +54,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
     },
     4: {
         "tp2 pp2": _case(tensor_parallel=2, pipeline_parallel=2),
-        "experts pp2 vpp2 ep2": _case("qwen3_moe", pipeline_parallel=2, virtual_pipeline_parallel=2, expert_parallel=2),
+        "experts pp2 vpp2 ep2": _case("mixtral", pipeline_parallel=2, virtual_pipeline_parallel=2, expert_parallel=2),
         "experts dp4 ep2 bf16": _case("mixtral", "bfloat16", expert_parallel=2),
         "pp2 vpp2 dp2": _case(pipeline_parallel=2, virtual_pipeline_parallel=2),
         "pp2 dp2 tied": _case("qwen2", pipeline_parallel=2, dtype="bfloat16"),
