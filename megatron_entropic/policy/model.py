@@ -9,6 +9,7 @@ Full-vocabulary logits exist on no rank, and logits of prompt and padding positi
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,5 +174,8 @@ def _plain_spec(config: Any, has_experts: list[bool]) -> TransformerBlockSubmodu
 
 
 def _with_router(spec: ModuleSpec) -> ModuleSpec:
-    spec.submodules.mlp.submodules.router = PolicyRouter
+    """With our router. The experts' part is a ModuleSpec in megatron-core 0.16, a partial in 0.19."""
+    mlp = spec.submodules.mlp
+    submodules = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+    submodules.router = PolicyRouter
     return spec
