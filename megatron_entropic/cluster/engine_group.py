@@ -42,7 +42,9 @@ class EngineGroup:
         """Wait for `begin_start`."""
         gather(pending, phase="engine start", timeout_s=self._config.cluster.startup_timeout_s)
 
-    def generate(self, prompts: list[Prompt], step: int, while_waiting: Callable[[], None]) -> list[Sample]:
+    def generate(
+        self, prompts: list[Prompt], step: int, while_waiting: Callable[[], None] = lambda: None
+    ) -> list[Sample]:
         """`samples_per_prompt` responses to each prompt, grouped by prompt, in the caller's order.
 
         Every response has a seed of its own, made from run, step, prompt and sample: what is sampled depends neither
