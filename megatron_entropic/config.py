@@ -261,6 +261,9 @@ class CheckpointConfig(Section):
     every_steps: int = Field(50, ge=0, description="0: only at the end.")
     keep_last: int = Field(2, ge=1, description="Of checkpoints, and of the exports of export_every_steps.")
     keep_every: int = Field(0, ge=0, description="Checkpoints of steps it divides stay for ever; 0: none.")
+    accept_unverified: bool = Field(
+        False, description="Resume from a checkpoint of an older version, which has no checksums to compare with."
+    )
     export_every_steps: int = Field(
         0,
         ge=0,

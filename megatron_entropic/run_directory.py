@@ -100,8 +100,12 @@ class RunDirectory:
         """Restore the newest intact checkpoint into all policy ranks; returns its step, None if there is none.
 
         Metrics of later steps, which will be computed again, are cut off.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none that can be used; nothing was changed.
         """
-        self._newest = intact_checkpoint(self._checkpoints, self._damaged)
+        accept_unverified = self._config.checkpoint.accept_unverified
+        self._newest = intact_checkpoint(self._checkpoints, self._damaged, accept_unverified=accept_unverified)
         step = -1 if self._newest is None else int(policy.load_checkpoint(self._newest)["step"])
         self._metrics.truncate_after(step)
         self._samples.truncate_after(step)

@@ -32,6 +32,10 @@ class CheckpointError(RunError):
     """A checkpoint could not be written or read. Checkpoints that were complete before are untouched."""
 
 
+class MissingSums(CheckpointError):
+    """A checkpoint has no sums to compare with: nothing is known to be wrong with it."""
+
+
 def checkpoint_path(root: Path, step: int) -> Path:
     """Directory of the checkpoint of a step."""
     return root / f"step_{step:08d}"
@@ -51,20 +55,49 @@ def latest_checkpoint(root: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def intact_checkpoint(root: Path, damaged: Callable[[CheckpointError], None]) -> Path | None:
-    """The newest complete checkpoint whose files still have their sums, or None; reads all of it.
+def intact_checkpoint(
+    root: Path, damaged: Callable[[CheckpointError], None], *, accept_unverified: bool = False
+) -> Path | None:
+    """The newest complete checkpoint whose files have their sums, or None if there never was one; reads all of it.
 
-    One that fails is renamed to NAME.damaged, so that it is neither found nor counted again, and `damaged` is told.
+    Newer ones that fail are renamed to NAME.damaged, so that they are neither found nor counted again, and `damaged` is
+    told of each.
+
+    Args:
+        root: folder of the run's checkpoints.
+        damaged: hears what is wrong with each one that is set aside.
+        accept_unverified: take one that was written without sums, after comparing the sizes of its files.
+
+    Raises:
+        CheckpointError: the newest one that is not damaged has no sums, or none is left although there were some: to
+            start over would throw the run away. Nothing was renamed.
     """
+    failures: list[tuple[Path, CheckpointError]] = []
     for directory in reversed(complete_checkpoints(root)):
         try:
             verify_checkpoint(directory)
-            return directory
+        except MissingSums as error:
+            if not accept_unverified:
+                raise CheckpointError(
+                    f"{error}: an older version wrote it. Resume with checkpoint.accept_unverified=true to take it as "
+                    "it is, or move it away"
+                ) from error
         except CheckpointError as error:
-            aside = directory.with_name(f"{directory.name}.damaged")
-            discard(aside)
-            directory.rename(aside)
-            damaged(error)
+            failures.append((directory, error))
+            continue
+        for aside, problem in failures:
+            _set_aside(aside)
+            damaged(problem)
+        return directory
+    problems = [str(problem) for _, problem in failures]
+    problems += [f"{path} was set aside before" for path in _damaged(root)]
+    if problems:
+        raise CheckpointError(
+            f"no checkpoint in {root} can be used:\n  "
+            + "\n  ".join(problems)
+            + "\nbring one of them back from a copy, "
+            "or start over by removing the folder or choosing another run.output_dir"
+        )
     return None
 
 
@@ -151,13 +184,16 @@ def verify_checkpoint(directory: Path) -> None:
     """Compare the content of every file with the manifest.
 
     Raises:
+        MissingSums: all files are there in their sizes, but the manifest has no sums.
         CheckpointError: names the files that are missing or changed.
     """
     read_state(directory)
     try:
-        sums = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        sums = json.loads((directory / MANIFEST).read_text(encoding="utf-8")).get("sha256")
+        if sums is None:
+            raise MissingSums(f"checkpoint {directory} was written without checksums")
         found = checksums([directory / name for name in sums])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {directory} cannot be verified: {error!r}") from error
     changed = [name for (name, wanted), actual in zip(sums.items(), found, strict=True) if actual != wanted]
     if changed:
@@ -182,6 +218,17 @@ def read_state(directory: Path) -> dict[str, Any]:
         return json.loads((directory / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{directory} is not a complete checkpoint: {error}") from error
+
+
+def _damaged(root: Path) -> list[Path]:
+    """Checkpoints that were set aside, oldest step first."""
+    return sorted(path for path in root.glob("step_*.damaged") if _NAME.match(path.stem))
+
+
+def _set_aside(directory: Path) -> None:
+    aside = directory.with_name(f"{directory.name}.damaged")
+    discard(aside)
+    directory.rename(aside)
 
 
 def _checksum(path: Path) -> str:

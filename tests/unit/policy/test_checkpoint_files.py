@@ -1,5 +1,6 @@
 """Which directories count as checkpoints, and what happens to those that do not."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -130,15 +131,43 @@ def test_a_changed_byte_is_found_and_the_checkpoint_before_is_used(tmp_path):
     assert len(warnings) == 1
 
 
-def test_without_an_intact_checkpoint_there_is_none(tmp_path):
-    (save(tmp_path, 1) / "data" / "0.bin").unlink()
+def test_without_an_intact_checkpoint_nothing_is_touched_and_every_file_is_named(tmp_path):
+    for step in (1, 2):
+        (save(tmp_path, step) / "data" / "0.bin").unlink()
+    before = sorted(path.name for path in tmp_path.iterdir())
     warnings: list[CheckpointError] = []
-    assert intact_checkpoint(tmp_path, warnings.append) is None
-    assert "has 0 bytes instead of 7" in str(warnings[0])
+    with pytest.raises(CheckpointError, match="no checkpoint in") as caught:
+        intact_checkpoint(tmp_path, warnings.append)
+    for step in (1, 2):
+        assert f"step_0000000{step} is damaged: data/0.bin has 0 bytes instead of 7" in str(caught.value)
+    assert "run.output_dir" in str(caught.value)
+    assert not warnings
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_run_whose_only_checkpoints_were_set_aside_does_not_start_over(tmp_path):
+    assert intact_checkpoint(tmp_path, lambda error: None) is None
+    save(tmp_path, 3).rename(tmp_path / "step_00000003.damaged")
+    with pytest.raises(CheckpointError, match=r"step_00000003\.damaged was set aside before"):
+        intact_checkpoint(tmp_path, lambda error: None)
+
+
+def test_a_checkpoint_without_sums_is_taken_only_when_told_to(tmp_path):
+    save(tmp_path, 3)
+    older = save(tmp_path, 4)
+    manifest = json.loads((older / "COMPLETE").read_text())
+    del manifest["sha256"]
+    (older / "COMPLETE").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"step_00000004 was written without checksums: .*accept_unverified=true"):
+        intact_checkpoint(tmp_path, lambda error: None)
+    assert intact_checkpoint(tmp_path, lambda error: None, accept_unverified=True) == older
+    (older / "data" / "0.bin").unlink()
+    assert intact_checkpoint(tmp_path, lambda error: None) == checkpoint_path(tmp_path, 3), "missing files are damage"
 
 
 def test_known_sums_are_not_computed_again_and_count(tmp_path):
     directory = checkpoint_path(tmp_path, 5)
     (begin_checkpoint(directory) / "0.bin").write_text("tensors")
     finish_checkpoint(directory, {"step": 5}, {"0.bin": "0" * 64})
-    assert intact_checkpoint(tmp_path, lambda error: None) is None
+    with pytest.raises(CheckpointError, match=r"step_00000005 is damaged: 0\.bin changed"):
+        intact_checkpoint(tmp_path, lambda error: None)
