@@ -281,6 +281,9 @@ class LoggingConfig(Section):
     )
     wandb_project: str = "megatron_entropic"
     samples_per_step: int = Field(4, ge=0, description="Responses written to samples.jsonl each step.")
+    rollouts_every_steps: int = Field(
+        0, ge=0, description="Keep all rollouts of every so many steps in rollouts/, token by token; 0: never."
+    )
 
 
 class ClusterConfig(Section):

@@ -6,6 +6,7 @@ output_dir/
     warm_start.jsonl     one object a supervised step
     restarts.jsonl       why processes were started anew (cluster.max_restarts)
     samples.jsonl        some responses of each step
+    rollouts/            all responses of some steps, token by token, see logging.rollouts_every_steps
     checkpoints/         resumable state, see policy/checkpoint_files
     exports/step_000010/ the policy after a step as a Hugging Face directory, see checkpoint.export_every_steps
     hf/                  the final policy as a Hugging Face directory
@@ -30,6 +31,7 @@ from megatron_entropic.errors import RunError
 from megatron_entropic.observability.jsonl import JsonLinesWriter
 from megatron_entropic.observability.metrics import MetricsWriter
 from megatron_entropic.observability.progress import Progress
+from megatron_entropic.observability.rollouts import rollouts_path, write_rollouts
 from megatron_entropic.observability.samples import SampleLog
 from megatron_entropic.observability.timing import PhaseClock
 from megatron_entropic.policy.checkpoint_files import (
@@ -38,7 +40,7 @@ from megatron_entropic.policy.checkpoint_files import (
     intact_checkpoint,
     latest_checkpoint,
 )
-from megatron_entropic.types import Sample
+from megatron_entropic.types import Sample, Scores, Sequence
 
 
 class RunDirectory:
@@ -136,6 +138,14 @@ class RunDirectory:
     def keep_samples(self, step: int, samples: list[Sample]) -> None:
         """Write some responses of a step, for people to read."""
         self._samples.write(step, samples)
+
+    def keep_rollouts(
+        self, step: int, samples: list[Sample], batch: list[Sequence], scores: Scores, metrics: dict[str, float]
+    ) -> None:
+        """Write the step's rollouts with what its update was computed from, if `rollouts_every_steps` asks for it."""
+        every = self._config.logging.rollouts_every_steps
+        if every and step % every == 0:
+            write_rollouts(rollouts_path(self.path, step), step, samples, batch, scores, metrics)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -121,6 +121,7 @@ def one_step(
     with run.phase("publish"):
         publish_metrics = weights.publish(version=step)
     run.keep_samples(step, samples)
+    run.keep_rollouts(step, samples, batch, scores, mean_of(updates))
     return {
         **rollout_metrics(samples, config),
         **reward_metrics,
