@@ -2,8 +2,9 @@
 
 Usage: conversion_layouts.py WORK_DIR
 
-For each case of cases.json, `{"family", "layout", "save"}`: WORK_DIR/FAMILY is the Hugging Face directory,
-WORK_DIR/FAMILY_megatron the conversion, WORK_DIR/saved/NAME where this saves. Prints distances from WORK_DIR/FAMILY.pt.
+For each case of cases.json, `{"family", "layout", "dtype", "save"}`: WORK_DIR/FAMILY is the Hugging Face directory,
+WORK_DIR/FAMILY_DTYPE the conversion, WORK_DIR/saved/NAME where this saves. Prints which parameters differ from those
+read from the Hugging Face directory, and distances of statistics from WORK_DIR/FAMILY.pt.
 """
 
 from __future__ import annotations
@@ -24,21 +25,32 @@ from megatron_entropic.types import Scores, Sequence
 
 def main(work: Path) -> None:
     rendezvous = Rendezvous()
-    distances = {}
+    report = {}
     for name, case in json.loads((work / "cases.json").read_text()).items():
-        reference = torch.load(work / f"{case['family']}.pt")
-        rollout = {"temperature": reference["temperature"]}
-        with rendezvous.policy(work / case["family"], policy=case["layout"], rollout=rollout) as policy:
-            with torch.no_grad():
-                for parameter in policy.model.parameters():
-                    parameter.fill_(float("nan"))
-            load_torch_dist(policy.model, work / f"{case['family']}_megatron")
+        family, dtype = case["family"], case["dtype"]
+        reference = torch.load(work / f"{family}.pt")
+        sections = {"policy": case["layout"], "model": {"dtype": dtype}}
+        sections["rollout"] = {"temperature": reference["temperature"]}
+        with rendezvous.policy(work / family, **sections) as policy:
+            found = report[name] = load(policy, work / f"{family}_{dtype}")
             sequences = [Sequence(torch.tensor(tokens), prompt) for tokens, prompt in reference["sequences"]]
             scores = policy.score(sequences)
-            if scores is not None:
-                distances[name] = distance(scores, reference["reference"])
+            if scores is not None and dtype == "float32":
+                found["distance"] = distance(scores, reference["reference"])
             save(policy, work / "saved" / name, case["save"])
-    sys.stdout.write(json.dumps(distances))
+    sys.stdout.write(json.dumps(report))
+
+
+def load(policy: Policy, megatron_dir: Path) -> dict[str, Any]:
+    """Fill the model from a conversion and compare it with what it had read from the Hugging Face directory."""
+    parameters = dict(policy.model.named_parameters())
+    wanted = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.fill_(float("nan"))
+    load_torch_dist(policy.model, megatron_dir)
+    differing = [name for name, value in wanted.items() if not torch.equal(value, parameters[name])]
+    return {"parameters": len(wanted), "differing": differing}
 
 
 def distance(scores: Scores, reference: list[Any]) -> float:
