@@ -187,12 +187,31 @@ class DataConfig(Section):
     """Prompts."""
 
     train_files: Annotated[list[Path], BeforeValidator(one_is_a_list)] = Field(
-        min_length=1, description="Parquet or JSON lines."
+        min_length=1, description="Parquet, JSON lines, or a directory that datasets' save_to_disk wrote."
+    )
+    file_weights: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="Share of each train file in every stretch of prompts. None: every row counts alike."
     )
     max_prompt_tokens: int = Field(1024, ge=1)
     too_long: Literal["error", "drop"] = Field("error", description="What to do with prompts over max_prompt_tokens.")
+    skip_malformed: bool = Field(False, description="Leave out rows that cannot be used instead of refusing to start.")
     apply_chat_template: bool = Field(False, description="Format prompts with the tokenizer's chat template.")
-    prompt_key: str = Field("prompt", description="verl layout: a list of messages, or a string.")
+    system_prompt: str | None = Field(None, description="System message of prompts that have none.")
+    prompt_suffix: str = Field("", description="Text after each problem.")
+    prompt_key: str = Field("prompt", description="Column of messages, or of a string; dots lead into nested columns.")
+    answer_key: str | None = Field(
+        None, description="Column of the ground truth. None: reward_model.ground_truth, answer or ground_truth."
+    )
+    duplicates: Literal["keep", "drop"] = Field("keep", description="Later copies of a problem; reported either way.")
+    benchmark_overlap: Literal["keep", "drop"] = Field(
+        "keep", description="Training problems that equal or overlap one of evaluation.benchmarks; reported either way."
+    )
+    overlap_words: int = Field(13, ge=2, description="Problems overlap if they share so many words in a row.")
+    pass_rates: Path | None = Field(
+        None, description="Responses of an `evaluate` of the train file (NAME.parquet), for pass_rate_min and _max."
+    )
+    pass_rate_min: float = Field(0.0, ge=0, le=1, description="Leave out prompts whose recorded pass rate is lower.")
+    pass_rate_max: float = Field(1.0, ge=0, le=1, description="Leave out prompts whose recorded pass rate is higher.")
     shuffle: bool = True
 
 

@@ -31,7 +31,7 @@ class Violation:
 def violations(config: Config) -> Iterator[Violation]:
     """Combinations that cannot work on any machine."""
     checks = (
-        *(_batch, _parallelism, _optimizer, _reward, _policy_loss),
+        *(_batch, _parallelism, _optimizer, _data, _reward, _policy_loss),
         *(_entropy_control, _placement, _publish, _evaluation),
     )
     for check in checks:
@@ -225,6 +225,25 @@ def _entropy_control(config: Config) -> Iterator[Violation]:
             )
 
 
+def _data(config: Config) -> Iterator[Violation]:
+    data = config.data
+    if data.file_weights is not None and len(data.file_weights) != len(data.train_files):
+        yield Violation(
+            ("data.file_weights", "data.train_files"),
+            f"data.file_weights has {len(data.file_weights)} numbers for {len(data.train_files)} data.train_files",
+        )
+    if data.pass_rate_min > data.pass_rate_max:
+        yield Violation(
+            ("data.pass_rate_min", "data.pass_rate_max"),
+            f"data.pass_rate_min={data.pass_rate_min:g} is above data.pass_rate_max={data.pass_rate_max:g}",
+        )
+    if data.pass_rates is None and (data.pass_rate_min > 0 or data.pass_rate_max < 1):
+        yield Violation(
+            ("data.pass_rates", "data.pass_rate_min", "data.pass_rate_max"),
+            "data.pass_rate_min and pass_rate_max need data.pass_rates, a file of recorded responses",
+        )
+
+
 def _reward(config: Config) -> Iterator[Violation]:
     name = config.reward.verifier
     module, separator, function = name.partition(":")
@@ -328,6 +347,8 @@ def _data_files(config: Config) -> Iterator[Violation]:
     files = [("data.train_files", path) for path in config.data.train_files]
     if config.warm_start.steps and config.warm_start.file is not None:
         files.append(("warm_start.file", config.warm_start.file))
+    if config.data.pass_rates is not None:
+        files.append(("data.pass_rates", config.data.pass_rates))
     for key, path in files:
         problem = _file_problem(path)
         if problem:
@@ -342,10 +363,12 @@ def _benchmark_files(config: Config) -> Iterator[Violation]:
 
 
 def _file_problem(path: Path) -> str | None:
+    if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return None
     if not path.is_file():
         return "no such file"
     if path.suffix not in DATA_SUFFIXES:
-        return f"expected one of {', '.join(DATA_SUFFIXES)}"
+        return f"expected one of {', '.join(DATA_SUFFIXES)}, or a directory that datasets' save_to_disk wrote"
     return "the file is empty" if path.stat().st_size == 0 else None
 
 

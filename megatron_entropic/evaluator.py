@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_entropic.cluster.engine_group import EngineGroup
-from megatron_entropic.config import Config
+from megatron_entropic.config import Config, DataConfig
 from megatron_entropic.data import PromptDataset
 from megatron_entropic.evaluation.generations import Generation, write_generations
 from megatron_entropic.evaluation.store import generations_path, stored_settings, summarise_stored, write_summary
@@ -25,6 +25,9 @@ from megatron_entropic.run_directory import RunDirectory
 from megatron_entropic.training_batch import decode_responses
 from megatron_entropic.types import Prompt, Sample
 
+# The settings of training data that hold for benchmarks too.
+_FORM_KEYS = ("prompt_key", "answer_key", "system_prompt", "prompt_suffix", "apply_chat_template", "max_prompt_tokens")
+
 
 class Evaluator:
     """The benchmarks of a configuration, read and tokenised."""
@@ -33,18 +36,22 @@ class Evaluator:
         """Read every benchmark.
 
         Raises:
-            ValueError: listing every benchmark that cannot be used, with its rows. A problem that is too long is an
-                error here even with `data.too_long=drop`: the numbers would be those of another benchmark.
+            ValueError: listing every benchmark that cannot be used, with its rows. A problem that is too long or
+                malformed is an error here whatever `data` says: the numbers would be those of another benchmark.
         """
         self._config = config
         self._tokenizer = tokenizer
         self._read_answer = build_reader(config.reward.verifier)
         self._benchmarks: dict[str, list[Prompt]] = {}
         refused = []
+        self.problems: dict[str, list[str]] = {}
+        """What is asked, by benchmark."""
+        form = {key: getattr(config.data, key) for key in _FORM_KEYS}
         for name, file in config.evaluation.benchmarks.items():
-            data = config.data.model_copy(update={"train_files": [file], "too_long": "error"})
+            data = DataConfig(train_files=[file], **form)
             try:
-                self._benchmarks[name] = PromptDataset(data, tokenizer, seed=0).prompts
+                dataset = PromptDataset(data, tokenizer, seed=0, other_columns=True)
+                self._benchmarks[name], self.problems[name] = dataset.prompts, dataset.problems
             except ValueError as error:
                 refused.append(f"benchmark {name}: {error}")
         if refused:
@@ -135,7 +142,7 @@ class Evaluator:
             "seed": config.evaluation.seed,
             "dtype": config.model.dtype,
             "verifier": config.reward.verifier,
-            "data": config.data.model_dump(mode="json", exclude={"train_files", "shuffle", "too_long"}),
+            "data": config.data.model_dump(mode="json", include=set(_FORM_KEYS)),
         }
 
 

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_entropic.data.dataset import read_prompt
-from megatron_entropic.data.rows import Problems, read_rows
+from megatron_entropic.data.problems import Problems
+from megatron_entropic.data.prompts import Messages, read_messages
+from megatron_entropic.data.rows import read_rows
 from megatron_entropic.data.tokenizer import load_tokenizer, render_prompts
 from megatron_entropic.weights.atomic_directory import appears_when_complete
 from megatron_entropic.weights.hf_io import HfReader
@@ -129,16 +130,17 @@ def _checked_prompts(
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         problems.add(f"{output_dir}: exists and is not empty; a model is not written over it")
     rows = read_rows([calibration], problems)[:max_prompts]
-    found = [(row, read_prompt(row, prompt_key)) for row in rows]
-    for row, prompt in found:
-        if prompt is None:
-            problems.add(f"{row.place}: no prompt in column {prompt_key}")
+    prompts: list[Messages] = []
+    for row in rows:
+        try:
+            prompts.append(read_messages(row, prompt_key))
+        except ValueError as error:
+            problems.add_row(row, str(error))
     tokens: list[list[int]] = []
     try:
         hf_dir = find_hf_dir(source)
         HfReader(hf_dir)  # every tensor is there and whole
-        usable = [prompt for _, prompt in found if prompt is not None]
-        _, tokens = render_prompts(usable, load_tokenizer(hf_dir), apply_chat_template=apply_chat_template)
+        _, tokens = render_prompts(prompts, load_tokenizer(hf_dir), apply_chat_template=apply_chat_template)
     except (ValueError, FileNotFoundError) as error:
         problems.add(str(error))
     problems.raise_if_any("the policy cannot be quantised")

@@ -2,6 +2,7 @@
 
 output_dir/
     config.yaml          the resolved configuration of the newest attempt
+    data_report.txt      rows of the training files: read, skipped, dropped, found twice or in a benchmark
     metrics.jsonl        one object a step; the truth. tensorboard/ and wandb/ repeat it
     warm_start.jsonl     one object a supervised step
     restarts.jsonl       why processes were started anew (cluster.max_restarts)
@@ -116,6 +117,11 @@ class RunDirectory:
             return None
         self.progress.log(f"resuming after step {step} from {self._newest}")
         return step
+
+    def report_data(self, lines: list[str]) -> None:
+        """Show what became of the rows of the training files, and keep it."""
+        (self.path / "data_report.txt").write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
+        self.progress.log("\n".join(lines))
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         """Write one step's metrics and show them."""

@@ -54,9 +54,16 @@ def train(config: Config) -> Path:
     with StopRequest() as stop, RunDirectory(config) as run, RewardScorer(config.reward) as scorer:
         if run.finished:
             return run.path
-        prompts = PromptDataset(config.data, run.tokenizer, seed=config.run.seed)
         HfReader(config.model.hf_dir)  # every tensor is there and whole, or the run ends here
         evaluator = Evaluator(config, run.tokenizer)
+        prompts = PromptDataset(
+            config.data,
+            run.tokenizer,
+            seed=config.run.seed,
+            check_truths=scorer.truth_problems,
+            benchmarks=evaluator.problems,
+        )
+        run.report_data(prompts.report.lines())
         lessons = warm_start_sequences(config, run.tokenizer)
 
         def attempt() -> None:

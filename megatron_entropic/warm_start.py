@@ -8,7 +8,7 @@ import torch
 
 from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.config import Config
-from megatron_entropic.data import WarmStartPairs
+from megatron_entropic.data import PromptForm, WarmStartPairs
 from megatron_entropic.data.tokenizer import Tokenizer
 from megatron_entropic.run_directory import RunDirectory
 from megatron_entropic.types import Sequence
@@ -23,13 +23,8 @@ def warm_start_sequences(config: Config, tokenizer: Tokenizer) -> list[list[Sequ
     settings = config.warm_start
     if not settings.steps or settings.file is None:
         return []
-    pairs = WarmStartPairs(
-        settings.file,
-        tokenizer,
-        config.max_sequence_tokens,
-        prompt_key=config.data.prompt_key,
-        apply_chat_template=config.data.apply_chat_template,
-    )
+    form = PromptForm.of(config.data)
+    pairs = WarmStartPairs(settings.file, tokenizer, config.max_sequence_tokens, form=form)
     draw = random.Random(config.run.seed)
     return [
         [_sequence(*pairs[index]) for index in draw.choices(range(len(pairs)), k=settings.sequences_per_step)]

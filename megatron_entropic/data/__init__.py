@@ -1,7 +1,8 @@
 """Prompts and warm-start pairs: reading, tokenising, and an order that resumes anywhere."""
 
 from megatron_entropic.data.dataset import PromptDataset
+from megatron_entropic.data.prompts import PromptForm
 from megatron_entropic.data.tokenizer import load_tokenizer
 from megatron_entropic.data.warm_start import WarmStartPairs
 
-__all__ = ["PromptDataset", "WarmStartPairs", "load_tokenizer"]
+__all__ = ["PromptDataset", "PromptForm", "WarmStartPairs", "load_tokenizer"]

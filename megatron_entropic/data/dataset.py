@@ -1,64 +1,73 @@
-"""The prompts of a run, read, tokenised and checked before anything is allocated.
+"""The prompts of a run: read, checked, filtered and tokenised before anything is allocated.
 
-Two layouts are understood, in parquet or JSON lines:
-- verl: `prompt` (a list of messages, or a string; data.prompt_key names it), `reward_model.ground_truth`, and
-  optionally `data_source` and `extra_info`;
-- plain: `problem` (or `question`) and `answer`.
+    rows --> malformed? --> too long? --> copies, benchmark problems, pass rates --> order of (seed, position)
+
+Two layouts are understood without any setting, in parquet, JSON lines or a saved `datasets` directory:
+- verl: `prompt` (a list of messages, or a string), `reward_model.ground_truth`, and optionally `data_source` and
+  `extra_info`;
+- plain: `problem` (or `question`) and `answer` (or `ground_truth`).
+`data.prompt_key` and `data.answer_key` name other columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_entropic.config import DataConfig
-from megatron_entropic.data.order import EpochOrder
-from megatron_entropic.data.rows import Problems, Row, read_rows
+from megatron_entropic.data.order import EpochOrder, MixedOrder
+from megatron_entropic.data.overlap import find_duplicates, find_overlap
+from megatron_entropic.data.pass_rates import read_pass_rates
+from megatron_entropic.data.problems import Problems, Row
+from megatron_entropic.data.prompts import PromptForm, lookup, problem_text, read_truth
+from megatron_entropic.data.report import DataReport
+from megatron_entropic.data.rows import read_rows
 from megatron_entropic.data.tokenizer import Tokenizer, render_prompts
 from megatron_entropic.types import Prompt
 
-_PLAIN_PROMPT_KEYS = ("problem", "question")
-_GROUND_TRUTH_KEYS = ("answer", "ground_truth")
+TruthCheck = Callable[[list[Any]], list[str | None]]
+"""Ground truths -> why each of them cannot be used, None where it can."""
 
 
 class PromptDataset:
-    """All prompts in memory, indexed by row; `at_step` says which of them a step takes."""
+    """All prompts in memory; `at_step` says which of them a step takes."""
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, seed: int):
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        check_truths: TruthCheck | None = None,
+        benchmarks: Mapping[str, Sequence[str]] | None = None,
+        other_columns: bool = False,
+    ):
         """Read every file, tokenise every prompt and check all of them.
 
+        Args:
+            check_truths: the verifier's opinion of the ground truths.
+            benchmarks: problems of each benchmark, to look for among the training problems.
+            other_columns: a file without any `answer_key` is read as if the key were not set.
+
         Raises:
-            ValueError: listing every file and row that cannot be used: no such file, no rows, missing columns,
-                prompts that are empty or longer than `max_prompt_tokens` (unless `too_long: drop`).
+            ValueError: listing every file and row that cannot be used: no such file, damaged files, missing columns,
+                values of the wrong type, empty prompts, ground truths that the verifier cannot read, prompts longer
+                than `max_prompt_tokens` (unless `too_long: drop`); or nothing left after filtering. With
+                `skip_malformed` findings about rows are no error; `report` counts them.
         """
-        what = "the training data cannot be used"
+        self.report = DataReport()
+        self._config, self._seed, self._other_columns = config, seed, other_columns
         problems = Problems()
-        rows = read_rows(config.train_files, problems)
-        usable = [(row, *found) for row in rows if (found := _prompt_and_truth(row, config.prompt_key, problems))]
-        problems.raise_if_any(what)
-        texts, tokens = render_prompts(
-            [prompt for _, prompt, _ in usable], tokenizer, apply_chat_template=config.apply_chat_template
-        )
-        self.dropped = 0
-        """Prompts left out for their length."""
-        self._prompts: list[Prompt] = []
-        for index, ((row, _, truth), text, ids) in enumerate(zip(usable, texts, tokens, strict=True)):
-            if not ids:
-                problems.add(f"{row.place}: the prompt has no tokens")
-            elif len(ids) <= config.max_prompt_tokens:
-                self._prompts.append(_prompt(index, row, text, ids, truth))
-            elif config.too_long == "drop":
-                self.dropped += 1
-            else:
-                problems.add(
-                    f"{row.place}: {len(ids)} tokens, more than data.max_prompt_tokens={config.max_prompt_tokens}"
-                )
-        if not self._prompts and not problems.messages:
-            problems.add(
-                f"all {self.dropped} prompts are longer than data.max_prompt_tokens={config.max_prompt_tokens}"
-            )
-        problems.raise_if_any(what)
-        self._order = EpochOrder(len(self._prompts), seed=seed, shuffle=config.shuffle)
+        self._read(tokenizer, check_truths, problems)
+        if config.skip_malformed:
+            self.report.note_skipped(problems)
+        self._filter(benchmarks or {}, problems)
+        if not self._prompts and not problems.messages and (config.skip_malformed or not problems.row_count):
+            problems.add("no prompt is left\n    " + "\n    ".join(self.report.lines()))
+        problems.raise_if_any("the training data cannot be used", skip_rows=config.skip_malformed)
+        self.report.kept = len(self._prompts)
+        self._order = self._make_order()
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -67,9 +76,19 @@ class PromptDataset:
         return self._prompts[position]
 
     @property
+    def dropped(self) -> int:
+        """Prompts left out for their length."""
+        return len(self.report.too_long)
+
+    @property
     def prompts(self) -> list[Prompt]:
         """Every prompt once, in the order of the files."""
         return list(self._prompts)
+
+    @property
+    def problems(self) -> list[str]:
+        """What the user asks in each of `prompts`, without templates, system prompt and suffix."""
+        return list(self._problems)
 
     def at_step(self, step: int, count: int) -> list[Prompt]:
         """The `count` prompts of `step` (counted from 1), every step of the run taking as many.
@@ -79,39 +98,120 @@ class PromptDataset:
         assert step >= 1, "steps are counted from 1"
         return [self._prompts[row] for row in self._order.rows((step - 1) * count, count)]
 
+    def _read(self, tokenizer: Tokenizer, check_truths: TruthCheck | None, problems: Problems) -> None:
+        """Fill prompts, problems and the number of each one's file with every usable row of bearable length."""
+        config, form = self._config, PromptForm.of(self._config)
+        usable: list[tuple[Row, int, int, list[dict[str, Any]], Any]] = []
+        index = 0
+        for file_number, file in enumerate(config.train_files):
+            rows = read_rows([file], problems)
+            self.report.rows[file] = len(rows)
+            answer_key = config.answer_key
+            if answer_key and self._other_columns and all(lookup(row.values, answer_key) is None for row in rows):
+                answer_key = None
+            for row in rows:
+                found = _messages_and_truth(row, form, answer_key, problems)
+                if found is not None:
+                    usable.append((row, index, file_number, *found))
+                index += 1
+        texts, tokens = _rendered([messages for *_, messages, _ in usable], tokenizer, form, problems)
+        reasons = check_truths([truth for *_, truth in usable]) if check_truths else [None] * len(usable)
+        self._prompts: list[Prompt] = []
+        self._problems: list[str] = []
+        self._file_numbers: list[int] = []
+        for (row, index, file_number, messages, truth), text, ids, reason in zip(
+            usable, texts, tokens, reasons, strict=True
+        ):
+            if reason is not None:
+                problems.add_row(row, "the verifier cannot use the ground truth", reason)
+            elif not ids:
+                problems.add_row(row, "the prompt has no tokens")
+            elif len(ids) <= config.max_prompt_tokens:
+                self._prompts.append(_prompt(index, row, text, ids, truth))
+                self._problems.append(problem_text(messages))
+                self._file_numbers.append(file_number)
+            elif config.too_long == "drop":
+                self.report.too_long.append((row.place, len(ids)))
+            else:
+                limit = f"more than data.max_prompt_tokens={config.max_prompt_tokens}"
+                problems.add_row(row, limit, f"{len(ids)} tokens")
 
-def read_prompt(row: Row, prompt_key: str) -> str | list[dict[str, Any]] | None:
-    """The prompt of a row: a string or messages with string contents; None if there is none that can be used."""
-    for key in (prompt_key, *_PLAIN_PROMPT_KEYS):
-        prompt = row.values.get(key)
-        if isinstance(prompt, str) and prompt:
-            return prompt
-        if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
-            return prompt
-    return None
+    def _filter(self, benchmarks: Mapping[str, Sequence[str]], problems: Problems) -> None:
+        """Look for copies, benchmark problems and recorded pass rates; leave out what the configuration says."""
+        config = self._config
+        duplicates = find_duplicates(self._problems, [prompt.ground_truth for prompt in self._prompts])
+        overlaps = find_overlap(self._problems, benchmarks, config.overlap_words)
+        places = [f"prompt {prompt.index} of {prompt.data_source}" for prompt in self._prompts]
+        self.report.note_copies(config, places, duplicates, overlaps)
+        out: set[int] = set()
+        if config.duplicates == "drop":
+            out |= set(duplicates.positions)
+        if config.benchmark_overlap == "drop":
+            out |= set().union(*(overlap.positions for overlap in overlaps.values()))
+        if config.pass_rates is not None:
+            out |= self._outside_pass_rates(config.pass_rates, problems)
+        kept = [position for position in range(len(self._prompts)) if position not in out]
+        self._prompts = [self._prompts[position] for position in kept]
+        self._problems = [self._problems[position] for position in kept]
+        self._file_numbers = [self._file_numbers[position] for position in kept]
+
+    def _outside_pass_rates(self, file: Path, problems: Problems) -> set[int]:
+        """Positions whose recorded pass rate is not in [pass_rate_min, pass_rate_max]; the unrecorded stay."""
+        try:
+            rates = read_pass_rates(file)
+        except ValueError as error:
+            problems.add(f"data.pass_rates: {error}")
+            return set()
+        low, high = self._config.pass_rate_min, self._config.pass_rate_max
+        known = {i: rates[prompt.text] for i, prompt in enumerate(self._prompts) if prompt.text in rates}
+        if self._prompts and not known:
+            problems.add(
+                f"data.pass_rates: {file}: none of its prompts is one of the training prompts, as the chat template, "
+                "system prompt and suffix make them"
+            )
+        outside = {position for position, rate in known.items() if not low <= rate <= high}
+        self.report.pass_rates = (len(known), len(outside))
+        return outside
+
+    def _make_order(self) -> EpochOrder | MixedOrder:
+        config = self._config
+        if config.file_weights is None:
+            return EpochOrder(len(self._prompts), seed=self._seed, shuffle=config.shuffle)
+        members: list[list[int]] = [[] for _ in config.train_files]
+        for position, file_number in enumerate(self._file_numbers):
+            members[file_number].append(position)
+        empty = [str(file) for file, rows in zip(config.train_files, members, strict=True) if not rows]
+        if empty:
+            raise ValueError(f"data.file_weights: no prompt is left of {', '.join(empty)}")
+        return MixedOrder(members, config.file_weights, seed=self._seed, shuffle=config.shuffle)
 
 
-def _prompt_and_truth(row: Row, prompt_key: str, problems: Problems) -> tuple[str | list[dict[str, Any]], Any] | None:
-    prompt, truth = read_prompt(row, prompt_key), _ground_truth(row.values)
-    found = ", ".join(sorted(row.values)) or "none"
-    if prompt is None:
-        keys = ", ".join((prompt_key, *_PLAIN_PROMPT_KEYS))
-        problems.add(f"{row.place}: no prompt (looked for a string or messages in {keys}; columns: {found})")
-    if truth is None:
-        keys = ", ".join(("reward_model.ground_truth", *_GROUND_TRUTH_KEYS))
-        problems.add(f"{row.place}: no ground truth (looked for {keys}; columns: {found})")
-    return None if prompt is None or truth is None else (prompt, truth)
+def _messages_and_truth(
+    row: Row, form: PromptForm, answer_key: str | None, problems: Problems
+) -> tuple[list[dict[str, Any]], Any] | None:
+    """Both, or None with everything that is wrong with either noted."""
+    messages: list[dict[str, Any]] | None = None
+    truth: Any = None
+    try:
+        messages = form.messages(row)
+    except ValueError as error:
+        problems.add_row(row, str(error))
+    try:
+        truth = read_truth(row, answer_key)
+    except ValueError as error:
+        problems.add_row(row, str(error))
+    return None if messages is None or truth is None else (messages, truth)
 
 
-def _ground_truth(values: dict[str, Any]) -> Any:
-    reward_model = values.get("reward_model")
-    if isinstance(reward_model, dict) and reward_model.get("ground_truth") is not None:
-        return reward_model["ground_truth"]
-    return next((values[key] for key in _GROUND_TRUTH_KEYS if values.get(key) is not None), None)
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+def _rendered(
+    prompts: list[list[dict[str, Any]]], tokenizer: Tokenizer, form: PromptForm, problems: Problems
+) -> tuple[list[str], list[list[int]]]:
+    """Texts and tokens. A tokenizer that cannot render them is one more problem, and nothing hides the others."""
+    try:
+        return render_prompts(prompts, tokenizer, apply_chat_template=form.apply_chat_template)
+    except ValueError as error:
+        problems.add(str(error))
+        return [""] * len(prompts), [[0]] * len(prompts)
 
 
 def _prompt(index: int, row: Row, text: str, tokens: list[int], truth: Any) -> Prompt:

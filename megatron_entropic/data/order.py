@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 class EpochOrder:
@@ -39,3 +43,35 @@ class EpochOrder:
     def _permutation_of(self, epoch: int) -> np.ndarray:
         words = [self._seed & 0xFFFFFFFF, self._seed >> 32 & 0xFFFFFFFF, epoch]
         return np.random.RandomState(np.array(words, dtype=np.uint32)).permutation(self._size)
+
+
+class MixedOrder:
+    """An endless order over several groups of rows, each getting its share of every stretch of positions.
+
+    Position p belongs to the group into whose part of [0, 1) frac(u + p * golden ratio) falls: the points of this
+    sequence are spread evenly, so that shares hold within any few dozen positions. Within its group every position
+    takes the next row of that group's own `EpochOrder`: a small group is repeated more often.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]], weights: Sequence[float], *, seed: int, shuffle: bool = True):
+        """Each group has at least one row; weights are positive and need not add up to 1."""
+        self._groups = [np.asarray(group) for group in groups]
+        self._orders = [EpochOrder(len(group), seed=seed + 1 + k, shuffle=shuffle) for k, group in enumerate(groups)]
+        self._upper_bounds = np.cumsum(weights) / np.sum(weights)
+        words = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
+        self._start = np.random.RandomState(np.array(words, dtype=np.uint32)).random_sample()
+
+    def rows(self, first: int, count: int) -> list[int]:
+        """Row numbers at positions first, ..., first + count - 1; see `EpochOrder.rows`."""
+        owners = self._owners(first + count)
+        taken = np.bincount(owners[:first], minlength=len(self._groups)).tolist()
+        rows = []
+        for owner in owners[first:].tolist():
+            rows.append(int(self._groups[owner][self._orders[owner].rows(taken[owner], 1)[0]]))
+            taken[owner] += 1
+        return rows
+
+    def _owners(self, count: int) -> np.ndarray:
+        """Group of each of the first `count` positions."""
+        points = np.mod(self._start + np.arange(count) * _GOLDEN_RATIO, 1.0)
+        return np.minimum(np.searchsorted(self._upper_bounds, points, side="right"), len(self._groups) - 1)

@@ -1,69 +1,44 @@
-"""Rows of parquet and JSON-lines files as dictionaries; whatever is unreadable comes in one error."""
+"""Rows of parquet files, JSON lines and saved `datasets` directories; whatever is unreadable is noted."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_SHOWN = 10
+from megatron_entropic.data.problems import Problems, Row
 
+__all__ = ["Problems", "Row", "read_rows"]
 
-@dataclass(slots=True)
-class Row:
-    """One row and where it stands, for messages."""
-
-    file: Path
-    number: int
-    """Row of the file from 0 (parquet), or line from 1 (JSON lines)."""
-    values: dict[str, Any]
-
-    @property
-    def place(self) -> str:
-        """`train.parquet, row 17`."""
-        unit = "row" if self.file.suffix == ".parquet" else "line"
-        return f"{self.file}, {unit} {self.number}"
-
-
-@dataclass(slots=True)
-class Problems:
-    """Collects what is wrong with a data set, to be raised together."""
-
-    messages: list[str] = field(default_factory=list)
-
-    def add(self, message: str) -> None:
-        """Note one problem."""
-        self.messages.append(message)
-
-    def raise_if_any(self, what: str) -> None:
-        """Raise what was noted.
-
-        Raises:
-            ValueError: the first problems in full and the number of the others.
-        """
-        if not self.messages:
-            return
-        shown = "\n".join(f"  - {message}" for message in self.messages[:_SHOWN])
-        more = len(self.messages) - _SHOWN
-        tail = f"\n  ... and {more} more like these" if more > 0 else ""
-        raise ValueError(f"{what}: {len(self.messages)} problem(s)\n{shown}{tail}")
+_SAVED_DATASET = "state.json"
+_SAVED_SPLITS = "dataset_dict.json"
 
 
 def read_rows(files: Iterable[Path], problems: Problems) -> list[Row]:
-    """Every row of the files, in order; unreadable files and lines are noted in `problems`."""
+    """Every row of the files, in order; unreadable files and lines are noted in `problems`.
+
+    Args:
+        files: parquet, JSON lines, a JSON array, or a directory that `datasets.Dataset.save_to_disk` wrote.
+    """
     rows: list[Row] = []
     for file in files:
-        if not file.is_file():
-            problems.add(f"{file}: no such file")
-            continue
-        read = _parquet_rows if file.suffix == ".parquet" else _json_rows
-        before, known = len(rows), len(problems.messages)
-        rows.extend(read(file, problems))
-        if len(rows) == before and len(problems.messages) == known:
+        before, known = len(rows), len(problems.messages) + problems.row_count
+        rows.extend(_rows(file, problems))
+        if len(rows) == before and len(problems.messages) + problems.row_count == known:
             problems.add(f"{file}: the file has no rows")
     return rows
+
+
+def _rows(file: Path, problems: Problems) -> Iterator[Row]:
+    if file.is_dir():
+        yield from _saved_dataset_rows(file, problems)
+    elif not file.is_file():
+        problems.add(f"{file}: no such file")
+    elif file.suffix == ".parquet":
+        yield from _parquet_rows(file, problems)
+    else:
+        yield from _json_rows(file, problems)
 
 
 def _parquet_rows(file: Path, problems: Problems) -> Iterator[Row]:
@@ -79,6 +54,37 @@ def _parquet_rows(file: Path, problems: Problems) -> Iterator[Row]:
         yield Row(file, number, values)
 
 
+def _saved_dataset_rows(directory: Path, problems: Problems) -> Iterator[Row]:
+    """The Arrow streams that the directory's state.json names; the library `datasets` is not needed for that."""
+    import pyarrow
+
+    if (directory / _SAVED_SPLITS).is_file():
+        splits = sorted(path.parent.name for path in directory.glob(f"*/{_SAVED_DATASET}"))
+        problems.add(f"{directory}: a data set with the splits {', '.join(splits)}: name the folder of one of them")
+        return
+    try:
+        state = json.loads((directory / _SAVED_DATASET).read_text(encoding="utf-8"))
+        names = [str(entry["filename"]) for entry in state["_data_files"]]
+        if state.get("_indices_files") or state.get("_indices_data_files"):
+            raise ValueError("its rows are reordered by an index file; save it after flatten_indices()")
+        tables = [_arrow_table(directory / name) for name in names]
+    except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        problems.add(f"{directory}: not a directory that datasets' save_to_disk wrote: {error}")
+        return
+    number = 0
+    for table in tables:
+        for values in table.to_pylist():
+            yield Row(directory, number, values)
+            number += 1
+
+
+def _arrow_table(file: Path) -> Any:
+    import pyarrow
+
+    with pyarrow.OSFile(str(file)) as source, pyarrow.ipc.open_stream(source) as reader:
+        return reader.read_all()
+
+
 def _json_rows(file: Path, problems: Problems) -> Iterator[Row]:
     """JSON lines; a file that is one JSON array is taken too."""
     try:
@@ -92,15 +98,13 @@ def _json_rows(file: Path, problems: Problems) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
+        row = Row(file, number, {}, "line")
         try:
             values = json.loads(line)
         except ValueError as error:
-            problems.add(f"{file}, line {number}: not valid JSON: {error}")
+            problems.add_row(row, "not valid JSON", str(error))
             continue
-        if isinstance(values, dict):
-            yield Row(file, number, values)
-        else:
-            problems.add(f"{file}, line {number}: expected a JSON object, found {type(values).__name__}")
+        yield from _object(row, values, problems)
 
 
 def _array_rows(file: Path, text: str, problems: Problems) -> Iterator[Row]:
@@ -110,7 +114,12 @@ def _array_rows(file: Path, text: str, problems: Problems) -> Iterator[Row]:
         problems.add(f"{file}: not a valid JSON array: {error}")
         return
     for number, values in enumerate(array, start=1):
-        if isinstance(values, dict):
-            yield Row(file, number, values)
-        else:
-            problems.add(f"{file}, item {number}: expected a JSON object, found {type(values).__name__}")
+        yield from _object(Row(file, number, {}, "item"), values, problems)
+
+
+def _object(row: Row, values: Any, problems: Problems) -> Iterator[Row]:
+    if isinstance(values, dict):
+        row.values = values
+        yield row
+    else:
+        problems.add_row(row, f"expected a JSON object, found {type(values).__name__}")

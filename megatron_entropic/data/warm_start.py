@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_entropic.data.dataset import read_prompt
-from megatron_entropic.data.rows import Problems, read_rows
+from megatron_entropic.data.problems import Problems
+from megatron_entropic.data.prompts import PromptForm
+from megatron_entropic.data.rows import read_rows
 from megatron_entropic.data.tokenizer import Tokenizer, render_prompts
 
 
@@ -22,40 +23,43 @@ class WarmStartPairs:
         tokenizer: Tokenizer,
         max_sequence_tokens: int,
         *,
-        prompt_key: str = "prompt",
-        apply_chat_template: bool = False,
+        form: PromptForm | None = None,
     ):
         """Read, tokenise and check every pair.
 
         Args:
             max_sequence_tokens: longest prompt and response together, end-of-sequence token included.
-            prompt_key, apply_chat_template: as in `DataConfig`.
+            form: of the prompts, as training has it (default: `PromptForm()`).
 
         Raises:
             ValueError: listing every row that cannot be used, too long ones included.
         """
         what = "the warm-start data cannot be used"
+        form = form or PromptForm()
         problems = Problems()
-        prompts, responses, places = [], [], []
+        prompts, responses, rows = [], [], []
         for row in read_rows([file], problems):
-            prompt, response = read_prompt(row, prompt_key), row.values.get("response")
-            if prompt is None or not isinstance(response, str) or not response:
-                problems.add(f"{row.place}: needs a prompt and a non-empty string in the column 'response'")
+            response = row.values.get("response")
+            if not isinstance(response, str) or not response:
+                problems.add_row(row, "needs a non-empty string in the column 'response'")
                 continue
-            prompts.append(prompt)
+            try:
+                prompts.append(form.messages(row))
+            except ValueError as error:
+                problems.add_row(row, str(error))
+                continue
             responses.append(response)
-            places.append(row.place)
+            rows.append(row)
         problems.raise_if_any(what)
-        _, prompt_tokens = render_prompts(prompts, tokenizer, apply_chat_template=apply_chat_template)
+        _, prompt_tokens = render_prompts(prompts, tokenizer, apply_chat_template=form.apply_chat_template)
         response_tokens = tokenizer(responses, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         self._pairs: list[tuple[list[int], list[int]]] = []
-        for place, before, after in zip(places, prompt_tokens, response_tokens, strict=True):
+        for row, before, after in zip(rows, prompt_tokens, response_tokens, strict=True):
             if after[-1:] != [tokenizer.eos_token_id]:
                 after = [*after, tokenizer.eos_token_id]
             if len(before) + len(after) > max_sequence_tokens:
-                problems.add(
-                    f"{place}: {len(before)} + {len(after)} tokens, more than the budget of {max_sequence_tokens}"
-                )
+                limit = f"more than the budget of {max_sequence_tokens} tokens"
+                problems.add_row(row, limit, f"{len(before)} + {len(after)} tokens")
             self._pairs.append((before, after))
         problems.raise_if_any(what)
 

@@ -1,8 +1,9 @@
-r"""The last \boxed{} of a text. Apart from its verifier, so that reading an answer loads no computer algebra."""
+r"""What stands in a \boxed{}. Apart from its verifier, so that reading an answer loads no computer algebra."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 
 def last_boxed(text: str) -> str | None:
@@ -17,3 +18,18 @@ def last_boxed(text: str) -> str | None:
         if depth == 0:
             return text[start : start + brace.start()].strip()
     return None
+
+
+def gold_answer(ground_truth: Any) -> str:
+    r"""The answer in a ground truth: LaTeX or a number, with or without \boxed{}; a dictionary's `answer` or `target`.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    if isinstance(ground_truth, dict):
+        ground_truth = ground_truth.get("answer", ground_truth.get("target"))
+    if ground_truth is None or not str(ground_truth).strip():
+        raise ValueError("the ground truth is empty")
+    text = str(ground_truth).strip()
+    boxed = last_boxed(text)
+    return text if boxed is None else boxed

@@ -13,7 +13,7 @@ from typing import Any
 
 from math_verify import parse, verify
 
-from megatron_entropic.rewards.boxed import last_boxed
+from megatron_entropic.rewards.boxed import gold_answer, last_boxed
 
 _ANSWER_CHARACTERS = 300
 # A sign of mathematics or of money: neither is part of a value, and a backslash left alone would be.
@@ -35,7 +35,7 @@ def math_answer(response: str, ground_truth: Any, extra_info: Mapping[str, Any])
     Raises:
         ValueError: a ground truth that cannot be read.
     """
-    gold, answer = _gold(ground_truth), last_boxed(response)
+    gold, answer = gold_answer(ground_truth), last_boxed(response)
     if answer is None or len(answer) > max(_ANSWER_CHARACTERS, 2 * len(gold)):
         return 0.0
     if _bare(answer) == _bare(gold):
@@ -44,16 +44,6 @@ def math_answer(response: str, ground_truth: Any, extra_info: Mapping[str, Any])
     if not parsed_gold:
         raise ValueError(f"the ground truth {gold!r} cannot be read as mathematics")
     return float(verify(parsed_gold, _parse(answer), timeout_seconds=None, raise_on_error=True))
-
-
-def _gold(ground_truth: Any) -> str:
-    if isinstance(ground_truth, dict):
-        ground_truth = ground_truth.get("answer", ground_truth.get("target"))
-    if ground_truth is None or not str(ground_truth).strip():
-        raise ValueError("the ground truth is empty")
-    text = str(ground_truth).strip()
-    boxed = last_boxed(text)
-    return text if boxed is None else boxed
 
 
 def _bare(text: str) -> str:

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from statistics import fmean
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_entropic.config import RewardConfig
+from megatron_entropic.rewards.ground_truths import objection, own_answer
 from megatron_entropic.rewards.pool import Job, VerifierPool
 from megatron_entropic.rewards.verdict import Verdict, judge
 from megatron_entropic.rewards.verifiers import INSTANT, build_verifier
@@ -64,9 +65,25 @@ class RewardScorer:
     def verdicts(self, samples: Sequence[Sample]) -> list[Verdict]:
         """What the verifier says of each sample, failures as such; they are logged and change no sample."""
         jobs: list[Job] = [(sample.text, sample.prompt.ground_truth, sample.prompt.extra_info) for sample in samples]
-        verdicts = self._pool.judge(jobs) if self._pool else [judge(self._verifier, *job) for job in jobs]
+        verdicts = self._judge(jobs)
         self._warn(verdicts)
         return verdicts
+
+    def truth_problems(self, truths: Sequence[Any]) -> list[str | None]:
+        """Why the verifier cannot use a ground truth, None where it can; see `ground_truths`."""
+        reasons: list[str | None] = [None] * len(truths)
+        jobs: dict[int, Job] = {}
+        for position, truth in enumerate(truths):
+            try:
+                answer = own_answer(self._name, truth)
+            except ValueError as error:
+                reasons[position] = str(error)
+                continue
+            if answer is not None:
+                jobs[position] = (answer, truth, {})
+        for position, verdict in zip(jobs, self._judge(list(jobs.values())), strict=True):
+            reasons[position] = objection(self._name, verdict)
+        return reasons
 
     def close(self) -> None:
         """End the verifier processes."""
@@ -80,6 +97,9 @@ class RewardScorer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _judge(self, jobs: Sequence[Job]) -> list[Verdict]:
+        return self._pool.judge(jobs) if self._pool else [judge(self._verifier, *job) for job in jobs]
 
     def _warn(self, verdicts: Sequence[Verdict]) -> None:
         failed = [verdict for verdict in verdicts if verdict.status != "ok"]

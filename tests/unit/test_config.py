@@ -268,7 +268,7 @@ def test_data_files(machine: Path) -> None:
     )
     assert [problem.rpartition("/")[2] for problem in found] == [
         "empty.jsonl: the file is empty",
-        "table.csv: expected one of .parquet, .jsonl, .json",
+        "table.csv: expected one of .parquet, .jsonl, .json, or a directory that datasets' save_to_disk wrote",
         "warm.parquet: no such file",
     ]
 

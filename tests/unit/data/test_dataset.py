@@ -9,35 +9,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from megatron_entropic.config import DataConfig
-from megatron_entropic.data import PromptDataset, WarmStartPairs, load_tokenizer
-
-CHARACTERS = "0123456789+-*,>:$_ abcdefghijklmnopqrstuvwxyz<|\n"
-TEMPLATE = (
-    "{% for message in messages %}<{{ message['role'] }}|{{ message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant|{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A character tokenizer with `$` as end of sequence, saved as transformers saves one."""
-    inner = Tokenizer(models.WordLevel({character: i for i, character in enumerate(CHARACTERS)}, unk_token="_"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    inner.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="$", pad_token="_", unk_token="_")
-    tokenizer.chat_template = TEMPLATE
-    path = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_dir: Path) -> Any:
-    return load_tokenizer(tokenizer_dir)
+from megatron_entropic.data import PromptDataset, PromptForm, WarmStartPairs, load_tokenizer
 
 
 def config(*files: Path, **values: Any) -> DataConfig:
@@ -132,6 +108,7 @@ def test_everything_wrong_in_one_error(tmp_path: Path, tokenizer: Any) -> None:
         '{"answer": "1"}',
         '{"problem": "1"}',
         '{"problem": "", "answer": 1}',
+        '{"prompt": 5, "answer": NaN}',
     ]
     (tmp_path / "lines.jsonl").write_text("\n".join(lines))
     names = ["missing.parquet", "broken.parquet", "empty.jsonl", "latin.jsonl", "lines.jsonl"]
@@ -139,35 +116,42 @@ def test_everything_wrong_in_one_error(tmp_path: Path, tokenizer: Any) -> None:
         PromptDataset(config(*[tmp_path / name for name in names]), tokenizer, seed=1)
     message = str(caught.value)
     for part in (
-        "9 problem(s)",
+        "11 problem(s)",
         "missing.parquet: no such file",
         "broken.parquet: not a readable parquet file",
         "empty.jsonl: the file has no rows",
         "latin.jsonl: not UTF-8 text",
         "lines.jsonl, line 2: not valid JSON",
         "lines.jsonl, line 3: expected a JSON object, found list",
-        "lines.jsonl, line 4: no prompt (looked for a string or messages in prompt, problem, question; ",
+        "lines.jsonl, line 4: no prompt (looked for prompt, problem, question; columns: answer)",
         "lines.jsonl, line 5: no ground truth",
-        "lines.jsonl, line 6: no prompt",
+        "lines.jsonl, line 6: the prompt in problem is empty",
+        "lines.jsonl, line 7: the prompt in prompt is of the wrong type (int): expected a string, or messages",
+        "lines.jsonl, line 7: the ground truth in answer is of the wrong type (nan)",
     ):
         assert part in message, part
 
 
-def test_many_bad_rows_are_counted_not_all_shown(tmp_path: Path, tokenizer: Any) -> None:
-    file = jsonl(tmp_path / "a.jsonl", *[{"text": "x"}] * 100)
-    with pytest.raises(ValueError, match=r"200 problem\(s\)(.|\n)*and 190 more like these"):
+def test_many_bad_rows_are_counted_and_none_of_them_hides_another_reason(tmp_path: Path, tokenizer: Any) -> None:
+    file = jsonl(tmp_path / "a.jsonl", *[{"text": "x"}] * 100, {"problem": "1", "answer": " "})
+    with pytest.raises(ValueError) as caught:
         PromptDataset(config(file), tokenizer, seed=1)
+    message = str(caught.value)
+    assert "201 problem(s)" in message
+    assert "100 lines: no prompt" in message
+    assert "lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 90 more" in message
+    assert "line 101: the ground truth in answer is empty" in message
 
 
 def test_prompts_over_the_budget(tmp_path: Path, tokenizer: Any) -> None:
     file = jsonl(tmp_path / "a.jsonl", *[{"problem": "1" * n, "answer": "1"} for n in (29, 30, 31, 60)])
     with pytest.raises(ValueError) as caught:
         PromptDataset(config(file), tokenizer, seed=1)
-    assert "line 3: 31 tokens, more than data.max_prompt_tokens=30" in str(caught.value)
-    assert "line 4: 60 tokens" in str(caught.value)
+    assert "2 lines: more than data.max_prompt_tokens=30: lines 3 (31 tokens), 4 (60 tokens)" in str(caught.value)
     dataset = PromptDataset(config(file, too_long="drop"), tokenizer, seed=1)
     assert (len(dataset), dataset.dropped) == (2, 2)
-    with pytest.raises(ValueError, match=r"all 4 prompts are longer than data\.max_prompt_tokens=3"):
+    assert f"the longest has 60 tokens): {file}, line 3 (31), {file}, line 4 (60)" in "\n".join(dataset.report.lines())
+    with pytest.raises(ValueError, match=r"no prompt is left(.|\n)*longer than data\.max_prompt_tokens: 4"):
         PromptDataset(config(file, too_long="drop", max_prompt_tokens=3), tokenizer, seed=1)
 
 
@@ -181,7 +165,7 @@ def test_warm_start_pairs_end_in_one_end_of_sequence(tmp_path: Path, tokenizer: 
     assert len(pairs) == 2
     for index, (prompt, response) in enumerate([("1,2>03:", "1+2$"), ("2,2>04:", "2+2$")]):
         assert [tokenizer.decode(tokens) for tokens in pairs[index]] == [prompt, response]
-    with pytest.raises(ValueError, match=r"row 0: 7 \+ 4 tokens, more than the budget of 10"):
+    with pytest.raises(ValueError, match=r"2 rows: more than the budget of 10 tokens: rows 0 \(7 \+ 4 tokens\)"):
         WarmStartPairs(file, tokenizer, 10)
 
 
@@ -189,7 +173,7 @@ def test_warm_start_prompts_equal_those_of_training(tmp_path: Path, tokenizer: A
     row = {"problem": "1+1", "answer": "2", "response": "2"}
     file = jsonl(tmp_path / "a.jsonl", row)
     dataset = PromptDataset(config(file, apply_chat_template=True), tokenizer, seed=1)
-    pairs = WarmStartPairs(file, tokenizer, 100, apply_chat_template=True)
+    pairs = WarmStartPairs(file, tokenizer, 100, form=PromptForm(apply_chat_template=True))
     assert pairs[0][0] == dataset[0].tokens
 
 

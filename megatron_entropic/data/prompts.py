@@ -1,0 +1,119 @@
+"""From a row to messages and a ground truth: which columns they stand in, and what is put around the problem."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_entropic.config import DataConfig
+from megatron_entropic.data.problems import Row
+
+Messages = list[dict[str, Any]]
+"""Each with `role` and `content`, both strings."""
+
+_PLAIN_PROMPT_KEYS = ("problem", "question")
+_TRUTH_KEYS = ("reward_model.ground_truth", "answer", "ground_truth")
+
+
+@dataclass(frozen=True, slots=True)
+class PromptForm:
+    """Where the prompt of a row stands, and what becomes of it."""
+
+    key: str = "prompt"
+    """Column, or a path into nested ones with dots; `problem` and `question` are looked at after it."""
+    system: str | None = None
+    """System message of prompts that have none."""
+    suffix: str = ""
+    """Text after the last user message."""
+    apply_chat_template: bool = False
+
+    @classmethod
+    def of(cls, config: DataConfig) -> PromptForm:
+        """As the configuration has it."""
+        return cls(config.prompt_key, config.system_prompt, config.prompt_suffix, config.apply_chat_template)
+
+    def messages(self, row: Row) -> Messages:
+        """The prompt of a row with system prompt and suffix.
+
+        Raises:
+            ValueError: there is none, or not one that can be used; saying why.
+        """
+        messages = [dict(message) for message in read_messages(row, self.key)]
+        if self.suffix:
+            last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages) - 1)
+            messages[last]["content"] += self.suffix
+        if self.system is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.system})
+        return messages
+
+
+def read_messages(row: Row, key: str) -> Messages:
+    """The prompt of a row as messages; a string is one message of the user.
+
+    Raises:
+        ValueError: no such column, or something else in it than a string or messages, or nothing.
+    """
+    keys = dict.fromkeys((key, *_PLAIN_PROMPT_KEYS))
+    name, prompt = next(((k, v) for k in keys if (v := lookup(row.values, k)) is not None), (None, None))
+    if name is None:
+        columns = ", ".join(sorted(row.values)) or "none"
+        raise ValueError(f"no prompt (looked for {', '.join(keys)}; columns: {columns})")
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not all(_is_message(message) for message in prompt):
+        raise ValueError(
+            f"the prompt in {name} is of the wrong type ({_kind(prompt)}): expected a string, or messages with role "
+            "and content"
+        )
+    if not any(message["content"].strip() for message in prompt):
+        raise ValueError(f"the prompt in {name} is empty")
+    return prompt
+
+
+def read_truth(row: Row, key: str | None) -> Any:
+    """The ground truth of a row: a string, a number, or whatever nested value a verifier takes.
+
+    Args:
+        key: column or path; None looks for the verl layout's, then for `answer` and `ground_truth`.
+
+    Raises:
+        ValueError: there is none, it is empty, or it is no value that could be one.
+    """
+    keys = _TRUTH_KEYS if key is None else (key,)
+    name, truth = next(((k, v) for k in keys if (v := lookup(row.values, k)) is not None), (None, None))
+    if name is None:
+        columns = ", ".join(sorted(row.values)) or "none"
+        raise ValueError(f"no ground truth (looked for {', '.join(keys)}; columns: {columns})")
+    if not isinstance(truth, str | int | float | dict | list) or (
+        isinstance(truth, float) and not math.isfinite(truth)
+    ):
+        raise ValueError(f"the ground truth in {name} is of the wrong type ({_kind(truth)})")
+    if isinstance(truth, str | dict | list) and not (truth.strip() if isinstance(truth, str) else truth):
+        raise ValueError(f"the ground truth in {name} is empty")
+    return truth
+
+
+def lookup(values: dict[str, Any], path: str) -> Any:
+    """The value of a column, or of a path such as `reward_model.ground_truth`; None if there is none."""
+    if path in values:
+        return values[path]
+    value: Any = values
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def problem_text(messages: Messages) -> str:
+    """What the user asks, without the system prompt."""
+    return "\n\n".join(message["content"] for message in messages if message["role"] != "system")
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return f"list of {type(value[0]).__name__}"
+    return f"{value}" if isinstance(value, float) and not math.isfinite(value) else type(value).__name__
