@@ -78,6 +78,11 @@ class PolicyConfig(Section):
     moe_aux_loss_coefficient: float = Field(
         0.0, ge=0, description="Weight of the load-balancing loss of layers with experts; 0 switches it off."
     )
+    moe_router_replay: Annotated[Literal["off", "score"], BeforeValidator(off_is_a_word)] = Field(
+        "off",
+        description="score: updates send each token to the experts that the score pass chose, so that the ratio of new "
+        "and old probability is one of weights, not of routes.",
+    )
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
     tokens_per_microbatch: int = Field(

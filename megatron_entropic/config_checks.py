@@ -317,6 +317,11 @@ def _model_directory(config: Config) -> Iterator[Violation]:
             (key, "cluster.check_weights"),
             "cluster.check_weights=true: vLLM's fused experts cannot be compared yet, only dense models can",
         )
+    if policy.moe_router_replay != "off" and dimensions.experts is None:
+        yield Violation(
+            (key, "policy.moe_router_replay"),
+            f"policy.moe_router_replay={policy.moe_router_replay} needs a model with experts, and {path} has none",
+        )
     layout_keys = (key, "policy.tensor_parallel", "policy.pipeline_parallel")
     for problem in dimensions.layout_problems(policy):
         yield Violation(layout_keys, f"policy.{problem}")

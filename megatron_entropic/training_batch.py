@@ -49,10 +49,11 @@ def minibatches(batch: list[Sequence], config: Config, step: int, epoch: int) ->
 
 
 def attach_scores(batch: list[Sequence], scores: Scores, reference: Scores | None) -> None:
-    """Put the score pass's log-probs (and the reference's) on the sequences."""
+    """Put the score pass's log-probs, the experts it chose, and the reference's log-probs on the sequences."""
     for index, sequence in enumerate(batch):
         sequence.old_logprobs = scores.logprobs[index]
         sequence.reference_logprobs = reference.logprobs[index] if reference else None
+        sequence.experts = scores.experts[index] if scores.experts else None
 
 
 def rollout_metrics(samples: list[Sample], config: Config) -> dict[str, float]:

@@ -67,6 +67,8 @@ class Sequence:
     """[R] float32, as the engine reported them."""
     reference_logprobs: torch.Tensor | None = None
     """[R] float32, of the frozen reference; None without a KL penalty."""
+    experts: torch.Tensor | None = None
+    """[L, layers with experts, k] uint8 or int16, as the score pass routed; None without router replay."""
 
     @property
     def response_length(self) -> int:
@@ -90,13 +92,16 @@ class Scores:
     """Each [R] float32, at the temperature asked for."""
     entropies: list[torch.Tensor]
     """Each [R] float32, nats, of the full softmax at the same temperature."""
+    experts: list[torch.Tensor] = field(default_factory=list)
+    """As `Sequence.experts`; empty without router replay."""
 
     def __getstate__(self) -> list[Any]:
         """As `Sequence`."""
-        return [[_as_array(value) for value in values] for values in (self.logprobs, self.entropies)]
+        return [[_as_array(value) for value in getattr(self, item.name)] for item in fields(self)]
 
     def __setstate__(self, state: list[Any]) -> None:
-        self.logprobs, self.entropies = ([_as_tensor(value) for value in values] for values in state)
+        for item, values in zip(fields(self), state, strict=True):
+            setattr(self, item.name, [_as_tensor(value) for value in values])
 
 
 def _as_array(value: Any) -> Any:

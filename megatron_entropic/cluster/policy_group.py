@@ -57,13 +57,15 @@ class PolicyGroup:
         answers = self._on_replicas("score", sequences, shards, self._limits.score_timeout_s, reference=reference)
         logprobs: list[Any] = [None] * len(sequences)
         entropies: list[Any] = [None] * len(sequences)
+        experts: dict[int, Any] = {}
         for rank, scores in enumerate(answers):
             if scores is None:
                 continue
             for position, index in enumerate(shards[self._replica_of[rank]]):
                 logprobs[index], entropies[index] = scores.logprobs[position], scores.entropies[position]
+                experts |= {index: scores.experts[position]} if scores.experts else {}
         assert all(value is not None for value in logprobs), "a data-parallel replica returned no scores"
-        return Scores(logprobs, entropies)
+        return Scores(logprobs, entropies, [experts[index] for index in sorted(experts)])
 
     def update(self, minibatch: list[Sequence]) -> dict[str, float]:
         """One optimizer step on `minibatch`; metrics are global and equal on every rank."""

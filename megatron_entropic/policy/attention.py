@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class PackedSegments(PackedSeqParams):
-    """What megatron-core passes to attention and RoPE of a packed micro-batch, with the plan of its segments."""
+    """What megatron-core passes to attention and RoPE of a packed micro-batch, and what our own modules need."""
 
     plan: SegmentPlan | None = None
+    choices: torch.Tensor | None = None
+    """`MicroBatch.choices`; recomputation too hands these parameters to every layer."""
 
 
 def packed_segments(micro_batch: MicroBatch) -> PackedSegments:
@@ -34,6 +36,7 @@ def packed_segments(micro_batch: MicroBatch) -> PackedSegments:
         max_seqlen_q=micro_batch.max_seqlen,
         max_seqlen_kv=micro_batch.max_seqlen,
         plan=micro_batch.plan,
+        choices=micro_batch.choices,
     )
 
 

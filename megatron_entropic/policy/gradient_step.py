@@ -18,6 +18,7 @@ from megatron_entropic.policy.forward import OutputOptions, TokenStatistics, run
 from megatron_entropic.policy.microbatch import MicroBatch
 from megatron_entropic.policy.optimizer import PolicyOptimizer, StepOutcome
 from megatron_entropic.policy.parallel import ParallelState
+from megatron_entropic.policy.router_replay import with_choices
 from megatron_entropic.policy.routing import Routing, has_experts
 from megatron_entropic.types import Sequence
 
@@ -55,9 +56,18 @@ class GradientStep:
         self._tokens_per_microbatch = tokens_per_microbatch
         self._attention_weight = attention_weight
 
-    def align(self, sequences: list[Sequence]) -> list[MicroBatch]:
-        """This replica's sequences in as many micro-batches as every other replica runs (see `pack_alike`)."""
-        return pack_alike(sequences, self._tokens_per_microbatch, self.parallel, self.device)
+    def align(self, sequences: list[Sequence], *, replay: bool = False) -> list[MicroBatch]:
+        """This replica's sequences in as many micro-batches as every other replica runs (see `pack_alike`).
+
+        Args:
+            sequences: of this replica.
+            replay: send tokens to the experts that the sequences carry.
+
+        Raises:
+            ValueError: with `replay`, a sequence carries none.
+        """
+        batch = pack_alike(sequences, self._tokens_per_microbatch, self.parallel, self.device)
+        return [with_choices(micro_batch, self.parallel) for micro_batch in batch] if replay else batch
 
     def batch_metrics(self, batch: list[MicroBatch]) -> dict[str, float]:
         """How well `batch`, from `align`, fills the ranks; equal on all of them."""

@@ -75,6 +75,8 @@ class MicroBatch:
     """The sequences themselves, as the caller gave them (on the caller's device)."""
     indices: tuple[int, ...]
     """Where each sequence stood in the caller's list."""
+    choices: torch.Tensor | None = None
+    """[tokens of this rank, layers with experts, k]: the experts to use, see `router_replay`. None: routers choose."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its packed tensors on `device`; `sequences` stay where they are."""

@@ -31,6 +31,7 @@ from megatron_entropic.policy.parallel import ParallelState
 from megatron_entropic.policy.platform import Platform
 from megatron_entropic.policy.rotary import scale_frequencies
 from megatron_entropic.policy.router import PolicyRouter
+from megatron_entropic.policy.router_replay import check_hook, take_choices
 from megatron_entropic.policy.transformer_config import build_transformer_config
 from megatron_entropic.weights.dimensions import ModelDimensions
 
@@ -116,7 +117,7 @@ def build_model(
     Parameters are uninitialised (see `load_weights`).
 
     Raises:
-        ValueError: the layout does not divide the model.
+        ValueError: the layout does not divide the model, or megatron-core lacks what is asked for.
     """
     config = build_transformer_config(dimensions, policy, dtype, state, platform)
     build_spec = _transformer_engine_spec if platform.transformer_engine else _plain_spec
@@ -128,7 +129,17 @@ def build_model(
             config, [dimensions.has_experts(layer) for layer in _layers_of_chunk(dimensions, state, chunk)]
         )
         chunks.append(model_class(dimensions, config, spec, state, chunk))
+        if policy.moe_router_replay != "off":
+            _enable_replay(chunks[-1])
     return torch.nn.ModuleList(chunks).to(platform.device)
+
+
+def _enable_replay(chunk: PolicyModel) -> None:
+    check_hook()
+    for layer in chunk.decoder.layers:
+        if (router := getattr(layer.mlp, "router", None)) is not None:
+            router.enable_replay()
+            layer.register_forward_pre_hook(take_choices, with_kwargs=True)
 
 
 def _layers_of_chunk(dimensions: ModelDimensions, state: ParallelState, chunk: int) -> range:

@@ -38,6 +38,7 @@ class ParallelState:
     """Tokens of each product must be a multiple of this, see `PolicyConfig.token_alignment`."""
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
+    context_group: dist.ProcessGroup
     data_context_group: dist.ProcessGroup
     """Ranks that hold the same parameters and different tokens (data x context parallel)."""
     model_group: dist.ProcessGroup
@@ -164,6 +165,7 @@ def _current_state(policy: PolicyConfig) -> ParallelState:
         token_alignment=policy.token_alignment,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        context_group=parallel_state.get_context_parallel_group(),
         data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         model_group=parallel_state.get_model_parallel_group(),
         expert_group=parallel_state.get_expert_tensor_and_model_parallel_group(),

@@ -101,7 +101,12 @@ class Policy:
         self._control = build_control(config, self.parallel, self.platform.device)
         settings = LossSettings.from_config(config)
         self._update = PolicyUpdate(
-            self._machinery, settings, config.rollout.temperature, self._control, config.output_head
+            self._machinery,
+            settings,
+            config.rollout.temperature,
+            self._control,
+            config.output_head,
+            replay=config.policy.moe_router_replay != "off",
         )
         self.plan = self._plan()
         self._publisher = self._build_publisher(local_address(master_address, master_port), sender_type)
@@ -142,6 +147,7 @@ class Policy:
             self.parallel,
             temperature=self.config.rollout.temperature,
             tokens_per_microbatch=self.config.policy.tokens_per_microbatch,
+            record=None if reference or self.config.policy.moe_router_replay == "off" else self._machinery.routing,
         )
         if not reference:
             self._measure(scores)

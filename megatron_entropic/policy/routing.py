@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_entropic.policy.microbatch import MicroBatch
 from megatron_entropic.policy.parallel import ParallelState
+from megatron_entropic.policy.router_replay import collect_choices, storage_dtype
 
 if TYPE_CHECKING:
     from megatron_entropic.policy.router import PolicyRouter
@@ -36,6 +39,7 @@ class Routing:
         self._parallel = parallel
         self._config: Any = model[0].config
         self._device = next(model.parameters()).device
+        self._recorded: dict[int, list[torch.Tensor]] = {}
 
     def begin_step(self, batch: list[MicroBatch]) -> None:
         """Start counting; `batch` holds all micro-batches of this replica's part of the coming step."""
@@ -45,12 +49,32 @@ class Routing:
         for router in self._routers:
             router.begin_step(int(tokens))
 
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """While it lasts, the experts of all tokens are kept for `recorded`."""
+        for router in self._routers:
+            router.recorded = []
+        try:
+            yield
+        finally:
+            for router in self._routers:
+                self._recorded[router.place] = router.recorded or []
+                router.recorded = None
+
+    def recorded(self, micro_batches: list[MicroBatch]) -> list[torch.Tensor]:
+        """What was recorded last, in a pass over `micro_batches`: `Sequence.experts` of each sequence, everywhere."""
+        shape = (sum(self._config.moe_layer_freq), self._config.moe_router_topk)
+        dtype = storage_dtype(self._config.num_moe_experts)
+        recorded, self._recorded = self._recorded, {}
+        return collect_choices(recorded, micro_batches, self._parallel, self._device, shape, dtype)
+
     def metrics(self) -> dict[str, float]:
         """Of the step, the same on all ranks.
 
         moe/max_load is the number of tokens of a layer's busiest expert over the mean of its experts, averaged over
         layers (1: balanced); moe/max_load_worst_layer is that of the worst layer; moe/idle_experts is the fraction of
-        experts without a token; moe/aux_loss, where it is on, is the mean auxiliary loss of a layer (1: balanced).
+        experts without a token; moe/aux_loss, where it is on, is the mean auxiliary loss of a layer (1: balanced);
+        moe/replay_differs, with router replay, is the fraction of choices that the current weights would not have made.
         """
         counts = torch.zeros(
             self._config.num_layers, self._config.num_moe_experts + 1, dtype=torch.float64, device=self._device
@@ -71,4 +95,12 @@ class Routing:
         }
         if self._config.moe_aux_loss_coeff:
             found["moe/aux_loss"] = float(counts[:, -1].mean())
-        return found
+        return found | self._replay_metrics()
+
+    def _replay_metrics(self) -> dict[str, float]:
+        replayed = torch.zeros(2, dtype=torch.int64, device=self._device)
+        for router in self._routers:
+            replayed += router.replayed()
+        dist.all_reduce(replayed)
+        differing, choices = replayed.tolist()
+        return {"moe/replay_differs": differing / choices} if choices else {}

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from megatron_entropic.policy.alignment import pack_alike
 from megatron_entropic.policy.forward import OutputOptions, TokenStatistics, run_forward
 from megatron_entropic.policy.microbatch import MicroBatch, pack
 from megatron_entropic.policy.parallel import ParallelState
+from megatron_entropic.policy.routing import Routing
 from megatron_entropic.types import Scores, Sequence
 
 Scored = tuple[tuple[int, ...], list[torch.Tensor], list[torch.Tensor]]
 
 
 def score(
-    model: torch.nn.ModuleList, micro_batches: list[MicroBatch], state: ParallelState, *, temperature: float
+    model: torch.nn.ModuleList,
+    micro_batches: list[MicroBatch],
+    state: ParallelState,
+    *,
+    temperature: float,
+    record: Routing | None = None,
 ) -> Scores | None:
     """Scores the response tokens of packed sequences; every rank of the replica calls it with the same micro-batches.
 
@@ -22,6 +30,7 @@ def score(
         model: The chunks of this rank's pipeline stage, wrapped for data parallelism or not.
         micro_batches: From `microbatch.pack`.
         temperature: Statistics are those of softmax(logits / temperature).
+        record: Of the model: the scores say which experts each token went to, too.
 
     Returns:
         On the last stage (all its tensor and context ranks alike) float32 CPU tensors in the order of the sequences
@@ -30,10 +39,12 @@ def score(
     was_training = model.training
     model.eval()
     try:
-        scored = run_forward(model, micro_batches, _to_host, OutputOptions(temperature=temperature))
+        with record.recording() if record else nullcontext():
+            scored = run_forward(model, micro_batches, _to_host, OutputOptions(temperature=temperature))
     finally:
         model.train(was_training)
-    return _in_callers_order(scored) if state.is_last_stage else None
+    experts = record.recorded(micro_batches) if record else []
+    return _in_callers_order(scored, experts) if state.is_last_stage else None
 
 
 def score_sequences(
@@ -43,6 +54,7 @@ def score_sequences(
     *,
     temperature: float,
     tokens_per_microbatch: int,
+    record: Routing | None = None,
 ) -> Scores | None:
     """`score` of sequences not packed yet; they may be none. Called by all ranks together."""
     if not sequences and not state.replicas_meet:
@@ -51,7 +63,7 @@ def score_sequences(
         micro_batches = pack_alike(sequences, tokens_per_microbatch, state, next(model.parameters()).device)
     else:
         micro_batches = pack(sequences, tokens_per_microbatch, state.packing)
-    return score(model, micro_batches, state, temperature=temperature)
+    return score(model, micro_batches, state, temperature=temperature, record=record)
 
 
 def _to_host(micro_batch: MicroBatch, statistics: TokenStatistics) -> Scored:
@@ -63,11 +75,11 @@ def _to_host(micro_batch: MicroBatch, statistics: TokenStatistics) -> Scored:
     )
 
 
-def _in_callers_order(scored: list[Scored]) -> Scores:
+def _in_callers_order(scored: list[Scored], experts: list[torch.Tensor]) -> Scores:
     logprobs: dict[int, torch.Tensor] = {}
     entropies: dict[int, torch.Tensor] = {}
     for indices, some_logprobs, some_entropies in scored:
         logprobs.update(zip(indices, some_logprobs, strict=True))
         entropies.update(zip(indices, some_entropies, strict=True))
     order = sorted(logprobs)
-    return Scores([logprobs[i] for i in order], [entropies[i] for i in order])
+    return Scores([logprobs[i] for i in order], [entropies[i] for i in order], experts)

@@ -41,6 +41,7 @@ class PolicyUpdate:
         temperature: of the rollout; all statistics are those of softmax(logits / temperature).
         control: None when the controller is off: then no entropy is computed and the loss is the base loss.
         head: how the last stage turns hidden states into log-probs; `fused_loss` needs a loss that adds up over tokens.
+        replay: send tokens to the experts that the sequences carry.
     """
 
     def __init__(
@@ -50,11 +51,14 @@ class PolicyUpdate:
         temperature: float,
         control: EntropyControl | MicrobatchLocalControl | None,
         head: HeadName,
+        *,
+        replay: bool = False,
     ) -> None:
         self._machinery = machinery
         self._settings = settings
         self._temperature = temperature
         self._head = head
+        self._replay = replay
         self._replicated = control if isinstance(control, EntropyControl) else None
         self._local = control if isinstance(control, MicrobatchLocalControl) else None
 
@@ -80,7 +84,7 @@ class PolicyUpdate:
         """
         for sequence in sequences:
             token_fields([sequence], self._settings, torch.device("cpu"))
-        batch = self._machinery.align(sequences)
+        batch = self._machinery.align(sequences, replay=self._replay)
         counts = self._counts(sequences, batch, freshly_scored)
         marks = self._marks(sequences, batch, optimizer)
         steering = self._replicated.steering_for_step() if self._replicated else Steering()

@@ -240,6 +240,12 @@ def test_eight_bits_need_a_gpu_and_sixteen_bit_parameters(machine: Path) -> None
     ]
 
 
+def test_router_replay_needs_routers(machine: Path) -> None:
+    (problem,) = problems_of(write(machine), "policy.moe_router_replay=score")
+    assert problem.startswith("policy.moe_router_replay=score needs a model with experts")
+    load_config(write(machine), ["policy.moe_router_replay=off"])
+
+
 def test_lengths_against_the_positions_of_the_model(machine: Path) -> None:
     (problem,) = problems_of(write(machine), "rollout.max_response_tokens=49")
     assert "= 65 tokens, but the model's positions end at 64" in problem

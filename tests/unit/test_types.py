@@ -27,3 +27,8 @@ def test_scores_survive_pickling_with_their_order_and_empty_responses() -> None:
     assert [value.tolist() for value in got.logprobs] == [[-0.5], []]
     assert [value.tolist() for value in got.entropies] == [[0.25], []]
     assert got.logprobs[1].dtype == torch.float32
+    assert got.experts == []
+    experts = torch.arange(6, dtype=torch.uint8).view(1, 2, 3)
+    (got_experts,) = pickle.loads(pickle.dumps(Scores([], [], [experts]))).experts
+    assert torch.equal(got_experts, experts)
+    assert got_experts.dtype == torch.uint8
