@@ -283,6 +283,9 @@ class CheckpointConfig(Section):
     """Resumable state: model, optimizer, controller, RNG, data position."""
 
     every_steps: int = Field(50, ge=0, description="0: only at the end.")
+    asynchronous: bool = Field(
+        True, description="Write beside the next steps, from a copy of the state in host memory; false: wait for it."
+    )
     keep_last: int = Field(2, ge=1, description="Of checkpoints, and of the exports of export_every_steps.")
     keep_every: int = Field(0, ge=0, description="Checkpoints of steps it divides stay for ever; 0: none.")
     accept_unverified: bool = Field(

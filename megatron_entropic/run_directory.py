@@ -43,6 +43,9 @@ from megatron_entropic.policy.checkpoint_files import (
 )
 from megatron_entropic.types import Sample, Scores, Sequence
 
+WORKING_PHASES = ("generate", "score", "update", "publish", "evaluate")
+"""In which engines or policy ranks are at work; the rest of a step is the driver's."""
+
 
 class RunDirectory:
     """Files of one run, held by one process at a time; a context manager.
@@ -161,9 +164,15 @@ class RunDirectory:
             yield
 
     def step_time(self, tokens: int) -> dict[str, float]:
-        """time/* of the step that ends now, and its throughput: prompt and response tokens over wall time."""
+        """time/* of the step that ends now, and its throughput: prompt and response tokens over wall time.
+
+        time/driver_fraction is the share of the step in which neither engines nor policy did the step's work.
+        """
         times = self.clock.finish_step()
-        return {**times, "throughput/tokens_per_s": tokens / times["time/step_s"]}
+        step_s = times["time/step_s"]
+        working_s = sum(times.get(f"time/{phase}_s", 0.0) for phase in WORKING_PHASES)
+        times["time/driver_fraction"] = 1 - working_s / step_s
+        return {**times, "throughput/tokens_per_s": tokens / step_s}
 
     def checkpoint_due(self, step: int) -> bool:
         """Whether the run is to be saved after this step: every `checkpoint.every_steps`, and at the end."""
@@ -171,9 +180,17 @@ class RunDirectory:
         return step == self._config.train.steps or (every > 0 and step % every == 0)
 
     def checkpoint(self, policy: PolicyGroup, step: int) -> None:
-        """Save everything that step + 1 depends on; the oldest checkpoints beyond `keep_last` go."""
+        """Save everything that step + 1 depends on; the oldest checkpoints beyond `keep_last` go.
+
+        With `checkpoint.asynchronous` it is written while the run goes on; see `check_checkpoint`.
+        """
         with self.phase("checkpoint"):
             policy.save_checkpoint(checkpoint_path(self._checkpoints, step), {"step": step})
+
+    def check_checkpoint(self, policy: PolicyGroup, *, wait: bool) -> None:
+        """Raise what the last checkpoint failed with; with `wait`, when the run is about to end, after it is there."""
+        with self.phase("checkpoint"):
+            policy.check_checkpoint(wait=wait)
 
     def export(self, policy: PolicyGroup, step: int, *, resumed: bool = False) -> None:
         """Begin the export that is due after this step, if one is; raise what an earlier one failed with.
@@ -206,8 +223,10 @@ class RunDirectory:
         try:
             yield
         except RunError as error:
+            self.check_checkpoint(policy, wait=True)
             if not checkpoint_path(self._checkpoints, step).exists():
                 self.checkpoint(policy, step)
+                self.check_checkpoint(policy, wait=True)
             raise type(error)(
                 f"{error}\nstep {step} is saved in {checkpoint_path(self._checkpoints, step)}; "
                 "the same command continues after it"

@@ -83,9 +83,12 @@ def train(config: Config) -> Path:
                         metrics |= evaluator.after_step(step, engines, scorer, run)
                     run.record(step, metrics)
                     skips.observe(step, metrics)
-                    if run.checkpoint_due(step) or stop.asked:
+                    stopping = stop.asked
+                    if run.checkpoint_due(step) or stopping:
                         run.checkpoint(policy, step)
-                    stop.raise_if_asked()
+                    run.check_checkpoint(policy, wait=stopping or step == config.train.steps)
+                    if stopping:
+                        stop.raise_if_asked()
                     run.export(policy, step)
                 run.finish_exports(policy)
                 if config.checkpoint.export_hf:

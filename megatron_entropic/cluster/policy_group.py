@@ -101,8 +101,15 @@ class PolicyGroup:
         return self._on_all("publish_plan", self._limits.publish_timeout_s)[0]
 
     def save_checkpoint(self, directory: Path, driver_state: dict[str, Any]) -> None:
-        """Write model, optimizer, controller and RNG of all ranks, with the driver's own state, atomically."""
+        """Save model, optimizer, controller and RNG of all ranks, with the driver's own state, atomically.
+
+        With `checkpoint.asynchronous` it is complete when `check_checkpoint` has waited for it.
+        """
         self._on_all("save_checkpoint", self._limits.checkpoint_timeout_s, directory, driver_state)
+
+    def check_checkpoint(self, *, wait: bool) -> None:
+        """Raise what the last checkpoint failed with; with `wait` after it has ended."""
+        self._on_all("check_checkpoint", self._limits.checkpoint_timeout_s, wait)
 
     def load_checkpoint(self, directory: Path) -> dict[str, Any]:
         """Restore all ranks; returns the driver's state."""

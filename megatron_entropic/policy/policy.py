@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_entropic.config import Config
 from megatron_entropic.policy import checkpoint
 from megatron_entropic.policy.background_export import BackgroundExport
+from megatron_entropic.policy.checkpoint_writer import CheckpointWriter
 from megatron_entropic.policy.collectives import sum_of_token_statistics
 from megatron_entropic.policy.control import (
     EntropyControl,
@@ -118,6 +119,7 @@ class Policy:
             template_dir=config.model.hf_dir,
             keep_last=config.checkpoint.keep_last,
         )
+        self._checkpoints = CheckpointWriter(config.checkpoint, timeout_s=config.cluster.checkpoint_timeout_s)
         self._scored: EntropyMeasurement | None = None
         self._freshly_scored = False
         self._warming_up = config.warm_start.steps > 0
@@ -194,10 +196,11 @@ class Policy:
     def save_checkpoint(self, directory: Path, driver_state: dict[str, Any]) -> None:
         """Write everything this run needs to go on, with the driver's own JSON state, atomically.
 
-        Older checkpoints beside it are deleted as `checkpoint.keep_last` and `keep_every` say.
+        With `checkpoint.asynchronous` it appears later; `check_checkpoint` tells. Older checkpoints beside it are
+        deleted as `checkpoint.keep_last` and `keep_every` say.
 
         Raises:
-            CheckpointError: on every rank; earlier checkpoints are complete.
+            CheckpointError: on every rank, also for the one before; earlier checkpoints are complete.
         """
         self.synchronize_parameters()
         state = {
@@ -206,8 +209,11 @@ class Policy:
             "scored": None if self._scored is None else [self._scored.entropy_sum, self._scored.token_count],
             "driver": driver_state,
         }
-        kept = {"keep_last": self.config.checkpoint.keep_last, "keep_every": self.config.checkpoint.keep_every}
-        checkpoint.save_checkpoint(directory, self.model, self.optimizer, state, **kept)
+        self._checkpoints.save(directory, self.model, self.optimizer, state)
+
+    def check_checkpoint(self, wait: bool) -> None:
+        """Raise what the last checkpoint failed with; with `wait` after it has ended."""
+        self._checkpoints.check(wait=wait)
 
     def load_checkpoint(self, directory: Path) -> dict[str, Any]:
         """Restore a checkpoint of any layout; returns the driver's state.
@@ -266,7 +272,8 @@ class Policy:
         self.optimizer.synchronize_parameters()
 
     def close(self) -> None:
-        """Leave the engines and the process group."""
+        """Leave the engines and the process group, after what is being written."""
+        self._checkpoints.close()
         self._publisher.close()
         destroy_model_parallel()
         dist.destroy_process_group()

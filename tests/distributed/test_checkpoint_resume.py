@@ -150,11 +150,16 @@ def test_the_export_is_the_trained_model_to_transformers(trained, work, name):
 
 
 def test_a_save_that_fails_costs_nothing(run_ranks, work):
-    run = _run("fail", "failing", {"tensor_parallel": 2})
-    reports = [report["fail"] for report in _launch(run_ranks, "fail", 2, work, {"fail": run})]
-    for report in reports:
+    layout = {"tensor_parallel": 2}
+    runs = {
+        "awaited": _run("awaited", "failing", layout, asynchronous=False),
+        "in the background": _run("in the background", "failing_later", layout, asynchronous=True),
+    }
+    both = _launch(run_ranks, "fail", 2, work, runs)
+    assert both[0] == both[1], "ranks must agree, messages included"
+    for report in both[0].values():
         for case, cause in (
-            ("rank 0 cannot write", "File too large"),
+            ("rank 0 cannot write", "rank 0: [Errno 27] File too large"),
             ("rank 1 cannot write", "rank 1: "),
             ("disk too small", "MiB are free"),
         ):
@@ -169,4 +174,3 @@ def test_a_save_that_fails_costs_nothing(run_ranks, work):
         assert "File too large" in message
         assert not exists
         assert report["kept"] == ["step_00000003", "step_00000004"], "keep_last is 2"
-    assert reports[0] == reports[1], "ranks must agree, messages included"

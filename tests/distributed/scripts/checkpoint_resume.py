@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from policy_ranks import RANK, Rendezvous, hf_parameters, replica_part
 
 from megatron_entropic.errors import RunError
-from megatron_entropic.policy import checkpoint
+from megatron_entropic.policy import checkpoint, checkpoint_writer
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.types import Sequence
 
@@ -42,7 +42,9 @@ SECTIONS: dict[str, dict[str, Any]] = {
 def sections(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
     layout = {"tokens_per_microbatch": 50, **run["layout"]}
     control = {**SECTIONS["entropy_control"], **run.get("control", {})}
-    return {**SECTIONS, "policy": layout, "model": {"dtype": run["dtype"]}, "entropy_control": control}
+    saving = {**SECTIONS["checkpoint"], "asynchronous": run.get("asynchronous", True)}
+    model = {"dtype": run["dtype"]}
+    return {**SECTIONS, "policy": layout, "model": model, "entropy_control": control, "checkpoint": saving}
 
 
 def load_sequences(work: Path) -> list[Sequence]:
@@ -88,7 +90,9 @@ def train(work: Path, run: dict[str, Any], rendezvous: Rendezvous) -> dict[str, 
         torch.rand(RANK + 2)
         path = checkpoint.checkpoint_path(work / run["checkpoint"], STEPS_BEFORE)
         policy.save_checkpoint(path, {"position": STEPS_BEFORE, "rank 0": [0.1, None]})
+        # Written while these steps change what is saved.
         report = went_on(policy, part, work / f"{run['name']}.train.pt")
+        policy.check_checkpoint(wait=True)
         policy.export_hf(work / f"{run['name']}.hf")
         policy.score(part)
         assert policy._scored is not None
@@ -126,6 +130,7 @@ def fail(work: Path, run: dict[str, Any], rendezvous: Rendezvous) -> dict[str, A
         policy.warm_start_step(part)
         policy.begin_reinforcement_learning()
         policy.save_checkpoint(checkpoint.checkpoint_path(root, 1), {"step": 1})
+        policy.check_checkpoint(wait=True)
         steps(policy, part, 1)
         unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
         for rank in (0, 1):
@@ -137,11 +142,12 @@ def fail(work: Path, run: dict[str, Any], rendezvous: Rendezvous) -> dict[str, A
             resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, unlimited[1]))
         report["export"] = refused_export(policy, work / "exported")
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-        margin, checkpoint.SPACE_MARGIN_BYTES = checkpoint.SPACE_MARGIN_BYTES, 2**60
+        margin, checkpoint_writer.SPACE_MARGIN_BYTES = checkpoint_writer.SPACE_MARGIN_BYTES, 2**60
         report["disk too small"] = refused(policy, root)
-        checkpoint.SPACE_MARGIN_BYTES = margin
+        checkpoint_writer.SPACE_MARGIN_BYTES = margin
         for step in (3, 4):
             policy.save_checkpoint(checkpoint.checkpoint_path(root, step), {"step": step})
+        policy.check_checkpoint(wait=True)
         report["kept"] = sorted(path.name for path in root.iterdir())
         report["trace"] = steps(policy, part, 1)
     return report
@@ -151,6 +157,7 @@ def refused(policy: Policy, root: Path) -> list[Any]:
     """(message, what lies in the folder, which checkpoint counts) after a save that must fail."""
     try:
         policy.save_checkpoint(checkpoint.checkpoint_path(root, 2), {"step": 2})
+        policy.check_checkpoint(wait=True)
     except checkpoint.CheckpointError as error:
         latest = checkpoint.latest_checkpoint(root)
         assert latest is not None

@@ -68,6 +68,7 @@ def save(policy: Policy, directory: Path, how: str) -> None:
         # The optimizer copied its main parameters before the conversion was loaded.
         policy.optimizer = policy._build_optimizer()
         policy.save_checkpoint(directory, {})
+        policy.check_checkpoint(wait=True)
     elif how:
         metadata = {"singleton_local_shards": True} if how == "single" else None
         chunks: list[Any] = list(policy.model)

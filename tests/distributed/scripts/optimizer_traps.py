@@ -51,6 +51,7 @@ def shared_step(work: Path, rendezvous: Rendezvous) -> dict[str, Any]:
         for _ in range(2):
             warm_start_step(policy._machinery, part, policy.optimizer, "fused_loss")
         policy.save_checkpoint(path, {})
+        policy.check_checkpoint(wait=True)
         report["children"] = len(psutil.Process().children(recursive=True))
         report["went on"] = exact(policy.warm_start_step(part))
     patched = {
