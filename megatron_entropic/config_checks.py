@@ -312,11 +312,6 @@ def _model_directory(config: Config) -> Iterator[Violation]:
         yield Violation((key,), f"model.hf_dir: {error}")
         return
     policy, rollout = config.policy, config.rollout
-    if config.cluster.check_weights and dimensions.experts is not None:
-        yield Violation(
-            (key, "cluster.check_weights"),
-            "cluster.check_weights=true: vLLM's fused experts cannot be compared yet, only dense models can",
-        )
     if policy.moe_router_replay != "off" and dimensions.experts is None:
         yield Violation(
             (key, "policy.moe_router_replay"),

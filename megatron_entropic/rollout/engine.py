@@ -41,6 +41,7 @@ class RolloutEngine:
         seed: int,
         device: Device,
         max_batched_tokens: int | None = None,
+        load_weights: bool = True,
     ) -> None:
         """Load the model of `hf_dir` as weights version 0.
 
@@ -52,6 +53,7 @@ class RolloutEngine:
             seed: of vLLM's own generators, which nothing here draws from.
             device: cpu or cuda.
             max_batched_tokens: tokens of one forward pass; None leaves the choice to vLLM.
+            load_weights: False: only the configuration is read, and nothing can be sampled before `receive`.
 
         Raises:
             ValueError: an architecture that the weight map does not know, or a limit that vLLM refuses.
@@ -68,13 +70,16 @@ class RolloutEngine:
         self._max_model_tokens = max_model_tokens
         self._hf_tensors = ParameterMap(read_dimensions(hf_dir)).hf_tensors
         self._stop_token_ids = stop_token_ids(hf_dir)
-        self._weights_version: int | None = 0
+        self._weights_version: int | None = 0 if load_weights else None
+        self._refusal = "no weights were published to this engine yet, and it has none of its own"
         self._senders = 0
         options = _engine_options(dtype, config, device)
         if max_batched_tokens is not None:
             options["max_num_batched_tokens"] = max_batched_tokens
         elif device == "cpu":
             options |= _whole_prompts(max_model_tokens)
+        if not load_weights:
+            options["load_format"] = "dummy"
         self._llm = LLM(model=str(hf_dir), max_model_len=max_model_tokens, seed=seed, **options)
 
     @property
@@ -82,10 +87,10 @@ class RolloutEngine:
         """Version of the loaded weights, 0 for those of the Hugging Face directory.
 
         Raises:
-            RuntimeError: an update broke off, so the weights are a mixture.
+            RuntimeError: an update broke off, so the weights are a mixture, or there were none yet.
         """
         if self._weights_version is None:
-            raise RuntimeError("a weight update broke off: the engine's weights are incomplete, publish again")
+            raise RuntimeError(self._refusal)
         return self._weights_version
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling | None = None) -> list[Sample]:
@@ -181,6 +186,7 @@ class RolloutEngine:
         """
         check_complete([FlatContents.of_bucket(bucket) for bucket in plan.buckets], self._hf_tensors)
         self._weights_version = None
+        self._refusal = "a weight update broke off: the engine's weights are incomplete, publish again"
         self._llm.start_weight_update()
         for update_info in self._update_infos(plan):
             self._llm.update_weights({"update_info": update_info})

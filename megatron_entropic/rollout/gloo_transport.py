@@ -82,6 +82,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         """Bring the layers back into the form that takes checkpoint weights."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        _forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
@@ -103,6 +104,19 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     def shutdown(self) -> None:
         """Leave the groups."""
         self._receivers = []
+
+
+def _forget_expert_kernels(model: torch.nn.Module) -> None:
+    """Let layers with experts pack their new weights as they did the first ones.
+
+    vLLM 0.32 pads and packs the weights of experts for its CPU kernel only where there is no kernel yet, so a reload
+    would leave them as they came, and the kernel would take them for packed ones.
+    """
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    for layer in model.modules():
+        if isinstance(layer, RoutedExperts):
+            layer.quant_method.moe_kernel = None
 
 
 def _process_shared_weights(model: torch.nn.Module) -> None:

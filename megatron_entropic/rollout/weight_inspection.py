@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -21,6 +22,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+from megatron_entropic.rollout.expert_inspection import expert_pieces
 from megatron_entropic.weights.checksums import Piece, checksum
 
 _IDENTITY_ROWS = 256
@@ -54,6 +56,8 @@ class WeightInspection:
                 pieces += _linear(name, module, model.packed_modules_mapping)
             elif isinstance(module, VocabParallelEmbedding):
                 pieces += _embedding(name, module, model)
+            elif isinstance(module, RoutedExperts):
+                pieces += expert_pieces(module)
             elif own := dict(module.named_parameters(recurse=False)):
                 if set(own) != {"weight"} or own["weight"].dim() != 1:
                     raise NotImplementedError(f"cluster.check_weights: {name} ({type(module).__name__}) is not known")

@@ -47,11 +47,13 @@ def send_weights(sender: GlooSender, plan: PublishPlan, tensors: dict[str, torch
         sender.send(FlatContents.of_bucket(bucket), torch.cat([tensors[name].flatten() for name in bucket.hf_names]))
 
 
-def publish(engine: RolloutEngine, plan: PublishPlan, tensors: dict[str, torch.Tensor], version: int) -> None:
+def publish(
+    engine: RolloutEngine, plan: PublishPlan, tensors: dict[str, torch.Tensor], version: int, *, receivers: int = 1
+) -> None:
     """Connects afresh and moves `tensors` into the engine."""
-    sender = GlooSender(HOST, 1, 60.0)
+    sender = GlooSender(HOST, receivers, 60.0)
     host, port = sender.address
-    rendezvous = [{"master_address": host, "master_port": port, "world_size": 2, "timeout_s": 60.0}]
+    rendezvous = [{"master_address": host, "master_port": port, "world_size": 1 + receivers, "timeout_s": 60.0}]
     with ThreadPoolExecutor(1) as threads:
         accepted = threads.submit(sender.accept)
         engine.connect(rendezvous, rank_offset=1)
