@@ -64,7 +64,7 @@ def hf_to_megatron(
     invalid = InvalidTensors()
     chunks = list(_chunks(reader, target, invalid, report or _nobody))
     total = sum(chunk.nbytes for chunk in chunks)
-    _refuse(output_problems(output_dir, total))
+    _refuse([*_too_small(workers=workers), *output_problems(output_dir, total)])
     (begin or _nobody)(total)
     with appears_when_complete(output_dir) as directory:
         write_torch_dist(directory, chunks, workers=workers)
@@ -102,7 +102,7 @@ def megatron_to_hf(
     exported = [entry for entry in parameter_map.entries if entry.exported]
     dtype = _only_dtype({entry.megatron_name: checkpoint.dtype(entry) for entry in exported}, megatron_dir)
     total = sum(prod(entry.shape) for entry in exported) * dtype.itemsize
-    _refuse(output_problems(output_dir, total))
+    _refuse([*_too_small(workers=workers, max_shard_bytes=max_shard_bytes), *output_problems(output_dir, total)])
     (begin or _nobody)(total)
     invalid = InvalidTensors()
     with appears_when_complete(output_dir) as directory:
@@ -228,6 +228,10 @@ def _only_dtype(dtypes: Mapping[str, torch.dtype], source: Path, advice: str = "
     supported = ", ".join(map(str, DTYPE_NAMES))
     problems.raise_if_any(f"{source}: tensors must share one dtype of {supported}{advice}; most are {usual}:")
     raise AssertionError("some tensor stood out")
+
+
+def _too_small(**numbers: int) -> list[str]:
+    return [f"{name} must be at least 1, not {number}" for name, number in numbers.items() if number < 1]
 
 
 def _refuse(problems: list[str]) -> None:
