@@ -9,7 +9,7 @@ from megatron_entropic.planning.hardware import Hardware
 from megatron_entropic.planning.parameters import ParameterTable
 
 BUCKET_BYTES = 512 * 2**20
-"""The policy's default (`policy.publish`); a test compares."""
+"""The policy's on GPUs (`policy.publish`); a test compares."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Publication:
     """Received by each engine."""
     buckets: int
     collectives: int
-    """All-gathers, sends and broadcasts."""
+    """Gathers, sends and broadcasts."""
     gathered_bytes: int
     """Sent by each GPU to those that hold the rest of a bucket, summed over buckets, busiest stage."""
     forwarded_bytes: int

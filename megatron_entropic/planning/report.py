@@ -228,7 +228,7 @@ def _publication(numbers: Numbers) -> Section:
     published = numbers.publication
     rows = (
         ("to each engine", f"{published.engine_bytes / 1e9:,.2f} x 10^9 B in {published.buckets} buckets"),
-        ("collectives", f"{published.collectives} (all-gather over TP, send to stage 0, broadcast)"),
+        ("collectives", f"{published.collectives} (gather over TP, send to stage 0, broadcast)"),
         ("gathered", f"{published.gathered_bytes / 1e9:,.2f} x 10^9 B sent by each GPU of the busiest stage"),
         ("forwarded", f"{published.forwarded_bytes / 1e9:,.2f} x 10^9 B from other stages to the first"),
     )

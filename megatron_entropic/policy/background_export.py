@@ -59,7 +59,7 @@ class BackgroundExport:
             for entry, value in named_entries(self._model, self._parameter_map, self._parallel)
         }
         gathered = gather_hf_tensors(self._plan, values, self._parameter_map, self._parallel, "export")
-        copy = {name: tensor.cpu() for name, tensor in gathered}
+        copy = {name: tensor.to("cpu", copy=True) for name, tensor in gathered}
         if self._parallel.rank == 0:
             self._writing = output_dir, self._thread.submit(self._write, output_dir, copy)
 

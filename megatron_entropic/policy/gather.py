@@ -1,6 +1,6 @@
 """From parameters spread over tensor and pipeline ranks to whole Hugging Face tensors, one flat bucket at a time.
 
-owner stage:    shards of a bucket, flat --one all-gather over TP--> unshard --> Hugging Face tensors, flat
+owner stage:    shards of a bucket, flat --one gather over TP--> unshard --> Hugging Face tensors, flat
                 experts: over expert TP x EP instead
                 --one send--> first stage, unless each stage's own first tensor rank is where they are wanted
 """
@@ -8,6 +8,7 @@ owner stage:    shards of a bucket, flat --one all-gather over TP--> unshard -->
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,28 @@ from megatron_entropic.policy.transformer_config import DTYPES
 from megatron_entropic.weights.parameter_map import ParameterMap
 from megatron_entropic.weights.plan import Bucket, PublishPlan
 from megatron_entropic.weights.transport import FlatContents, named_wait
+
+
+class Workspace:
+    """Buffers of a pass over many buckets, one for each purpose, taken again for the next bucket.
+
+    On a CPU fresh memory costs a page fault every 4 KiB, which takes longer than what is done with it here.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, purpose: str, elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """[elements] with arbitrary values, until the next call with the same purpose."""
+        buffer = self._buffers.get(purpose)
+        nbytes = elements * dtype.itemsize
+        if buffer is None or buffer.numel() < nbytes or buffer.device != device:
+            buffer = self._buffers[purpose] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return buffer[:nbytes].view(dtype)
+
+    def release(self) -> None:
+        """Give all memory back."""
+        self._buffers.clear()
 
 
 def sends_weights(parallel: ParallelState) -> bool:
@@ -34,6 +57,7 @@ def gather_bucket(
     parameter_map: ParameterMap,
     parallel: ParallelState,
     phase: str,
+    workspace: Workspace,
     *,
     to_first_stage: bool = True,
 ) -> torch.Tensor | None:
@@ -45,10 +69,12 @@ def gather_bucket(
         parameter_map: of the model.
         parallel: this rank's place.
         phase: what the run is doing, for messages.
+        workspace: of this pass.
         to_first_stage: bring it to rank 0; otherwise it stays on the first tensor rank of its own stage.
 
     Returns:
-        [bucket.elements] of the bucket's dtype on that rank, in the order of `bucket.hf_names`; None on other ranks.
+        [bucket.elements] of the bucket's dtype on that rank, in the order of `bucket.hf_names`, in the workspace: its
+        memory is taken again for the bucket after the next. None on other ranks.
 
     Raises:
         PhaseTimeout, PeerDied: naming bucket, this rank and its peers.
@@ -59,12 +85,12 @@ def gather_bucket(
     if parallel.pipeline_rank == bucket.owner_stage and holds:
         peers = "the expert-parallel ranks of its stage" if bucket.of_experts else "the tensor ranks of its stage"
         with named_wait(where, f"policy {parallel.describe()}", peers):
-            shards = _all_gather_shards(bucket, values, parallel)
-        if parallel.is_first_of_stage:
-            flat = _join(bucket, shards, parameter_map)
+            shards = _gather_shards(bucket, values, parallel, workspace)
+        if shards is not None:
+            flat = _join(bucket, shards, parameter_map, workspace)
     if not to_first_stage or bucket.owner_stage == 0 or not parallel.is_first_of_stage:
         return flat
-    return _send_to_first_stage(bucket, flat, values, parallel, where)
+    return _send_to_first_stage(bucket, flat, values, parallel, where, workspace)
 
 
 def gather_hf_tensors(
@@ -76,36 +102,49 @@ def gather_hf_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of the whole model on rank 0, in plan order; nothing on other ranks.
 
-    All ranks for which `sends_weights` holds must exhaust it. Tensors are views of their bucket's buffer.
+    All ranks for which `sends_weights` holds must exhaust it. A tensor is a view of its bucket's buffer, which holds
+    it until the next but one bucket begins: copy what is kept.
     """
+    workspace = Workspace()
     for bucket in plan.buckets:
-        flat = gather_bucket(bucket, values, parameter_map, parallel, phase)
+        flat = gather_bucket(bucket, values, parameter_map, parallel, phase, workspace)
         if flat is not None:
             yield from FlatContents.of_bucket(bucket).split(flat)
 
 
-def _all_gather_shards(bucket: Bucket, values: Mapping[str, torch.Tensor], parallel: ParallelState) -> torch.Tensor:
-    """[ranks, shard_elements]: every rank's part of the bucket, one collective whatever the number of tensors."""
-    dtype, items = DTYPES[bucket.dtype], bucket.held_by(parallel.expert_rank)
-    mine = torch.cat([values[item.entry.megatron_name].detach().flatten().to(dtype) for item in items])
-    assert mine.numel() == bucket.shard_elements, "parameters have the shapes of the plan"
+def _gather_shards(
+    bucket: Bucket, values: Mapping[str, torch.Tensor], parallel: ParallelState, workspace: Workspace
+) -> torch.Tensor | None:
+    """[ranks, shard_elements] on the stage's first rank: every rank's part of the bucket, in one collective."""
+    dtype, device = DTYPES[bucket.dtype], next(iter(values.values())).device
     group = parallel.expert_group if bucket.of_experts else parallel.tensor_group
-    if group.size() == 1:
-        return mine.unsqueeze(0)
-    gathered = mine.new_empty(group.size() * mine.numel())
-    dist.all_gather_into_tensor(gathered, mine, group=group)
-    return gathered.view(group.size(), -1)
+    gathered = None
+    if parallel.is_first_of_stage:
+        size = group.size() * bucket.shard_elements
+        gathered = workspace.take("gathered", size, dtype, device).view(group.size(), -1)
+    mine = workspace.take("mine", bucket.shard_elements, dtype, device) if gathered is None else gathered[0]
+    held = [values[item.entry.megatron_name].detach() for item in bucket.held_by(parallel.expert_rank)]
+    for part, shard in zip(mine.split([value.numel() for value in held]), held, strict=True):
+        part.copy_(shard.flatten())
+    if group.size() > 1:
+        parts = None if gathered is None else list(gathered)
+        dist.gather(mine, parts, dst=dist.get_global_rank(group, 0), group=group)
+    return gathered
 
 
-def _join(bucket: Bucket, shards: torch.Tensor, parameter_map: ParameterMap) -> torch.Tensor:
+def _join(bucket: Bucket, shards: torch.Tensor, parameter_map: ParameterMap, workspace: Workspace) -> torch.Tensor:
     """[bucket.elements]: whole Hugging Face tensors without padding, from shards [ranks, shard_elements]."""
-    pieces: dict[str, torch.Tensor] = {}
+    flat = workspace.take(f"flat {bucket.index % 2}", bucket.elements, shards.dtype, shards.device)
+    pieces = flat.split([prod(shape) for shape in bucket.hf_shapes])
+    tensors = {
+        name: piece.view(shape) for name, shape, piece in zip(bucket.hf_names, bucket.hf_shapes, pieces, strict=True)
+    }
     owners = 1 + max(item.expert_rank for item in bucket.items)
     for owner, of_owner in enumerate(shards.unflatten(0, (owners, -1))):
         items = bucket.held_by(owner)
         for item, parts in zip(items, of_owner.split([i.shard_elements for i in items], dim=1), strict=True):
-            pieces |= parameter_map.to_hf(item.entry, [part.reshape(item.shard_shape) for part in parts])
-    return torch.cat([pieces[name].flatten() for name in bucket.hf_names])
+            parameter_map.to_hf(item.entry, [part.view(item.shard_shape) for part in parts], tensors)
+    return flat
 
 
 def _send_to_first_stage(
@@ -114,6 +153,7 @@ def _send_to_first_stage(
     values: Mapping[str, torch.Tensor],
     parallel: ParallelState,
     where: str,
+    workspace: Workspace,
 ) -> torch.Tensor | None:
     """Point to point from the owner stage; stages that are neither owner nor first only pass by."""
     group = parallel.pipeline_group
@@ -126,7 +166,8 @@ def _send_to_first_stage(
     if not parallel.is_first_stage:
         return None
     owner = dist.get_global_rank(group, bucket.owner_stage)
-    received = next(iter(values.values())).new_empty(bucket.elements, dtype=DTYPES[bucket.dtype])
+    device = next(iter(values.values())).device
+    received = workspace.take(f"flat {bucket.index % 2}", bucket.elements, DTYPES[bucket.dtype], device)
     with named_wait(where, f"policy {parallel.describe()}", f"policy rank {owner}, which owns the bucket"):
         dist.recv(received, src=owner, group=group)
     return received

@@ -305,7 +305,7 @@ class Policy:
             pipeline_parallel=self.parallel.pipeline_size,
             tensor_parallel=self.parallel.tensor_size,
             virtual_pipeline_parallel=self.parallel.virtual_size,
-            bucket_bytes=BUCKET_BYTES,
+            bucket_bytes=BUCKET_BYTES[self.platform.device.type],
             dtype=self.config.model.dtype,
             expert_parallel=self.parallel.expert_size,
             expert_tensor_parallel=self.config.policy.expert_tensor_parallel,

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_entropic.config import PublishMode
-from megatron_entropic.policy.gather import gather_bucket, sends_weights
+from megatron_entropic.policy.gather import Workspace, gather_bucket, sends_weights
 from megatron_entropic.policy.load_weights import named_entries
 from megatron_entropic.policy.parallel import ParallelState
 from megatron_entropic.weights.checksums import checksums
@@ -25,8 +25,11 @@ from megatron_entropic.weights.parameter_map import ParameterMap
 from megatron_entropic.weights.plan import Bucket, PublishPlan
 from megatron_entropic.weights.transport import FlatContents, GlooSender, WeightSender
 
-BUCKET_BYTES = 512 * 2**20
-"""Default size of a publish plan's buckets; a sending rank and each engine worker hold two or three at a time."""
+BUCKET_BYTES = {"cuda": 512 * 2**20, "cpu": 32 * 2**20}
+"""Size of a publish plan's buckets by device; a sending rank and each engine worker hold two or three at a time.
+
+On a CPU the cost of a collective is small beside that of its bytes, and smaller buckets leave more to do at a time.
+"""
 
 
 class SenderType(Protocol):
@@ -88,6 +91,7 @@ class Publisher:
         self._mode = mode
         self._sender_type = sender_type
         self._to_first_stage = not sender_type.parallel_stages
+        self._workspace = Workspace()
         self._sender: WeightSender | None = None
 
     def open(self, receivers: int) -> dict[str, Any]:
@@ -145,6 +149,7 @@ class Publisher:
                     self._parameter_map,
                     self._parallel,
                     "publish",
+                    self._workspace,
                     to_first_stage=self._to_first_stage,
                 )
                 if flat is None:
@@ -159,6 +164,8 @@ class Publisher:
                     published.checksums |= checksums(contents.split(flat))
             if sending is not None:
                 published.sent_elements += sending.result()
+        if next(iter(values.values())).device.type != "cpu":
+            self._workspace.release()  # a CUDA allocator has its own way of keeping memory at hand
         return published
 
     def close(self) -> None:

@@ -151,10 +151,13 @@ def slice_for_rank(tensor: Tensor, partition_dim: int | None, tp_rank: int, tp_s
     return torch.cat([piece, piece.new_zeros(shape)], dim=partition_dim)
 
 
-def join_slices(slices: Sequence[Tensor], partition_dim: int | None, length: int) -> Tensor:
-    """Inverse of `slice_for_rank` over all ranks; `length` is the axis without padding."""
-    if partition_dim is None or len(slices) == 1:
-        whole = slices[0]
-    else:
-        whole = torch.cat(tuple(slices), dim=partition_dim)
-    return whole if partition_dim is None else whole.narrow(partition_dim, 0, length)
+def join_slices(slices: Sequence[Tensor], partition_dim: int | None, whole: Tensor) -> None:
+    """Inverse of `slice_for_rank` over all ranks: fills `whole`, a tensor without padding."""
+    if partition_dim is None:
+        whole.copy_(slices[0])
+        return
+    start, length = 0, whole.shape[partition_dim]
+    for piece in slices:
+        kept = min(piece.shape[partition_dim], length - start)
+        whole.narrow(partition_dim, start, kept).copy_(piece.narrow(partition_dim, 0, kept))
+        start += kept

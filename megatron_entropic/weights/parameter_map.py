@@ -175,10 +175,10 @@ class ParameterMap:
         parts = [slice_for_rank(hf[name], dim, tp_rank, tp_size) for name in entry.hf_names]
         return entry.layout.combine(self.dimensions, parts)
 
-    def to_hf(self, entry: Entry, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Hugging Face tensors from the parameter of every TP rank, in rank order; padding is dropped.
+    def to_hf(self, entry: Entry, shards: Sequence[Tensor], hf: Mapping[str, Tensor]) -> None:
+        """Fill the entry's tensors in `hf` from the parameter of every TP rank, in rank order; padding is dropped.
 
-        The results may be views of the shards. Replicated parameters are taken from rank 0.
+        Every value is copied once, into the tensors' dtype. Replicated parameters are taken from rank 0.
 
         Raises:
             ValueError: the model cannot be laid out over that many ranks.
@@ -186,11 +186,8 @@ class ParameterMap:
         self._check_tensor_parallel(entry, len(shards))
         dim = entry.layout.partition_dim
         per_rank = [entry.layout.separate(self.dimensions, shard) for shard in shards]
-        tensors = {}
-        for index, (name, shape) in enumerate(zip(entry.hf_names, entry.hf_shapes, strict=True)):
-            length = shape[dim] if dim is not None else 0
-            tensors[name] = join_slices([parts[index] for parts in per_rank], dim, length)
-        return tensors
+        for index, name in enumerate(entry.hf_names):
+            join_slices([parts[index] for parts in per_rank], dim, hf[name])
 
     def _check_tensor_parallel(self, entry: Entry, size: int) -> None:
         if entry.expert is None:

@@ -3,7 +3,7 @@
 Pure data, a function of the model and the layout alone: every rank computes the same plan without talking to others.
 For each bucket, in order:
 
-    ranks of the owner stage:  flat shards --(one all-gather over TP)--> Hugging Face tensors, one flat buffer
+    ranks of the owner stage:  flat shards --(one gather over TP)--> Hugging Face tensors, one flat buffer
                                experts: over expert TP x EP instead
     owner stage -> stage 0:    one send, if the owner is another stage
     stage 0 -> engines:        one broadcast
@@ -84,7 +84,7 @@ class Bucket:
 
     @property
     def shard_elements(self) -> int:
-        """Length of the flat buffer that each rank contributes to the all-gather."""
+        """Length of the flat buffer that each rank contributes to the gathering."""
         return sum(item.shard_elements for item in self.held_by(0))
 
     @property
@@ -124,7 +124,7 @@ class PublishPlan:
         """What happens between processes for one bucket."""
         steps = []
         if self.gather_ranks(bucket) > 1:
-            steps.append(f"all-gather/{self.gather_ranks(bucket)}")
+            steps.append(f"gather/{self.gather_ranks(bucket)}")
         if bucket.owner_stage > 0:
             steps.append(f"send {bucket.owner_stage}->0")
         return (*steps, "broadcast")

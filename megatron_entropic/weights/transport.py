@@ -4,8 +4,9 @@
     GlooSender(host, n)   listens at once
     accept()              <---- store: join/r -- GlooReceiver(address, r)      rendezvous
     send(contents, flat)  ----- store: k ------> receive(contents)             announcement k: what comes next
-                          ===== gloo broadcast =>                              one flat tensor, or what changed of it
+                          ===== channel ========>                              one flat tensor, or what changed of it
 
+The bytes go through shared memory where all receivers see that of the sender, otherwise by gloo broadcast (`channel`).
 An announcement precedes every broadcast: a receiver that expects something else fails with both descriptions instead
 of reading foreign bytes, and one whose sender never comes fails by its own time limit. Nothing here knows vLLM.
 
@@ -28,12 +29,17 @@ import torch
 import torch.distributed as dist
 
 from megatron_entropic.errors import PeerDied, PhaseTimeout
+from megatron_entropic.weights.channel import BLOCK_BYTES, Channel
 from megatron_entropic.weights.delta import Delta, bitmap_bytes
+from megatron_entropic.weights.flat_memory import FlatMemory
 from megatron_entropic.weights.plan import Bucket
+from megatron_entropic.weights.shared_block import SharedBlock
 
 # Announcements are deleted this many broadcasts later. A gloo broadcast is a tree, so a sender can be ahead of its last
 # receiver by the depth of that tree and no more.
 _KEPT_ANNOUNCEMENTS = 64
+_SEES_BLOCK = "block"
+"""What a worker writes that could open the sender's shared memory."""
 _CHANGED = "; changed elements: "
 """Ends the announcement of a buffer of which only these many elements follow, behind their bitmap."""
 
@@ -121,7 +127,8 @@ class WeightSender(Protocol):
         """Waits until every worker has joined."""
 
     def send(self, contents: FlatContents, flat: torch.Tensor) -> int:
-        """Broadcasts one flat buffer, which must not change any more; every worker must be receiving the same contents.
+        """Broadcasts one flat buffer, which the caller may change afterwards; every worker must be receiving the same
+        contents.
 
         Returns:
             How many elements travelled.
@@ -160,7 +167,8 @@ class GlooSender:
         self._name = name
         self._last: dict[FlatContents, torch.Tensor] | None = {} if delta else None
         self._sent = 0
-        self._group: dist.ProcessGroupGloo | None = None
+        self._channel: Channel | None = None
+        self._block = SharedBlock.create(BLOCK_BYTES)
         listener = socket.create_server((host, 0))
         self._port = int(listener.getsockname()[1])
         self._store = dist.TCPStore(
@@ -174,6 +182,7 @@ class GlooSender:
         self._store.set("receivers", str(receivers))
         self._store.set("sender", name)
         self._store.set("delta", str(int(delta)))
+        self._store.set("block", f"{self._block.token} {self._block.path}" if self._block else "")
 
     @property
     def address(self) -> tuple[str, int]:
@@ -196,7 +205,13 @@ class GlooSender:
                 f"{phase}: {self._name} waited {self._timeout_s:g} s for engine worker {missing} of {self._receivers}"
             ) from error
         with named_wait(phase, self._name, f"{self._receivers} engine workers that have joined"):
-            self._group = _gloo_group(self._store, 0, self._receivers + 1, self._host, self._timeout_s)
+            group = _gloo_group(self._store, 0, self._receivers + 1, self._host, self._timeout_s)
+            if self._block is not None:
+                self._block.admit_nobody_else()
+                if any(self._store.get(f"join/{rank}").decode() != _SEES_BLOCK for rank in ranks):
+                    self._block = None
+            self._store.set("through", "block" if self._block else "gloo")
+        self._channel = Channel(group, self._block)
 
     def send(self, contents: FlatContents, flat: torch.Tensor) -> int:
         """Announces `contents`, then broadcasts `flat` [contents.elements], or what changed of it, to all receivers.
@@ -207,7 +222,7 @@ class GlooSender:
         Raises:
             PhaseTimeout, PeerDied: naming the buffer and how far each receiver has come.
         """
-        assert self._group is not None, "accept() comes before send()"
+        assert self._channel is not None, "accept() comes before send()"
         assert flat.numel() == contents.elements
         assert flat.dtype == contents.torch_dtype
         parts, announcement = [flat], contents.describe()
@@ -221,11 +236,11 @@ class GlooSender:
         try:
             with named_wait(phase, self._name, "the engine workers"):
                 for part in parts:
-                    _broadcast(self._group, part)
+                    self._channel.send(part)
         except (PhaseTimeout, PeerDied) as error:
             raise type(error)(f"{error}; {self._progress()}") from error.__cause__
         if self._last is not None:
-            self._last[contents] = flat
+            self._last[contents] = flat.clone() if last is None else last.copy_(flat)
         if self._sent >= _KEPT_ANNOUNCEMENTS:
             self._store.delete_key(f"announcement/{self._sent - _KEPT_ANNOUNCEMENTS}")
         self._sent += 1
@@ -233,7 +248,9 @@ class GlooSender:
 
     def close(self) -> None:
         """Drops the connections; receivers that still wait fail at once."""
-        self._group = None
+        if self._block is not None:
+            self._block.admit_nobody_else()
+        self._block = self._channel = None
         del self._store
 
     def _progress(self) -> str:
@@ -268,15 +285,19 @@ class GlooReceiver:
         if expected != receivers or not 1 <= rank <= receivers:
             raise ValueError(f"{phase}: the sender expects {expected} engine workers, this is {rank} of {receivers}")
         self._store.set(f"asked/{rank}", "0")
-        self._store.set(f"join/{rank}", "")
+        block = self._open_block()
+        self._store.set(f"join/{rank}", _SEES_BLOCK if block else "")
         with named_wait(phase, self._name, f"{self._sender} and {receivers - 1} other engine workers"):
-            self._group = _gloo_group(self._store, rank, receivers + 1, local_address(host, port), timeout_s)
+            group = _gloo_group(self._store, rank, receivers + 1, local_address(host, port), timeout_s)
+            through_block = self._store.get("through") == b"block"
+        self._channel = Channel(group, block if through_block else None)
+        self._memory = FlatMemory()
 
     def receive(self, contents: FlatContents) -> torch.Tensor:
         """The next flat buffer, [contents.elements] on the CPU.
 
-        Views of it stay valid for good, except that a sender of deltas makes the next receiving of the same contents
-        change it in place.
+        It stays as it is while it or a view of it exists, except that a sender of deltas makes the next receiving of
+        the same contents change it in place.
 
         Raises:
             PhaseTimeout, PeerDied: the sender did not come or is gone.
@@ -294,9 +315,13 @@ class GlooReceiver:
         self._received += 1
         return flat
 
+    def _open_block(self) -> SharedBlock | None:
+        token, _, path = self._store.get("block").decode().partition(" ")
+        return SharedBlock.open(path, token) if path else None
+
     def _receive_all(self, contents: FlatContents) -> torch.Tensor:
-        flat = torch.empty(contents.elements, dtype=contents.torch_dtype)
-        _broadcast(self._group, flat)
+        flat = self._memory.take(contents.elements, contents.torch_dtype)
+        self._channel.receive(flat)
         if self._last is not None:
             self._last[contents] = flat
         return flat
@@ -309,8 +334,8 @@ class GlooReceiver:
                 torch.empty(bitmap_bytes(contents.elements), dtype=torch.uint8),
                 torch.empty(changed, dtype=contents.torch_dtype),
             )
-            _broadcast(self._group, delta.bitmap)
-            _broadcast(self._group, delta.values)
+            self._channel.receive(delta.bitmap)
+            self._channel.receive(delta.values)
             delta.apply_to(flat)
         return flat
 
@@ -321,12 +346,6 @@ def _gloo_group(store: dist.Store, rank: int, size: int, host: str, timeout_s: f
     options._timeout = timedelta(seconds=timeout_s)
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     return dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, options)
-
-
-def _broadcast(group: dist.ProcessGroupGloo, flat: torch.Tensor) -> None:
-    options = dist.BroadcastOptions()
-    options.rootRank = 0
-    group.broadcast([flat], options).wait()  # type: ignore[attr-defined]
 
 
 def local_address(host: str, port: int) -> str:

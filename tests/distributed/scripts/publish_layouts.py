@@ -27,7 +27,7 @@ from megatron_entropic.weights.transport import FlatContents, GlooReceiver
 
 BUCKET_BYTES = 200_000
 RECEIVERS = 2
-CALLS = ("all_gather_into_tensor", "all_gather", "send")
+CALLS = ("gather", "all_gather", "send")
 
 
 class Counted:

@@ -26,7 +26,7 @@ def test_constants_of_other_rooms() -> None:
     assert activations.LOSS_BLOCK_BYTES == policy_loss.ACCELERATOR_BLOCK_BYTES
     assert activations.LOSS_BLOCK_TOKENS == policy_loss.ACCELERATOR_TOKENS
     assert activations.RECOMPUTE_BLOCK == head.ACCELERATOR_CHUNKS
-    assert publishing.BUCKET_BYTES == publish.BUCKET_BYTES
+    assert publish.BUCKET_BYTES["cuda"] == publishing.BUCKET_BYTES
 
 
 @pytest.mark.parametrize(("stages", "microbatches", "expected"), [(1, 7, 0), (4, 1, 3 / 4), (2, 9, 1 / 10)])

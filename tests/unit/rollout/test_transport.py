@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import time
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from megatron_entropic.errors import PeerDied, PhaseTimeout
+from megatron_entropic.weights import transport
+from megatron_entropic.weights.shared_block import SharedBlock
 from megatron_entropic.weights.transport import FlatContents, GlooReceiver, GlooSender
 
 HOST = "127.0.0.1"
@@ -40,8 +43,15 @@ def joined(background: Background, receivers: int, timeout_s: float = PATIENT_S)
     return sender, [future.result() for future in pending]
 
 
-def test_every_receiver_gets_the_bytes_of_every_buffer(background):
+@pytest.mark.parametrize("sharing", [3, 2, 0], ids=["all share memory", "one does not", "none does"])
+def test_every_receiver_gets_the_bytes_of_every_buffer(background, monkeypatch, sharing):
+    monkeypatch.setattr(transport, "BLOCK_BYTES", 300)  # several pieces a buffer
+    opened = SharedBlock.open
+    seen = itertools.count()
+    monkeypatch.setattr(SharedBlock, "open", lambda *place: opened(*place) if next(seen) < sharing else None)
     sender, receivers = joined(background, 3)
+    through = [receiver._channel.block is not None for receiver in receivers]
+    assert through == [sharing == 3] * 3
     generator = torch.Generator().manual_seed(3)
     # More than the announcements that are kept, so that old ones are deleted on the way.
     for turn in range(150):

@@ -87,11 +87,10 @@ def shards_of(layout: Layout, dims: ModelDimensions, parts: list[torch.Tensor], 
 
 def hf_of(layout: Layout, dims: ModelDimensions, shards: list[torch.Tensor]) -> list[torch.Tensor]:
     separated = [layout.separate(dims, shard) for shard in shards]
-    dim = layout.partition_dim
-    return [
-        join_slices([parts[index] for parts in separated], dim, shape[dim or 0])
-        for index, shape in enumerate(layout.hf_shapes(dims))
-    ]
+    tensors = [torch.empty(shape, dtype=shards[0].dtype) for shape in layout.hf_shapes(dims)]
+    for index, tensor in enumerate(tensors):
+        join_slices([parts[index] for parts in separated], layout.partition_dim, tensor)
+    return tensors
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

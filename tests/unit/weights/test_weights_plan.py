@@ -158,8 +158,8 @@ def test_description_shows_bytes_and_collectives():
     plan = plan_of("Qwen3-8B", pp=2, tp=4)
     assert len(lines) == len(plan.buckets) + 2
     # The embedding: 151936 x 4096 in bfloat16 is 1187 MiB, a quarter of it from each rank.
-    assert lines[1].split() == ["0", "0", "bfloat16", "1", "1", "1187.0", "296.8", "all-gather/4", "+", "broadcast"]
-    assert lines[-2].split()[-6:] == ["all-gather/4", "+", "send", "1->0", "+", "broadcast"]
+    assert lines[1].split() == ["0", "0", "bfloat16", "1", "1", "1187.0", "296.8", "gather/4", "+", "broadcast"]
+    assert lines[-2].split()[-6:] == ["gather/4", "+", "send", "1->0", "+", "broadcast"]
     assert "15622.6 MiB to each engine" in lines[-1]
 
 

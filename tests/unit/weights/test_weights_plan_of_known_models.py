@@ -62,7 +62,7 @@ def test_every_element_once_bytes_of_each_rank_and_collectives_of_each_bucket(
 
 def expected_collectives(bucket: Bucket, tensor: int, experts: int) -> tuple[str, ...]:
     ranks = experts if bucket.of_experts else tensor
-    gather = (f"all-gather/{ranks}",) if ranks > 1 else ()
+    gather = (f"gather/{ranks}",) if ranks > 1 else ()
     send = (f"send {bucket.owner_stage}->0",) if bucket.owner_stage else ()
     return (*gather, *send, "broadcast")
 
