@@ -154,6 +154,12 @@ class RolloutConfig(Section):
     tensor_parallel: int = Field(1, ge=1, description="vLLM tensor parallel size of each engine.")
     prompts_per_step: int = Field(512, ge=1)
     samples_per_prompt: int = Field(8, ge=1)
+    max_resamples: int = Field(
+        0,
+        ge=0,
+        lt=1000,
+        description="DAPO's dynamic sampling: replace groups all right or all wrong, so often a step at most.",
+    )
     max_response_tokens: int = Field(8192, ge=1)
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -223,9 +229,23 @@ class DataConfig(Section):
 class RewardConfig(Section):
     """How a response is judged."""
 
-    verifier: str = Field("math", description="countdown, math, exact, or module:function.")
+    verifier: str = Field("math", description="countdown, math, exact, format, or module:function.")
+    added: dict[str, float] = Field(
+        {}, description="Name: weight of further rewards, named as verifiers are, which are added to the verifier's."
+    )
+    format_pattern: str = Field(
+        r".*\\boxed\{.+\}[^{}]*",
+        description="What the whole response must match for `format` (a dot is any character).",
+    )
+    overlong_buffer_tokens: int = Field(
+        0, ge=0, description="DAPO's soft punishment over the last so many tokens before max_response_tokens; 0: none."
+    )
+    overlong_weight: float = Field(1.0, ge=0, description="Punishment of a response of max_response_tokens.")
+    batch_size: int = Field(64, ge=1, description="Responses of one call of a verifier that takes batches.")
     workers: int = Field(1, ge=0, description="Verifier processes; 0 judges in the driver.")
-    timeout_s: float = Field(30.0, gt=0, description="Wall time of one response; a process that passes it is killed.")
+    timeout_s: float = Field(
+        30.0, gt=0, description="Wall time of one response or batch; a process that passes it is killed."
+    )
     cpu_time_s: float = Field(
         5.0, gt=0, description="CPU time of one response: what a busy machine does not use up. Ends in a timeout too."
     )

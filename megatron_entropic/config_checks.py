@@ -245,16 +245,27 @@ def _data(config: Config) -> Iterator[Violation]:
 
 
 def _reward(config: Config) -> Iterator[Violation]:
-    name = config.reward.verifier
-    module, separator, function = name.partition(":")
-    if separator and module and function.isidentifier():
-        return
-    if name not in BUILT_IN:
+    reward = config.reward
+    for key, name in (("reward.verifier", reward.verifier), *(("reward.added", name) for name in reward.added)):
+        module, separator, function = name.partition(":")
+        if (separator and module and function.isidentifier()) or name in BUILT_IN:
+            continue
         nearest = difflib.get_close_matches(name, BUILT_IN, n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        yield Violation((key,), f"{key}={name!r}: expected one of {', '.join(BUILT_IN)}, or module:function{hint}")
+    if reward.verifier in reward.added:
         yield Violation(
-            ("reward.verifier",),
-            f"reward.verifier={name!r}: expected one of {', '.join(BUILT_IN)}, or module:function{hint}",
+            ("reward.added", "reward.verifier"), f"reward.added: {reward.verifier} is reward.verifier already"
+        )
+    try:
+        re.compile(reward.format_pattern)
+    except re.error as error:
+        yield Violation(("reward.format_pattern",), f"reward.format_pattern: not a regular expression: {error}")
+    if reward.overlong_buffer_tokens > config.rollout.max_response_tokens:
+        yield Violation(
+            ("reward.overlong_buffer_tokens", "rollout.max_response_tokens"),
+            f"reward.overlong_buffer_tokens={reward.overlong_buffer_tokens} is more than "
+            f"rollout.max_response_tokens={config.rollout.max_response_tokens}",
         )
 
 

@@ -25,13 +25,13 @@ from megatron_entropic.cluster.weight_publisher import WeightPublisher
 from megatron_entropic.config import Config
 from megatron_entropic.data import PromptDataset
 from megatron_entropic.evaluator import Evaluator
+from megatron_entropic.judged_rollouts import JudgedRollouts
 from megatron_entropic.restarts import with_restarts
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.run_directory import RunDirectory
 from megatron_entropic.stopping import SkipLimit, StopRequest
 from megatron_entropic.training_batch import (
     attach_scores,
-    decode_responses,
     entropy_profile,
     importance,
     mean_of,
@@ -51,7 +51,11 @@ def train(config: Config) -> Path:
         RunError: the run cannot go on. What it had completed is in its checkpoints.
         StopAsked: a signal asked it to end.
     """
-    with StopRequest() as stop, RunDirectory(config) as run, RewardScorer(config.reward) as scorer:
+    with (
+        StopRequest() as stop,
+        RunDirectory(config) as run,
+        RewardScorer(config.reward, max_response_tokens=config.rollout.max_response_tokens) as scorer,
+    ):
         if run.finished:
             return run.path
         HfReader(config.model.hf_dir)  # every tensor is there and whole, or the run ends here
@@ -110,12 +114,9 @@ def one_step(
     stop: StopRequest,
 ) -> dict[str, float]:
     """One rollout and its optimizer steps; returns what metrics.jsonl says of them."""
-    with run.phase("generate"), run.preserving(policy, step - 1):
-        asked = prompts.at_step(step, config.rollout.prompts_per_step)
-        samples = engines.generate(asked, step, while_waiting=stop.raise_if_asked)
+    with run.preserving(policy, step - 1):
+        samples, reward_metrics = JudgedRollouts(config, prompts, engines, scorer, run, stop).of_step(step)
     with run.phase("reward"):
-        decode_responses(samples, run.tokenizer)
-        reward_metrics = scorer.judge(samples)
         batch = training_batch(samples, config)
     with run.phase("score"):
         reference = policy.score(batch, reference=True) if config.algorithm.kl.coefficient else None

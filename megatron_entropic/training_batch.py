@@ -56,20 +56,25 @@ def attach_scores(batch: list[Sequence], scores: Scores, reference: Scores | Non
         sequence.experts = scores.experts[index] if scores.experts else None
 
 
+def prompt_groups(samples: list[Sample], per_prompt: int) -> list[list[Sample]]:
+    """The responses to each prompt."""
+    return [samples[start : start + per_prompt] for start in range(0, len(samples), per_prompt)]
+
+
 def rollout_metrics(samples: list[Sample], config: Config) -> dict[str, float]:
     """reward/* and response/* of one rollout.
 
-    solved_none and solved_all are the shares of prompts of which no or every response has a positive reward: such
-    groups teach nothing to a group-relative advantage.
+    solved_none and solved_all are the shares of prompts of which no or every response is correct: such groups teach
+    nothing to a group-relative advantage of the verifier's reward.
     """
     per_prompt = config.rollout.samples_per_prompt
     rewards = [float(sample.reward or 0.0) for sample in samples]
-    groups = [rewards[start : start + per_prompt] for start in range(0, len(rewards), per_prompt)]
+    solved = [[sample.correct for sample in group] for group in prompt_groups(samples, per_prompt)]
     lengths = [len(sample.response_tokens) for sample in samples]
     return {
         "reward/mean": fmean(rewards),
-        "reward/solved_none": fmean(all(reward <= 0 for reward in group) for group in groups),
-        "reward/solved_all": fmean(all(reward > 0 for reward in group) for group in groups),
+        "reward/solved_none": fmean(not any(group) for group in solved),
+        "reward/solved_all": fmean(all(group) for group in solved),
         "response/length_mean": fmean(lengths),
         "response/length_max": float(max(lengths)),
         "response/truncated_fraction": fmean(sample.finish_reason == "length" for sample in samples),
@@ -102,7 +107,7 @@ def entropy_profile(samples: list[Sample], scores: Scores) -> dict[str, float]:
     """
     parts: dict[str, list[torch.Tensor]] = {}
     for sample, entropies in zip(samples, scores.entropies, strict=True):
-        outcome = "correct" if (sample.reward or 0.0) > 0 else "wrong"
+        outcome = "correct" if sample.correct else "wrong"
         parts.setdefault(f"entropy/{outcome}", []).append(entropies)
         for quarter, piece in enumerate(entropies.tensor_split(4), start=1):
             parts.setdefault(f"entropy/quarter_{quarter}", []).append(piece)

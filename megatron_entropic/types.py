@@ -50,6 +50,13 @@ class Sample:
     reward: float | None = None
     verifier_status: str = ""
     """ok, timeout or error: a verifier that failed is not a wrong answer."""
+    verifier_reward: float = 0.0
+    """The verifier's own part of the reward; 0 where it failed."""
+
+    @property
+    def correct(self) -> bool:
+        """Whether the verifier gave a positive reward; added rewards do not count."""
+        return self.verifier_reward > 0
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ Two layouts are understood without any setting, in parquet, JSON lines or a save
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ from megatron_entropic.types import Prompt
 
 TruthCheck = Callable[[list[Any]], list[str | None]]
 """Ground truths -> why each of them cannot be used, None where it can."""
+
+_ROUNDS = 1000
+"""More than a step ever asks for replacements."""
 
 
 class PromptDataset:
@@ -67,7 +70,7 @@ class PromptDataset:
             problems.add("no prompt is left\n    " + "\n    ".join(self.report.lines()))
         problems.raise_if_any("the training data cannot be used", skip_rows=config.skip_malformed)
         self.report.kept = len(self._prompts)
-        self._order = self._make_order()
+        self._order = self._make_order(self._seed)
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -97,6 +100,23 @@ class PromptDataset:
         """
         assert step >= 1, "steps are counted from 1"
         return [self._prompts[row] for row in self._order.rows((step - 1) * count, count)]
+
+    def replacements(self, step: int, earlier: int, count: int, seen: Set[int]) -> list[Prompt]:
+        """Prompts for a step beside those of `at_step`, from an order of its own.
+
+        A pure function of files, seed and arguments, as `at_step`. Fewer than `count` if the data set has no more.
+
+        Args:
+            earlier: how often the step has asked before.
+            seen: indices of prompts that the step has had.
+        """
+        order = self._make_order(self._seed + (step * _ROUNDS + earlier << 32))
+        found: dict[int, Prompt] = {}
+        for row in order.rows(0, len(self._prompts)):
+            prompt = self._prompts[row]
+            if len(found) < count and prompt.index not in seen:
+                found[prompt.index] = prompt
+        return list(found.values())
 
     def _read(self, tokenizer: Tokenizer, check_truths: TruthCheck | None, problems: Problems) -> None:
         """Fill prompts, problems and the number of each one's file with every usable row of bearable length."""
@@ -173,17 +193,17 @@ class PromptDataset:
         self.report.pass_rates = (len(known), len(outside))
         return outside
 
-    def _make_order(self) -> EpochOrder | MixedOrder:
+    def _make_order(self, seed: int) -> EpochOrder | MixedOrder:
         config = self._config
         if config.file_weights is None:
-            return EpochOrder(len(self._prompts), seed=self._seed, shuffle=config.shuffle)
+            return EpochOrder(len(self._prompts), seed=seed, shuffle=config.shuffle)
         members: list[list[int]] = [[] for _ in config.train_files]
         for position, file_number in enumerate(self._file_numbers):
             members[file_number].append(position)
         empty = [str(file) for file, rows in zip(config.train_files, members, strict=True) if not rows]
         if empty:
             raise ValueError(f"data.file_weights: no prompt is left of {', '.join(empty)}")
-        return MixedOrder(members, config.file_weights, seed=self._seed, shuffle=config.shuffle)
+        return MixedOrder(members, config.file_weights, seed=seed, shuffle=config.shuffle)
 
 
 def _messages_and_truth(

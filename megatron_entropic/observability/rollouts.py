@@ -92,6 +92,7 @@ def write_rollouts(
         "finish_reason": pa.array([sample.finish_reason for sample in samples], pa.string()),
         "weights_version": pa.array([sample.weights_version for sample in samples], pa.int64()),
         "reward": pa.array([sample.reward for sample in samples], pa.float64()),
+        "verifier_reward": pa.array([sample.verifier_reward for sample in samples], pa.float64()),
         "verifier_status": pa.array([sample.verifier_status for sample in samples], pa.string()),
         "rollout_logprobs": _lists([sample.rollout_logprobs for sample in samples], np.float32),
         "advantages": _lists([_array(sequence.advantages) for sequence in batch], np.float32),
@@ -147,6 +148,7 @@ def _response(row: dict[str, Any]) -> RecordedResponse:
         text=row["response"],
         reward=row["reward"],
         verifier_status=row["verifier_status"],
+        verifier_reward=row["verifier_reward"],
     )
     reference = row["reference_logprobs"]
     return RecordedResponse(

@@ -1,73 +1,81 @@
-"""Rewards of the samples of a step."""
+"""Rewards of the samples of a step.
+
+reward = verifier + sum over reward.added of weight * its reward + overlong_weight * soft overlong punishment
+"""
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from statistics import fmean
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from megatron_entropic.config import RewardConfig
 from megatron_entropic.rewards.ground_truths import objection, own_answer
-from megatron_entropic.rewards.pool import Job, VerifierPool
-from megatron_entropic.rewards.verdict import Verdict, judge
-from megatron_entropic.rewards.verifiers import INSTANT, build_verifier
+from megatron_entropic.rewards.judge import Judge
+from megatron_entropic.rewards.overlong import overlong_penalty
+from megatron_entropic.rewards.verdict import Job, Verdict
 
 if TYPE_CHECKING:
     from megatron_entropic.types import Sample
 
-logger = logging.getLogger(__name__)
-
 
 class RewardScorer:
-    """Judges samples with the configured verifier; a context manager, or call `close`.
+    """Judges samples with the configured verifier and added rewards; a context manager, or call `close`."""
 
-    `reward.workers` processes judge, each response within `reward.timeout_s`. With 0 workers, and for the verifiers
-    that take no time, this process judges itself, without a time limit.
-    """
+    def __init__(self, config: RewardConfig, *, max_response_tokens: int | None = None):
+        """Load the verifiers, in their processes if they get some.
 
-    def __init__(self, config: RewardConfig):
-        """Load the verifier, in its processes if it gets some.
+        Args:
+            max_response_tokens: longest response there can be; needed by `reward.overlong_buffer_tokens`.
 
         Raises:
-            ValueError: the verifier does not exist or does not import.
+            ValueError: a verifier does not exist or does not import.
             RunError: a verifier process did not start.
         """
-        self._name = config.verifier
-        self._pool: VerifierPool | None = None
-        if config.workers == 0 or config.verifier in INSTANT:
-            self._verifier = build_verifier(config.verifier)
-        else:
-            self._pool = VerifierPool(config)
+        self._config, self._max_response_tokens = config, max_response_tokens
+        with ExitStack() as judges:
+            self._main = self._judge_of(config.verifier, judges)
+            self._added = {name: self._judge_of(name, judges) for name in config.added}
+            self._judges = judges.pop_all()
 
     def judge(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Set `reward` and `verifier_status` of every sample; returns reward/verifier_errors and _timeouts (counts).
+        """Set `reward`, `verifier_reward` and `verifier_status` of every sample.
 
-        A sample whose verifier failed gets the mean reward of the others to its prompt (0 if there are none): a
+        A sample of which a verifier failed gets the mean reward of the others to its prompt (0 if there are none): a
         group-relative advantage is then 0 for it, and it pushes the policy nowhere.
 
         Args:
             samples: grouped by prompt, sample_index ascending in each group.
+
+        Returns:
+            reward/verifier_errors and _timeouts (responses); with several rewards the mean of each before weighting,
+            reward/verifier_mean, reward/NAME_mean, reward/overlong_mean.
         """
-        verdicts = self.verdicts(samples)
-        for sample, verdict in zip(samples, verdicts, strict=True):
-            sample.reward, sample.verifier_status = verdict.reward, verdict.status
+        jobs = _jobs(samples)
+        verdicts = {self._main.name: self._main.warned_verdicts(jobs)}
+        verdicts |= {name: judge.warned_verdicts(jobs) for name, judge in self._added.items()}
+        overlong = [self._overlong(sample) for sample in samples]
+        for position, sample in enumerate(samples):
+            main, *added = (of_one[position] for of_one in verdicts.values())
+            weighted = (weight * one.reward for weight, one in zip(self._config.added.values(), added, strict=True))
+            sample.reward = main.reward + sum(weighted) + self._config.overlong_weight * overlong[position]
+            sample.verifier_reward = main.reward
+            sample.verifier_status = next((one.status for one in (main, *added) if one.status != "ok"), "ok")
         for group in _groups(samples):
             _neutralise_failures(group)
-        statuses = Counter(verdict.status for verdict in verdicts)
+        statuses = Counter(sample.verifier_status for sample in samples)
         return {
             "reward/verifier_errors": float(statuses["error"]),
             "reward/verifier_timeouts": float(statuses["timeout"]),
+            **self._parts(verdicts, overlong),
         }
 
     def verdicts(self, samples: Sequence[Sample]) -> list[Verdict]:
-        """What the verifier says of each sample, failures as such; they are logged and change no sample."""
-        jobs: list[Job] = [(sample.text, sample.prompt.ground_truth, sample.prompt.extra_info) for sample in samples]
-        verdicts = self._judge(jobs)
-        self._warn(verdicts)
-        return verdicts
+        """What the verifier alone says of each sample, failures as such; they are logged and change no sample."""
+        return self._main.warned_verdicts(_jobs(samples))
 
     def truth_problems(self, truths: Sequence[Any]) -> list[str | None]:
         """Why the verifier cannot use a ground truth, None where it can; see `ground_truths`."""
@@ -75,20 +83,19 @@ class RewardScorer:
         jobs: dict[int, Job] = {}
         for position, truth in enumerate(truths):
             try:
-                answer = own_answer(self._name, truth)
+                answer = own_answer(self._main.name, truth)
             except ValueError as error:
                 reasons[position] = str(error)
                 continue
             if answer is not None:
                 jobs[position] = (answer, truth, {})
-        for position, verdict in zip(jobs, self._judge(list(jobs.values())), strict=True):
-            reasons[position] = objection(self._name, verdict)
+        for position, verdict in zip(jobs, self._main.verdicts(list(jobs.values())), strict=True):
+            reasons[position] = objection(self._main.name, verdict)
         return reasons
 
     def close(self) -> None:
         """End the verifier processes."""
-        if self._pool:
-            self._pool.close()
+        self._judges.close()
 
     def __enter__(self) -> RewardScorer:
         return self
@@ -98,20 +105,32 @@ class RewardScorer:
     ) -> None:
         self.close()
 
-    def _judge(self, jobs: Sequence[Job]) -> list[Verdict]:
-        return self._pool.judge(jobs) if self._pool else [judge(self._verifier, *job) for job in jobs]
+    def _judge_of(self, name: str, judges: ExitStack) -> Judge:
+        judge = Judge(self._config, name)
+        judges.callback(judge.close)
+        return judge
 
-    def _warn(self, verdicts: Sequence[Verdict]) -> None:
-        failed = [verdict for verdict in verdicts if verdict.status != "ok"]
-        if failed:
-            logger.warning(
-                "verifier %s failed on %d of %d responses; the first: %s (%s)",
-                self._name,
-                len(failed),
-                len(verdicts),
-                failed[0].status,
-                failed[0].message,
-            )
+    def _overlong(self, sample: Sample) -> float:
+        buffer = self._config.overlong_buffer_tokens
+        if not buffer:
+            return 0.0
+        assert self._max_response_tokens is not None, "reward.overlong_buffer_tokens needs the longest response"
+        return overlong_penalty(len(sample.response_tokens), self._max_response_tokens, buffer)
+
+    def _parts(self, verdicts: dict[str, list[Verdict]], overlong: list[float]) -> dict[str, float]:
+        """Means of the single rewards, where there are several."""
+        parts: dict[str, float] = {}
+        if self._config.overlong_buffer_tokens:
+            parts["reward/overlong_mean"] = fmean(overlong)
+        if self._added:
+            for name, of_one in verdicts.items():
+                short = "verifier" if name == self._main.name else name.rpartition(":")[2]
+                parts[f"reward/{short}_mean"] = fmean(verdict.reward for verdict in of_one)
+        return parts
+
+
+def _jobs(samples: Sequence[Sample]) -> list[Job]:
+    return [(sample.text, sample.prompt.ground_truth, sample.prompt.extra_info) for sample in samples]
 
 
 def _groups(samples: Sequence[Sample]) -> Iterator[list[Sample]]:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 Verifier = Callable[[str, Any, Mapping[str, Any]], float]
 """(response text, ground truth, extra_info of the row) -> reward. What it raises is counted as a verifier error."""
 
+BatchVerifier = Callable[[list[str], list[Any], list[Mapping[str, Any]]], Iterable[float]]
+"""The same for several responses at once: a function with an attribute `takes_batches` that is true."""
+
 BUILT_IN = {
     "countdown": "megatron_entropic.rewards.countdown:countdown",
     "exact": "megatron_entropic.rewards.exact:exact",
+    "format": "megatron_entropic.rewards.response_format:response_format",
     "math": "megatron_entropic.rewards.math_answer:math_answer",
 }
 
@@ -21,8 +27,16 @@ INSTANT = frozenset({"countdown", "exact"})
 """Built-in verifiers whose time is bounded and far below that of asking another process."""
 
 
-def build_verifier(name: str) -> Verifier:
+def takes_batches(verifier: Verifier | BatchVerifier) -> bool:
+    """Whether a verifier is a `BatchVerifier`."""
+    return bool(getattr(verifier, "takes_batches", False))
+
+
+def build_verifier(name: str, format_pattern: str = "") -> Verifier | BatchVerifier:
     """The verifier called `name`: a built-in one, or `module:function`, also from the current directory.
+
+    Args:
+        format_pattern: `reward.format_pattern`, which `format` needs.
 
     Raises:
         ValueError: no such verifier, or its module does not import.
@@ -41,5 +55,5 @@ def build_verifier(name: str) -> Verifier:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"verifier {name!r}: the module {module_name} has no function {function_name!r}")
-    verifier: Verifier = function
-    return verifier
+    verifier: Verifier | BatchVerifier = function
+    return partial(function, re.compile(format_pattern, re.DOTALL)) if name == "format" else verifier

@@ -29,7 +29,7 @@ ROWS = [
 FACE = {"cli", "trainer", "config_loading", "config_checks", "run_directory", "training_batch", "warm_start"}
 FACE |= {"export_command", "quantized_export"}
 FACE |= {"evaluate", "evaluate_command", "evaluator"}
-FACE |= {"restarts", "stopping"}
+FACE |= {"restarts", "stopping", "judged_rollouts"}
 # The large neighbours, and the only rooms that know them.
 OWNERS = {"megatron": {"policy"}, "vllm": {"rollout"}, "ray": {"cluster"}, "wandb": {"observability"}}
 

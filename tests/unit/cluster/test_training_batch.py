@@ -45,6 +45,7 @@ def samples() -> list[Sample]:
             finish_reason="length" if i == 3 else "stop",
             weights_version=0,
             reward=reward,
+            verifier_reward=reward,
         )
         for i, (reward, length) in enumerate(rewards_and_lengths)
     ]

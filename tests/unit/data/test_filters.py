@@ -195,3 +195,20 @@ def test_the_mixed_order_is_the_same_on_every_machine_and_version() -> None:
     order = MixedOrder([[0, 1, 2], [3, 4]], [2, 1], seed=1)
     assert order.rows(0, 9) == order.rows(0, 4) + order.rows(4, 5)
     assert order.rows(3, 6) == [3, 2, 1, 3, 0, 2]
+
+
+def test_replacements_are_a_function_of_step_and_round(tmp_path: Path, tokenizer: Any) -> None:
+    files = [jsonl(tmp_path / f"{k}.jsonl", *[problem(f"{k}{n}") for n in range(12)]) for k in "ab"]
+    for weights in (None, [1, 2]):
+        dataset = PromptDataset(config(*files, file_weights=weights), tokenizer, seed=2)
+        asked = {prompt.index for prompt in dataset.at_step(3, 8)}
+        first = [prompt.index for prompt in dataset.replacements(3, 0, 4, asked)]
+        assert len(set(first)) == 4
+        assert not asked & set(first)
+        again = PromptDataset(config(*files, file_weights=weights), tokenizer, seed=2)
+        again.replacements(2, 5, 8, set())
+        assert [prompt.index for prompt in again.replacements(3, 0, 4, asked)] == first
+        assert [prompt.index for prompt in again.replacements(3, 1, 4, asked)] != first
+        assert [prompt.index for prompt in again.replacements(4, 0, 4, asked)] != first
+    assert len(dataset.replacements(3, 0, 99, asked)) <= 16
+    assert dataset.replacements(1, 0, 4, set(range(24))) == []

@@ -21,7 +21,16 @@ def step_of(*lengths: int, reference: bool) -> tuple[list[Sample], list[Sequence
         tokens = list(range(length))
         samples.append(
             Sample(
-                prompt, number, tokens, values[0].tolist(), "stop", 4, text="a\ud800b", reward=0.5, verifier_status="ok"
+                prompt,
+                number,
+                tokens,
+                values[0].tolist(),
+                "stop",
+                4,
+                text="a\ud800b",
+                reward=0.5,
+                verifier_status="ok",
+                verifier_reward=0.25,
             )
         )
         batch.append(
@@ -56,6 +65,7 @@ def test_everything_comes_back(reference: bool, tmp_path: Path) -> None:
             "finish_reason",
             "weights_version",
             "reward",
+            "verifier_reward",
             "verifier_status",
         ):
             assert getattr(response.sample, name) == getattr(sample, name), name

@@ -172,7 +172,7 @@ def test_verifier_processes_do_not_outlive_a_killed_driver(verifier: str) -> Non
         "import sys, time\n"
         "from megatron_entropic.config import RewardConfig\n"
         "from megatron_entropic.rewards.pool import VerifierPool\n"
-        f"pool = VerifierPool(RewardConfig(verifier={verifier!r}, workers=2))\n"
+        f"pool = VerifierPool(RewardConfig(workers=2), {verifier!r})\n"
         "print(*[int(v.reward) for v in pool.judge([('pid', '', {})] * 2)], flush=True)\n"
         "time.sleep(1000)\n"
     )

@@ -57,7 +57,7 @@ def test_countdown_takes_its_ground_truth_as_json_too() -> None:
 def test_countdown_refuses_another_ground_truth(ground_truth: object) -> None:
     with pytest.raises((ValueError, TypeError)):
         countdown("3*7+5", ground_truth, {})
-    assert judge(countdown, "3*7+5", ground_truth, {}).status == "error"
+    assert judge(countdown, [("3*7+5", ground_truth, {})])[0].status == "error"
 
 
 @settings(deadline=None)
@@ -131,8 +131,8 @@ def test_math_is_quick_on_a_huge_response() -> None:
 
 
 def test_math_counts_an_empty_ground_truth_as_an_error() -> None:
-    assert judge(math_answer, r"\boxed{1}", "  ", {}).status == "error"
-    assert judge(math_answer, r"\boxed{1}", {"solution": "1"}, {}).status == "error"
+    assert judge(math_answer, [(r"\boxed{1}", "  ", {})])[0].status == "error"
+    assert judge(math_answer, [(r"\boxed{1}", {"solution": "1"}, {})])[0].status == "error"
 
 
 @pytest.mark.parametrize(
@@ -150,11 +150,14 @@ def test_verifiers_that_do_not_exist(name: str, message: str) -> None:
 
 @pytest.mark.parametrize(("returned", "status"), [(1, "ok"), (True, "ok"), (float("nan"), "error"), ("no", "error")])
 def test_what_a_verifier_returns_is_checked(returned: object, status: str) -> None:
-    assert judge(lambda response, truth, extra: returned, "", None, {}).status == status  # type: ignore[arg-type,return-value]
+    def verifier(response: str, truth: object, extra: object) -> object:
+        return returned
+
+    assert judge(verifier, [("", None, {})])[0].status == status  # type: ignore[arg-type]
 
 
 def test_a_verifier_that_exits_does_not_end_the_run() -> None:
     def leaves(response: str, truth: object, extra: object) -> float:
         raise SystemExit(3)
 
-    assert judge(leaves, "", None, {}).status == "error"
+    assert judge(leaves, [("", None, {})])[0].status == "error"

@@ -1,0 +1,92 @@
+"""The judged responses that a step trains on.
+
+    prompts --> engines --> verifiers --> groups all alike? --> other prompts, at most rollout.max_resamples times
+
+Replacing groups whose responses are all right or all wrong is DAPO's dynamic sampling (arXiv 2503.14476): their
+group-relative advantages are 0, so they would take part in the step without teaching anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from megatron_entropic.cluster.engine_group import EngineGroup
+from megatron_entropic.config import Config
+from megatron_entropic.data import PromptDataset
+from megatron_entropic.rewards import RewardScorer
+from megatron_entropic.run_directory import RunDirectory
+from megatron_entropic.stopping import StopRequest
+from megatron_entropic.training_batch import decode_responses, prompt_groups
+from megatron_entropic.types import Prompt, Sample
+
+
+@dataclass
+class JudgedRollouts:
+    """Generates and judges, and counts what it did."""
+
+    config: Config
+    prompts: PromptDataset
+    engines: EngineGroup
+    scorer: RewardScorer
+    run: RunDirectory
+    stop: StopRequest
+    _judged: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    """Number of responses and metrics of each round."""
+
+    def of_step(self, step: int) -> tuple[list[Sample], dict[str, float]]:
+        """The responses of a step, grouped by prompt, and reward/verifier_*, resampling/*.
+
+        A function of (seed, step) and the weights, like everything else: replacements come from an order of their own.
+        A replacement takes the place of the group it replaces. What is still all alike after the last round stays.
+        """
+        self._judged = []
+        rollout = self.config.rollout
+        asked = self.prompts.at_step(step, rollout.prompts_per_step)
+        groups = self._answered(step, asked)
+        rewards = [sample.verifier_reward for group in groups for sample in group]
+        seen = {prompt.index for prompt in asked}
+        rounds = replaced = 0
+        while rounds < rollout.max_resamples and (alike := [i for i, group in enumerate(groups) if all_alike(group)]):
+            fresh = self.prompts.replacements(step, rounds, len(alike), seen)
+            if not fresh:
+                break
+            rounds, replaced = rounds + 1, replaced + len(fresh)
+            seen |= {prompt.index for prompt in fresh}
+            for place, group in zip(alike, self._answered(step, fresh), strict=False):
+                groups[place] = group
+                rewards += [sample.verifier_reward for sample in group]
+        metrics = _merged(self._judged)
+        if rollout.max_resamples:
+            metrics |= {
+                "resampling/rounds": float(rounds),
+                "resampling/replaced_groups": float(replaced),
+                "resampling/left_groups": float(sum(map(all_alike, groups))),
+                "resampling/verifier_reward_mean": fmean(rewards),
+            }
+        return [sample for group in groups for sample in group], metrics
+
+    def _answered(self, step: int, prompts: list[Prompt]) -> list[list[Sample]]:
+        """Generate and judge one round; no prompt comes in two rounds of a step, so no seed does."""
+        with self.run.phase("generate"):
+            samples = self.engines.generate(prompts, step, while_waiting=self.stop.raise_if_asked)
+        with self.run.phase("reward"):
+            decode_responses(samples, self.run.tokenizer)
+            self._judged.append((len(samples), self.scorer.judge(samples)))
+        return prompt_groups(samples, self.config.rollout.samples_per_prompt)
+
+
+def all_alike(group: list[Sample]) -> bool:
+    """Whether the verifier said the same of every response it could judge; added rewards do not count."""
+    return len({sample.verifier_reward for sample in group if sample.verifier_status == "ok"}) < 2
+
+
+def _merged(rounds: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """Counts of all rounds together, means over all their responses."""
+    judged = sum(responses for responses, _ in rounds)
+    return {
+        name: sum(
+            metrics[name] * (responses / judged if name.endswith("_mean") else 1) for responses, metrics in rounds
+        )
+        for name in rounds[0][1]
+    }

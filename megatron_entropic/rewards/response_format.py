@@ -1,0 +1,12 @@
+"""Whether a response has the form that was asked for, whatever it says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+
+def response_format(pattern: re.Pattern[str], response: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:
+    """1.0 if the whole response matches the pattern (`reward.format_pattern`), white space around it ignored."""
+    return float(pattern.fullmatch(response.strip()) is not None)

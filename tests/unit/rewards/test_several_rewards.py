@@ -1,0 +1,147 @@
+"""Weighted sums, format, overlong punishment, verifiers that take batches."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_entropic.config import RewardConfig
+from megatron_entropic.rewards import RewardScorer
+from megatron_entropic.rewards.overlong import overlong_penalty
+from megatron_entropic.types import Prompt, Sample
+
+BATCHES = """
+    import time
+
+    def length(responses, ground_truths, extra_infos):
+        assert len(responses) == len(ground_truths) == len(extra_infos)
+        if "raise" in responses:
+            raise RuntimeError("no")
+        if "hang" in responses:
+            time.sleep(1000)
+        if "short" in responses:
+            return [1.0]
+        return [float("nan") if r == "nan" else len(r) + len(responses) / 100 for r in responses]
+
+    length.takes_batches = True
+
+    def bonus(response, ground_truth, extra_info):
+        if response == "bad":
+            raise ValueError("no bonus")
+        return extra_info.get("bonus", 0)
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"several_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(textwrap.dedent(BATCHES))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return name
+
+
+def sample(text: str, truth: str = "4", *, tokens: int = 1, prompt: int = 0, index: int = 0, bonus: int = 0) -> Sample:
+    return Sample(
+        Prompt(prompt, [1], "", truth, extra_info={"bonus": bonus}),
+        index,
+        [1] * tokens,
+        [0.0] * tokens,
+        "stop",
+        0,
+        text=text,
+    )
+
+
+def test_dapo_soft_punishment_at_its_corners() -> None:
+    # DAPO: L_max = 20480 with L_cache = 4096.
+    values = [overlong_penalty(length, 20480, 4096) for length in (0, 16384, 18432, 20480, 30000)]
+    assert values == [0, 0, -0.5, -1, -1]
+
+
+@given(st.integers(1, 1000), st.integers(0, 1000), st.integers(0, 3000))
+def test_punishment_falls_from_zero_to_minus_one(buffer: int, more: int, length: int) -> None:
+    here, next_one = (overlong_penalty(n, buffer + more, buffer) for n in (length, length + 1))
+    assert -1 <= next_one <= here <= 0
+    assert (here == 0) == (length <= more)
+    assert (here == -1) == (length >= buffer + more)
+
+
+def test_the_sum_of_several_rewards(module: str) -> None:
+    config = RewardConfig(
+        verifier="exact",
+        added={"format": 0.5, f"{module}:bonus": 2.0},
+        format_pattern="[0-9]",
+        workers=1,
+        overlong_buffer_tokens=4,
+        overlong_weight=0.25,
+    )
+    samples = [
+        sample("4", bonus=1, tokens=6),
+        sample("5", index=1, tokens=8),
+        sample("bad", index=2),
+        sample("45", "45", index=3, tokens=10),
+    ]
+    with RewardScorer(config, max_response_tokens=10) as scorer:
+        metrics = scorer.judge(samples)
+    assert [s.verifier_status for s in samples] == ["ok", "ok", "error", "ok"]
+    expected = [1 + 0.5 + 2, 0 + 0.5 - 0.25 * 0.5, 1 - 0.25]
+    assert [samples[i].reward for i in (0, 1, 3)] == pytest.approx(expected)
+    assert samples[2].reward == pytest.approx(sum(expected) / 3), "a failed added reward is no zero either"
+    assert [s.correct for s in samples] == [True, False, False, True]
+    assert metrics == pytest.approx(
+        {
+            "reward/verifier_errors": 1,
+            "reward/verifier_timeouts": 0,
+            "reward/overlong_mean": -1.5 / 4,
+            "reward/verifier_mean": 0.5,
+            "reward/format_mean": 0.5,
+            "reward/bonus_mean": 0.25,
+        }
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_verifier_that_takes_batches(workers: int, module: str) -> None:
+    config = RewardConfig(verifier=f"{module}:length", workers=workers, batch_size=2, timeout_s=1)
+    texts = ["a", "bb", "raise", "a", "nan", "ccc", "short", "d", "e"] + ["hang", "f", "gg", "hh"] * workers
+    with RewardScorer(config) as scorer:
+        verdicts = scorer.verdicts([sample(text, index=number) for number, text in enumerate(texts)])
+    if workers == 0:
+        assert {verdict.status for verdict in verdicts} == {"error"}, "one call for all"
+        return
+    statuses = [verdict.status for verdict in verdicts]
+    assert statuses == [
+        "ok",
+        "ok",
+        "error",
+        "error",
+        "error",
+        "ok",
+        "error",
+        "error",
+        "timeout",
+        "timeout",
+        *["ok"] * 3,
+    ]
+    assert [v.reward for v in verdicts if v.status == "ok"] == pytest.approx([1.02, 2.02, 3.02, 1.02, 2.02, 2.01])
+    assert "1 rewards for 2 responses" in verdicts[6].message
+    assert "RuntimeError: no" in verdicts[2].message
+
+
+def test_the_default_format_is_a_box_near_the_end() -> None:
+    with RewardScorer(RewardConfig(verifier="format", workers=1)) as scorer:
+        texts = ["so \\boxed{4}.\n", "\\boxed{\\frac{1}{2}}", "4", "\\boxed{4", "\\boxed{}"]
+        assert [v.reward for v in scorer.verdicts([sample(t) for t in texts])] == [1, 1, 0, 0, 0]
+
+
+def test_a_pattern_that_never_ends_is_a_timeout() -> None:
+    config = RewardConfig(verifier="format", format_pattern="(a+)+b", workers=1, cpu_time_s=0.5)
+    with RewardScorer(config) as scorer:
+        verdicts = scorer.verdicts([sample("a" * 40), sample("aab")])
+    assert [(v.status, v.reward) for v in verdicts] == [("timeout", 0), ("ok", 1)]
