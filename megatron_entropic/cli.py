@@ -1,4 +1,4 @@
-"""The command line: train, preflight, plan, evaluate, score, export, report, tune."""
+"""The command line: train, preflight, plan, evaluate, score, export, rollouts, report, tune."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from megatron_entropic.config_loading import ConfigError, batch_arithmetic, conf
 from megatron_entropic.errors import RunError, StopAsked
 from megatron_entropic.evaluate_command import add_evaluate_parser
 from megatron_entropic.export_command import add_export_parser
+from megatron_entropic.rollouts_command import add_rollouts_parser
 
 STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command continues."""
@@ -224,6 +225,8 @@ def _parser() -> argparse.ArgumentParser:
     score.set_defaults(command=_score)
 
     add_export_parser(commands)
+
+    add_rollouts_parser(commands)
 
     report = commands.add_parser("report", help="write an HTML page about one or several runs, or evaluations")
     report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")

@@ -166,12 +166,14 @@ class RunDirectory:
     def step_time(self, tokens: int) -> dict[str, float]:
         """time/* of the step that ends now, and its throughput: prompt and response tokens over wall time.
 
-        time/driver_fraction is the share of the step in which neither engines nor policy did the step's work.
+        time/driver_fraction is the share of the step in which neither engines nor policy did the step's work,
+        time/reward_fraction that of judging responses.
         """
         times = self.clock.finish_step()
         step_s = times["time/step_s"]
         working_s = sum(times.get(f"time/{phase}_s", 0.0) for phase in WORKING_PHASES)
         times["time/driver_fraction"] = 1 - working_s / step_s
+        times["time/reward_fraction"] = times.get("time/reward_s", 0.0) / step_s
         return {**times, "throughput/tokens_per_s": tokens / step_s}
 
     def checkpoint_due(self, step: int) -> bool:

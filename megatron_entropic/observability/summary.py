@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_entropic.observability.samples import SAMPLES_FILE
 
 CONFIG_FILE = "config.yaml"
 LAST_STEPS = 20
+_PHASE = re.compile(r"time/\w+_s")
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Run:
     @property
     def phases(self) -> list[str]:
         """Names of the phases that were timed, in order of first appearance."""
-        names = {key: None for row in self.rows for key in row if key.startswith("time/") and key != "time/step_s"}
+        names = {key: None for row in self.rows for key in row if _PHASE.fullmatch(key) and key != "time/step_s"}
         return [name.removeprefix("time/").removesuffix("_s") for name in names]
 
 

@@ -28,7 +28,7 @@ ROWS = [
 # Modules of the package's top folder that together are the face: the command line, the loop and what it is made of.
 FACE = {"cli", "trainer", "config_loading", "config_checks", "run_directory", "training_batch", "warm_start"}
 FACE |= {"export_command", "quantized_export"}
-FACE |= {"evaluate", "evaluate_command", "evaluator"}
+FACE |= {"evaluate", "evaluate_command", "evaluator", "rollouts_command"}
 FACE |= {"restarts", "stopping", "judged_rollouts"}
 # The large neighbours, and the only rooms that know them.
 OWNERS = {"megatron": {"policy"}, "vllm": {"rollout"}, "ray": {"cluster"}, "wandb": {"observability"}}

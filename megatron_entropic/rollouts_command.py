@@ -1,0 +1,127 @@
+"""`megatron-entropic rollouts`: the responses of a step, in the terminal or as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from megatron_entropic.data import load_tokenizer
+from megatron_entropic.observability.pages import render_page, write_page
+from megatron_entropic.observability.rollout_view import ResponseView, StepView, view_step
+from megatron_entropic.observability.rollouts import read_rollouts, recorded_steps, rollouts_path
+from megatron_entropic.observability.summary import Run, load_run
+from megatron_entropic.rewards import build_reader
+
+_TOUCH_COLOURS = {"up": "green", "down": "red"}
+# Controllers whose alpha acts on tokens with pi > tau.
+_CONTROLLERS_WITH_TAU = ("p", "pi", "constant")
+
+
+def add_rollouts_parser(commands: Any) -> None:
+    """Add `rollouts` to the subparsers of the command line."""
+    parser = commands.add_parser("rollouts", help="show recorded responses of a step, coloured by token entropy")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run with logging.rollouts_every_steps")
+    parser.add_argument("--step", type=int, metavar="N", help="(default: the newest that was recorded)")
+    parser.add_argument("--prompt", type=int, nargs="+", default=[], metavar="INDEX", help="prompts to show")
+    parser.add_argument(
+        "--prompts", type=int, default=2, metavar="N", help="without --prompt: the first N (default: 2)"
+    )
+    parser.add_argument("--max-tokens", type=int, default=2000, metavar="N", help="shown of a response (default: 2000)")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="(default: that of the run's model)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of showing")
+    parser.set_defaults(command=_rollouts)
+
+
+def _rollouts(options: argparse.Namespace) -> None:
+    run = load_run(options.run_dir)
+    steps = recorded_steps(options.run_dir)
+    if not steps:
+        raise ValueError(f"{options.run_dir}: no rollouts are recorded; set logging.rollouts_every_steps")
+    step = steps[-1] if options.step is None else options.step
+    if step not in steps:
+        raise ValueError(f"{options.run_dir}: no rollouts of step {step}; there are {', '.join(map(str, steps[-10:]))}")
+    path = rollouts_path(options.run_dir, step)
+    view = view_step(
+        read_rollouts(path),
+        load_tokenizer(options.tokenizer or Path(run.setting("model.hf_dir", "."))),
+        build_reader(run.setting("reward.verifier", "math")),
+        tau=_tau(run),
+        prompts=options.prompt,
+        max_prompts=options.prompts,
+        max_tokens=options.max_tokens,
+    )
+    console = Console(highlight=False)
+    if options.html is None:
+        show(view, console)
+        return
+    template = Path(__file__).parent / "observability" / "rollouts.html.jinja"
+    page = render_page(template, title=f"{run.name}, step {step}", view=view, path=path)
+    console.print(f"rollouts: {write_page(options.html, page)}", soft_wrap=True)
+
+
+def show(view: StepView, console: Console) -> None:
+    """Print a step: background by entropy, green and red underlines where the control acts on A > 0 and A < 0."""
+    alpha = "" if view.alpha is None else f", alpha {view.alpha:+.4f}"
+    tau = "" if view.tau is None else f", tau {view.tau:g}"
+    console.print(f"step {view.step}: {len(view.groups)} of {view.prompts} prompts{alpha}{tau}", style="bold")
+    legend = Text("background: entropy, up to ")
+    legend.append(f"{view.entropy_scale:.3g} nats", Style(bgcolor=_colour(1.0)))
+    if view.tau is not None:
+        legend.append("; the control acts on tokens with ")
+        legend.append("A > 0", Style(underline=True, color="green")).append(" and ")
+        legend.append("A < 0", Style(underline=True, color="red"))
+    console.print(legend)
+    for group in view.groups:
+        console.rule(f"prompt {group.index}")
+        console.print(Text(group.prompt, style="dim"))
+        console.print(Text(f"ground truth: {group.ground_truth}"))
+        for response in group.responses:
+            console.print(_heading(response))
+            console.print(_coloured(response, view.entropy_scale))
+
+
+def _heading(response: ResponseView) -> Text:
+    sample = response.recorded.sample
+    reward = "none" if sample.reward is None else f"{sample.reward:g}"
+    text = Text(f"\n[{sample.sample_index}] ")
+    text.append(f"reward {reward}", "bold green" if sample.correct else "bold red")
+    answer = "none" if response.answer is None else response.answer
+    text.append(f"  answer read: {answer}  A {response.advantage:+.3f}  {len(sample.response_tokens)} tokens")
+    text.append(f"  entropy {response.mean_entropy:.3f}")
+    if sample.finish_reason == "length":
+        text.append("  cut off at the limit")
+    if sample.verifier_status != "ok":
+        text.append(f"  verifier: {sample.verifier_status}", "bold yellow")
+    return text
+
+
+def _coloured(response: ResponseView, scale: float) -> Text:
+    text = Text()
+    for position, token in enumerate(response.tokens):
+        if response.hidden and position == response.cut:
+            text.append(f"[... {response.hidden} tokens ...]", "dim italic")
+        share = min(token.entropy / scale, 1.0)
+        style = Style(
+            bgcolor=_colour(share) if share >= 0.05 else None,
+            color=_TOUCH_COLOURS.get(token.touch),
+            underline=token.touch != "",
+        )
+        text.append(token.text, style)
+    return text
+
+
+def _colour(share: float) -> str:
+    """From nearly black to orange: readable with light text on dark terminals and on light ones."""
+    red, green, blue = (round(40 + share * (channel - 40)) for channel in (170, 95, 10))
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def _tau(run: Run) -> float | None:
+    if run.setting("entropy_control.controller", "pi") not in _CONTROLLERS_WITH_TAU:
+        return None
+    return float(run.setting("entropy_control.tau", 0.95))

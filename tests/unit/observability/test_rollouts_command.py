@@ -1,0 +1,119 @@
+"""Recorded rollouts in the terminal and as a page: every token once, with the marks that its numbers demand."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
+
+from megatron_entropic.cli import main
+from megatron_entropic.observability.rollout_view import token_texts, view_step
+from megatron_entropic.observability.rollouts import read_rollouts, rollouts_path, write_rollouts
+from megatron_entropic.types import Prompt, Sample, Scores, Sequence
+
+TEXT = "So <b>x</b> is \\boxed{4} or \u00e9\u6f22\U0001f642 done"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    inner = ByteLevelBPETokenizer()
+    inner.train_from_iterator([TEXT], vocab_size=270, show_progress=False, special_tokens=["<|end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner._tokenizer, eos_token="<|end|>")
+    tokenizer.save_pretrained(tmp_path_factory.mktemp("model"))
+    return tokenizer
+
+
+def write_run(directory: Path, tokenizer: Any, model: Path) -> Path:
+    """Three prompts of two responses; the first token is sure, and only the first response has A > 0."""
+    samples, batch, logprobs, entropies = [], [], [], []
+    for number in range(6):
+        tokens = [*tokenizer(TEXT, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        count = len(tokens)
+        prompt = Prompt(10 + number // 2, [1], f"Question {number // 2} & more", "4")
+        right = number % 2 == 0
+        samples.append(
+            Sample(prompt, number % 2, tokens, [-0.5] * count, "stop", 0, TEXT, float(right), "ok", float(right))
+        )
+        advantages = torch.full((count,), 1.0 if right else -1.0)
+        batch.append(Sequence(torch.tensor([1, *tokens]), 1, advantages=advantages))
+        logprobs.append(torch.tensor([-0.01] + [-1.0] * (count - 1)))
+        entropies.append(torch.linspace(0, 2, count))
+    metrics = {"entropy/alpha": -0.125}
+    write_rollouts(rollouts_path(directory, 3), 3, samples, batch, Scores(logprobs, entropies), metrics)
+    (directory / "metrics.jsonl").write_text(json.dumps({"step": 3, **metrics}) + "\n")
+    (directory / "config.yaml").write_text(
+        f"run: {{name: shown}}\nmodel: {{hf_dir: {model}}}\nreward: {{verifier: math}}\n"
+        "entropy_control: {controller: pi, tau: 0.95}\n"
+    )
+    return directory
+
+
+@pytest.fixture
+def run(tmp_path: Path, tokenizer: Any) -> Path:
+    tokenizer.save_pretrained(tmp_path / "model")
+    return write_run(tmp_path / "run", tokenizer, tmp_path / "model")
+
+
+def test_token_texts_add_up_whatever_characters_are_cut_into(tokenizer: Any) -> None:
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    assert len(tokenizer("\U0001f642", add_special_tokens=False)["input_ids"]) > 1
+    texts = token_texts(ids, tokenizer)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == TEXT
+    assert not any("\ufffd" in text for text in texts)
+    assert token_texts(ids[:-6][: len(ids)], tokenizer)
+    assert token_texts([], tokenizer) == []
+
+
+def test_marks_are_those_of_tau_and_the_advantage(run: Path, tokenizer: Any) -> None:
+    recorded = read_rollouts(rollouts_path(run, 3))
+    view = view_step(recorded, tokenizer, lambda text: "4", tau=0.95, prompts=[11], max_tokens=10)
+    (group,) = view.groups
+    assert (group.index, view.prompts, view.alpha) == (11, 3, -0.125)
+    for response, mark in zip(group.responses, ("up", "down"), strict=True):
+        assert [token.touch for token in response.tokens] == [mark] + [""] * 9
+        assert response.hidden == len(response.recorded.entropies) - 10
+        assert response.touched == pytest.approx(0.1)
+    assert all(
+        token.touch == ""
+        for g in view_step(recorded, tokenizer, str, tau=None).groups
+        for token in g.responses[0].tokens
+    )
+    with pytest.raises(ValueError, match="step 3 has no prompt 99; it has 10, 11, 12"):
+        view_step(recorded, tokenizer, str, tau=None, prompts=[99])
+
+
+def test_the_terminal_shows_everything(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rollouts", str(run), "--prompt", "12"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for part in ("step 3: 1 of 3 prompts, alpha -0.1250, tau 0.95", "Question 2 & more", "answer read: 4", "A -1.000"):
+        assert part in shown
+    assert shown.count("done<|end|>") == 2
+
+
+def test_the_page_holds_every_token_once_and_escapes_it(run: Path, tmp_path: Path, capsys: Any) -> None:
+    page = tmp_path / "out/page.html"
+    assert main(["rollouts", str(run), "--html", str(page), "--prompts", "3"]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "<b>x</b>" not in text
+    bodies = re.findall(r'<pre class="text response tokens">(.*?)</pre>', text, re.DOTALL)
+    assert len(bodies) == 6
+    plain = re.sub(r"<[^>]+>", "", bodies[0]).replace("&lt;", "<").replace("&gt;", ">")
+    assert plain == TEXT + "<|end|>"
+    assert bodies[0].count('class="up"') == bodies[1].count('class="down"') == 1
+    assert "src=" not in text
+    assert "http" not in text.replace("http-equiv", "")
+
+
+def test_what_is_not_there_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rollouts", str(run), "--step", "5"]) == 2
+    assert "no rollouts of step 5; there are 3" in capsys.readouterr().err
+    rollouts_path(run, 3).unlink()
+    assert main(["rollouts", str(run)]) == 2
+    assert "set logging.rollouts_every_steps" in capsys.readouterr().err
