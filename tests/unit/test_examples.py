@@ -6,8 +6,10 @@ import importlib.util
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pyarrow.parquet
 import pytest
@@ -187,3 +189,40 @@ def test_qwen3_8b_configuration_is_the_published_setting() -> None:
     assert config.algorithm.kl.coefficient == 0
     assert config.policy.world_size == 8
     assert rollout.engines * rollout.tensor_parallel == 8
+
+
+def differences(first: str, second: str) -> dict[str, Any]:
+    """What a recipe has otherwise than another, names aside: {dotted key: value in the second}."""
+    configs = [load_config(EXAMPLES / f"{name}.yaml", check_machine=False) for name in (first, second)]
+    left, right = (dict(flat(config.model_dump(mode="json"))) for config in configs)
+    return {key: right[key] for key in right if left[key] != right[key] and not key.startswith("run.")}
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def test_recipes_of_the_paper_differ_in_what_its_tables_compare() -> None:
+    grpo = differences("qwen3_8b", "qwen3_8b_grpo")
+    assert grpo.pop("entropy_control.controller") == "off"
+    assert all(key.startswith("entropy_control.") for key in grpo), "with no controller nothing else of it matters"
+    assert differences("qwen3_8b", "qwen3_8b_offpolicy") == {
+        "algorithm.optimizer_steps_per_rollout": 4,
+        "entropy_control.feedback": "previous_step",
+    }
+    small = differences("qwen3_8b", "nemotron_1_5b")
+    assert all(key.startswith(("model.", "policy.", "rollout.engines", "cluster.address")) for key in small), small
+
+
+@pytest.mark.parametrize("name", ["qwen3_8b", "qwen3_8b_grpo", "qwen3_8b_offpolicy", "nemotron_1_5b"])
+def test_every_number_of_a_recipe_has_a_source(name: str) -> None:
+    lines = (EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    section = ""
+    for line in lines:
+        section = line.partition(":")[0] if line and not line.startswith((" ", "#")) else section
+        if section in ("rollout", "algorithm", "entropy_control", "optimizer") and re.search(r": [\d.]", line):
+            assert "#" in line, line
