@@ -168,6 +168,11 @@ class RolloutConfig(Section):
     kv_cache_gb: float = Field(1.0, gt=0, description="KV cache on CPU; on GPU gpu_memory_fraction decides.")
     gpu_memory_fraction: float = Field(0.85, gt=0, lt=1)
     enforce_eager: bool | None = Field(None, description="None: eager on CPU, compiled with CUDA graphs on GPU.")
+    quantization: Annotated[Literal["off", "fp8"], BeforeValidator(off_is_a_word)] = Field(
+        "off",
+        description="fp8: engines round what they are sent to 8 bits, on GPUs that can multiply them. They sample from "
+        "another distribution than the policy's: use importance_correction=tis and watch mismatch/*.",
+    )
     publish: PublishMode = Field(
         "full",
         description="How new weights reach the engines. full: all of them. delta: only elements whose bits changed, "

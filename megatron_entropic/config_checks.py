@@ -82,6 +82,11 @@ def config_warnings(config: Config) -> list[str]:
             "algorithm.proximal_logprobs=each_epoch without rollout.importance_correction: nothing accounts for the "
             "distance between the policy that sampled and the one before each epoch"
         )
+    if rollout.quantization != "off" and rollout.importance_correction == "none":
+        found.append(
+            f"rollout.quantization={rollout.quantization} without rollout.importance_correction: responses come from "
+            "the rounded policy, tis is recommended"
+        )
     if config.reward.workers == 0 and config.reward.verifier not in INSTANT:
         found.append("reward.workers=0: the verifier runs in the driver, and no time limit protects the run from it")
     if config.algorithm.kl.coefficient == 0 and config.algorithm.kl.reference_hf_dir is not None:
@@ -161,6 +166,17 @@ def _publish(config: Config) -> Iterator[Violation]:
         yield Violation(
             ("rollout.publish", "cluster.device"),
             "rollout.publish=delta needs gloo, which carries weights on a CPU; with cluster.device=cuda use full",
+        )
+    if config.rollout.quantization != "off" and config.cluster.device == "cpu":
+        yield Violation(
+            ("rollout.quantization", "cluster.device"),
+            f"rollout.quantization={config.rollout.quantization} needs a GPU, but cluster.device is cpu",
+        )
+    if config.rollout.quantization != "off" and config.cluster.check_weights:
+        yield Violation(
+            ("rollout.quantization", "cluster.check_weights"),
+            f"cluster.check_weights=true with rollout.quantization={config.rollout.quantization}: engines do not hold "
+            "the weights as they are sent",
         )
 
 

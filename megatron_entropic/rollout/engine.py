@@ -56,8 +56,13 @@ class RolloutEngine:
             load_weights: False: only the configuration is read, and nothing can be sampled before `receive`.
 
         Raises:
-            ValueError: an architecture that the weight map does not know, or a limit that vLLM refuses.
+            ValueError: an architecture that the weight map does not know, a limit that vLLM refuses, or quantisation on
+                a CPU.
         """
+        if config.quantization != "off" and device == "cpu":
+            raise ValueError(
+                f"rollout.quantization={config.quantization} needs a GPU: vLLM has no 8-bit products on a CPU"
+            )
         prepare_environment(device)
         silence_known_noise()
         from vllm import LLM
@@ -285,6 +290,7 @@ def _engine_options(dtype: Dtype, config: RolloutConfig, device: Device) -> dict
     )
     return {
         "dtype": dtype,
+        "quantization": None if config.quantization == "off" else config.quantization,
         "skip_tokenizer_init": True,
         "use_tqdm_on_load": False,
         # What the policy's log-probs at the rollout temperature are compared with.

@@ -240,6 +240,17 @@ def test_eight_bits_need_a_gpu_and_sixteen_bit_parameters(machine: Path) -> None
     ]
 
 
+def test_rollouts_in_eight_bits_need_a_gpu_and_are_best_corrected(machine: Path) -> None:
+    path = write(machine, rollout={"quantization": "fp8"})
+    assert problems_of(path, "cluster.device=cpu", "cluster.check_weights=true") == [
+        "rollout.quantization=fp8 needs a GPU, but cluster.device is cpu",
+        "cluster.check_weights=true with rollout.quantization=fp8: engines do not hold the weights as they are sent",
+    ]
+    (warning,) = config_warnings(load_config(path))
+    assert "tis is recommended" in warning
+    assert config_warnings(load_config(path, ["rollout.importance_correction=tis"])) == []
+
+
 def test_router_replay_needs_routers(machine: Path) -> None:
     (problem,) = problems_of(write(machine), "policy.moe_router_replay=score")
     assert problem.startswith("policy.moe_router_replay=score needs a model with experts")

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from megatron_entropic.rollout.engine import check_complete, stop_token_ids
+from megatron_entropic.config import RolloutConfig
+from megatron_entropic.rollout.engine import RolloutEngine, check_complete, stop_token_ids
 from megatron_entropic.rollout.environment import prepare_environment
 from megatron_entropic.rollout.score_backend import score_file
 from megatron_entropic.weights.transport import FlatContents
@@ -36,6 +37,12 @@ def test_every_misfit_of_an_update_is_listed():
         "  embed: shape (4, 7), the model has (7, 4)",
         "  lm_bias: the model has no such tensor",
     ]
+
+
+def test_quantised_rollouts_are_refused_on_a_cpu(tmp_path):
+    config = RolloutConfig(quantization="fp8")
+    with pytest.raises(ValueError, match=r"rollout\.quantization=fp8 needs a GPU"):
+        RolloutEngine(tmp_path, "bfloat16", config, max_model_tokens=64, seed=1, device="cpu")
 
 
 @pytest.mark.parametrize(
