@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from modelopt_reader import read_with_modelopt
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megatron_entropic.data.prompts import read_messages
+from megatron_entropic.data.rows import Problems, read_rows
+from megatron_entropic.data.tokenizer import load_tokenizer, render_prompts
 
 
 def export(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -57,6 +63,28 @@ def test_files_are_readable_and_the_kl_is_small(
     restored = tensors[name].float() * (scale.float().unsqueeze(1) if scale.dim() else scale.float())
     assert (restored - original[name].float()).abs().max() < 0.1 * original[name].abs().max()
     assert (output / "tokenizer.json").is_file()
+    assert kl_of_the_files(countdown_dir, output, quantization, tokens) == pytest.approx([mean, largest], rel=0.02)
+
+
+def kl_of_the_files(countdown_dir: Path, output: Path, quantization: str, tokens: int) -> list[float]:
+    """Mean and maximum of KL(original || what modelopt reads from the files), over the prompts of the export."""
+    original = AutoModelForCausalLM.from_pretrained(countdown_dir / "model", dtype=torch.float32).eval()
+    quantized = read_with_modelopt(countdown_dir / "model", output, quantization)
+    rows = read_rows([countdown_dir / "train.parquet"], Problems())[:32]
+    prompts = [read_messages(row, "prompt") for row in rows]
+    _, encoded = render_prompts(prompts, load_tokenizer(countdown_dir / "model"), apply_chat_template=False)
+    distances: list[torch.Tensor] = []
+    for ids in encoded:
+        if sum(map(len, distances)) == tokens:
+            break
+        with torch.no_grad():
+            wanted, found = (
+                model(torch.tensor([ids])).logits[0].double().log_softmax(-1) for model in (original, quantized)
+            )
+        distances.append((wanted.exp() * (wanted - found)).sum(-1))
+    divergence = torch.cat(distances)
+    assert len(divergence) == tokens
+    return [float(divergence.mean()), float(divergence.max())]
 
 
 def test_everything_wrong_comes_in_one_error_and_nothing_is_written(countdown_dir: Path, tmp_path: Path) -> None:
