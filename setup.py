@@ -25,6 +25,7 @@ setup(
             "py.typed",
             "observability/*.jinja",
             "evaluation/*.jinja",
+            "rewards/*.json",
             "planning/model_configs/*.json",
         ]
     },

@@ -234,7 +234,7 @@ class DataConfig(Section):
 class RewardConfig(Section):
     """How a response is judged."""
 
-    verifier: str = Field("math", description="countdown, math, exact, format, or module:function.")
+    verifier: str = Field("math", description="math, exact, countdown, ifeval, format, or module:function.")
     added: dict[str, float] = Field(
         {}, description="Name: weight of further rewards, named as verifiers are, which are added to the verifier's."
     )

@@ -2,10 +2,11 @@
 
     rows --> malformed? --> too long? --> copies, benchmark problems, pass rates --> order of (seed, position)
 
-Two layouts are understood without any setting, in parquet, JSON lines or a saved `datasets` directory:
+Three layouts are understood without any setting, in parquet, JSON lines or a saved `datasets` directory:
 - verl: `prompt` (a list of messages, or a string), `reward_model.ground_truth`, and optionally `data_source` and
   `extra_info`;
-- plain: `problem` (or `question`) and `answer` (or `ground_truth`).
+- plain: `problem` (or `question`) and `answer` (or `ground_truth`);
+- IFEval: `prompt`, `instruction_id_list` and `kwargs`.
 `data.prompt_key` and `data.answer_key` name other columns.
 """
 

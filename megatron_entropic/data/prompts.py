@@ -13,6 +13,7 @@ Messages = list[dict[str, Any]]
 """Each with `role` and `content`, both strings."""
 
 _PLAIN_PROMPT_KEYS = ("problem", "question")
+_INSTRUCTIONS = "instruction_id_list"
 _TRUTH_KEYS = ("reward_model.ground_truth", "answer", "ground_truth")
 
 
@@ -75,11 +76,13 @@ def read_truth(row: Row, key: str | None) -> Any:
     """The ground truth of a row: a string, a number, or whatever nested value a verifier takes.
 
     Args:
-        key: column or path; None looks for the verl layout's, then for `answer` and `ground_truth`.
+        key: column or path; None looks for IFEval's two columns, the verl layout's, then `answer` and `ground_truth`.
 
     Raises:
         ValueError: there is none, it is empty, or it is no value that could be one.
     """
+    if key is None and row.values.get(_INSTRUCTIONS):
+        return {name: row.values.get(name) for name in (_INSTRUCTIONS, "kwargs")}
     keys = _TRUTH_KEYS if key is None else (key,)
     name, truth = next(((k, v) for k in keys if (v := lookup(row.values, k)) is not None), (None, None))
     if name is None:

@@ -1,8 +1,8 @@
 r"""Ground truths that a verifier cannot use, found before training: each is given to it as an answer to itself.
 
-`math`: \\boxed{ground truth} must be right. Equal strings are, whether math-verify can parse them or not; other ways of
-writing such an answer cannot be recognised then. `countdown`: the ground truth must have numbers and a target. `exact`
-and verifiers of one's own take anything.
+`math`: \\boxed{ground truth} must be right. Equal strings are, whether math-verify can parse them or not; other forms
+of such an answer cannot be recognised then. `countdown`: the ground truth must have numbers and a target, `ifeval`:
+known instructions with their arguments. `exact`, `format` and verifiers of one's own take anything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def own_answer(verifier: str, truth: Any) -> str | None:
     """
     if verifier == "math":
         return rf"\boxed{{{gold_answer(truth)}}}"
-    return "" if verifier == "countdown" else None
+    return "" if verifier in ("countdown", "ifeval") else None
 
 
 def objection(verifier: str, verdict: Verdict) -> str | None:

@@ -20,6 +20,7 @@ BUILT_IN = {
     "countdown": "megatron_entropic.rewards.countdown:countdown",
     "exact": "megatron_entropic.rewards.exact:exact",
     "format": "megatron_entropic.rewards.response_format:response_format",
+    "ifeval": "megatron_entropic.rewards.ifeval:ifeval",
     "math": "megatron_entropic.rewards.math_answer:math_answer",
 }
 

@@ -142,7 +142,7 @@ def test_every_problem_of_every_kind_in_one_error(machine: Path) -> None:
         "rollout.samples_per_prompt=1: algorithm.advantage=grpo compares",
         "policy.sequence_parallel=true needs policy.tensor_parallel > 1",
         "optimizer.min_learning_rate=0.001 is above optimizer.learning_rate=1e-06",
-        "reward.verifier='maths': expected one of countdown, exact, format, math, or module:function; did you mean math",  # noqa: E501
+        "reward.verifier='maths': expected one of countdown, exact, format, ifeval, math, or module:function; did you",
         f"model.hf_dir={machine / 'nowhere'}: no such directory",
         f"data.train_files: {machine / 'missing.parquet'}: no such file",
     ]
