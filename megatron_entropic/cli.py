@@ -91,6 +91,7 @@ def _plan(options: argparse.Namespace) -> None:
     from megatron_entropic.planning.models import find_model
     from megatron_entropic.planning.parameters import ParameterTable
     from megatron_entropic.planning.plan import make_plan
+    from megatron_entropic.planning.publishing import BUCKET_BYTES
     from megatron_entropic.planning.report import sections, show, suggestion_section
     from megatron_entropic.planning.suggest import suggest
 
@@ -109,6 +110,9 @@ def _plan(options: argparse.Namespace) -> None:
     show(parts, Console())
     if plan.problems:
         raise ConfigError(str(options.config), list(plan.problems))
+    if options.buckets:
+        buckets = table.publish_plan(config.policy, config.model.dtype, BUCKET_BYTES)
+        Console().print(f"\n{buckets.describe()}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _score(options: argparse.Namespace) -> None:
@@ -206,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu-memory-gb", type=float, default=80.0, metavar="G", help="of each GPU (default: 80)")
     plan.add_argument("--model-config", type=Path, metavar="FILE.json", help="a config.json in place of model.hf_dir's")
     plan.add_argument("--suggest", action="store_true", help="search layouts for these GPUs and print the fastest")
+    plan.add_argument("--buckets", action="store_true", help="list every bucket in which weights reach the engines")
     plan.set_defaults(command=_plan)
 
     add_evaluate_parser(commands)

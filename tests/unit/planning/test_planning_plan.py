@@ -41,6 +41,14 @@ def test_plain_text_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == GOLDEN.read_text(encoding="utf-8")
 
 
+def test_the_buckets_of_a_publication_are_listed_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(EXAMPLES / "qwen3_30b_a3b.yaml"), "--buckets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (first,) = [number for number, line in enumerate(lines) if line.split()[:3] == ["bucket", "stage", "dtype"]]
+    assert lines[first + 1].split()[:3] == ["0", "0", "bfloat16"]
+    assert lines[-1].startswith(f"{len(lines) - first - 2} buckets of at most 512.0 MiB or one parameter, ")
+
+
 def test_a_terminal_gets_drawn_tables() -> None:
     plan = make_plan(example("qwen3_8b"), known("Qwen3-8B"), gpu_memory_gb=80)
     console = Console(file=io.StringIO(), force_terminal=True, width=140, color_system=None)
