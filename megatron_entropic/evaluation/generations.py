@@ -7,11 +7,12 @@ the answer to another question.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from megatron_entropic.observability.parquet import write_parquet
 
 _SETTINGS_KEY = b"megatron_entropic.evaluation"
 
@@ -50,7 +51,6 @@ class Generation:
 def write_generations(path: Path, generations: Sequence[Generation], settings: dict[str, Any]) -> None:
     """Write all responses of a benchmark, durably and as a whole."""
     import pyarrow as pa
-    import pyarrow.parquet
 
     types = {
         "problem": pa.int32(),
@@ -64,13 +64,7 @@ def write_generations(path: Path, generations: Sequence[Generation], settings: d
         metadata={_SETTINGS_KEY: json.dumps(settings, sort_keys=True).encode()},
     )
     table = pa.Table.from_pylist([asdict(generation) for generation in generations], schema=schema)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:
-        pyarrow.parquet.write_table(table, file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    write_parquet(path, table)
 
 
 def read_generations(path: Path) -> tuple[list[Generation], dict[str, Any]]:

@@ -7,7 +7,6 @@ One row a response, in the order of the training batch. `megatron-entropic rollo
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_entropic.observability.parquet import write_parquet
 from megatron_entropic.types import Prompt, Sample, Scores
 from megatron_entropic.types import Sequence as TokenSequence
 
@@ -76,7 +76,6 @@ def write_rollouts(
         metrics: of the step.
     """
     import pyarrow as pa
-    import pyarrow.parquet
 
     prompts = [sample.prompt for sample in samples]
     columns = {
@@ -102,13 +101,7 @@ def write_rollouts(
     }
     content = {"step": step, "metrics": dict(metrics)}
     table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(content).encode()})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:
-        pyarrow.parquet.write_table(table, file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    write_parquet(path, table)
 
 
 def read_rollouts(path: Path) -> RecordedStep:

@@ -16,7 +16,7 @@ MAX_LINES = 500
 
 # docs/architecture.md: a room may import itself and rooms of lower rows, nothing beside or above it.
 ROWS = [
-    {"config", "config_base", "config_algorithm", "types", "errors"},
+    {"config", "config_base", "config_algorithm", "config_data", "types", "errors"},
     {"observability"},
     {"tensor_parallel", "algorithms", "rewards", "data", "evaluation"},
     {"weights"},

@@ -59,7 +59,13 @@ def test_a_terminal_gets_drawn_tables() -> None:
 
 @pytest.mark.parametrize(
     ("name", "gpus", "gpu_memory_gb"),
-    [("nemotron_1_5b", 8, 80), ("qwen3_8b", 16, 80), ("qwen3_32b", 64, 80)],
+    [
+        ("nemotron_1_5b", 8, 80),
+        ("qwen3_8b", 16, 80),
+        ("qwen3_8b_grpo", 16, 80),
+        ("qwen3_8b_offpolicy", 16, 80),
+        ("qwen3_32b", 64, 80),
+    ],
 )
 def test_dense_examples_fit(name: str, gpus: int, gpu_memory_gb: int, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", str(EXAMPLES / f"{name}.yaml"), "--gpus", str(gpus), "--gpu-memory-gb", str(gpu_memory_gb)]
