@@ -28,6 +28,12 @@ _DESCRIBING = (
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
 )
 
+_DAMAGE = (
+    *(ArithmeticError, AttributeError, EOFError, ImportError, LookupError, MemoryError, RuntimeError, TypeError),
+    pickle.UnpicklingError,
+)
+"""What a pickle with wrong bytes in it raises when it is read, or its objects when they are used."""
+
 
 @dataclass(frozen=True)
 class _Chunk:
@@ -67,15 +73,13 @@ class TorchDistReader:
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         self._maps: dict[str, mmap.mmap] = {}
+        self.tensors: dict[str, StoredTensor] = {}
         metadata = _read_metadata(self.directory)
-        self.tensors = {
-            name: StoredTensor(tuple(stored.size), stored.properties.dtype)
-            for name, stored in metadata.state_dict_metadata.items()
-            if isinstance(stored, TensorStorageMetadata)
-        }
-        objects = {n for n, stored in metadata.state_dict_metadata.items() if isinstance(stored, BytesStorageMetadata)}
-        self._find_chunks(metadata, objects)
-        problems = [*self._file_problems(), *self._coverage_problems()]
+        try:
+            self._find_tensors(metadata)
+            problems = [*self._file_problems(), *self._coverage_problems()]
+        except _DAMAGE as error:
+            raise ValueError(f"{self.directory / '.metadata'}: damaged: {error!r}") from error
         if problems:
             raise ValueError(
                 f"{self.directory}: the checkpoint is damaged:\n" + "\n".join(f"  - {p}" for p in problems)
@@ -126,11 +130,18 @@ class TorchDistReader:
             chunk.sizes
         )
 
-    def _find_chunks(self, metadata: Metadata, objects: set[str]) -> None:
-        """Sort the places of all chunks to their tensors."""
+    def _find_tensors(self, metadata: Metadata) -> None:
+        """Note all tensors, and sort the places of all chunks to them."""
+        described = metadata.state_dict_metadata
+        self.tensors |= {
+            name: StoredTensor(tuple(stored.size), stored.properties.dtype)
+            for name, stored in described.items()
+            if isinstance(stored, TensorStorageMetadata)
+        }
+        objects = {name for name, stored in described.items() if isinstance(stored, BytesStorageMetadata)}
         sizes = {
             (name, tuple(chunk.offsets)): tuple(chunk.sizes)
-            for name, stored in metadata.state_dict_metadata.items()
+            for name, stored in described.items()
             if isinstance(stored, TensorStorageMetadata)
             for chunk in stored.chunks
         }
@@ -193,7 +204,7 @@ def _read_metadata(directory: Path) -> Metadata:
     try:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
-    except (pickle.UnpicklingError, AttributeError, EOFError, ImportError, IndexError, TypeError, ValueError) as error:
+    except (*_DAMAGE, ValueError) as error:
         raise ValueError(f"{path}: damaged, or of an unknown kind: {error!r}") from error
     if not isinstance(metadata, Metadata) or metadata.storage_data is None:
         raise ValueError(f"{path}: not the metadata of a checkpoint")

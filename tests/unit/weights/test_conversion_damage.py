@@ -222,6 +222,29 @@ def test_damaged_checkpoints(tmp_path: Path, megatron_dir: Path):
     assert "decoder.layers.mlp.linear_fc2.weight: [2, 24, 44], expected [3, 24, 44]" in message
 
 
+def test_any_flipped_byte_of_the_metadata_is_refused_or_without_effect(tmp_path: Path, megatron_dir: Path):
+    path = megatron_dir / ".metadata"
+    good = path.read_bytes()
+    megatron_to_hf(megatron_dir, tmp_path / "good")
+    wanted = load_file(tmp_path / "good/model.safetensors")
+    generator = random.Random(4)
+    refusals = 0
+    for _ in range(FLIPS):
+        damaged = bytearray(good)
+        damaged[generator.randrange(len(good))] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            megatron_to_hf(megatron_dir, tmp_path / "out")
+        except ValueError:
+            assert not (tmp_path / "out").exists()
+            refusals += 1
+            continue
+        found = load_file(tmp_path / "out/model.safetensors")
+        assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+        shutil.rmtree(tmp_path / "out")
+    assert refusals > FLIPS / 2
+
+
 def test_what_is_not_a_tensor_in_a_checkpoint_is_named(tmp_path: Path, megatron_dir: Path):
     path = next(iter(sorted(megatron_dir.glob("*.distcp"))))
     data = bytearray(path.read_bytes())
