@@ -23,6 +23,7 @@ from megatron_entropic.config_data import DataConfig, RewardConfig
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
 PublishMode = Literal["full", "delta"]
+Transport = Literal["gloo", "nccl"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,11 @@ class PolicyConfig(Section):
         "forward pass. auto: fused_loss if each token's loss is known before the forward pass, else recompute.",
     )
     recompute: Literal["none", "selective", "full"] = "none"
+    offload: Annotated[Literal["off", "optimizer", "all"], BeforeValidator(off_is_a_word)] = Field(
+        "off",
+        description="What leaves the policy's devices for host memory while engines generate. optimizer: Adam's "
+        "moments and float32 main parameters. all: gradient buffers and parameters too.",
+    )
     fp8: Annotated[Literal["off", "e4m3", "hybrid"], BeforeValidator(off_is_a_word)] = Field(
         "off",
         description="Transformer Engine's 8-bit products in the layers, on GPUs that have them; the output layer stays "
@@ -105,6 +111,11 @@ class PolicyConfig(Section):
         "tensorwise", description="How values are scaled into 8 bits; mxfp8 needs Blackwell."
     )
     distributed_timeout_s: float = Field(600.0, gt=0, description="Limit of every collective between policy ranks.")
+
+    @property
+    def offloaded_parts(self) -> tuple[str, ...]:
+        """What policy.offload names, as `policy.offload.PARTS` calls it."""
+        return {"off": (), "optimizer": ("optimizer",), "all": ("optimizer", "gradients", "parameters")}[self.offload]
 
     @property
     def token_alignment(self) -> int:
@@ -291,6 +302,11 @@ class ClusterConfig(Section):
     policy_ranks_per_node: int | None = Field(
         None, ge=1, description="Exactly so many policy ranks on a node; null fills nodes one after the other."
     )
+    colocate: bool = Field(
+        False,
+        description="Engine i shares the device of policy rank i: one sleeps while the other works. On a CPU, where "
+        "vLLM cannot give memory back, only the order is that of GPUs.",
+    )
     max_restarts: int = Field(
         0, ge=0, description="After the loss of a process: so many new starts from the newest checkpoint by itself."
     )
@@ -304,6 +320,10 @@ class ClusterConfig(Section):
         False, description="After every publication compare a checksum of each tensor inside the engines; costs time."
     )
     checkpoint_timeout_s: float = Field(1800.0, gt=0)
+
+    def transport(self, device: Device) -> Transport:
+        """What carries weights to the engines. NCCL refuses two processes on one GPU."""
+        return "nccl" if device == "cuda" and not self.colocate else "gloo"
 
 
 class Config(Section):

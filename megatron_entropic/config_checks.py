@@ -17,8 +17,6 @@ from megatron_entropic.config_algorithm import LOSSES_OF_WHOLE_BATCHES, LOSSES_O
 from megatron_entropic.rewards.verifiers import BUILT_IN, INSTANT
 
 DATA_SUFFIXES = (".parquet", ".jsonl", ".json")
-CPU_LATENT_SIZES = (512, 64)
-"""kv_lora_rank and qk_rope_head_dim of the published models, the only ones that vLLM 0.32 attends with on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +32,7 @@ def violations(config: Config) -> Iterator[Violation]:
     """Combinations that cannot work on any machine."""
     checks = (
         *(_batch, _parallelism, _optimizer, _data, _reward, _policy_loss),
-        *(_entropy_control, _placement, _publish, _evaluation),
+        *(_entropy_control, _placement, _colocation, _publish, _evaluation),
     )
     for check in checks:
         yield from check(config)
@@ -95,6 +93,9 @@ def config_warnings(config: Config) -> list[str]:
         found.append("algorithm.kl.reference_hf_dir is not used: algorithm.kl.coefficient is 0")
     if rollout.prompts_per_step * rollout.samples_per_prompt < rollout.engines:
         found.append(f"rollout.engines={rollout.engines}: more engines than responses in a step")
+    idle = config.policy.world_size - rollout.engines
+    if config.cluster.colocate and idle > 0:
+        found.append(f"cluster.colocate=true: {idle} of {config.policy.world_size} devices stand still during rollouts")
     if config.cluster.device == "cpu" and rollout.enforce_eager is False:
         found.append("rollout.enforce_eager=false on a CPU: engines start minutes later and are hardly faster")
     if config.cluster.device == "cpu" and "gpu_memory_fraction" in rollout.model_fields_set:
@@ -298,6 +299,34 @@ def _placement(config: Config) -> Iterator[Violation]:
         )
 
 
+def _colocation(config: Config) -> Iterator[Violation]:
+    if not config.cluster.colocate:
+        return
+    rollout, ranks = config.rollout, config.policy.world_size
+    key = "cluster.colocate"
+    if config.policy.offload != "all":
+        yield Violation(
+            (key, "policy.offload"),
+            f"{key}=true needs policy.offload=all: engines generate in the memory of the policy",
+        )
+    if rollout.tensor_parallel > 1:
+        yield Violation(
+            (key, "rollout.tensor_parallel"),
+            f"{key}=true: an engine shares the device of one policy rank, so rollout.tensor_parallel="
+            f"{rollout.tensor_parallel} cannot be",
+        )
+    if rollout.engines > ranks:
+        yield Violation(
+            (key, "rollout.engines", "policy"),
+            f"{key}=true: rollout.engines={rollout.engines}, but there are {ranks} policy ranks to share devices with",
+        )
+    if config.cluster.policy_ranks_per_node is not None:
+        yield Violation(
+            (key, "cluster.policy_ranks_per_node"),
+            f"{key}=true fills nodes one after the other; cluster.policy_ranks_per_node must be null",
+        )
+
+
 def _evaluation(config: Config) -> Iterator[Violation]:
     evaluation = config.evaluation
     key = "evaluation.benchmarks"
@@ -346,15 +375,6 @@ def _model_directory(config: Config) -> Iterator[Violation]:
             (key, "policy.moe_router_replay"),
             f"policy.moe_router_replay={policy.moe_router_replay} needs a model with experts, and {path} has none",
         )
-    latent = dimensions.latent
-    if config.cluster.device == "cpu" and latent is not None:
-        sizes = (latent.key_value_rank, latent.rotary_head_dim)
-        if sizes != CPU_LATENT_SIZES:
-            yield Violation(
-                (key, "cluster.device"),
-                f"cluster.device=cpu: vLLM's kernel for latent attention on a CPU knows kv_lora_rank, qk_rope_head_dim "
-                f"= {CPU_LATENT_SIZES} only, the model has {sizes}",
-            )
     layout_keys = (key, "policy.tensor_parallel", "policy.pipeline_parallel")
     for problem in dimensions.layout_problems(policy):
         yield Violation(layout_keys, f"policy.{problem}")
@@ -423,7 +443,8 @@ def _devices(config: Config) -> Iterator[Violation]:
         return
     import torch
 
-    needed = config.policy.world_size + config.rollout.engines * config.rollout.tensor_parallel
+    engines = 0 if config.cluster.colocate else config.rollout.engines * config.rollout.tensor_parallel
+    needed = config.policy.world_size + engines
     present = torch.cuda.device_count()
     if present < needed:
         yield Violation(

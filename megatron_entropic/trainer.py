@@ -141,5 +141,5 @@ def one_step(
         **run.step_time(tokens=sum(sequence.tokens.numel() for sequence in batch)),
         "weights/version": step - 1,
         **publish_metrics,
-        "memory/peak_mb": policy.peak_memory_mb(),
+        **policy.memory_metrics(),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -12,6 +13,7 @@ from megatron_entropic.cluster.placement import Placement
 from megatron_entropic.cluster.waiting import gather
 from megatron_entropic.cluster.workers import EngineWorker, worker_environment
 from megatron_entropic.config import Config, Sampling
+from megatron_entropic.errors import PeerDied
 from megatron_entropic.types import GenerationRequest, Prompt, Sample
 
 
@@ -21,6 +23,8 @@ class EngineGroup:
     def __init__(self, config: Config, placement: Placement) -> None:
         """Create the actors; nothing heavy happens before `start`."""
         self._config = config
+        self.before_rollout: Callable[[], None] = lambda: None
+        """Called before engines sample; see `turns`."""
         environment = worker_environment(config, placement.device)
         self._actors = [
             EngineWorker.options(  # type: ignore[attr-defined]
@@ -85,6 +89,7 @@ class EngineGroup:
         while_waiting: Callable[[], None] = lambda: None,
     ) -> list[Sample]:
         """`count` responses to each prompt; whole groups are dealt to the engines in turn."""
+        self.before_rollout()
         engines = len(self._actors)
         calls = {
             self._name(engine): self._actors[engine].generate.remote(
@@ -109,6 +114,20 @@ class EngineGroup:
             per_engine[i % engines][i // engines * count : (i // engines + 1) * count] for i in range(len(prompts))
         ]
         return [sample for group in groups for sample in group]
+
+    def sleep(self) -> None:
+        """Let every engine give its device memory back; it keeps its weights in host memory.
+
+        An engine that died holds none; whoever wakes it learns of its death.
+        """
+        for name, call in {self._name(i): actor.sleep.remote() for i, actor in enumerate(self._actors)}.items():
+            with suppress(PeerDied):
+                gather({name: call}, phase="engines fall asleep", timeout_s=self._config.cluster.publish_timeout_s)
+
+    def wake(self, parts: list[str]) -> None:
+        """Undo `sleep` for `parts`, vLLM's tags; with all of them an engine can generate again."""
+        calls = {self._name(engine): actor.wake.remote(parts) for engine, actor in enumerate(self._actors)}
+        gather(calls, phase="engines wake up", timeout_s=self._config.cluster.publish_timeout_s)
 
     def connect(self, senders: list[dict[str, Any]]) -> dict[str, ray.ObjectRef]:
         """Pending calls that join the weight-transfer groups, each engine with its own offset of receiver ranks."""

@@ -9,6 +9,7 @@ from megatron_entropic.cluster.engine_group import EngineGroup
 from megatron_entropic.cluster.placement import reserve
 from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.cluster.session import ray_session
+from megatron_entropic.cluster.turns import DeviceTurns
 from megatron_entropic.config import Config
 
 
@@ -36,14 +37,22 @@ def launch(config: Config) -> Iterator[tuple[PolicyGroup, EngineGroup]]:
     Raises:
         RunError: something could not start; everything that did is gone again.
     """
-    actors = config.policy.world_size + config.rollout.engines
+    ranks = config.policy.world_size
+    actors = 2 * ranks if config.cluster.colocate else ranks + config.rollout.engines
     with ray_session(config.cluster, local_cpus=actors) as device:
         placement = reserve(config, device)
         try:
             policy, engines = PolicyGroup(config, placement), EngineGroup(config, placement)
             loading = engines.begin_start()
-            policy.start()
-            engines.finish_start(loading)
+            if config.cluster.colocate:
+                # vLLM wants to find the GPU free.
+                engines.finish_start(loading)
+                engines.sleep()
+                policy.start()
+            else:
+                policy.start()
+                engines.finish_start(loading)
+            DeviceTurns(policy, engines, colocated=config.cluster.colocate)
             yield policy, engines
         finally:
             placement.release()

@@ -1,4 +1,7 @@
-"""Where actors go: room for each policy rank and each engine, reserved at once or not at all."""
+"""Where actors go: room for each policy rank and each engine, reserved at once or not at all.
+
+With cluster.colocate engine i has the room of policy rank i, and each of the two counts as half a GPU to Ray.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,12 @@ class Placement:
     policy: tuple[Slot, ...]
     engines: tuple[Slot, ...]
     device: Device
-    engine_gpus: int
+    engine_gpus: float
+    policy_gpus: float = 1.0
 
     def policy_options(self, rank: int) -> dict[str, Any]:
         """Ray actor options of a policy rank."""
-        return self._options(self.policy[rank], gpus=1)
+        return self._options(self.policy[rank], gpus=self.policy_gpus)
 
     def engine_options(self, engine: int) -> dict[str, Any]:
         """Ray actor options of a rollout engine, which drives `rollout.tensor_parallel` GPUs."""
@@ -45,7 +49,7 @@ class Placement:
         for group in {slot.group.id: slot.group for slot in self.policy + self.engines}.values():
             remove_placement_group(group)
 
-    def _options(self, slot: Slot, gpus: int) -> dict[str, Any]:
+    def _options(self, slot: Slot, gpus: float) -> dict[str, Any]:
         return {
             "num_cpus": 1,
             "num_gpus": gpus if self.device == "cuda" else 0,
@@ -70,6 +74,8 @@ def reserve(config: Config, device: Device, *, policy_ranks: int | None = None) 
         RunError: the cluster does not have the resources within cluster.startup_timeout_s; says what is there.
     """
     policy, engines = bundles(config, device, config.policy.world_size if policy_ranks is None else policy_ranks)
+    if config.cluster.colocate and policy:
+        return _shared(config, device, policy)
     per_node = config.cluster.policy_ranks_per_node
     if per_node is None or not policy:
         slots = _reserve({"PACK": policy + engines}, config)
@@ -85,6 +91,13 @@ def reserve(config: Config, device: Device, *, policy_ranks: int | None = None) 
         device=device,
         engine_gpus=config.rollout.tensor_parallel,
     )
+
+
+def _shared(config: Config, device: Device, policy: list[dict[str, float]]) -> Placement:
+    """One slot for each policy rank, with a second CPU for the engine that works there too."""
+    slots = _reserve({"PACK": [bundle | {"CPU": 2.0} for bundle in policy]}, config)
+    ranks = tuple(sorted(slots, key=_node_and_bundle))
+    return Placement(ranks, ranks[: config.rollout.engines], device, engine_gpus=0.5, policy_gpus=0.5)
 
 
 def _reserve(wanted: dict[Literal["PACK", "STRICT_SPREAD"], list[dict[str, float]]], config: Config) -> list[Slot]:

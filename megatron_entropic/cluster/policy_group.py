@@ -5,6 +5,7 @@ sequences --split over data-parallel replicas--> ranks --statistics of last stag
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,11 @@ class PolicyGroup:
             ).remote(config, rank, placement.device)
             for rank in range(self._world_size)
         ]
+        self._offloaded = config.policy.offloaded_parts
+        self._offload_metrics: dict[str, float] = {}
+        self.before_training: Callable[[], None] = lambda: None
+        self.before_publishing: Callable[[], None] = lambda: None
+        """Called before anything that needs the devices; see `turns`."""
         self._replica_of: list[int] = []
 
     def start(self) -> None:
@@ -77,6 +83,7 @@ class PolicyGroup:
 
     def begin_reinforcement_learning(self) -> None:
         """Fresh optimizer state and the schedule of `optimizer`, after a warm start."""
+        self.before_training()
         self._on_all("begin_reinforcement_learning", self._limits.update_timeout_s)
 
     def open_transport(self, receivers: int) -> list[dict[str, Any]]:
@@ -94,6 +101,7 @@ class PolicyGroup:
 
     def publish(self) -> dict[str, ray.ObjectRef]:
         """Pending calls that send the current weights; to be gathered beside the engines' receiving."""
+        self.before_publishing()
         return self._calls("publish")
 
     def publish_plan(self) -> PublishPlan:
@@ -105,6 +113,7 @@ class PolicyGroup:
 
         With `checkpoint.asynchronous` it is complete when `check_checkpoint` has waited for it.
         """
+        self.before_training()
         self._on_all("save_checkpoint", self._limits.checkpoint_timeout_s, directory, driver_state)
 
     def check_checkpoint(self, *, wait: bool) -> None:
@@ -113,14 +122,17 @@ class PolicyGroup:
 
     def load_checkpoint(self, directory: Path) -> dict[str, Any]:
         """Restore all ranks; returns the driver's state."""
+        self.before_training()
         return self._on_all("load_checkpoint", self._limits.checkpoint_timeout_s, directory)[0]
 
     def export_hf(self, output_dir: Path) -> None:
         """Write the policy as a Hugging Face directory."""
+        self.before_training()
         self._on_all("export_hf", self._limits.checkpoint_timeout_s, output_dir)
 
     def begin_export(self, output_dir: Path) -> None:
         """Copy the weights to rank 0, which writes them as a Hugging Face directory in the background."""
+        self.before_training()
         self._on_all("begin_export", self._limits.checkpoint_timeout_s, output_dir)
 
     def check_export(self, *, wait: bool) -> None:
@@ -128,9 +140,17 @@ class PolicyGroup:
         call = {self._name(0): self._actors[0].call.remote("check_export", wait)}
         gather(call, phase="export", timeout_s=self._limits.checkpoint_timeout_s)
 
-    def peak_memory_mb(self) -> float:
-        """Largest peak memory of a rank since the last call, MiB."""
-        return max(self._on_all("peak_memory_mb", self._limits.score_timeout_s))
+    def offload(self, *, keep_parameters: bool = False) -> None:
+        """Give the device memory that `policy.offload` names back, until a call needs it."""
+        parts = tuple(part for part in self._offloaded if not (keep_parameters and part == "parameters"))
+        if parts:
+            answers = self._on_all("offload", self._limits.update_timeout_s, parts)
+            self._offload_metrics = {name: max(answer[name] for answer in answers) for name in answers[0]}
+
+    def memory_metrics(self) -> dict[str, float]:
+        """memory/peak_mb of the rank where it is largest; of the last `offload` what `Policy.offload` returns, too."""
+        peak = max(self._on_all("peak_memory_mb", self._limits.score_timeout_s))
+        return {"memory/peak_mb": peak, **self._offload_metrics}
 
     def _optimizer_step(self, method: str, sequences: list[Sequence]) -> dict[str, float]:
         return self._on_replicas(method, sequences, self._deal(sequences), self._limits.update_timeout_s)[0]
@@ -143,6 +163,7 @@ class PolicyGroup:
     def _on_replicas(
         self, method: str, sequences: list[Sequence], shards: list[list[int]], timeout_s: float, **options: Any
     ) -> list[Any]:
+        self.before_training()
         # One object per replica: its ranks on one node read the same shared memory.
         parts = [ray.put([sequences[index] for index in shard]) for shard in shards]
         calls = {

@@ -31,7 +31,7 @@ def worker_environment(config: Config, device: Device) -> dict[str, str]:
     else:
         # Megatron-core's overlap of communication and computation relies on one hardware queue.
         environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    if config.cluster.address == "local" and device == "cpu":
+    if config.cluster.address == "local" and config.cluster.transport(device) == "gloo":
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     return environment
 
@@ -71,7 +71,7 @@ class PolicyWorker:
             master_address=master_address,
             master_port=master_port,
             device=self._device,
-            sender_type=NcclSender if self._device == "cuda" else GlooSender,
+            sender_type=NcclSender if self._config.cluster.transport(self._device) == "nccl" else GlooSender,
         )
         return self._policy.parallel.data_rank
 
@@ -105,7 +105,17 @@ class EngineWorker:
             max_model_tokens=self._config.max_engine_tokens,
             seed=self._config.run.seed,
             device=self._device,
+            transport=self._config.cluster.transport(self._device),
+            sleeps=self._config.cluster.colocate,
         )
+
+    def sleep(self) -> None:
+        """Give device memory back."""
+        self._engine.sleep()
+
+    def wake(self, parts: list[str]) -> None:
+        """Take device memory again."""
+        self._engine.wake(parts)
 
     def connect(self, senders: list[dict[str, Any]], rank_offset: int) -> None:
         """Join the policy's weight-transfer groups."""

@@ -48,10 +48,7 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 def _by_transformers(hf_dir: Path, sequences: list[Sequence]) -> Scores:
     import transformers
 
-    # Experts one after the other: transformers' grouped product refuses sizes that are no multiples of 16 bytes.
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        hf_dir, dtype=torch.float32, experts_implementation="eager"
-    ).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
     scores = Scores([], [])
     for sequence in sequences:
         with torch.no_grad():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,6 +160,16 @@ class PolicyOptimizer:
         for chunk in self._chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
+
+    def state_tensors(self) -> Iterator[torch.Tensor]:
+        """Adam's moments and the parameters that it steps, float32; shards where the optimizer is distributed."""
+        for part in self._parts():
+            for group in part.optimizer.param_groups:
+                for parameter in group["params"]:
+                    yield parameter.data
+                    # Of one parameter after the other: a dictionary's order is that of its making.
+                    state = part.optimizer.state[parameter]
+                    yield from (value for value in state.values() if isinstance(value, torch.Tensor) and value.dim())
 
     def sharded_state_dict(self, model_state: dict[str, Any], *, loading: bool) -> dict[str, Any]:
         """State for megatron's dist_checkpointing, in a format that any later layout can read."""

@@ -12,6 +12,7 @@ import os
 import resource
 from abc import ABC, abstractmethod
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -45,6 +46,18 @@ class Platform(ABC):
     @abstractmethod
     def peak_memory_mb(self) -> float:
         """Highest memory use of this process so far, in units of 2**20 bytes."""
+
+    @abstractmethod
+    def memory_mb(self) -> float:
+        """Memory use of this process now, as `peak_memory_mb` counts it."""
+
+    @abstractmethod
+    def empty_cache(self) -> None:
+        """Hand memory that is free here back to the device, for other processes."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait for copies between device and host."""
 
     def init_process_group(
         self, *, rank: int, world_size: int, master_address: str, master_port: int, timeout_s: float
@@ -96,6 +109,17 @@ class CpuPlatform(Platform):
         """Peak resident set of the process (Linux counts it in units of 1024 bytes)."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
+    def memory_mb(self) -> float:
+        """Resident set of the process."""
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * resource.getpagesize() / 2**20
+
+    def empty_cache(self) -> None:
+        """Nothing: freed storages go back to the system by themselves."""
+
+    def synchronize(self) -> None:
+        """Nothing: copies are complete when they return."""
+
 
 class CudaPlatform(Platform):
     """CUDA with NCCL, one GPU a rank."""
@@ -117,6 +141,18 @@ class CudaPlatform(Platform):
     def peak_memory_mb(self) -> float:
         """Peak of torch's allocator on this GPU."""
         return torch.cuda.max_memory_allocated() / 2**20
+
+    def memory_mb(self) -> float:
+        """What torch's allocator has given out on this GPU."""
+        return torch.cuda.memory_allocated() / 2**20
+
+    def empty_cache(self) -> None:
+        """Free the allocator's unused blocks."""
+        torch.cuda.empty_cache()
+
+    def synchronize(self) -> None:
+        """Wait for the current stream."""
+        torch.cuda.current_stream().synchronize()
 
 
 @functools.cache

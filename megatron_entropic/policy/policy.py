@@ -30,6 +30,7 @@ from megatron_entropic.policy.export import export_hf
 from megatron_entropic.policy.gradient_step import GradientStep
 from megatron_entropic.policy.load_weights import load_weights
 from megatron_entropic.policy.loss_fields import LossSettings
+from megatron_entropic.policy.offload import PARTS, DeviceMemory, Part
 from megatron_entropic.policy.optimizer import PolicyOptimizer, wrap_data_parallel
 from megatron_entropic.policy.parallel import destroy_model_parallel, initialise_model_parallel
 from megatron_entropic.policy.platform import Device, select_platform
@@ -92,6 +93,7 @@ class Policy:
             distributed_optimizer=config.policy.distributed_optimizer,
             overlap=self.platform.backend == "nccl",
         )
+        self._memory = DeviceMemory(self.platform, self._wrapped, self._reference or ())
         self._machinery = GradientStep(
             self._wrapped,
             self.parallel,
@@ -140,6 +142,7 @@ class Policy:
         Raises:
             ValueError: the reference is asked for, but algorithm.kl.coefficient is 0.
         """
+        self._memory.restore(["parameters"])
         model = self._reference if reference else self._machinery.model
         if model is None:
             raise ValueError("no reference model: algorithm.kl.coefficient is 0")
@@ -167,6 +170,7 @@ class Policy:
         """
         if self._warming_up:
             raise ValueError("the warm start has not ended: begin_reinforcement_learning() comes before update()")
+        self._memory.restore(PARTS)
         metrics = self._update.step(minibatch, self.optimizer, freshly_scored=self._freshly_scored)
         if not metrics["optimizer/skipped"]:
             self._freshly_scored = False
@@ -182,6 +186,7 @@ class Policy:
 
     def warm_start_step(self, sequences: list[Sequence]) -> dict[str, float]:
         """One supervised optimizer step: maximum likelihood of the responses of all replicas."""
+        self._memory.restore(PARTS)
         metrics = warm_start_step(self._machinery, sequences, self.optimizer, self.config.output_head)
         self._freshly_scored = False
         return metrics
@@ -189,6 +194,7 @@ class Policy:
     def begin_reinforcement_learning(self) -> None:
         """Fresh optimizer state with the schedule of the `optimizer` section; ends the warm start."""
         self._warming_up = False
+        self._memory.restore(PARTS)
         self.synchronize_parameters()
         del self.optimizer  # its state is as large as the next one's
         self.optimizer = self._build_optimizer()
@@ -202,6 +208,7 @@ class Policy:
         Raises:
             CheckpointError: on every rank, also for the one before; earlier checkpoints are complete.
         """
+        self._memory.restore(PARTS)
         self.synchronize_parameters()
         state = {
             "warming_up": self._warming_up,
@@ -221,6 +228,7 @@ class Policy:
         Raises:
             CheckpointError: not a complete checkpoint, or it does not fit the model.
         """
+        self._memory.restore(PARTS)
         if self._warming_up and not checkpoint.read_state(directory)["state"]["warming_up"]:
             self.begin_reinforcement_learning()
         state = checkpoint.load_checkpoint(directory, self.model, self.optimizer)
@@ -269,7 +277,22 @@ class Policy:
 
     def synchronize_parameters(self) -> None:
         """Make `model`'s parameters current; whoever reads them without a forward pass calls this first."""
+        self._memory.restore(["parameters"])
         self.optimizer.synchronize_parameters()
+
+    def offload(self, parts: tuple[Part, ...] = PARTS) -> dict[str, float]:
+        """Give device memory back until the next call that needs what was in it.
+
+        Returns:
+            memory/offloaded_mb, what is gone from this rank's device, and memory/rollout_mb, what it uses now; MiB.
+        """
+        if self._memory.on_device("parameters"):
+            self.synchronize_parameters()
+        self._memory.release(parts, self.optimizer)
+        return {
+            "memory/offloaded_mb": self._memory.released_bytes / 2**20,
+            "memory/rollout_mb": self.platform.memory_mb(),
+        }
 
     def close(self) -> None:
         """Leave the engines and the process group, after what is being written."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_entropic.config import Dtype, RolloutConfig, Sampling
+from megatron_entropic.config import Dtype, RolloutConfig, Sampling, Transport
 from megatron_entropic.rollout.environment import Device, prepare_environment
 from megatron_entropic.rollout.noise import silence_known_noise
 from megatron_entropic.types import GenerationRequest, Sample
@@ -40,6 +40,8 @@ class RolloutEngine:
         max_model_tokens: int,
         seed: int,
         device: Device,
+        transport: Transport = "gloo",
+        sleeps: bool = False,
         max_batched_tokens: int | None = None,
         load_weights: bool = True,
     ) -> None:
@@ -52,6 +54,8 @@ class RolloutEngine:
             max_model_tokens: longest prompt and response together.
             seed: of vLLM's own generators, which nothing here draws from.
             device: cpu or cuda.
+            transport: what carries weights.
+            sleeps: on a GPU, whether `sleep` gives memory back; it needs an allocator of its own.
             max_batched_tokens: tokens of one forward pass; None leaves the choice to vLLM.
             load_weights: False: only the configuration is read, and nothing can be sampled before `receive`.
 
@@ -71,14 +75,15 @@ class RolloutEngine:
 
         register()
         self._config = config
-        self._device = device
+        self._transport = transport
         self._max_model_tokens = max_model_tokens
         self._hf_tensors = ParameterMap(read_dimensions(hf_dir)).hf_tensors
         self._stop_token_ids = stop_token_ids(hf_dir)
         self._weights_version: int | None = 0 if load_weights else None
         self._refusal = "no weights were published to this engine yet, and it has none of its own"
         self._senders = 0
-        options = _engine_options(dtype, config, device)
+        options = _engine_options(dtype, config, device, transport)
+        options["enable_sleep_mode"] = sleeps and device == "cuda"
         if max_batched_tokens is not None:
             options["max_num_batched_tokens"] = max_batched_tokens
         elif device == "cpu":
@@ -159,6 +164,17 @@ class RolloutEngine:
             for (tokens, prompt_length), output in zip(sequences, outputs, strict=True)
         ]
 
+    def sleep(self) -> None:
+        """Give the memory of weights and KV cache back; weights are kept in host memory, cached prefixes are not.
+
+        On a CPU vLLM frees nothing, but refuses work as on a GPU until everything is awake.
+        """
+        self._llm.sleep(level=1)
+
+    def wake(self, parts: list[str]) -> None:
+        """Take memory again for `parts`: "weights", "kv_cache"; new weights can come when the first are awake."""
+        self._llm.wake_up(tags=parts)
+
     def connect(self, senders: Sequence[dict[str, Any]], rank_offset: int) -> None:
         """Join the transfer groups of the policy.
 
@@ -171,7 +187,7 @@ class RolloutEngine:
         """
         first, addresses = senders[0], [(s["master_address"], s["master_port"]) for s in senders]
         init_info: dict[str, Any] = {"rank_offset": rank_offset, "world_size": first["world_size"]}
-        if self._device == "cuda":
+        if self._transport == "nccl":
             from megatron_entropic.rollout.nccl_transport import packing_options
 
             ((host, port),) = addresses
@@ -211,9 +227,9 @@ class RolloutEngine:
         return [piece for pieces in self._llm.collective_rpc("weight_pieces") for piece in pieces]
 
     def _update_infos(self, plan: PublishPlan) -> list[dict[str, Any]]:
-        """vLLM's update calls: on a CPU one for all buckets, over NCCL one for each."""
+        """vLLM's update calls: over gloo one for all buckets, over NCCL one for each."""
         contents = [FlatContents.of_bucket(bucket) for bucket in plan.buckets]
-        if self._device == "cuda":
+        if self._transport == "nccl":
             from megatron_entropic.rollout.nccl_transport import packing_options
 
             return [bucket.update_info() | packing_options()[1] for bucket in contents]
@@ -278,7 +294,7 @@ def stop_token_ids(hf_dir: Path) -> list[int]:
     return sorted(found)
 
 
-def _engine_options(dtype: Dtype, config: RolloutConfig, device: Device) -> dict[str, Any]:
+def _engine_options(dtype: Dtype, config: RolloutConfig, device: Device, transport: Transport) -> dict[str, Any]:
     """Arguments of vLLM's LLM that follow from the configuration alone."""
     from vllm.config import WeightTransferConfig
 
@@ -302,7 +318,7 @@ def _engine_options(dtype: Dtype, config: RolloutConfig, device: Device) -> dict
         "distributed_executor_backend": "uni" if config.tensor_parallel == 1 else "mp",
         "max_num_seqs": config.max_concurrent_sequences,
         "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
-        "weight_transfer_config": WeightTransferConfig(backend="gloo" if on_cpu else "nccl"),
+        "weight_transfer_config": WeightTransferConfig(backend=transport),
         "worker_extension_cls": "megatron_entropic.rollout.weight_inspection.WeightInspection",
         **memory,
     }

@@ -139,7 +139,7 @@ class WeightSender(Protocol):
 
 
 class GlooSender:
-    """`WeightSender` for CPU tensors. Listens on `host` only, on a port of the system's choice."""
+    """`WeightSender` through host memory. Listens on `host` only, on a port of the system's choice."""
 
     parallel_stages = True
 
@@ -225,6 +225,7 @@ class GlooSender:
         assert self._channel is not None, "accept() comes before send()"
         assert flat.numel() == contents.elements
         assert flat.dtype == contents.torch_dtype
+        flat = flat.cpu()  # of a policy that shares its GPU with an engine
         parts, announcement = [flat], contents.describe()
         last = None if self._last is None else self._last.get(contents)
         if last is not None:

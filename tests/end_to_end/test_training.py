@@ -175,6 +175,24 @@ def test_a_lost_policy_rank_and_a_damaged_checkpoint_do_not_end_the_run(
     assert run.reproducible_metrics() == uninterrupted.reproducible_metrics()
 
 
+def test_taking_turns_on_the_same_devices_changes_nothing(
+    uninterrupted: Run, countdown_run: Callable[..., Run], countdown_dir: Path
+) -> None:
+    run = countdown_run(
+        "colocated",
+        "cluster.colocate=true",
+        "policy.offload=all",
+        f"evaluation.benchmarks={{train: {countdown_dir / 'heldout.parquet'}}}",
+        "evaluation.every_steps=4",
+        "evaluation.samples_per_prompt=1",
+        "evaluation.max_response_tokens=1",
+    )
+    run.finish()
+    rows = [{k: v for k, v in row.items() if "evaluation" not in k} for row in run.reproducible_metrics()]
+    assert rows == uninterrupted.reproducible_metrics()
+    assert all(row["memory/offloaded_mb"] > 1 for row in run.metrics())
+
+
 def test_another_layout_samples_and_measures_the_same(uninterrupted: Run, countdown_run: Callable[..., Run]) -> None:
     run = countdown_run(
         "layout",
@@ -184,6 +202,7 @@ def test_another_layout_samples_and_measures_the_same(uninterrupted: Run, countd
         "rollout.engines=2",
         "train.steps=2",
         "policy.tokens_per_microbatch=200",
+        "policy.offload=optimizer",
     )
     run.finish()
     for ours, theirs in zip(run.metrics(), uninterrupted.metrics(), strict=False):
@@ -205,6 +224,7 @@ def test_every_option_at_once(countdown_run: Callable[..., Run], countdown_dir: 
         "rollout.temperature=0.8",
         "rollout.publish=delta",
         "cluster.check_weights=true",
+        "policy.offload=all",
         "checkpoint.export_every_steps=1",
         "algorithm.advantage=rloo",
         "algorithm.aggregation=seq-mean-token-sum-norm",
@@ -222,6 +242,7 @@ def test_every_option_at_once(countdown_run: Callable[..., Run], countdown_dir: 
     assert max(row["mismatch/logprob_abs_max"] for row in rows) <= 1e-3
     assert all(math.isfinite(row["loss/policy"]) for row in rows)
     assert rows[-1]["loss/kl"] > 0, "the policy has left its reference"
+    assert all(row["memory/offloaded_mb"] > 1 and row["memory/rollout_mb"] > 100 for row in rows)
     assert [("evaluation/heldout/avg" in row) for row in rows] == [False, True, False]
     stored = pq.read_table(run.directory / "evaluations/step_000002/heldout.parquet").to_pylist()
     assert len(stored) == 12
