@@ -42,7 +42,7 @@ def sections(plan: Plan) -> Iterator[Section]:
     yield _schedule(plan, plan.numbers.schedule)
     yield _traffic(plan.numbers.traffic)
     yield _publication(plan.numbers)
-    yield _time(plan.numbers)
+    yield _time(plan, plan.numbers)
     yield _assumptions(plan)
 
 
@@ -235,7 +235,7 @@ def _publication(numbers: Numbers) -> Section:
     return Section("publishing weights", (), rows)
 
 
-def _time(numbers: Numbers) -> Section:
+def _time(plan: Plan, numbers: Numbers) -> Section:
     time = numbers.time
     phases = (
         ("rollout", time.rollout_s),
@@ -244,9 +244,13 @@ def _time(numbers: Numbers) -> Section:
         ("publish", time.publish_s),
     )
     rows = tuple((name, f"{seconds:,.1f}", f"{100 * seconds / time.total_s:.0f} %") for name, seconds in phases)
-    return Section(
-        "expected seconds of one training step", ("", "s", "share"), (*rows, ("total", f"{time.total_s:,.1f}", ""))
+    total = ("total", f"{time.total_s:,.1f}", "")
+    steps = plan.config.train.steps
+    hours = time.total_s * steps / 3600
+    run = (
+        f"{steps:,} steps: {hours:,.0f} hours, {hours * plan.gpus:,.0f} GPU-hours, without evaluations and checkpoints"
     )
+    return Section("expected seconds of one training step", ("", "s", "share"), (*rows, total), (run,))
 
 
 def _assumptions(plan: Plan) -> Section:
