@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from megatron_entropic.config import RewardConfig
+from megatron_entropic.rewards.boxed import last_boxed
 from megatron_entropic.rewards.pool import VerifierPool
 from megatron_entropic.rewards.verdict import Job, Verdict, judge
 from megatron_entropic.rewards.verifiers import INSTANT, build_verifier
@@ -35,7 +36,14 @@ class Judge:
 
     def verdicts(self, jobs: Sequence[Job]) -> list[Verdict]:
         """Verdicts in the order of the jobs; nothing a verifier does is raised."""
-        return self._pool.judge(jobs) if self._pool else judge(self._verifier, jobs)
+        if self.name != "math":
+            return self._judged(jobs)
+        # Only the last box counts there, and the responses to one prompt often agree: each answer is judged once.
+        answers = [(_box_alone(response), repr(truth)) for response, truth, _ in jobs]
+        first = {answer: position for position, answer in reversed(list(enumerate(answers)))}
+        distinct = {answer: (answer[0], *jobs[position][1:]) for answer, position in first.items()}
+        found = dict(zip(distinct, self._judged(list(distinct.values())), strict=True))
+        return [found[answer] for answer in answers]
 
     def warned_verdicts(self, jobs: Sequence[Job]) -> list[Verdict]:
         """`verdicts`, with one line in the log if there are failures among them."""
@@ -56,3 +64,15 @@ class Judge:
         """End the verifier processes."""
         if self._pool:
             self._pool.close()
+
+    def _judged(self, jobs: Sequence[Job]) -> list[Verdict]:
+        return self._pool.judge(jobs) if self._pool else judge(self._verifier, jobs)
+
+
+def _box_alone(response: str) -> str:
+    r"""The last box of a response without the rest; empty if it has none.
+
+    The blank keeps a backslash at the end of the answer from escaping the brace.
+    """
+    answer = last_boxed(response)
+    return "" if answer is None else rf"\boxed{{{answer} }}"

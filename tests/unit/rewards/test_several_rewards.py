@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_entropic.config import RewardConfig
-from megatron_entropic.rewards import RewardScorer
+from megatron_entropic.rewards import RewardScorer, build_verifier
+from megatron_entropic.rewards.judge import Judge
 from megatron_entropic.rewards.overlong import overlong_penalty
+from megatron_entropic.rewards.verdict import Job, judge
 from megatron_entropic.types import Prompt, Sample
 
 BATCHES = """
@@ -145,3 +147,21 @@ def test_a_pattern_that_never_ends_is_a_timeout() -> None:
     with RewardScorer(config) as scorer:
         verdicts = scorer.verdicts([sample("a" * 40), sample("aab")])
     assert [(v.status, v.reward) for v in verdicts] == [("timeout", 0), ("ok", 1)]
+
+
+def test_the_box_alone_is_judged_as_its_response_is() -> None:
+    texts = [
+        r"so \boxed{\frac12}",
+        r"\boxed{0.5} or \boxed{\frac12}",
+        "none",
+        r"\boxed{1\ }",
+        r"\boxed{{1}",
+        r"\boxed{\}}",
+    ]
+    texts += [r"\boxed{\boxed{3}}", r"\fbox{ 0.50 }", r"\boxed{}", "", r"\boxed{1/2\\}"]
+    truths = ["0.5", "1"]
+    jobs: list[Job] = [(text, truth, {}) for text in texts * 2 for truth in truths]
+    direct = judge(build_verifier("math"), jobs)
+    assert Judge(RewardConfig(workers=0), "math").verdicts(jobs) == direct
+    assert sum(verdict.reward for verdict in direct) == 6
+    assert {verdict.status for verdict in direct} == {"ok"}
