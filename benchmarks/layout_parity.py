@@ -35,6 +35,7 @@ from megatron_entropic.weights.dimensions import read_dimensions
 
 TEMPERATURE = 0.7
 REFERENCE = "one rank"
+FAMILIES = ["qwen3", "qwen2", "llama", "qwen3_moe", "mixtral", "deepseek_v3"]
 _TP, _PP, _CP, _DP, _EP = (f"{kind}_parallel" for kind in ("tensor", "pipeline", "context", "data", "expert"))
 _SP, _VPP = "sequence_parallel", "virtual_pipeline_parallel"
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
@@ -167,9 +168,9 @@ def _update(one: Policy, sequences: list[Sequence]) -> tuple[float, dict[str, to
     gradients: dict[str, torch.Tensor] = {}
     if sends_weights(one.parallel):
         entries = named_entries(one.model, one.parameter_map, one.parallel)
-        values: dict[str, Any] = {entry.megatron_name: parameter.main_grad for entry, parameter in entries}
+        values: dict[str, Any] = {e.megatron_name: torch.zeros_like(v) if e.buffer else v.main_grad for e, v in entries}
         gathered = gather_hf_tensors(one.plan, values, one.parameter_map, one.parallel, "gradients")
-        gradients = {name: tensor.clone() for name, tensor in gathered}
+        gradients = {name: tensor.clone() for name, tensor in gathered if name not in one.parameter_map.buffers}
     return metrics["loss/policy"] + metrics["loss/entropic"], gradients
 
 
@@ -183,9 +184,7 @@ def _update_error(loss: float, gradients: dict[str, torch.Tensor], path: Path) -
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Errors of every layout and family.")
-    parser.add_argument(
-        "--families", nargs="+", default=["qwen3", "qwen2", "llama", "qwen3_moe", "mixtral"], help="of the parity tests"
-    )
+    parser.add_argument("--families", nargs="+", default=FAMILIES, help="of the parity tests")
     parser.add_argument("--output", type=Path, metavar="FILE.md", help="where the table goes besides the screen")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for the layouts of one size")
     return parser

@@ -17,6 +17,8 @@ from megatron_entropic.config_algorithm import LOSSES_OF_WHOLE_BATCHES, LOSSES_O
 from megatron_entropic.rewards.verifiers import BUILT_IN, INSTANT
 
 DATA_SUFFIXES = (".parquet", ".jsonl", ".json")
+CPU_LATENT_SIZES = (512, 64)
+"""kv_lora_rank and qk_rope_head_dim of the published models, the only ones that vLLM 0.32 attends with on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,6 +377,15 @@ def _model_directory(config: Config) -> Iterator[Violation]:
             (key, "policy.moe_router_replay"),
             f"policy.moe_router_replay={policy.moe_router_replay} needs a model with experts, and {path} has none",
         )
+    latent = dimensions.latent
+    if config.cluster.device == "cpu" and latent is not None:
+        sizes = (latent.key_value_rank, latent.rotary_head_dim)
+        if sizes != CPU_LATENT_SIZES:
+            yield Violation(
+                (key, "cluster.device"),
+                f"cluster.device=cpu: vLLM's kernel for latent attention on a CPU knows kv_lora_rank, qk_rope_head_dim "
+                f"= {CPU_LATENT_SIZES} only, the model has {sizes}",
+            )
     layout_keys = (key, "policy.tensor_parallel", "policy.pipeline_parallel")
     for problem in dimensions.layout_problems(policy):
         yield Violation(layout_keys, f"policy.{problem}")

@@ -139,7 +139,9 @@ def _checked_prompts(
     tokens: list[list[int]] = []
     try:
         hf_dir = find_hf_dir(source)
-        HfReader(hf_dir)  # every tensor is there and whole
+        reader = HfReader(hf_dir)  # every tensor is there and whole
+        if reader.parameter_map.dimensions.experts is not None:
+            problems.add(f"{hf_dir}: the model has experts, which modelopt cannot export as transformers 5 holds them")
         _, tokens = render_prompts(prompts, load_tokenizer(hf_dir), apply_chat_template=apply_chat_template)
     except (ValueError, FileNotFoundError) as error:
         problems.add(str(error))

@@ -18,6 +18,8 @@ from megatron_entropic.observability.summary import Run, load_run
 from megatron_entropic.rewards import build_reader
 
 _TOUCH_COLOURS = {"up": "green", "down": "red"}
+_LEAST_SHADE = 0.05
+"""Share of the strongest entropy below which a token has no background."""
 # Controllers whose alpha acts on tokens with pi > tau.
 _CONTROLLERS_WITH_TAU = ("p", "pi", "constant")
 
@@ -70,7 +72,7 @@ def show(view: StepView, console: Console) -> None:
     tau = "" if view.tau is None else f", tau {view.tau:g}"
     console.print(f"step {view.step}: {len(view.groups)} of {view.prompts} prompts{alpha}{tau}", style="bold")
     legend = Text("background: entropy, up to ")
-    legend.append(f"{view.entropy_scale:.3g} nats", Style(bgcolor=_colour(1.0)))
+    legend.append(f"{view.entropy_scale:.3g} nats", Style(bgcolor=_colour(1.0), color="white"))
     if view.tau is not None:
         legend.append("; the control acts on tokens with ")
         legend.append("A > 0", Style(underline=True, color="green")).append(" and ")
@@ -106,9 +108,10 @@ def _coloured(response: ResponseView, scale: float) -> Text:
         if response.hidden and position == response.cut:
             text.append(f"[... {response.hidden} tokens ...]", "dim italic")
         share = min(token.entropy / scale, 1.0)
+        shaded = share >= _LEAST_SHADE
         style = Style(
-            bgcolor=_colour(share) if share >= 0.05 else None,
-            color=_TOUCH_COLOURS.get(token.touch),
+            bgcolor=_colour(share) if shaded else None,
+            color=_TOUCH_COLOURS.get(token.touch, "white" if shaded else None),
             underline=token.touch != "",
         )
         text.append(token.text, style)
@@ -116,7 +119,7 @@ def _coloured(response: ResponseView, scale: float) -> Text:
 
 
 def _colour(share: float) -> str:
-    """From nearly black to orange: readable with light text on dark terminals and on light ones."""
+    """From nearly black to orange, for white text."""
     red, green, blue = (round(40 + share * (channel - 40)) for channel in (170, 95, 10))
     return f"#{red:02x}{green:02x}{blue:02x}"
 

@@ -15,6 +15,9 @@ Transformer Engine's fused layers save (from their documentation and code; not m
     attention                    2 q + 2 k in batches of segments           8 bytes of sums for each head
     output projection            q                                          q
     gated feed-forward           5 f                                        3 f
+
+Under latent attention (`_around_latent_attention`) the vectors of which q, k and v are made are kept instead of packed
+q, k, v, normalised and as they were, and attention keeps k as wide as q, with sdpa v and its result too.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Literal
 from megatron_entropic.config import Dtype, PolicyConfig
 from megatron_entropic.planning.models import PlannedModel
 from megatron_entropic.planning.parameters import ITEM_BYTES
+from megatron_entropic.weights.latent_attention import LatentAttention
 
 Attention = Literal["sdpa", "flash"]
 HeadName = Literal["logits", "recompute", "fused_loss"]
@@ -54,7 +58,12 @@ class _Widths:
     hidden: float
     query: float
     key: float
+    attended: float
+    """Result of attention."""
     ffn: float
+    """Of a layer without experts, or of one expert."""
+    shared: float
+    """Of experts that every token goes through."""
 
 
 def rank_tokens(policy: PolicyConfig, tokens: int) -> int:
@@ -68,16 +77,26 @@ def rank_tokens(policy: PolicyConfig, tokens: int) -> int:
 
 
 def layer_bytes(
-    model: PlannedModel, policy: PolicyConfig, tokens: int, *, dtype: Dtype, attention: Attention
+    model: PlannedModel,
+    policy: PolicyConfig,
+    tokens: int,
+    *,
+    dtype: Dtype,
+    attention: Attention,
+    experts: bool | None = None,
 ) -> LayerBytes:
-    """What one layer and the final norm keep of a micro-batch of `tokens` packed tokens."""
+    """What one layer and the final norm keep of a micro-batch of `tokens` packed tokens.
+
+    `experts` says whether the layer has experts; None: it has, if the model has any.
+    """
     item, own_tokens = ITEM_BYTES[dtype], rank_tokens(policy, tokens)
-    width = _widths(model, policy)
+    sparse = model.experts is not None if experts is None else experts
+    width = _widths(model, policy, sparse)
     norm_input = 8 * width.hidden if attention == "sdpa" else item * width.hidden
     linear_inputs = 2 * item * width.hidden
     core = _core_attention(model, policy, width, item, attention)
     around = _around_attention(model, width, item, attention)
-    feed_forward = _feed_forward(model, policy, width, item, attention)
+    feed_forward = _feed_forward(model, policy, width, item, attention, sparse)
     complete = 2 * (norm_input + 4) + linear_inputs + core + around + feed_forward
     saved = complete
     if policy.recompute == "full":
@@ -125,18 +144,29 @@ def feed_forward_ranks(model: PlannedModel, policy: PolicyConfig) -> int:
     return policy.expert_tensor_size if model.experts else policy.tensor_parallel
 
 
-def _widths(model: PlannedModel, policy: PolicyConfig) -> _Widths:
+def _widths(model: PlannedModel, policy: PolicyConfig, sparse: bool) -> _Widths:
     dimensions, ranks = model.dimensions, policy.tensor_parallel
+    if sparse:
+        ffn, shared = (
+            model.feed_forward_width / feed_forward_ranks(model, policy),
+            dimensions.size("shared_ffn") / ranks,
+        )
+    else:
+        ffn, shared = dimensions.ffn_hidden_size / ranks, 0.0
     return _Widths(
         hidden=dimensions.hidden_size / (ranks if policy.sequence_parallel else 1),
         query=dimensions.size("query") / ranks,
         key=dimensions.size("key_value") / ranks,
-        ffn=model.feed_forward_width / feed_forward_ranks(model, policy),
+        attended=dimensions.size("attended") / ranks,
+        ffn=ffn,
+        shared=shared,
     )
 
 
 def _around_attention(model: PlannedModel, width: _Widths, item: int, attention: Attention) -> float:
     """Packed q, k, v, their norms, RoPE, and the output projection's input."""
+    if model.dimensions.latent is not None:
+        return _around_latent_attention(model.dimensions.latent, width, item, attention)
     packed, projection = item * (width.query + 2 * width.key), item * width.query
     if attention == "flash":
         copy_of_query = item * width.query if model.dimensions.qk_norm else 0
@@ -149,10 +179,24 @@ def _around_attention(model: PlannedModel, width: _Widths, item: int, attention:
     return norms + rope + projection
 
 
+def _around_latent_attention(latent: LatentAttention, width: _Widths, item: int, attention: Attention) -> float:
+    """The two latent vectors before and after their norms, the keys' shared part, RoPE, the projection's input."""
+    query_rank, projection = latent.query_rank or 0, item * width.attended
+    if attention == "flash":
+        return item * (2 * query_rank + 2 * latent.key_value_rank + latent.rotary_head_dim) + projection
+    norms = (8 + item) * (query_rank + latent.key_value_rank) + item * latent.rotary_head_dim
+    return norms + 4 * item * latent.rotary_head_dim + projection
+
+
 def _core_attention(
     model: PlannedModel, policy: PolicyConfig, width: _Widths, item: int, attention: Attention
 ) -> float:
     heads = model.dimensions.num_attention_heads / policy.tensor_parallel
+    if model.dimensions.latent is not None:
+        if attention == "flash":
+            return item * (width.query + width.key + width.attended) + 8 * heads
+        # Values are padded to the width of keys, and so is the result.
+        return item * 4 * width.query + 4 * heads
     if attention == "flash":
         return item * (width.query + width.key) + 8 * heads
     return item * (2 * width.query + 2 * width.key) + 4 * heads
@@ -161,20 +205,25 @@ def _core_attention(
 def _core_attention_inputs(model: PlannedModel, width: _Widths, item: int, attention: Attention) -> float:
     """What selective recomputation keeps: q and k after RoPE, and v where nothing else keeps the packed tensor."""
     inputs = item * (width.query + width.key)
+    if model.dimensions.latent is not None:
+        return inputs + item * width.attended
     if attention == "flash" or (model.dimensions.qk_norm and item == 4):
         return inputs
     return inputs + item * (width.query + 2 * width.key)
 
 
-def _feed_forward(model: PlannedModel, policy: PolicyConfig, width: _Widths, item: int, attention: Attention) -> float:
+def _feed_forward(
+    model: PlannedModel, policy: PolicyConfig, width: _Widths, item: int, attention: Attention, sparse: bool
+) -> float:
     products = 5 if attention == "sdpa" else 3
-    if model.experts is None:
+    if model.experts is None or not sparse:
         return item * products * width.ffn
     # Each token is copied for its experts: sorted before the exchange, received after it, and once in each product.
     # With balanced experts every rank receives as many copies as it sends.
     copies, hidden = model.experts.per_token, model.dimensions.hidden_size
     sent = copies * width.hidden
     received = copies * (hidden + products * width.ffn)
-    return item * (sent + received) + 4 * model.experts.count / (
+    shared = products * width.shared
+    return item * (sent + received + shared) + 4 * model.experts.count / (
         policy.tensor_parallel if policy.sequence_parallel else 1
     )

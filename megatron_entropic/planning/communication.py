@@ -85,7 +85,9 @@ def _tensor(
     policy, model = config.policy, table.model
     ranks, layers = policy.tensor_parallel, model.dimensions.num_layers // policy.pipeline_parallel
     size = _hidden_bytes(config, table, tokens)
-    blocks = layers * (1 if model.experts else 2)
+    # Shared experts gather and scatter as a dense feed-forward part does.
+    shared = model.experts is not None and model.experts.shared_ffn_hidden_size > 0
+    blocks = layers * (2 if shared or model.experts is None else 1)
     passes = 1 if direction == "forward" else 3 if policy.recompute == "full" else 2
     # Embedding and head are on different stages, unless there is one: the busiest has one of them or both.
     ends = 2 if policy.pipeline_parallel == 1 else 1
@@ -105,7 +107,8 @@ def _context(
     """Keys and values of the other ranks' tokens in every layer, and their gradients back."""
     policy, dimensions = config.policy, table.model.dimensions
     ranks, layers = policy.context_parallel, dimensions.num_layers // policy.pipeline_parallel
-    width = 2 * dimensions.size("key_value") / policy.tensor_parallel
+    heads = dimensions.num_query_groups / policy.tensor_parallel
+    width = heads * (dimensions.head_dim + dimensions.value_head_dim)
     size = tokens / ranks * width * ITEM_BYTES[config.model.dtype]
     passes = 1 if direction == "forward" else 4 if policy.recompute == "full" else 3
     crosses = _crosses(policy, hardware, "context")

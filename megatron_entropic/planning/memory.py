@@ -114,15 +114,23 @@ def stage_memory(config: Config, table: ParameterTable, schedule: Schedule, stag
 def _activation_bytes(config: Config, model: PlannedModel, schedule: Schedule, stage: int) -> int:
     """What a stage holds when its first backward pass begins: micro-batches of its chunks (`in_flight`)."""
     policy, tokens = config.policy, schedule.largest_tokens
-    layer = layer_bytes(model, policy, tokens, dtype=config.model.dtype, attention=attention_kind(config))
     chunks = policy.virtual_pipeline_parallel
-    layers = model.dimensions.num_layers // (policy.pipeline_parallel * chunks)
+    count = model.dimensions.num_layers // (policy.pipeline_parallel * chunks)
+    first_layers = [(chunk * policy.pipeline_parallel + stage) * count for chunk in range(chunks)]
+    sparse = [model.dimensions.has_experts(first + index) for first in first_layers for index in range(count)]
+    kinds = {
+        experts: layer_bytes(
+            model, policy, tokens, dtype=config.model.dtype, attention=attention_kind(config), experts=experts
+        )
+        for experts in set(sparse)
+    }
     alive = in_flight(policy.pipeline_parallel, stage, schedule.microbatches_at_most, chunks)
-    total = alive * layers * layer.saved
+    # A micro-batch in flight is in one chunk, and chunks of a stage differ little.
+    total = alive * sum(kinds[experts].saved for experts in sparse) / chunks
     if stage == policy.pipeline_parallel - 1:
-        total += layer.final
+        total += kinds[sparse[-1]].final
     # One layer at a time computes again what was not kept.
-    total += layer.complete - layer.saved
+    total += max(layer.complete - layer.saved for layer in kinds.values())
     return round(total) + backward_bytes(model, policy, tokens, dtype=config.model.dtype)
 
 
@@ -131,9 +139,7 @@ def rollout_memory(config: Config, table: ParameterTable, gpu_memory_bytes: int)
     dimensions, ranks = table.model.dimensions, config.rollout.tensor_parallel
     item = ITEM_BYTES[config.model.dtype]
     weights = engine_weight_elements(table, ranks) * item
-    # With more ranks than key/value heads vLLM keeps a copy of a head on several.
-    heads = max(1, dimensions.num_query_groups // ranks)
-    per_token = 2 * dimensions.num_layers * heads * dimensions.head_dim * item
+    per_token = dimensions.cached_elements(ranks) * item
     if config.cluster.device == "cpu":
         cache = int(config.rollout.kv_cache_gb * GIB)
     else:

@@ -25,12 +25,12 @@ class PlannedModel:
 
     @property
     def experts(self) -> ExpertDimensions | None:
-        """Of every layer; None for a dense model."""
+        """Of every layer that has some; None for a dense model."""
         return self.dimensions.experts
 
     @property
     def feed_forward_width(self) -> int:
-        """Of a layer, or of one expert."""
+        """Of a layer of a dense model, or of one expert."""
         return self.experts.ffn_hidden_size if self.experts else self.dimensions.ffn_hidden_size
 
 
@@ -71,11 +71,7 @@ def read_model(path: Path, name: str) -> PlannedModel:
         raise ValueError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    dimensions = _dimensions(config, path)
-    if dimensions.experts is not None and dimensions.experts.dense_layers:
-        problem = "layers without experts (mlp_only_layers, decoder_sparse_step) cannot be planned for"
-        raise ValueError(f"{path}: this model cannot be planned for:\n  - {problem}")
-    return PlannedModel(name, dimensions, str(path))
+    return PlannedModel(name, _dimensions(config, path), str(path))
 
 
 def _dimensions(config: dict[str, Any], path: Path) -> ModelDimensions:

@@ -23,7 +23,20 @@ ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 BUCKET_ELEMENTS = 40_000_000
 """megatron-core's DistributedDataParallel closes a bucket of gradients at this size, or at 1,000,000 for each rank."""
 
-_REGISTERED_FIRST = ("input_layernorm", "linear_proj", "linear_qkv", "q_layernorm", "k_layernorm", "pre_mlp_layernorm")
+_REGISTERED_FIRST = (
+    "input_layernorm",
+    "linear_proj",
+    "linear_qkv",
+    "linear_q_proj",
+    "linear_q_down_proj",
+    "linear_q_up_proj",
+    "linear_kv_down_proj",
+    "linear_kv_up_proj",
+    "q_layernorm",
+    "kv_layernorm",
+    "k_layernorm",
+    "pre_mlp_layernorm",
+)
 """Order in which a megatron-core layer registers its modules; the feed-forward part follows. Only which rank owns which
 piece of optimizer state depends on it."""
 
@@ -92,7 +105,7 @@ class ParameterTable:
     @cached_property
     def elements(self) -> int:
         """Parameters of the whole model as Hugging Face counts them: no padding, a tied embedding once."""
-        return sum(prod(shape) for shape in self.map.hf_tensors.values())
+        return sum(prod(shape) for name, shape in self.map.hf_tensors.items() if name not in self.map.buffers)
 
     @cached_property
     def active_elements(self) -> int:
@@ -104,7 +117,8 @@ class ParameterTable:
         )
         # A tied embedding is the output layer too, and counted once in `elements`.
         lookup = 0 if dimensions.tie_word_embeddings else embedding
-        return self.elements - lookup - dimensions.num_layers * idle
+        sparse_layers = sum(dimensions.has_experts(layer) for layer in range(dimensions.num_layers))
+        return self.elements - lookup - sparse_layers * idle
 
     def buffers(self, policy: PolicyConfig, stage: int, *, overlap: bool) -> tuple[GradientBuffer, ...]:
         """The buffers of each rank of a stage: for each chunk of dense parameters, and of experts if it has any.
@@ -165,7 +179,8 @@ class ParameterTable:
         held = [
             entry
             for entry in self.map.entries_of_stage(stage, policy.pipeline_parallel, policy.virtual_pipeline_parallel)
-            if entry.expert is None or self.map.expert_rank(entry, policy.expert_parallel) == 0
+            # Buffers have neither gradients nor optimizer state, and a few KiB.
+            if not entry.buffer and (entry.expert is None or self.map.expert_rank(entry, policy.expert_parallel) == 0)
         ]
         first, last = self.map.entries[0].megatron_name, self.map.entries[-1].megatron_name
         tied = self.model.dimensions.tie_word_embeddings and policy.pipeline_parallel > 1

@@ -4,8 +4,8 @@
 
 Policy phases: a pipeline of p stages needs m + p - 1 turns of its slowest stage for m micro-batches, m + (p - 1) / v
 with v chunks on each stage. Floating point operations per token: 2 for each parameter of a matrix forward, twice that
-backward, once more forward where activations are recomputed; attention adds 2 L q in each layer for sequences of L
-tokens under the causal mask (Kaplan et al. 2020, table 1, for the matrices).
+backward, once more forward where activations are recomputed; attention adds L q for scores and L v for their result
+in each layer for sequences of L tokens under the causal mask (Kaplan et al. 2020, table 1, for the matrices).
 """
 
 from __future__ import annotations
@@ -134,5 +134,6 @@ def _turn_s(
 def _work(table: ParameterTable, schedule: Schedule) -> _Work:
     dimensions = table.model.dimensions
     head = dimensions.vocab_size * dimensions.hidden_size
-    attention = 2 * schedule.mean_tokens * dimensions.size("query") * dimensions.num_layers
+    width = dimensions.size("query") + dimensions.size("attended")
+    attention = schedule.mean_tokens * width * dimensions.num_layers
     return _Work(layers=2 * (table.active_elements - head) + attention, head=2 * head)

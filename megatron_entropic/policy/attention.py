@@ -78,12 +78,12 @@ class SegmentedAttention(MegatronModule):
         Args:
             query: [T, query heads, head_dim].
             key: [T, key/value heads, head_dim].
-            value: As key.
+            value: [T, key/value heads, value_head_dim], where heads may be narrower.
             attention_mask: None, the mask is causal.
             packed_seq_params: With the plan of the T packed rows.
 
         Returns:
-            [T, query heads * head_dim].
+            [T, query heads * value_head_dim].
         """
         plan = packed_seq_params.plan
         assert plan is not None
@@ -94,22 +94,24 @@ class SegmentedAttention(MegatronModule):
         return packed.flatten(1)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: SegmentGroup) -> torch.Tensor:
-        """[count * length, query heads, head_dim] for the rows of one group."""
+        """[count * length, query heads, value_head_dim] for the rows of one group."""
         keys = group.rows if group.keys is None else group.keys
         q, k, v = (
             tensor.index_select(0, rows).unflatten(0, (group.count, -1)).transpose(1, 2)
             for tensor, rows in ((query, group.rows), (key, keys), (value, keys))
         )
+        # Kernels that keep no matrix of scores want values as wide as keys.
+        padded = F.pad(v, (0, q.shape[-1] - v.shape[-1])) if v.shape[-1] < q.shape[-1] else v
         output = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=group.mask, is_causal=group.mask is None, scale=self.scale, enable_gqa=True
+            q, k, padded, attn_mask=group.mask, is_causal=group.mask is None, scale=self.scale, enable_gqa=True
         )
-        return output.transpose(1, 2).flatten(0, 1)
+        return output[..., : v.shape[-1]].transpose(1, 2).flatten(0, 1)
 
     def _of_all_ranks(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[size * T, heads, head_dim] of each, rank after rank; in backward gradients are summed over ranks."""
-        own = torch.cat((key, value), dim=1)
+        """[size * T, heads, width] of each, rank after rank; in backward gradients are summed over ranks."""
+        own = torch.cat((key, value), dim=2)
         gathered = gather_from_sequence_parallel_region(own, group=self._context_group)
-        key, value = gathered.split(key.shape[1], dim=1)
+        key, value = gathered.split((key.shape[2], value.shape[2]), dim=2)
         return key, value
 
     def sharded_state_dict(self, *_position: Any, **_options: Any) -> dict[str, Any]:

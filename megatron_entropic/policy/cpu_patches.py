@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from megatron_entropic.policy.gloo_collectives import gather_along_first_dim, reduce_scatter_along_first_dim
-from megatron_entropic.policy.rotary import apply_rotary_packed
+from megatron_entropic.policy.rotary import angles_of_rank, apply_rotary_packed
 
 _CONSTANTS = {
     "cuda": "cpu",
@@ -190,6 +190,10 @@ def _loops_over_segments(function: Callable[..., Any]) -> bool:
     return "torch.split(t, seqlens)" in inspect.getsource(function)
 
 
+def _pins_memory(function: Callable[..., Any]) -> bool:
+    return "pin_memory=True" in inspect.getsource(function)
+
+
 REPLACEMENTS = (
     Replacement("torch.cuda:current_device", _cpu_device, "device of buffers, parameters and p2p tensors", _fails),
     Replacement("torch.cuda:synchronize", _do_nothing, "after p2p and before saving; a CPU has no queue", _fails),
@@ -212,6 +216,12 @@ REPLACEMENTS = (
         apply_rotary_packed,
         "one gather instead of a loop over segments; CUDA has Transformer Engine's kernel",
         _loops_over_segments,
+    ),
+    Replacement(
+        "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding:get_pos_emb_on_this_cp_rank",
+        angles_of_rank,
+        "YaRN's table of a context-parallel rank, cut with an index in pinned memory",
+        _pins_memory,
     ),
     Replacement(
         "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher.cuda_dtoh_stream",

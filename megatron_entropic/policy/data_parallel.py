@@ -16,19 +16,33 @@ def attention_weight(dimensions: ModelDimensions) -> float:
     """Arithmetic of causal attention over that of all matrix products, for each token of a sequence; 1 / tokens.
 
     A token of a sequence of L tokens costs 2 P operations in products with P parameters, and in each layer 4 a L / 2 in
-    attention of width a: the ratio is L * layers * a / P. Every token is taken for a response token.
+    attention of width a: the ratio is L * layers * a / P. Every token is taken for a response token. Where values are
+    narrower than keys, a is the mean.
     """
-    attention = 2 * dimensions.num_layers * (dimensions.size("query") + dimensions.size("key_value"))
     feed_forward = 3 * sum(_feed_forward_width(dimensions, layer) for layer in range(dimensions.num_layers))
-    products = dimensions.hidden_size * (attention + feed_forward + dimensions.vocab_size)
-    return dimensions.num_layers * dimensions.size("query") / products
+    products = dimensions.hidden_size * (feed_forward + dimensions.vocab_size)
+    products += dimensions.num_layers * _attention_products(dimensions)
+    width = (dimensions.size("query") + dimensions.size("attended")) / 2
+    return dimensions.num_layers * width / products
+
+
+def _attention_products(dimensions: ModelDimensions) -> int:
+    """Parameters of a layer's projections."""
+    hidden, query, output = dimensions.hidden_size, dimensions.size("query"), dimensions.size("attended")
+    if dimensions.latent is None:
+        return hidden * (query + 2 * dimensions.size("key_value") + output)
+    rank = dimensions.latent.query_rank
+    queries = hidden * query if rank is None else rank * (hidden + query)
+    keys_and_values = dimensions.size("key_value_latent") * dimensions.size("key_value_unrotated")
+    return queries + hidden * (dimensions.size("key_value_latent_and_rotary") + output) + keys_and_values
 
 
 def _feed_forward_width(dimensions: ModelDimensions, layer: int) -> int:
     """Of what one token goes through."""
     if dimensions.experts is None or not dimensions.has_experts(layer):
         return dimensions.ffn_hidden_size
-    return dimensions.experts.per_token * dimensions.experts.ffn_hidden_size
+    experts = dimensions.experts
+    return experts.per_token * experts.ffn_hidden_size + experts.shared_ffn_hidden_size
 
 
 def sequence_costs(lengths: Sequence[int], attention_weight: float) -> list[float]:

@@ -1,4 +1,4 @@
-"""Fills this rank's parameters from a Hugging Face directory; each rank reads only its own slices."""
+"""Fills this rank's parameters and buffers from a Hugging Face directory; each rank reads only its own slices."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron_entropic.weights.parameter_map import Entry, ParameterMap, to_glob
 
 def named_entries(
     model: torch.nn.ModuleList, parameter_map: ParameterMap, state: ParallelState
-) -> Iterator[tuple[Entry, torch.nn.Parameter]]:
-    """This rank's parameters with the map's rows for them.
+) -> Iterator[tuple[Entry, torch.Tensor]]:
+    """This rank's parameters with the map's rows for them, and its buffers that a checkpoint holds.
 
     Args:
         model: The chunks of this rank's stage, not wrapped.
@@ -28,10 +28,14 @@ def named_entries(
         first_layer = parameter_map.first_layer(state.pipeline_rank, state.pipeline_size, index, state.virtual_size)
         for name, parameter in chunk.named_parameters():
             yield parameter_map.by_megatron_name(to_global_name(name, first_layer, first_expert)), parameter
+        for name, buffer in chunk.named_buffers():
+            global_name = to_global_name(name, first_layer)
+            if parameter_map.is_buffer(global_name):
+                yield parameter_map.by_megatron_name(global_name), buffer
 
 
 def load_weights(model: torch.nn.ModuleList, hf_dir: Path, state: ParallelState) -> None:
-    """Copies the checkpoint into every parameter, converting to the parameter's dtype; padded rows become zero.
+    """Copies the checkpoint into every parameter and buffer, converting to its dtype; padded rows become zero.
 
     Raises:
         ValueError: the checkpoint is incomplete or does not fit its config.json (see `HfReader`).

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_entropic.config import Dtype, PolicyConfig
 from megatron_entropic.policy.attention import SegmentedAttention, packed_segments
 from megatron_entropic.policy.forward import Output, OutputOptions
+from megatron_entropic.policy.latent_attention import use_own_attention, use_plain_layers
 from megatron_entropic.policy.microbatch import MicroBatch
 from megatron_entropic.policy.norms import RMSNorm
 from megatron_entropic.policy.output_head import OutputHead
@@ -53,7 +54,8 @@ class PolicyModel(GPTModel):
             rotary_base=dimensions.rope_theta,
             vp_stage=chunk if state.virtual_size > 1 else None,
         )
-        if dimensions.rope_scaling is not None:
+        # Latent attention has an embedding of its own in every layer.
+        if dimensions.rope_scaling is not None and dimensions.latent is None:
             scale_frequencies(self.rotary_pos_emb, dimensions.rope_scaling)
         if self.post_process:
             self._output_head = OutputHead(
@@ -158,7 +160,10 @@ def _transformer_engine_spec(config: Any, has_experts: list[bool]) -> Transforme
             num_experts=config.num_moe_experts if experts else None,
             moe_grouped_gemm=config.moe_grouped_gemm and experts,
             qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
         )
+        if config.multi_latent_attention:
+            use_own_attention(spec.submodules.self_attention)
         return _with_router(spec) if experts else spec
 
     return TransformerBlockSubmodules(layer_specs=[layer_spec(experts) for experts in has_experts], layer_norm=TENorm)
@@ -171,13 +176,16 @@ def _plain_spec(config: Any, has_experts: list[bool]) -> TransformerBlockSubmodu
         spec: ModuleSpec = get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts if experts else None,
             qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
             normalization="RMSNorm",
         )
         layer = spec.submodules
         layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
         attention = layer.self_attention.submodules
         attention.core_attention = SegmentedAttention
-        if config.qk_layernorm:
+        if config.multi_latent_attention:
+            use_plain_layers(layer, has_experts=experts)
+        elif config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
         return _with_router(spec) if experts else spec
 

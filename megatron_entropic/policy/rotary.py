@@ -20,6 +20,9 @@ def apply_rotary_packed(
     freqs: torch.Tensor,
     *_unused: Any,
     cp_group: dist.ProcessGroup,
+    multi_latent_attention: bool = False,
+    mla_rotary_interleaved: bool = False,
+    mscale: float = 1.0,
     **_options: Any,
 ) -> torch.Tensor:
     """Stands for megatron-core's `_apply_rotary_pos_emb_thd`, with its arguments.
@@ -30,13 +33,24 @@ def apply_rotary_packed(
         cu_seqlens: [segments + 1] int32; the last is T.
         freqs: [max_s, 1, 1, head_dim] angles in float32, by position within a segment.
         cp_group: context-parallel.
+        multi_latent_attention, mla_rotary_interleaved: in 0.16, in 0.19: neighbouring elements are the pairs that are
+            rotated; the result has halves all the same, of q as of k.
+        mscale: of cosine and sine.
     """
     positions = ContextCut(cp_group.rank(), cp_group.size()).positions(cu_seqlens.long().diff())
     # [max_s, 1, d] before the gather: the cosine is taken once for each position, not for each token.
-    cos = freqs.squeeze(2).cos().to(tensor.dtype)[positions]
-    sin = freqs.squeeze(2).sin().to(tensor.dtype)[positions]
+    cos = (freqs.squeeze(2).cos() * mscale).to(tensor.dtype)[positions]
+    sin = (freqs.squeeze(2).sin() * mscale).to(tensor.dtype)[positions]
+    if multi_latent_attention or mla_rotary_interleaved:
+        tensor = torch.cat((tensor[..., 0::2], tensor[..., 1::2]), dim=-1)
     first, second = tensor.chunk(2, dim=-1)
     return tensor * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def angles_of_rank(angles: torch.Tensor, dim: int, cp_group: dist.ProcessGroup) -> torch.Tensor:
+    """Stands for megatron-core's `get_pos_emb_on_this_cp_rank`: this context-parallel rank's two chunks of `dim`."""
+    chunks = angles.chunk(2 * cp_group.size(), dim=dim)
+    return torch.cat([chunks[index] for index in ContextCut(cp_group.rank(), cp_group.size()).chunks], dim=dim)
 
 
 def scale_frequencies(rotary: Any, rope_scaling: dict[str, Any]) -> None:

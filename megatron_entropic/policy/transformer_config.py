@@ -11,6 +11,7 @@ from megatron_entropic.config import Dtype, PolicyConfig
 from megatron_entropic.policy.parallel import ParallelState
 from megatron_entropic.policy.platform import Platform
 from megatron_entropic.weights.dimensions import ModelDimensions
+from megatron_entropic.weights.experts import ExpertDimensions
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -26,15 +27,17 @@ def build_transformer_config(
     Raises:
         ValueError: the layout does not divide the model, or this platform lacks what the configuration asks for.
     """
-    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
     problems = dimensions.layout_problems(policy)
     if problems:
         raise ValueError("the policy cannot be laid out as asked:\n" + "\n".join(f"  - {p}" for p in problems))
     params_dtype = DTYPES[dtype]
-    return TransformerConfig(
+    config_class = TransformerConfig if dimensions.latent is None else MLATransformerConfig
+    return config_class(
         **_architecture(dimensions),
-        **_fusions(platform),
+        **_latent(dimensions),
+        **_fusions(dimensions, platform),
         **_recompute(policy),
         **_fp8(policy, platform),
         **_experts(dimensions, policy, platform),
@@ -70,7 +73,8 @@ def _architecture(dimensions: ModelDimensions) -> dict[str, Any]:
         "num_attention_heads": dimensions.num_attention_heads,
         "num_query_groups": dimensions.num_query_groups,
         "kv_channels": dimensions.head_dim,
-        "qk_layernorm": dimensions.qk_norm,
+        # Under latent attention: norms of the latent vectors.
+        "qk_layernorm": dimensions.qk_norm or dimensions.latent is not None,
         "add_qkv_bias": dimensions.qkv_bias,
         "add_bias_linear": False,
         "normalization": "RMSNorm",
@@ -79,6 +83,27 @@ def _architecture(dimensions: ModelDimensions) -> dict[str, Any]:
         "activation_func": F.silu,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+    }
+
+
+def _latent(dimensions: ModelDimensions) -> dict[str, Any]:
+    """Everything about latent attention, its RoPE included; nothing for other models."""
+    latent = dimensions.latent
+    if latent is None:
+        return {}
+    scaling = dimensions.rope_scaling or {"rope_type": "default", "factor": 1.0}
+    yarn = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+    return {
+        "q_lora_rank": latent.query_rank,
+        "kv_lora_rank": latent.key_value_rank,
+        "qk_head_dim": dimensions.head_dim - latent.rotary_head_dim,
+        "qk_pos_emb_head_dim": latent.rotary_head_dim,
+        "v_head_dim": latent.value_head_dim,
+        "rotary_base": dimensions.rope_theta,
+        "rope_type": "yarn" if scaling["rope_type"] == "yarn" else "rope",
+        # Scales attention as well; 1 scales nothing.
+        "rotary_scaling_factor": scaling["factor"],
+        **{key: scaling[key] for key in yarn if key in scaling},
     }
 
 
@@ -102,15 +127,33 @@ def _experts(dimensions: ModelDimensions, policy: PolicyConfig, platform: Platfo
         # One product for all experts of a rank needs Transformer Engine; without, they run one after the other.
         "moe_grouped_gemm": platform.transformer_engine,
         "moe_permute_fusion": platform.transformer_engine,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size or None,
+        **_sigmoid(experts),
     }
 
 
-def _fusions(platform: Platform) -> dict[str, Any]:
-    """Fused kernels exist on CUDA only, those of RoPE in Transformer Engine only."""
+def _sigmoid(experts: ExpertDimensions) -> dict[str, Any]:
+    """DeepSeek-V3's choice of experts; nothing for a softmax. The bias that balances them stays as it was trained."""
+    routing = experts.sigmoid
+    if routing is None:
+        return {}
+    grouped = routing.chosen_groups < routing.groups
+    return {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_topk_scaling_factor": routing.scaling,
+        "moe_router_num_groups": routing.groups if grouped else None,
+        "moe_router_group_topk": routing.chosen_groups if grouped else None,
+    }
+
+
+def _fusions(dimensions: ModelDimensions, platform: Platform) -> dict[str, Any]:
+    """Fused kernels exist on CUDA only, those of RoPE in Transformer Engine only, and not for plain RoPE of latents."""
     return {
         "bias_activation_fusion": platform.fused_kernels,
         "bias_dropout_fusion": platform.fused_kernels,
-        "apply_rope_fusion": platform.transformer_engine,
+        "apply_rope_fusion": platform.transformer_engine and dimensions.latent is None,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": platform.fused_weight_gradients,
         "persist_layer_norm": False,

@@ -60,6 +60,6 @@ def score_file(hf_dir: Path, tokens_path: Path, output_path: Path, dtype: Dtype,
 def _kv_cache_gb(dimensions: ModelDimensions, dtype: Dtype, tokens: int) -> float:
     """Room for the longest line and then some, at least half a GiB."""
     element_bytes = {"float32": 4, "bfloat16": 2}[dtype]
-    token_bytes = 2 * dimensions.num_layers * dimensions.num_query_groups * dimensions.head_dim * element_bytes
+    token_bytes = dimensions.cached_elements() * element_bytes
     blocks = math.ceil(tokens / _KV_BLOCK_TOKENS) + 1
     return max(0.5, 1.25 * blocks * _KV_BLOCK_TOKENS * token_bytes / 2**30)

@@ -49,7 +49,7 @@ def hf_to_megatron(
     Args:
         hf_dir: is only read.
         output_dir: must not exist, or be empty.
-        dtype: of the output; None keeps the dtype of the input.
+        dtype: of the output's parameters; None keeps the dtype of the input. Buffers keep theirs.
         workers: threads.
         begin: called once with the number of bytes to write, when everything has been checked.
         report: called with progress.
@@ -60,7 +60,8 @@ def hf_to_megatron(
     """
     reader = HfReader(hf_dir)
     output_dir = Path(output_dir).absolute()
-    target = dtype or _only_dtype({name: reader.stored_dtype(name) for name in reader.names}, reader.hf_dir, _ADVICE)
+    stored = {name: reader.stored_dtype(name) for name in reader.names if name not in reader.parameter_map.buffers}
+    target = dtype or _only_dtype(stored, reader.hf_dir, _ADVICE)
     invalid = InvalidTensors()
     chunks = list(_chunks(reader, target, invalid, report or _nobody))
     total = sum(chunk.nbytes for chunk in chunks)
@@ -100,13 +101,15 @@ def megatron_to_hf(
     template_dir, parameter_map = read_template(megatron_dir, template_dir)
     checkpoint = MegatronCheckpoint(megatron_dir, parameter_map)
     exported = [entry for entry in parameter_map.entries if entry.exported]
-    dtype = _only_dtype({entry.megatron_name: checkpoint.dtype(entry) for entry in exported}, megatron_dir)
-    total = sum(prod(entry.shape) for entry in exported) * dtype.itemsize
+    parameters = [entry for entry in exported if not entry.buffer]
+    dtype = _only_dtype({entry.megatron_name: checkpoint.dtype(entry) for entry in parameters}, megatron_dir)
+    dtypes = {name: checkpoint.dtype(entry) for entry in exported for name in entry.hf_names}
+    total = sum(prod(entry.shape) * checkpoint.dtype(entry).itemsize for entry in exported)
     _refuse([*_too_small(workers=workers, max_shard_bytes=max_shard_bytes), *output_problems(output_dir, total)])
     (begin or _nobody)(total)
     invalid = InvalidTensors()
     with appears_when_complete(output_dir) as directory:
-        writers = create_weight_files(directory, parameter_map.hf_tensors, dtype, max_shard_bytes)
+        writers = create_weight_files(directory, parameter_map.hf_tensors, dtypes, max_shard_bytes)
         limit = PIECE_BYTES // dtype.itemsize
         pieces = [piece for entry in exported for piece in pieces_of(entry, parameter_map.dimensions, limit)]
         _for_each(pieces, bind(_write_piece, checkpoint, writers, invalid, report or _nobody), workers)
@@ -135,15 +138,16 @@ def _chunks(reader: HfReader, dtype: torch.dtype, invalid: InvalidTensors, repor
     for entry in reader.parameter_map.entries:
         if not entry.exported:
             continue
-        for piece in pieces_of(entry, dimensions, PIECE_BYTES // dtype.itemsize):
+        own_dtype = reader.stored_dtype(entry.hf_names[0]) if entry.buffer else dtype
+        for piece in pieces_of(entry, dimensions, PIECE_BYTES // own_dtype.itemsize):
             for place in places_to_write(entry, dimensions):
-                read = bind(_read_piece, reader, piece, dtype, invalid, report)
+                read = bind(_read_piece, reader, piece, own_dtype, invalid, report)
                 yield Chunk(
                     place.key,
                     shape=place.shape(entry),
                     offsets=(*place.index, piece.start, *(0 for _ in entry.shape[1:])),
                     sizes=(*(1 for _ in place.index), piece.stop - piece.start, *entry.shape[1:]),
-                    dtype=dtype,
+                    dtype=own_dtype,
                     read=read,
                 )
 

@@ -10,8 +10,9 @@ from typing import Any
 from megatron_entropic.config import PolicyConfig
 from megatron_entropic.weights.architectures import ARCHITECTURES, Architecture
 from megatron_entropic.weights.experts import ExpertDimensions, expert_problems, read_experts
+from megatron_entropic.weights.latent_attention import LatentAttention, latent_problems, read_latent
+from megatron_entropic.weights.rope import read_rope
 
-_LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _REQUIRED_INTEGERS = (
     "num_hidden_layers",
     "hidden_size",
@@ -36,6 +37,7 @@ class ModelDimensions:
     num_query_groups: int
     """Number of key/value heads."""
     head_dim: int
+    """Of queries and keys."""
     vocab_size: int
     """Rows of the Hugging Face embedding, before any padding for tensor parallelism."""
     tie_word_embeddings: bool
@@ -44,11 +46,21 @@ class ModelDimensions:
     rope_theta: float
     rope_scaling: dict[str, Any] | None
     """None for plain RoPE; for Llama 3.x rope_type "llama3", factor, low_freq_factor, high_freq_factor and
-    original_max_position_embeddings."""
+    original_max_position_embeddings; with latent attention rope_type "yarn", factor, beta_fast, beta_slow, mscale,
+    mscale_all_dim and original_max_position_embeddings."""
     rms_norm_eps: float
     max_position_embeddings: int
     experts: ExpertDimensions | None = None
     """None for dense models."""
+    latent: LatentAttention | None = None
+    """None where each head has keys and values of its own or of its group."""
+    prediction_layers: int = 0
+    """Layers behind the last in the checkpoint that predict further tokens; they are neither trained nor exported."""
+
+    @property
+    def value_head_dim(self) -> int:
+        """Width of a head of values, and of what attention makes of them."""
+        return self.head_dim if self.latent is None else self.latent.value_head_dim
 
     @property
     def has_dense_layers(self) -> bool:
@@ -70,12 +82,27 @@ class ModelDimensions:
             "ffn": self.ffn_hidden_size,
             "query": self.num_attention_heads * self.head_dim,
             "key_value": self.num_query_groups * self.head_dim,
+            "attended": self.num_attention_heads * self.value_head_dim,
             "head": self.head_dim,
             "vocab": self.vocab_size,
         }
         if self.experts is not None:
             sizes |= {"experts": self.experts.count, "expert_ffn": self.experts.ffn_hidden_size}
+            sizes["shared_ffn"] = self.experts.shared_ffn_hidden_size
+        if self.latent is not None:
+            rank, rotary = self.latent.key_value_rank, self.latent.rotary_head_dim
+            sizes |= {"key_value_latent": rank, "key_value_latent_and_rotary": rank + rotary}
+            sizes["key_value_unrotated"] = self.num_attention_heads * (self.head_dim - rotary + self.value_head_dim)
+            sizes["query_latent"] = self.latent.query_rank or 0
         return sizes[axis]
+
+    def cached_elements(self, engine_ranks: int = 1) -> int:
+        """Elements that each of an engine's ranks keeps of a token: keys and values of all layers, or their latents."""
+        if self.latent is not None:
+            # Every rank needs all of the latent vector for its heads.
+            return self.num_layers * self.size("key_value_latent_and_rotary")
+        # With more ranks than key/value heads vLLM keeps a copy of a head on several.
+        return 2 * self.num_layers * max(1, self.num_query_groups // engine_ranks) * self.head_dim
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """The vocabulary rounded up so that `tensor_parallel` divides it; the added rows are zero."""
@@ -99,6 +126,8 @@ class ModelDimensions:
         divided = [("attention heads", self.num_attention_heads), ("key/value heads", self.num_query_groups)]
         if self.has_dense_layers:
             divided.append(("feed-forward width", self.ffn_hidden_size))
+        if self.experts is not None and self.experts.shared_ffn_hidden_size:
+            divided.append(("width of the shared experts", self.experts.shared_ffn_hidden_size))
         for name, size in divided:
             if size % tensor_parallel:
                 problems.append(f"tensor_parallel={tensor_parallel} does not divide the {name} ({size})")
@@ -182,10 +211,12 @@ def read_dimensions(hf_dir: Path) -> ModelDimensions:
     if architecture is None:
         raise ValueError(_problem_list(hf_dir, problems))
     problems += _unsupported_features(config)
-    rope_theta, rope_scaling, rope_problems = _rope(config)
+    rope_theta, rope_scaling, rope_problems = read_rope(config, latent=architecture.latent)
     problems += rope_problems + _bad_sizes(config)
     if architecture.experts is not None:
         problems += expert_problems(config, architecture.experts)
+    if architecture.latent:
+        problems += latent_problems(config)
     if architecture.always_windowed and config.get("sliding_window") is not None:
         problems.append(f"sliding-window attention is in use (sliding_window={config['sliding_window']})")
     if problems:
@@ -202,7 +233,11 @@ def _dimensions(
 ) -> ModelDimensions:
     """Fill the dataclass from a config that passed every check; absent keys get transformers' class defaults."""
     heads, keys = config["num_attention_heads"], architecture.experts
+    latent = read_latent(config) if architecture.latent else None
     head_dim = config.get("head_dim") or architecture.default_head_dim or config["hidden_size"] // heads
+    if latent is not None:
+        # transformers writes the rotary part alone as head_dim.
+        head_dim = config["qk_nope_head_dim"] + latent.rotary_head_dim
     return ModelDimensions(
         family=architecture.family,
         num_layers=config["num_hidden_layers"],
@@ -220,6 +255,8 @@ def _dimensions(
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         max_position_embeddings=config["max_position_embeddings"],
         experts=None if keys is None else read_experts(config, keys, config["num_hidden_layers"]),
+        latent=latent,
+        prediction_layers=config.get("num_nextn_predict_layers") or 0,
     )
 
 
@@ -282,25 +319,6 @@ def _uses_sliding_window(config: dict[str, Any]) -> bool:
     if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
         return False
     return config.get("max_window_layers", 28) < config.get("num_hidden_layers", 0)
-
-
-def _rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None, list[str]]:
-    """RoPE base, scaling and problems; transformers 5 writes rope_parameters, 4 rope_theta and rope_scaling."""
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
-    problems = []
-    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        problems.append(f"partial_rotary_factor={partial}: only 1.0 is supported")
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    if rope_type == "default":
-        return theta, None, problems
-    if rope_type != "llama3":
-        return theta, None, [*problems, f"rope type {rope_type!r} is not supported (supported: default, llama3)"]
-    missing = [key for key in _LLAMA3_ROPE_KEYS if key not in parameters]
-    if missing:
-        return theta, None, [*problems, f"rope type 'llama3' lacks {', '.join(missing)}"]
-    return theta, {"rope_type": "llama3"} | {key: parameters[key] for key in _LLAMA3_ROPE_KEYS}, problems
 
 
 def _bad_sizes(config: dict[str, Any]) -> list[str]:

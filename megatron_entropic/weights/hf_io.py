@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_entropic.weights.architectures.rows import HF_LAYER
 from megatron_entropic.weights.atomic_directory import appears_when_complete
 from megatron_entropic.weights.dimensions import read_dimensions
 from megatron_entropic.weights.layouts import Shape
@@ -80,8 +81,8 @@ class HfReader(Mapping[str, Tensor]):
     """The tensors of a Hugging Face directory by name, read through memory maps when asked for.
 
     Opening it reads headers only and compares them with what the model's config.json calls for. `lm_head.weight` of
-    a tied checkpoint and rotary inv_freq buffers are tolerated and not offered. Tensors are views of the map: copy
-    them, never write to them.
+    a tied checkpoint, rotary inv_freq buffers and layers that predict further tokens are tolerated and not offered.
+    Tensors are views of the map: copy them, never write to them.
 
     Raises:
         ValueError: from `read_dimensions`, or one error that lists every missing, unexpected or wrongly shaped
@@ -94,7 +95,7 @@ class HfReader(Mapping[str, Tensor]):
         expected = self.parameter_map.hf_tensors
         problems = Problems()
         stored = _read_headers(self.hf_dir, expected, problems)
-        _compare(stored, expected, problems)
+        _compare(stored, expected, problems, passed_over=_prediction_layers(self.parameter_map))
         problems.raise_if_any(f"{self.hf_dir}: the checkpoint does not fit its config.json:")
         self._stored = {name: stored[name] for name in expected}
         self._open_files: dict[Path, Any] = {}
@@ -176,11 +177,21 @@ def _weight_files(hf_dir: Path, expected: Mapping[str, Shape], problems: Problem
     return files
 
 
-def _compare(stored: Mapping[str, _Stored], expected: Mapping[str, Shape], problems: Problems) -> None:
+def _prediction_layers(parameter_map: ParameterMap) -> tuple[str, ...]:
+    """Beginnings of the names of layers behind the last one that predict further tokens."""
+    dimensions = parameter_map.dimensions
+    first = dimensions.num_layers
+    return tuple(HF_LAYER.format(layer=first + index) for index in range(dimensions.prediction_layers))
+
+
+def _compare(
+    stored: Mapping[str, _Stored], expected: Mapping[str, Shape], problems: Problems, passed_over: tuple[str, ...]
+) -> None:
     """Report tensors that are not what the model needs."""
     for name, tensor in stored.items():
         if name not in expected:
-            if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
+            known = name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq") or name.startswith(passed_over)
+            if not known:
                 problems.add("unexpected tensors", name)
         elif tensor.dtype.startswith("F8"):
             problems.add(
@@ -204,10 +215,10 @@ def write_hf_directory(
 
     `tensors` may come in any order and are written as they come: one is in memory at a time, and it may be a view of
     a buffer that is used again for the next. They must be exactly those the template's config.json calls for, all
-    of one dtype, which is noted in the new config.json. Tokenizer and generation settings are copied. Everything is
-    written to a hidden directory beside `output_dir`, flushed and renamed; whatever fails, `output_dir` is either
-    complete or as it was before. With `overwrite` an existing directory steps aside as `.NAME.replaced` until the new
-    one is in place.
+    of one dtype, which is noted in the new config.json; the model's own buffers are float32. Tokenizer and generation
+    settings are copied. Everything is written to a hidden directory beside `output_dir`, flushed and renamed; whatever
+    fails, `output_dir` is either complete or as it was before. With `overwrite` an existing directory steps aside as
+    `.NAME.replaced` until the new one is in place.
 
     Raises:
         ValueError: `output_dir` exists and is not empty (with `overwrite`: and is not a model), or one error that
@@ -220,36 +231,39 @@ def write_hf_directory(
             raise ValueError(f"{output_dir}: exists and is not empty; a model is not written over it")
         if not (output_dir / "config.json").is_file():
             raise ValueError(f"{output_dir}: exists and is not a model directory; only a model is replaced")
-    expected = ParameterMap(read_dimensions(template_dir)).hf_tensors
+    parameter_map = ParameterMap(read_dimensions(template_dir))
     with appears_when_complete(output_dir) as partial:
-        dtype = _write_weights(partial, tensors, expected, max_shard_bytes, output_dir)
+        dtype = _write_weights(partial, tensors, parameter_map, max_shard_bytes, output_dir)
         copy_companions(partial, template_dir, dtype)
 
 
 def _write_weights(
     directory: Path,
     tensors: Iterable[tuple[str, Tensor]],
-    expected: Mapping[str, Shape],
+    parameter_map: ParameterMap,
     max_shard_bytes: int,
     output_dir: Path,
 ) -> torch.dtype:
-    """Fill the weight files in the order of arrival; the first tensor's dtype is everyone's."""
+    """Fill the weight files in the order of arrival; the first parameter's dtype is every parameter's."""
     problems = Problems()
+    expected = parameter_map.hf_tensors
+    dtypes: dict[str, torch.dtype] = {}
     writers: dict[str, SafetensorsWriter] = {}
     dtype: torch.dtype | None = None
     written: set[str] = set()
-    for name, tensor in tensors:
+    for name, tensor in _buffers_last(tensors, parameter_map.buffers):
         if dtype is None:
             dtype = tensor.dtype
-            writers = create_weight_files(directory, expected, dtype, max_shard_bytes)
+            dtypes = dict.fromkeys(expected, dtype) | dict.fromkeys(parameter_map.buffers, torch.float32)
+            writers = create_weight_files(directory, expected, dtypes, max_shard_bytes)
         if name not in expected:
             problems.add("unexpected tensors", name)
         elif name in written:
             problems.add("repeated tensors", name)
         elif tuple(tensor.shape) != expected[name]:
             problems.add("wrong shapes", f"{name}: {list(tensor.shape)}, expected {list(expected[name])}")
-        elif tensor.dtype != dtype:
-            problems.add("mixed dtypes", f"{name}: {tensor.dtype} among {dtype}")
+        elif tensor.dtype != dtypes[name]:
+            problems.add("mixed dtypes", f"{name}: {tensor.dtype} among {dtypes[name]}")
         else:
             writers[name].write(name, tensor)
         written.add(name)
@@ -261,14 +275,25 @@ def _write_weights(
     return dtype
 
 
+def _buffers_last(tensors: Iterable[tuple[str, Tensor]], buffers: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors, buffers behind all parameters; buffers are small enough to be kept until then."""
+    kept = []
+    for name, tensor in tensors:
+        if name in buffers:
+            kept.append((name, tensor.clone()))
+        else:
+            yield name, tensor
+    yield from kept
+
+
 def create_weight_files(
-    directory: Path, expected: Mapping[str, Shape], dtype: torch.dtype, max_shard_bytes: int
+    directory: Path, expected: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], max_shard_bytes: int
 ) -> dict[str, SafetensorsWriter]:
     """Weight files of at most `max_shard_bytes` of data (one tensor may exceed it) and their index; writer by name."""
     shards: list[dict[str, Shape]] = [{}]
     shard_bytes = total_bytes = 0
     for name, shape in expected.items():
-        size = prod(shape) * dtype.itemsize
+        size = prod(shape) * dtypes[name].itemsize
         if shards[-1] and shard_bytes + size > max_shard_bytes:
             shards.append({})
             shard_bytes = 0
@@ -284,7 +309,7 @@ def create_weight_files(
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     writers: dict[str, SafetensorsWriter] = {}
     for file_name, shard in zip(file_names, shards, strict=True):
-        writer = SafetensorsWriter(directory / file_name, shard, dtype)
+        writer = SafetensorsWriter(directory / file_name, shard, dtypes)
         writers |= dict.fromkeys(shard, writer)
     return writers
 

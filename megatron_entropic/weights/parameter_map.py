@@ -21,6 +21,8 @@ from megatron_entropic.weights.layouts import Layout, Shape, join_slices, slice_
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
 }
 _LAYER_PREFIX = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(?<=\.mlp\.experts\.local_experts\.)(\d+)(?=\.)")
@@ -31,7 +33,7 @@ _OUTPUT_LAYER = "output_layer.weight"
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron parameter of the unsharded model."""
+    """One Megatron parameter, or buffer, of the unsharded model."""
 
     megatron_name: str
     """With the global layer number, counted over all pipeline stages."""
@@ -46,6 +48,8 @@ class Entry:
     """Global number of the expert within its layer, whose parameter it is; sharded over expert tensor ranks then."""
     exported: bool = True
     """False for the output layer of a model with tied embeddings: a copy of the embedding, which is exported."""
+    buffer: bool = False
+    """Whether it is a float32 buffer, whatever the dtype of the parameters."""
 
 
 def to_global_name(local_name: str, first_layer: int, first_expert: int = 0) -> str:
@@ -79,6 +83,8 @@ class ParameterMap:
             for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True)
         }
         """Name and shape of every tensor of the Hugging Face checkpoint (a tied one has no lm_head.weight)."""
+        self.buffers = frozenset(name for entry in self.entries if entry.buffer for name in entry.hf_names)
+        """Names of those that are no parameters."""
 
     def by_megatron_name(self, name: str) -> Entry:
         """Entry of a global Megatron name; norms may be named as Transformer Engine fuses them.
@@ -93,6 +99,10 @@ class ParameterMap:
         if name not in self._by_name:
             raise KeyError(f"{name}: no such parameter in a {self.dimensions.family} model")
         return self._by_name[name]
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether a global Megatron name is that of a buffer with values of the checkpoint."""
+        return name in self._by_name and self._by_name[name].buffer
 
     def stage_of(self, entry: Entry, pipeline_parallel: int, virtual_pipeline_parallel: int = 1) -> int:
         """Pipeline stage that owns a parameter: equal runs of layers, embedding first, final norm and output last.
@@ -203,9 +213,11 @@ def _entries(dimensions: ModelDimensions) -> list[Entry]:
     first = rows.index(in_layers[0])
     assert rows[first : first + len(in_layers)] == tuple(in_layers), "rows of a layer stand together"
     entries = [_entry(row, dimensions, None) for row in rows[:first]]
+    latent = dimensions.latent
+    absent_query = "direct" if latent is not None and latent.query_rank is not None else "latent"
     for layer in range(dimensions.num_layers):
         absent = "dense" if dimensions.has_experts(layer) else "sparse"
-        present = [row for row in in_layers if row.layers != absent]
+        present = [row for row in in_layers if row.layers != absent and row.query != absent_query]
         for per_expert, some in itertools.groupby(present, key=lambda row: row.per_expert):
             entries += _layer_entries(list(some), dimensions, layer, per_expert)
     return entries + [_entry(row, dimensions, None) for row in rows[first + len(in_layers) :]]
@@ -233,4 +245,5 @@ def _entry(row: Row, dimensions: ModelDimensions, layer: int | None, expert: int
         layer=layer,
         expert=expert,
         exported=not tied_output,
+        buffer=row.buffer,
     )

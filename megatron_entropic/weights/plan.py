@@ -179,13 +179,13 @@ def publish_plan(
 
     A parameter is never divided, so one that is larger than `bucket_bytes` travels alone; nor are parameters of
     experts that stand at the same place of their expert-parallel ranks, which are gathered together. The output layer
-    of a tied model is left out: engines tie it themselves.
+    of a tied model is left out: engines tie it themselves. Buffers travel apart, in float32.
 
     Args:
         parameter_map: of the model.
         pipeline_parallel, tensor_parallel, expert_parallel: sizes of the layout.
         bucket_bytes: limit of one bucket.
-        dtype: of the values that travel.
+        dtype: of the parameters as they travel.
         virtual_pipeline_parallel: chunks of layers on each stage.
         expert_tensor_parallel: None: `tensor_parallel`.
 
@@ -206,16 +206,23 @@ def publish_plan(
     for stage in range(pipeline_parallel):
         held = parameter_map.entries_of_stage(stage, pipeline_parallel, virtual_pipeline_parallel)
         entries = [entry for entry in held if entry.exported]
-        dense = [
-            (BucketItem(entry, parameter_map.shard_shape(entry, tensor_parallel)),)
-            for entry in entries
-            if entry.expert is None
-        ]
-        experts = _expert_units(parameter_map, entries, expert_parallel, expert_tensor)
-        for units in (dense, experts):
-            for items in _fill(units, bucket_bytes, _ITEM_BYTES[dtype]):
-                buckets.append(Bucket(len(buckets), dtype, stage, items))
+        contents: tuple[tuple[list[tuple[BucketItem, ...]], Dtype], ...] = (
+            (_whole_units(parameter_map, entries, tensor_parallel, of_buffers=False), dtype),
+            (_expert_units(parameter_map, entries, expert_parallel, expert_tensor), dtype),
+            (_whole_units(parameter_map, entries, tensor_parallel, of_buffers=True), "float32"),
+        )
+        for units, unit_dtype in contents:
+            for items in _fill(units, bucket_bytes, _ITEM_BYTES[unit_dtype]):
+                buckets.append(Bucket(len(buckets), unit_dtype, stage, items))
     return PublishPlan(tuple(buckets), tensor_parallel, pipeline_parallel, bucket_bytes, expert_parallel, expert_tensor)
+
+
+def _whole_units(
+    parameter_map: ParameterMap, entries: Sequence[Entry], tensor_parallel: int, *, of_buffers: bool
+) -> list[tuple[BucketItem, ...]]:
+    """Parameters, or buffers, that do not belong to experts, each on its own."""
+    wanted = [entry for entry in entries if entry.expert is None and entry.buffer == of_buffers]
+    return [(BucketItem(entry, parameter_map.shard_shape(entry, tensor_parallel)),) for entry in wanted]
 
 
 def _expert_units(

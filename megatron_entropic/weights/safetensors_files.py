@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -82,18 +83,20 @@ def _header_problem(header: dict[str, Any]) -> str | None:
 class SafetensorsWriter:
     """One safetensors file whose tensors are announced at first and written one by one, in any order."""
 
-    def __init__(self, path: Path, shapes: dict[str, Shape], dtype: torch.dtype) -> None:
-        """Create the file with its header; `shapes` fixes names and order.
+    def __init__(self, path: Path, shapes: dict[str, Shape], dtypes: Mapping[str, torch.dtype]) -> None:
+        """Create the file with its header; `shapes` fixes names and order, `dtypes` may know more names.
 
         Raises:
             ValueError: a dtype that Hugging Face checkpoints of these models do not use.
         """
-        if dtype not in DTYPE_NAMES:
-            raise ValueError(f"cannot write tensors of {dtype}; supported: {', '.join(map(str, DTYPE_NAMES))}")
+        for dtype in {dtypes[name] for name in shapes}:
+            if dtype not in DTYPE_NAMES:
+                raise ValueError(f"cannot write tensors of {dtype}; supported: {', '.join(map(str, DTYPE_NAMES))}")
         self.path = path
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, shape in shapes.items():
+            dtype = dtypes[name]
             end = offset + prod(shape) * dtype.itemsize
             header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end

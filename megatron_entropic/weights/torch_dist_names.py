@@ -10,7 +10,8 @@ A checkpoint holds unsharded tensors; layers and experts are either leading axes
 
 Norms before a linear layer have the names that Transformer Engine's fused layers give them; megatron-core's other
 layer specs translate theirs when saving. Where experts follow, only those specs use the fused name: with Transformer
-Engine the norm stands alone.
+Engine the norm stands alone. Under latent attention they translate nothing, and the norm before attention stands alone
+with both; this project's layers translate the rest.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ _FUSED = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
+_FUSED_LATENT = {
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    "self_attention.q_layernorm.weight": "self_attention.linear_q_up_proj.layer_norm_weight",
+    "self_attention.kv_layernorm.weight": "self_attention.linear_kv_up_proj.layer_norm_weight",
+}
+"""Under latent attention."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Place:
 def places_to_write(entry: Entry, dimensions: ModelDimensions) -> tuple[Place, ...]:
     """Where a new checkpoint has a parameter, as megatron-core itself saves a model of these dimensions.
 
-    More than one place for the norm before experts, so that every layer spec finds it under its own name.
+    More than one place for norms that layer specs name differently, so that each finds it under its own name.
     """
     stacked = dimensions.experts is None
     wanted = _by_spec(entry, dimensions)
@@ -61,10 +68,18 @@ def _by_spec(entry: Entry, dimensions: ModelDimensions) -> tuple[str, ...]:
     rest = _LAYER.sub("", entry.megatron_name)
     if entry.expert is not None:
         return ("mlp.experts.experts." + _EXPERT.sub("", rest),)
-    if entry.layer is None or rest not in _FUSED:
+    fused = _fused(dimensions)
+    if entry.layer is None or rest not in fused:
         return (rest,)
-    both = rest == "pre_mlp_layernorm.weight" and dimensions.has_experts(entry.layer)
-    return (_FUSED[rest], rest) if both else (_FUSED[rest],)
+    before_experts = rest == "pre_mlp_layernorm.weight" and dimensions.has_experts(entry.layer)
+    if dimensions.latent is not None:
+        return (rest,) if before_experts else (fused[rest], rest)
+    return (fused[rest], rest) if before_experts else (fused[rest],)
+
+
+def _fused(dimensions: ModelDimensions) -> dict[str, str]:
+    """Names of norms -> those in Transformer Engine's fused layers."""
+    return _FUSED if dimensions.latent is None else _FUSED_LATENT
 
 
 def possible_places(entry: Entry, dimensions: ModelDimensions, *, stacked: bool | None = None) -> Iterator[Place]:
@@ -72,7 +87,7 @@ def possible_places(entry: Entry, dimensions: ModelDimensions, *, stacked: bool 
     if entry.layer is None:
         yield Place(entry.megatron_name)
         return
-    rest = _LAYER.sub("", entry.megatron_name)
+    rest, fused = _LAYER.sub("", entry.megatron_name), _fused(dimensions)
     forms: list[tuple[str, Shape, tuple[int, ...]]] = []
     if stacked is not False:
         forms.append(("decoder.layers.", (dimensions.num_layers,), (entry.layer,)))
@@ -80,7 +95,7 @@ def possible_places(entry: Entry, dimensions: ModelDimensions, *, stacked: bool 
         forms.append((f"decoder.layers.{entry.layer}.", (), ()))
     for prefix, axes, index in forms:
         if entry.expert is None:
-            for name in (_FUSED.get(rest, rest), *([rest] if rest in _FUSED else [])):
+            for name in (fused.get(rest, rest), *([rest] if rest in fused else [])):
                 yield Place(prefix + name, axes, index)
         else:
             name = _EXPERT.sub("", rest)

@@ -54,28 +54,30 @@ def statistics(model: Any, sequences: list[dict], temperature: float) -> list[tu
     return result
 
 
-def watch_routers(model: Any) -> dict[str, list[torch.Tensor]]:
-    """Logits [tokens, experts] of every router, by name, filled by each forward pass."""
-    logits: dict[str, list[torch.Tensor]] = {}
+def watch_routers(model: Any) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Of every router, by name: logits [tokens, experts] and chosen experts, filled by each forward pass."""
+    outputs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def keep(name: str) -> Any:
-        return lambda _module, _inputs, output: logits.setdefault(name, []).append(output[0])
+        return lambda _module, _inputs, output: outputs.setdefault(name, []).append((output[0], output[-1]))
 
     for name, module in model.named_modules():
         if name.endswith("mlp.gate"):
             module.register_forward_hook(keep(name))
-    return logits
+    return outputs
 
 
-def balance(logits: dict[str, list[torch.Tensor]], per_token: int) -> tuple[torch.Tensor, list[float]]:
+def balance(
+    outputs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]], per_token: int
+) -> tuple[torch.Tensor, list[float]]:
     """Sum over layers of the load-balancing loss of all tokens; each layer's busiest expert over the mean of experts.
 
     Fedus et al. 2021, equation 4, with the choices of `per_token` experts counted: experts x sum of f_i P_i.
     """
     total, busiest = torch.zeros((), dtype=torch.float64), []
-    for parts in logits.values():
-        layer = torch.cat(parts)
-        chosen = torch.zeros_like(layer).scatter(1, layer.topk(per_token).indices, 1.0)
+    for parts in outputs.values():
+        layer, indices = (torch.cat(kind) for kind in zip(*parts, strict=True))
+        chosen = torch.zeros_like(layer).scatter(1, indices, 1.0)
         share = chosen.mean(dim=0) / per_token
         total = total + layer.shape[1] * (share * layer.softmax(-1).mean(dim=0)).sum()
         busiest.append(float(share.max() * layer.shape[1]))
@@ -135,11 +137,11 @@ def _weight(case: dict, own_tokens: int, all_tokens: int, n_sequences: int) -> f
 def gradients(hf_dir: Path, sequences: list[dict], case: dict) -> dict:
     """Loss, alpha and gradients by Hugging Face name of the first update."""
     model = load_model(hf_dir)
-    logits = watch_routers(model)
+    routers = watch_routers(model)
     stats = statistics(model, sequences, case["temperature"])
     alpha = max(-1.0, min(1.0, case["kp"] * (mean_entropy(stats) - case["target"])))
     terms = loss_terms(stats, sequences, case, alpha)
-    aux_loss, busiest = balance(logits, getattr(model.config, "num_experts_per_tok", 1))
+    aux_loss, busiest = balance(routers, getattr(model.config, "num_experts_per_tok", 1))
     (terms["policy"] + terms["entropic"] + terms["kl"] + case["aux_loss"] * aux_loss).backward()
     values = {name: float(torch.as_tensor(value).detach()) for name, value in terms.items()}
     grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}

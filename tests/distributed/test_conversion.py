@@ -52,6 +52,7 @@ SAVED = {
     "qwen3_moe ep2 pp2 vpp2": "plain",
     "qwen3_moe ep2 tp2 pp2 etp1": "single",
     "mixtral ep4": "run",
+    "deepseek_v3 ep2 tp2": "run",
     "mixtral ep2 pp2": "prefixed",
 }
 """Case and form of what is saved: tied and untied, padded and not, as a run does, with a prefix, one key per layer."""
@@ -64,6 +65,12 @@ CASES = {
     **{f"qwen3_moe {name}": {"family": "qwen3_moe", "layout": layout} for name, layout in EXPERT_LAYOUTS.items()},
     "mixtral ep4": {"family": "mixtral", "layout": {"expert_parallel": 4}},
     "mixtral ep2 pp2": {"family": "mixtral", "layout": EXPERT_LAYOUTS["ep2 pp2"]},
+    "deepseek_v3 ep2 tp2": {"family": "deepseek_v3", "layout": EXPERT_LAYOUTS["ep2 tp2"]},
+    "deepseek_v3 ep2 pp2 bfloat16": {
+        "family": "deepseek_v3",
+        "layout": EXPERT_LAYOUTS["ep2 pp2"],
+        "dtype": "bfloat16",
+    },
     "mixtral ep2 tp2 bfloat16": {"family": "mixtral", "layout": EXPERT_LAYOUTS["ep2 tp2"], "dtype": "bfloat16"},
 }
 

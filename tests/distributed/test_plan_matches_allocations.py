@@ -33,6 +33,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "saved selective": _case(lengths=LENGTHS, recompute="selective"),
         "saved bf16": _case(dtype="bfloat16", lengths=LENGTHS),
         "saved without qk norm": _case("qwen2", lengths=LENGTHS),
+        "saved latent": _case("deepseek_v3", lengths=LENGTHS),
     },
     2: {
         "tp2": _case(tensor_parallel=2),
@@ -48,6 +49,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "dp2 plain bf16": _case(dtype="bfloat16", distributed_optimizer=False),
         "experts ep2": _case("mixtral", expert_parallel=2),
         "experts dp2": _case("mixtral"),
+        "latent tp2 sp": _case("deepseek_v3", tensor_parallel=2, sequence_parallel=True),
         "saved tp2": _case(lengths=LENGTHS, tensor_parallel=2),
         "saved tp2 sp": _case(lengths=LENGTHS, tensor_parallel=2, sequence_parallel=True),
         "saved tp2 sp full": _case(lengths=LENGTHS, tensor_parallel=2, sequence_parallel=True, recompute="full"),
@@ -56,6 +58,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "tp2 pp2": _case(tensor_parallel=2, pipeline_parallel=2),
         "experts pp2 vpp2 ep2": _case("mixtral", pipeline_parallel=2, virtual_pipeline_parallel=2, expert_parallel=2),
         "experts dp4 ep2 bf16": _case("mixtral", "bfloat16", expert_parallel=2),
+        "latent pp2 ep2 bf16": _case("deepseek_v3", "bfloat16", pipeline_parallel=2, expert_parallel=2),
         "pp2 vpp2 dp2": _case(pipeline_parallel=2, virtual_pipeline_parallel=2),
         "pp2 dp2 tied": _case("qwen2", pipeline_parallel=2, dtype="bfloat16"),
     },
@@ -66,7 +69,7 @@ ALL = [(ranks, name) for ranks, cases in CASES.items() for name in cases]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("plan")
-    for family in ("qwen3", "qwen2", "llama", "mixtral"):
+    for family in ("qwen3", "qwen2", "llama", "mixtral", "deepseek_v3"):
         write_tiny_model(family, directory / family)
     return directory
 
@@ -119,5 +122,10 @@ def test_saved_activations(ranks: int, name: str, models: Path, measured: dict[i
 def _saved_bytes(model: PlannedModel, policy: PolicyConfig, case: dict[str, Any]) -> float:
     """All layers, and what the last norm and the output head keep."""
     tokens = sum(case["lengths"])
-    layer = layer_bytes(model, policy, tokens, dtype=case["dtype"], attention="sdpa")
-    return model.dimensions.num_layers * layer.saved + layer.final
+    layers = [
+        layer_bytes(
+            model, policy, tokens, dtype=case["dtype"], attention="sdpa", experts=model.dimensions.has_experts(layer)
+        )
+        for layer in range(model.dimensions.num_layers)
+    ]
+    return sum(layer.saved for layer in layers) + layers[-1].final

@@ -27,7 +27,7 @@ EXPERT_LAYOUTS = {
     "dp4 ep2": {"data_parallel": 4, "expert_parallel": 2},
     "pp2 ep2": {"pipeline_parallel": 2, "data_parallel": 2, "expert_parallel": 2},
 }
-CASES = {**dict.fromkeys(FAMILIES, LAYOUTS), **dict.fromkeys(("qwen3_moe", "mixtral"), EXPERT_LAYOUTS)}
+CASES = {**dict.fromkeys(FAMILIES, LAYOUTS), **dict.fromkeys(("qwen3_moe", "mixtral", "deepseek_v3"), EXPERT_LAYOUTS)}
 
 
 @pytest.fixture(scope="module", autouse=True)

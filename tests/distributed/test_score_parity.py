@@ -60,7 +60,18 @@ EXPERT_LAYOUTS = {
     "ep2 tp2 sp": {**LAYOUTS["tp2 sp"], "expert_parallel": 2},
     "ep2 tp2 sp, experts whole": {**LAYOUTS["tp2 sp"], "expert_parallel": 2, "expert_tensor_parallel": 1},
 }
-CASES = {**dict.fromkeys(FAMILIES, LAYOUTS), **dict.fromkeys(EXPERT_FAMILIES, EXPERT_LAYOUTS)}
+LATENT_LAYOUTS = {
+    **EXPERT_LAYOUTS,
+    "cp2 tp2 sp": LAYOUTS["cp2 tp2 sp"],
+    "pp2 vpp2 cp2": LAYOUTS["pp2 vpp2 cp2"],
+}
+"""Of latent attention, which cuts and gathers other tensors than attention does elsewhere."""
+CASES = {
+    **dict.fromkeys(FAMILIES, LAYOUTS),
+    **dict.fromkeys(EXPERT_FAMILIES, EXPERT_LAYOUTS),
+    "deepseek_v3": LATENT_LAYOUTS,
+    "moonlight": {name: EXPERT_LAYOUTS[name] for name in ("tp2 sp", "ep2 pp2")},
+}
 TOLERANCE = 1e-5
 
 

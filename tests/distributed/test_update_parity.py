@@ -49,6 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     "experts": {"family": "qwen3_moe"},
     "experts, balanced": {"family": "qwen3_moe", "aux_loss": 0.3},
     "experts, weights add up to 1": {"family": "mixtral", "denominator": "high_prob_tokens", **EVERYTHING},
+    "experts, latent attention": {"family": "deepseek_v3", **EVERYTHING},
 }
 TRAIN_CASE, TRAIN_STEPS = "token-mean high", 5
 OPTIMIZER = {
@@ -66,7 +67,7 @@ OPTIMIZER = {
 }
 FEWER = ("token-mean high", "seq-mean-token-mean", "tied embeddings and biases")
 """For layouts that combine others."""
-EXPERTS = ("experts", "experts, weights add up to 1")
+EXPERTS = ("experts", "experts, weights add up to 1", "experts, latent attention")
 DENSE = tuple(name for name in CASES if not name.startswith("experts"))
 
 

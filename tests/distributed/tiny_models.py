@@ -22,6 +22,23 @@ COMMON: dict[str, Any] = {
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-6,
 }
+LATENT: dict[str, Any] = COMMON | {
+    "hidden_size": 90,
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 26,
+    "qk_nope_head_dim": 14,
+    "qk_rope_head_dim": 10,
+    "v_head_dim": 18,
+    "moe_intermediate_size": 22,
+    "n_routed_experts": 12,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 4,
+    "first_k_dense_replace": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "num_nextn_predict_layers": 0,
+}
+"""Of models with latent attention."""
 LENGTHS = [(1, 1), (3, 14), (17, 1), (9, 21), (2, 45), (30, 7), (5, 12), (11, 33), (4, 4)]
 """(prompt, response) tokens of each sequence."""
 
@@ -39,6 +56,17 @@ def write_tiny_model(family: str, directory: Path) -> Path:
         "high_freq_factor": 3.0,
         # Short, so that all three branches of the formula matter within a few dozen tokens.
         "original_max_position_embeddings": 64,
+    }
+    yarn_rope = {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 4,
+        "beta_slow": 1,
+        # Unequal, so that cosine and sine are scaled besides attention.
+        "mscale": 1.0,
+        "mscale_all_dim": 0.7,
     }
     config = {
         "qwen3": lambda: transformers.Qwen3Config(
@@ -71,6 +99,14 @@ def write_tiny_model(family: str, directory: Path) -> Path:
             rope_parameters=plain_rope,
             **(COMMON | {"intermediate_size": 46}),
         ),
+        # Layer 0 is dense; a token's 4 experts are in 2 of 3 groups.
+        "deepseek_v3": lambda: transformers.DeepseekV3Config(
+            q_lora_rank=34, n_group=3, topk_group=2, rope_parameters=yarn_rope, **LATENT
+        ),
+        # The same architecture: queries of hidden states, no groups of experts.
+        "moonlight": lambda: transformers.DeepseekV3Config(
+            q_lora_rank=None, n_group=1, topk_group=1, rope_parameters=plain_rope, **LATENT
+        ),
     }[family]()
     torch.manual_seed(11)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -82,6 +118,9 @@ def write_tiny_model(family: str, directory: Path) -> Path:
                 parameter.copy_(0.3 * torch.randn_like(parameter))
             else:
                 parameter.mul_(4.0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn_like(buffer))
     model.save_pretrained(directory)
     return directory
 

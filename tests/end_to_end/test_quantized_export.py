@@ -13,11 +13,12 @@ import pytest
 import torch
 from modelopt_reader import read_with_modelopt
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from megatron_entropic.data.prompts import read_messages
 from megatron_entropic.data.rows import Problems, read_rows
 from megatron_entropic.data.tokenizer import load_tokenizer, render_prompts
+from megatron_entropic.quantized_export import quantize_export
 
 
 def export(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -85,6 +86,15 @@ def kl_of_the_files(countdown_dir: Path, output: Path, quantization: str, tokens
     divergence = torch.cat(distances)
     assert len(divergence) == tokens
     return [float(divergence.mean()), float(divergence.max())]
+
+
+def test_models_with_experts_are_refused_before_anything_is_computed(countdown_dir: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(**sizes, vocab_size=19, intermediate_size=24, num_local_experts=2, num_experts_per_tok=2)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    with pytest.raises(ValueError, match="the model has experts, which modelopt cannot export"):
+        quantize_export(tmp_path / "experts", tmp_path / "out", "fp8", countdown_dir / "train.parquet")
+    assert not (tmp_path / "out").exists()
 
 
 def test_everything_wrong_comes_in_one_error_and_nothing_is_written(countdown_dir: Path, tmp_path: Path) -> None:

@@ -271,6 +271,26 @@ def test_router_replay_needs_routers(machine: Path) -> None:
     load_config(write(machine), ["policy.moe_router_replay=off"])
 
 
+def test_latent_attention_of_engines_on_a_cpu(machine: Path) -> None:
+    published = {
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 8,
+    }
+    routing = {"n_group": 1, "topk_group": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    weights = {"norm_topk_prob": True, "routed_scaling_factor": 1.0, "first_k_dense_replace": 1}
+    sizes = QWEN3 | published | routing | experts | weights | {"num_key_value_heads": QWEN3["num_attention_heads"]}
+    model = sizes | {"architectures": ["DeepseekV3ForCausalLM"]}
+    (machine / "model" / "config.json").write_text(json.dumps(model))
+    load_config(write(machine), ["cluster.device=cpu"])
+    (machine / "model" / "config.json").write_text(json.dumps(model | {"kv_lora_rank": 256}))
+    (problem,) = problems_of(write(machine), "cluster.device=cpu")
+    assert "= (512, 64) only, the model has (256, 64)" in problem
+
+
 def test_lengths_against_the_positions_of_the_model(machine: Path) -> None:
     (problem,) = problems_of(write(machine), "rollout.max_response_tokens=49")
     assert "= 65 tokens, but the model's positions end at 64" in problem

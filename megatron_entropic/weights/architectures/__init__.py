@@ -1,5 +1,6 @@
 """Model families, each a table of rows; a new family is one more table and one entry here."""
 
+from megatron_entropic.weights.architectures.deepseek_v3 import DEEPSEEK_V3
 from megatron_entropic.weights.architectures.llama import LLAMA
 from megatron_entropic.weights.architectures.mixtral import MIXTRAL
 from megatron_entropic.weights.architectures.qwen2 import QWEN2
@@ -7,6 +8,7 @@ from megatron_entropic.weights.architectures.qwen3 import QWEN3
 from megatron_entropic.weights.architectures.qwen3_moe import QWEN3_MOE
 from megatron_entropic.weights.architectures.table import Architecture, ExpertKeys, Row
 
-ARCHITECTURES = {architecture.family: architecture for architecture in (QWEN3, QWEN2, LLAMA, QWEN3_MOE, MIXTRAL)}
+_ALL = (QWEN3, QWEN2, LLAMA, QWEN3_MOE, MIXTRAL, DEEPSEEK_V3)
+ARCHITECTURES = {architecture.family: architecture for architecture in _ALL}
 
 __all__ = ["ARCHITECTURES", "Architecture", "ExpertKeys", "Row"]

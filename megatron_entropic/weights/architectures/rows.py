@@ -28,6 +28,49 @@ QK_NORMS = tuple(
     )
     for x in "qk"
 )
+_ATTENTION, _HF_ATTENTION = MEGATRON_LAYER + "self_attention.", HF_LAYER + "self_attn."
+LATENT_ATTENTION = (
+    Row(
+        _ATTENTION + "linear_q_proj.weight",
+        (_HF_ATTENTION + "q_proj.weight",),
+        ColumnShard(("query",), "hidden"),
+        query="direct",
+    ),
+    Row(
+        _ATTENTION + "linear_q_down_proj.weight",
+        (_HF_ATTENTION + "q_a_proj.weight",),
+        Replicated(("query_latent", "hidden")),
+        query="latent",
+    ),
+    Row(
+        _ATTENTION + "linear_q_up_proj.weight",
+        (_HF_ATTENTION + "q_b_proj.weight",),
+        ColumnShard(("query",), "query_latent"),
+        query="latent",
+    ),
+    Row(
+        _ATTENTION + "linear_kv_down_proj.weight",
+        (_HF_ATTENTION + "kv_a_proj_with_mqa.weight",),
+        Replicated(("key_value_latent_and_rotary", "hidden")),
+    ),
+    Row(
+        _ATTENTION + "linear_kv_up_proj.weight",
+        (_HF_ATTENTION + "kv_b_proj.weight",),
+        ColumnShard(("key_value_unrotated",), "key_value_latent"),
+    ),
+    Row(
+        _ATTENTION + "q_layernorm.weight",
+        (_HF_ATTENTION + "q_a_layernorm.weight",),
+        Replicated(("query_latent",)),
+        query="latent",
+    ),
+    Row(
+        _ATTENTION + "kv_layernorm.weight",
+        (_HF_ATTENTION + "kv_a_layernorm.weight",),
+        Replicated(("key_value_latent",)),
+    ),
+)
+"""Multi-head latent attention of DeepSeek-V2 and V3, in megatron-core's MLASelfAttention."""
 GATED_MLP = (
     Row(
         MEGATRON_LAYER + "mlp.linear_fc1.weight",
@@ -60,6 +103,24 @@ def gated_experts(router: str, expert: str, *, gate: str, up: str, down: str) ->
     return tuple(replace(row, layers="sparse") for row in rows)
 
 
+def shared_experts(shared: str) -> tuple[Row, ...]:
+    """Experts that every token goes through, in layers with experts: together one gated MLP, cut as a dense one.
+
+    Args:
+        shared: Hugging Face name below the layer.
+    """
+    megatron, hf = MEGATRON_LAYER + "mlp.shared_experts.", f"{HF_LAYER}{shared}."
+    rows = (
+        Row(
+            megatron + "linear_fc1.weight",
+            (hf + "gate_proj.weight", hf + "up_proj.weight"),
+            ColumnShard(("shared_ffn", "shared_ffn"), "hidden"),
+        ),
+        Row(megatron + "linear_fc2.weight", (hf + "down_proj.weight",), RowShard(("hidden", "shared_ffn"))),
+    )
+    return tuple(replace(row, layers="sparse") for row in rows)
+
+
 def decoder(*, attention: tuple[Row, ...], feed_forward: tuple[Row, ...]) -> tuple[Row, ...]:
     """All rows of a decoder with RMS norms before attention and feed-forward part.
 
@@ -75,7 +136,7 @@ def decoder(*, attention: tuple[Row, ...], feed_forward: tuple[Row, ...]) -> tup
         Row(
             MEGATRON_LAYER + "self_attention.linear_proj.weight",
             (HF_LAYER + "self_attn.o_proj.weight",),
-            RowShard(("hidden", "query")),
+            RowShard(("hidden", "attended")),
         ),
         Row(MEGATRON_LAYER + "pre_mlp_layernorm.weight", (HF_LAYER + "post_attention_layernorm.weight",), hidden),
         *feed_forward,

@@ -23,6 +23,10 @@ class Row:
     layout: Layout
     layers: Literal["all", "dense", "sparse"] = "all"
     """Which layers of a mixture of experts have it; sparse ones are those with experts."""
+    query: Literal["any", "direct", "latent"] = "any"
+    """With latent attention: which models have it, those that make queries of hidden states or of a latent vector."""
+    buffer: bool = False
+    """Whether it is no parameter but a float32 buffer, which no step changes and no dtype of the model rounds."""
 
     @property
     def per_layer(self) -> bool:
@@ -45,6 +49,10 @@ class ExpertKeys:
     """Key of the width of one expert."""
     renormalised: bool | str
     """Whether the weights of a token's experts are scaled to add up to 1, or the key that says so (absent: no)."""
+    first_layer: str | None = None
+    """Key of the number of layers without experts at the beginning; None: the family has no such key."""
+    sigmoid: bool = False
+    """Whether experts are chosen as in DeepSeek-V3 (`SigmoidRouting`) and shared ones added; brings keys of its own."""
 
 
 @dataclass(frozen=True)
@@ -71,4 +79,9 @@ class Architecture:
     @property
     def qk_norm(self) -> bool:
         """Whether queries and keys are normalised per head."""
-        return any(row.megatron.endswith("q_layernorm.weight") for row in self.rows)
+        return any(row.megatron.endswith(".k_layernorm.weight") for row in self.rows)
+
+    @property
+    def latent(self) -> bool:
+        """Whether keys and values are made of one latent vector a token (multi-head latent attention)."""
+        return any(row.megatron.endswith("linear_kv_down_proj.weight") for row in self.rows)

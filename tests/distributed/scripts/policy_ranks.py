@@ -93,7 +93,9 @@ def hf_parameters(policy: Policy) -> dict[str, torch.Tensor]:
 
 def hf_gradients(policy: Policy) -> dict[str, torch.Tensor]:
     """All main gradients, likewise; only without the distributed optimizer does every replica hold them whole."""
-    return _gather(policy, {entry.megatron_name: value.main_grad for entry, value in _entries(policy)})
+    values = {e.megatron_name: torch.zeros_like(v) if e.buffer else v.main_grad for e, v in _entries(policy)}
+    gathered = _gather(policy, values)
+    return {name: gradient for name, gradient in gathered.items() if name not in policy.parameter_map.buffers}
 
 
 def _entries(policy: Policy) -> Iterator[Any]:

@@ -82,6 +82,16 @@ def test_examples_with_experts_fit(name: str, model: str, gpus: int, gpu_memory_
     assert plan.problems == ()
 
 
+def test_latent_attention_has_a_plan() -> None:
+    layout = ["policy.pipeline_parallel=1", "policy.data_parallel=8", "rollout.max_response_tokens=7168"]
+    config = example("qwen3_30b_a3b", *layout)
+    plan = make_plan(config, known("Moonlight-16B-A3B"), gpus=32, gpu_memory_gb=80)
+    assert plan.problems == ()
+    assert plan.numbers is not None
+    # One vector of 512 + 64 for all heads, on every rank of an engine.
+    assert plan.numbers.rollout.kv_bytes_per_token == 27 * 576 * 2
+
+
 def test_everything_wrong_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["policy.tensor_parallel=16", "policy.pipeline_parallel=5", "rollout.tensor_parallel=3", "policy.size=1"]
     assert main(["plan", str(EXAMPLES / "qwen3_8b.yaml"), *sizes, "--gpus", "16"]) == 2

@@ -147,7 +147,15 @@ def test_verify_tells_equal_different_and_not_comparable_apart(
     assert "not a distributed checkpoint" in errors
 
 
-def test_verify_compares_logits_through_both_models(hf_dir: Path, converted: Path) -> None:
+def test_verify_compares_logits_through_both_models(call: Call, tmp_path: Path) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    hf_dir, converted = tmp_path / "hf", tmp_path / "converted"
+    attention = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "intermediate_size": 50}
+    experts = {"moe_intermediate_size": 26, "num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]}
+    config = Qwen3MoeConfig(vocab_size=53, hidden_size=30, num_hidden_layers=2, **attention, **experts)
+    Qwen3MoeForCausalLM(config).save_pretrained(hf_dir)
+    assert call("hf_to_megatron", "--hf-dir", hf_dir, "--output-dir", converted)[0] == 0
     command = [sys.executable, str(TOOLS / "verify.py"), "--hf-dir", str(hf_dir), "--megatron-dir", str(converted)]
     done = subprocess.run(
         [*command, "--logits"],

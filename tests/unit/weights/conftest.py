@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -31,7 +33,24 @@ _SIZES = {
     "initializer_range": 0.5,
 }
 _EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 6}
-FAMILIES = ("qwen3", "qwen2", "llama", "qwen3_moe", "mixtral")
+_LATENT = {
+    "q_lora_rank": 20,
+    "kv_lora_rank": 14,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 8,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 28,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
+FAMILIES = ("qwen3", "qwen2", "llama", "qwen3_moe", "mixtral", "deepseek_v3")
 
 
 def build_tiny(family: str, tied: bool) -> PreTrainedModel:
@@ -48,6 +67,13 @@ def build_tiny(family: str, tied: bool) -> PreTrainedModel:
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, head_dim=10, tie_word_embeddings=tied))
     elif family == "mixtral":
         model = MixtralForCausalLM(MixtralConfig(**_SIZES, **_EXPERTS, tie_word_embeddings=tied))
+    elif family == "deepseek_v3":
+        # Untied, queries are made of a latent vector, tied of hidden states. Layer 0 is dense.
+        sizes = {**_SIZES, **_LATENT, "num_key_value_heads": 12, **({"q_lora_rank": None} if tied else {})}
+        model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, tie_word_embeddings=tied))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_()
     else:
         model = LlamaForCausalLM(LlamaConfig(**_SIZES, tie_word_embeddings=tied))
     with torch.no_grad():
@@ -72,6 +98,14 @@ def qwen3_dir(tmp_path: Path) -> Path:
     """An untied Qwen3 directory that a test may damage."""
     directory = tmp_path / "model"
     build_tiny("qwen3", False).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def deepseek_v3_dir(tmp_path: Path) -> Path:
+    """An untied DeepSeek-V3 directory that a test may change."""
+    directory = tmp_path / "model"
+    build_tiny("deepseek_v3", False).save_pretrained(directory)
     return directory
 
 

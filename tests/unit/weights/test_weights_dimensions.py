@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from megatron_entropic.config import PolicyConfig
 from megatron_entropic.weights.dimensions import ModelDimensions, read_dimensions
-from megatron_entropic.weights.experts import ExpertDimensions
+from megatron_entropic.weights.experts import ExpertDimensions, SigmoidRouting
+from megatron_entropic.weights.latent_attention import LatentAttention
+from megatron_entropic.weights.parameter_map import ParameterMap
 
 # As published with Qwen3-8B by transformers 4 (shortened to what describes the model).
 QWEN3_8B = {
@@ -112,6 +115,104 @@ MIXTRAL_8X7B = {
 }
 
 
+# As published with DeepSeek-V3 but for its FP8 quantisation, and with Moonlight-16B-A3B (both shortened likewise).
+DEEPSEEK_V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+MOONLIGHT = DEEPSEEK_V3 | {
+    "first_k_dense_replace": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 11264,
+    "max_position_embeddings": 8192,
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "num_nextn_predict_layers": 0,
+    "q_lora_rank": None,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.446,
+    "topk_group": 1,
+    "vocab_size": 163840,
+}
+
+
+def test_published_models_with_latent_attention(tmp_path: Path):
+    deepseek = read(tmp_path, DEEPSEEK_V3)
+    assert deepseek.latent == LatentAttention(1536, 512, rotary_head_dim=64, value_head_dim=128)
+    assert (deepseek.head_dim, deepseek.size("attended"), deepseek.prediction_layers) == (192, 128 * 128, 1)
+    assert deepseek.rope_scaling is not None
+    assert (deepseek.rope_scaling["rope_type"], deepseek.rope_scaling["beta_fast"]) == ("yarn", 32)
+    assert deepseek.experts == ExpertDimensions(
+        256,
+        8,
+        2048,
+        renormalised=True,
+        dense_layers=(0, 1, 2),
+        shared_ffn_hidden_size=2048,
+        sigmoid=SigmoidRouting(groups=8, chosen_groups=4, scaling=2.5),
+    )
+    assert deepseek.cached_elements(engine_ranks=8) == 61 * 576
+    moonlight = read(tmp_path, MOONLIGHT)
+    assert moonlight.latent == LatentAttention(None, 512, rotary_head_dim=64, value_head_dim=128)
+    assert moonlight.rope_scaling is None
+    assert moonlight.experts is not None
+    assert moonlight.experts.shared_ffn_hidden_size == 2816
+
+
+def test_parameters_of_published_models_with_latent_attention(tmp_path: Path):
+    # 671B and 15.96B without the layer that predicts a second token; biases of routers are no parameters.
+    for config, parameters in ((DEEPSEEK_V3, 671_026_404_352), (MOONLIGHT, 15_960_108_544)):
+        found = ParameterMap(read(tmp_path, config))
+        assert sum(prod(s) for name, s in found.hf_tensors.items() if name not in found.buffers) == parameters
+
+
 def test_published_mixtures_of_experts(tmp_path: Path):
     qwen = read(tmp_path, QWEN3_30B_A3B)
     assert qwen.experts == ExpertDimensions(count=128, per_token=8, ffn_hidden_size=768, renormalised=True)
@@ -147,6 +248,24 @@ def test_layers_without_experts(tmp_path: Path):
         (QWEN3_30B_A3B, {"num_experts_per_tok": 1}, ["the router would get no gradient"]),
         (QWEN3_30B_A3B, {"decoder_sparse_step": 0, "mlp_only_layers": 3}, ["decoder_sparse_step", "mlp_only_layers"]),
         (MIXTRAL_8X7B, {"sliding_window": 4096, "router_jitter_noise": 0.1}, ["sliding_window=4096", "jitter"]),
+        (
+            DEEPSEEK_V3,
+            {"topk_method": None, "scoring_func": "softmax", "n_group": None, "first_k_dense_replace": -1},
+            ["topk_method=None: only", "scoring_func='softmax': only", "n_group must", "first_k_dense_replace must"],
+        ),
+        (DEEPSEEK_V3, {"topk_group": 2}, ["chooses groups by their 4 best experts, the model by their 2 best"]),
+        (DEEPSEEK_V3, {"n_group": 7}, ["topk_group=4 of n_group=7 groups of 256 experts"]),
+        (
+            DEEPSEEK_V3,
+            {"kv_lora_rank": 0, "q_lora_rank": -1, "rope_interleave": False, "num_key_value_heads": 8},
+            ["kv_lora_rank must be", "q_lora_rank must be", "rope_interleave=False", "num_key_value_heads=8 differs"],
+        ),
+        (DEEPSEEK_V3, {"rope_scaling": {"type": "linear", "factor": 2}}, ["supported: default, yarn"]),
+        (
+            DEEPSEEK_V3,
+            {"rope_scaling": {"type": "yarn", "factor": 2, "mscale": 0, "attention_factor": 1.5, "truncate": False}},
+            ["mscale=0", "attention_factor", "truncate", "lacks original_max_position_embeddings, mscale_all_dim"],
+        ),
     ],
     ids=str,
 )
@@ -195,10 +314,12 @@ def test_what_transformers_writes_is_what_is_read(tiny: tuple[PreTrainedModel, P
     dims = read_dimensions(directory)
     config = model.config
     assert dims.family == config.model_type
-    assert dims.head_dim * dims.num_attention_heads == model.model.layers[0].self_attn.q_proj.out_features
+    attention = model.model.layers[0].self_attn
+    queries = attention.q_b_proj if getattr(attention, "q_lora_rank", None) else attention.q_proj
+    assert dims.head_dim * dims.num_attention_heads == queries.out_features
     assert dims.tie_word_embeddings == config.tie_word_embeddings
-    assert dims.qkv_bias == (model.model.layers[0].self_attn.q_proj.bias is not None)
-    assert dims.qk_norm == hasattr(model.model.layers[0].self_attn, "q_norm")
+    assert dims.qkv_bias == (queries.bias is not None)
+    assert dims.qk_norm == hasattr(attention, "q_norm")
     assert dims.rope_theta == config.rope_parameters["rope_theta"]
 
 

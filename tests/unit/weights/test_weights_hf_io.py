@@ -81,6 +81,16 @@ def test_superfluous_head_of_a_tied_model_and_rotary_buffers_are_tolerated(qwen3
     assert "model.layers.0.self_attn.rotary_emb.inv_freq" not in reader
 
 
+def test_layers_that_predict_further_tokens_are_passed_over(deepseek_v3_dir: Path):
+    path, wanted = deepseek_v3_dir / "model.safetensors", HfReader(deepseek_v3_dir).names
+    save_file(load_file(path) | {"model.layers.2.enorm.weight": torch.ones(24)}, path)
+    with pytest.raises(ValueError, match=r"unexpected tensors \(1\):\n    - model\.layers\.2\.enorm\.weight"):
+        HfReader(deepseek_v3_dir)
+    config = json.loads((deepseek_v3_dir / "config.json").read_text())
+    (deepseek_v3_dir / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    assert HfReader(deepseek_v3_dir).names == wanted
+
+
 def test_truncated_file_is_found_without_reading_it(qwen3_dir: Path):
     path = qwen3_dir / "model.safetensors"
     size = path.stat().st_size
@@ -130,12 +140,13 @@ def test_written_directory_loads_in_transformers(
     (template / "README.md").write_text("card of another model")
     reader, output = HfReader(directory), tmp_path / "runs" / "export"
     changed = {name: (reader[name] * 3).bfloat16() for name in reader.names}
+    changed |= {name: reader[name] * 3 for name in reader.parameter_map.buffers}
     # In reverse, and each from one buffer that is used again: nothing may depend on order or keep a tensor.
-    buffer = torch.empty(max(tensor.numel() for tensor in changed.values()), dtype=torch.bfloat16)
+    buffer = torch.empty(max(tensor.nbytes for tensor in changed.values()), dtype=torch.uint8)
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
         for name in reversed(reader.names):
-            view = buffer[: changed[name].numel()].view(changed[name].shape)
+            view = buffer[: changed[name].nbytes].view(changed[name].dtype).view(changed[name].shape)
             view.copy_(changed[name])
             yield name, view
 

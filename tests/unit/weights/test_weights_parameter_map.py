@@ -50,6 +50,13 @@ def test_whole_model_round_trip(tiny: Tiny, tp: int):
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
+@pytest.mark.parametrize(
+    "tiny",
+    # Latent attention is megatron-core's own module, which the parity tests compare.
+    [(f, tied) for f in ("qwen3", "qwen2", "llama", "qwen3_moe", "mixtral") for tied in (False, True)],
+    ids=str,
+    indirect=True,
+)
 def test_megatron_s_use_of_the_tensors_computes_what_transformers_computes(tiny: Tiny):
     """Projections of one layer: k and v, or gate and up, have equal shapes, so only their use tells them apart."""
     model, directory = tiny
@@ -111,7 +118,7 @@ def test_experts_are_numbered_over_the_model_and_owned_in_runs(tiny: Tiny):
         assert not experts
         return
     layers = {entry.layer for entry in experts}
-    assert layers == ({1} if mapping.dimensions.family == "qwen3_moe" else {0, 1})
+    assert layers == ({0, 1} if mapping.dimensions.family == "mixtral" else {1})
     for rank in range(3):
         held = [e for e in experts if mapping.expert_rank(e, 3) == rank]
         first = mapping.first_expert(rank, 3)
@@ -125,6 +132,14 @@ def test_experts_are_numbered_over_the_model_and_owned_in_runs(tiny: Tiny):
         mapping.first_expert(0, 4)
     with pytest.raises(ValueError, match="expert_tensor_parallel=8 does not divide the width of an expert"):
         mapping.shard_shape(experts[0], 8)
+
+
+def test_buffers_are_those_of_the_routers(tiny: Tiny):
+    mapping = ParameterMap(read_dimensions(tiny[1]))
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert mapping.buffers == ({name} if mapping.dimensions.family == "deepseek_v3" else set())
+    assert mapping.is_buffer("decoder.layers.1.mlp.router.expert_bias") == bool(mapping.buffers)
+    assert not mapping.is_buffer("decoder.layers.1.mlp.router.weight")
 
 
 def test_experts_of_a_grouped_layer_have_the_names_of_separate_ones():
@@ -146,10 +161,13 @@ def test_tied_output_layer_comes_from_the_embedding_and_is_not_exported(tiny: Ti
 
 def test_fused_norm_names_are_aliases(tiny: Tiny):
     mapping = ParameterMap(read_dimensions(tiny[1]))
-    for fused, plain in (
-        ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
-        ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
-    ):
+    latent = mapping.dimensions.latent
+    aliases = [("mlp.linear_fc1", "pre_mlp_layernorm"), ("self_attention.linear_qkv", "input_layernorm")]
+    if latent is not None:
+        aliases.append(("self_attention.linear_kv_up_proj", "self_attention.kv_layernorm"))
+    if latent is not None and latent.query_rank is not None:
+        aliases.append(("self_attention.linear_q_up_proj", "self_attention.q_layernorm"))
+    for fused, plain in ((f"{layer}.layer_norm_weight", f"{norm}.weight") for layer, norm in aliases):
         entry = mapping.by_megatron_name(f"decoder.layers.1.{fused}")
         assert entry is mapping.by_megatron_name(f"decoder.layers.1.{plain}")
     with pytest.raises(KeyError, match=r"decoder\.layers\.2\."):
@@ -171,10 +189,11 @@ def test_stages_share_out_the_parameters(tiny: Tiny):
 
 def test_layouts_that_the_model_does_not_allow_are_refused(tiny: Tiny):
     mapping = ParameterMap(read_dimensions(tiny[1]))
-    with pytest.raises(ValueError, match="tensor_parallel=8 exceeds the model's 4 key/value heads"):
-        mapping.shard_shape(mapping.entries[0], 8)
-    with pytest.raises(ValueError, match="tensor_parallel=8 exceeds"):
-        mapping.to_megatron_shard(mapping.entries[0], {}, 0, 8)
+    groups = mapping.dimensions.num_query_groups
+    with pytest.raises(ValueError, match=f"tensor_parallel=16 exceeds the model's {groups} key/value heads"):
+        mapping.shard_shape(mapping.entries[0], 16)
+    with pytest.raises(ValueError, match="tensor_parallel=16 exceeds"):
+        mapping.to_megatron_shard(mapping.entries[0], {}, 0, 16)
     with pytest.raises(ValueError, match="pipeline_parallel=3 does not divide the 2 layers"):
         mapping.entries_of_stage(0, 3)
 

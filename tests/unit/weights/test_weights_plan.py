@@ -7,7 +7,8 @@ from math import prod
 import pytest
 
 from megatron_entropic.weights.dimensions import ModelDimensions
-from megatron_entropic.weights.experts import ExpertDimensions
+from megatron_entropic.weights.experts import ExpertDimensions, SigmoidRouting
+from megatron_entropic.weights.latent_attention import LatentAttention
 from megatron_entropic.weights.parameter_map import ParameterMap
 from megatron_entropic.weights.plan import PublishPlan, publish_plan
 
@@ -25,6 +26,7 @@ def model(
     vocab: int,
     tied: bool = False,
     experts: ExpertDimensions | None = None,
+    latent: LatentAttention | None = None,
 ) -> ParameterMap:
     return ParameterMap(
         ModelDimensions(
@@ -44,6 +46,7 @@ def model(
             rms_norm_eps=1e-6,
             max_position_embeddings=40960,
             experts=experts,
+            latent=latent,
         )
     )
 
@@ -58,6 +61,27 @@ MODELS = {
     ),
     "Mixtral-8x7B": model(
         "mixtral", 32, 4096, 14336, 32, 8, 128, 32000, experts=ExpertDimensions(8, 2, 14336, renormalised=True)
+    ),
+    "DeepSeek-V3": model(
+        "deepseek_v3",
+        # Of 61, of which three have no experts.
+        8,
+        7168,
+        18432,
+        128,
+        128,
+        192,
+        129280,
+        experts=ExpertDimensions(
+            256,
+            8,
+            2048,
+            renormalised=True,
+            dense_layers=(0, 1, 2),
+            shared_ffn_hidden_size=2048,
+            sigmoid=SigmoidRouting(8, 4, 2.5),
+        ),
+        latent=LatentAttention(1536, 512, rotary_head_dim=64, value_head_dim=128),
     ),
     "tiny": model("qwen2", 4, 24, 44, 12, 4, 2, 53, tied=True),
 }
@@ -91,7 +115,10 @@ def test_every_element_is_sent_exactly_once_within_the_limit(name: str, pp: int,
     assert [bucket.index for bucket in plan.buckets] == list(range(len(plan.buckets)))
     for bucket in plan.buckets:
         assert bucket.items
-        assert bucket.bytes == 2 * sum(map(prod, bucket.hf_shapes))
+        of_buffers = bool(set(bucket.hf_names) & MODELS[name].buffers)
+        assert bucket.dtype == ("float32" if of_buffers else "bfloat16")
+        assert of_buffers == (set(bucket.hf_names) <= MODELS[name].buffers)
+        assert bucket.bytes == (4 if of_buffers else 2) * sum(map(prod, bucket.hf_shapes))
         assert bucket.bytes <= limit or len(bucket.items) == 1
         stages = {MODELS[name].stage_of(item.entry, pp) for item in bucket.items}
         assert stages == {bucket.owner_stage}

@@ -1,0 +1,39 @@
+"""DeepSeek-V3 and models of its architecture (Moonlight): latent attention, sigmoid routing, shared experts."""
+
+from megatron_entropic.weights.architectures.rows import (
+    GATED_MLP,
+    HF_LAYER,
+    LATENT_ATTENTION,
+    MEGATRON_LAYER,
+    decoder,
+    gated_experts,
+    in_dense_layers,
+    shared_experts,
+)
+from megatron_entropic.weights.architectures.table import Architecture, ExpertKeys, Row
+from megatron_entropic.weights.layouts import Replicated
+
+_EXPERTS = gated_experts("mlp.gate", "mlp.experts.{expert}", gate="gate_proj", up="up_proj", down="down_proj")
+_BIAS = Row(
+    MEGATRON_LAYER + "mlp.router.expert_bias",
+    (HF_LAYER + "mlp.gate.e_score_correction_bias",),
+    Replicated(("experts",)),
+    layers="sparse",
+    buffer=True,
+)
+
+DEEPSEEK_V3 = Architecture(
+    family="deepseek_v3",
+    hf_class="DeepseekV3ForCausalLM",
+    rows=decoder(
+        attention=LATENT_ATTENTION,
+        feed_forward=(_BIAS, *_EXPERTS, *shared_experts("mlp.shared_experts"), *in_dense_layers(GATED_MLP)),
+    ),
+    experts=ExpertKeys(
+        ("n_routed_experts",),
+        "moe_intermediate_size",
+        renormalised="norm_topk_prob",
+        first_layer="first_k_dense_replace",
+        sigmoid=True,
+    ),
+)
