@@ -43,6 +43,10 @@ def add_evaluate_parser(commands: Any) -> None:
     parser.add_argument("--max-tokens", type=int, default=8192, help="of a response (default: 8192)")
     parser.add_argument("--max-prompt-tokens", type=int, default=1024, help="a longer problem is an error")
     parser.add_argument("--no-chat-template", action="store_true", help="prompts as they are in the file")
+    parser.add_argument("--system-prompt", metavar="TEXT", help="as data.system_prompt")
+    parser.add_argument("--prompt-suffix", default="", metavar="TEXT", help="as data.prompt_suffix")
+    parser.add_argument("--prompt-key", default="prompt", metavar="KEY", help="as data.prompt_key (default: prompt)")
+    parser.add_argument("--answer-key", metavar="KEY", help="as data.answer_key, for files that have it")
     parser.add_argument("--verifier", default="math", help="as reward.verifier (default: math)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="verifier processes (default: 2)")
     parser.add_argument("--verifier-timeout", type=float, default=10.0, metavar="S", help="of a response, seconds")
@@ -97,6 +101,10 @@ def evaluation_config(options: argparse.Namespace) -> Config:
                 train_files=[Path(file) for file in benchmarks.values()],
                 max_prompt_tokens=options.max_prompt_tokens,
                 apply_chat_template=not options.no_chat_template,
+                system_prompt=options.system_prompt,
+                prompt_suffix=options.prompt_suffix,
+                prompt_key=options.prompt_key,
+                answer_key=options.answer_key,
             ),
             reward=RewardConfig(verifier=options.verifier, workers=options.workers, timeout_s=options.verifier_timeout),
             rollout=RolloutConfig(
