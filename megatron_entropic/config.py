@@ -52,6 +52,12 @@ class ModelConfig(Section):
     """The policy's starting point, a Hugging Face directory (config.json, safetensors, tokenizer)."""
 
     hf_dir: Path
+    megatron_dir: Path | None = Field(
+        None,
+        description="A distributed checkpoint (torch_dist) whose weights are taken instead: a conversion, a checkpoint "
+        "of another run or of Megatron-LM's training script. Configuration and tokenizer come from hf_dir, which for a "
+        "conversion may be the same directory.",
+    )
     dtype: Dtype = Field("bfloat16", description="Parameter and activation dtype of policy and engines.")
 
 

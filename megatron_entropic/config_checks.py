@@ -362,8 +362,7 @@ def _model_directory(config: Config) -> Iterator[Violation]:
     if not path.is_dir():
         yield Violation((key,), f"model.hf_dir={path}: no such directory")
         return
-    if not any(path.glob("*.safetensors")):
-        yield Violation((key,), f"model.hf_dir={path}: no *.safetensors file in it")
+    yield from _weight_files(config)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         yield Violation((key,), f"model.hf_dir={path}: no tokenizer in it (tokenizer.json, tokenizer_config.json)")
     try:
@@ -378,6 +377,11 @@ def _model_directory(config: Config) -> Iterator[Violation]:
             f"policy.moe_router_replay={policy.moe_router_replay} needs a model with experts, and {path} has none",
         )
     latent = dimensions.latent
+    if config.cluster.check_weights and latent is not None:
+        yield Violation(
+            (key, "cluster.check_weights"),
+            "cluster.check_weights=true: what vLLM makes of latent attention's matrices cannot be compared yet",
+        )
     if config.cluster.device == "cpu" and latent is not None:
         sizes = (latent.key_value_rank, latent.rotary_head_dim)
         if sizes != CPU_LATENT_SIZES:
@@ -404,6 +408,22 @@ def _model_directory(config: Config) -> Iterator[Violation]:
             f"{name}.max_response_tokens={longest} = {config.max_engine_tokens} tokens, but the "
             f"model's positions end at {dimensions.max_position_embeddings} (max_position_embeddings)",
         )
+
+
+def _weight_files(config: Config) -> Iterator[Violation]:
+    """Whether there are weights where the configuration says; what is in them is read when the run starts."""
+    path, megatron_dir = config.model.hf_dir, config.model.megatron_dir
+    if megatron_dir is not None:
+        if not (megatron_dir / ".metadata").is_file():
+            yield Violation(
+                ("model.megatron_dir",),
+                f"model.megatron_dir={megatron_dir}: not a distributed checkpoint, there is no .metadata in it",
+            )
+    elif not any(path.glob("*.safetensors")):
+        hint = ""
+        if (path / ".metadata").is_file():
+            hint = "; it is a distributed checkpoint: name it as model.megatron_dir too, or convert it to safetensors"
+        yield Violation(("model",), f"model.hf_dir={path}: no *.safetensors file in it{hint}")
 
 
 def _reference(config: Config) -> Iterator[Violation]:

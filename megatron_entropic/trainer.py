@@ -41,7 +41,7 @@ from megatron_entropic.training_batch import (
     training_batch,
 )
 from megatron_entropic.warm_start import warm_start, warm_start_sequences
-from megatron_entropic.weights.hf_io import HfReader
+from megatron_entropic.weights.megatron_checkpoint import open_weights
 
 
 def train(config: Config) -> Path:
@@ -58,7 +58,8 @@ def train(config: Config) -> Path:
     ):
         if run.finished:
             return run.path
-        HfReader(config.model.hf_dir)  # every tensor is there and whole, or the run ends here
+        # Every tensor is there and whole, or the run ends here.
+        open_weights(config.model.hf_dir, config.model.megatron_dir)
         evaluator = Evaluator(config, run.tokenizer)
         prompts = PromptDataset(
             config.data,

@@ -68,6 +68,8 @@ class MeetingPlace:
 def requirements(config: Config, nodes: list[str], gpus_per_node: int) -> Requirements:
     """What a run of `config` needs: its inputs and its folder on all `nodes`, and GPUs unless it runs on CPUs."""
     paths = [config.model.hf_dir, *config.data.train_files]
+    if config.model.megatron_dir is not None:
+        paths.append(config.model.megatron_dir)
     if config.warm_start.steps and config.warm_start.file is not None:
         paths.append(config.warm_start.file)
     if config.algorithm.kl.coefficient and config.algorithm.kl.reference_hf_dir is not None:

@@ -107,6 +107,8 @@ class EngineWorker:
             device=self._device,
             transport=self._config.cluster.transport(self._device),
             sleeps=self._config.cluster.colocate,
+            # What the engine would load is not the policy's: it has to wait for the first publication.
+            load_weights=self._config.model.megatron_dir is None,
         )
 
     def sleep(self) -> None:

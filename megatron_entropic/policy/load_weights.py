@@ -1,4 +1,4 @@
-"""Fills this rank's parameters and buffers from a Hugging Face directory; each rank reads only its own slices."""
+"""Fills this rank's parameters and buffers from a checkpoint of any kind; each rank reads only its own slices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_entropic.policy.parallel import ParallelState
-from megatron_entropic.weights.hf_io import HfReader
+from megatron_entropic.weights.megatron_checkpoint import open_weights
 from megatron_entropic.weights.parameter_map import Entry, ParameterMap, to_global_name
 
 
@@ -34,17 +34,25 @@ def named_entries(
                 yield parameter_map.by_megatron_name(global_name), buffer
 
 
-def load_weights(model: torch.nn.ModuleList, hf_dir: Path, state: ParallelState) -> None:
+def load_weights(
+    model: torch.nn.ModuleList, hf_dir: Path, state: ParallelState, *, megatron_dir: Path | None = None
+) -> None:
     """Copies the checkpoint into every parameter and buffer, converting to its dtype; padded rows become zero.
 
+    Args:
+        model: the chunks of this rank's stage, not wrapped.
+        hf_dir: Hugging Face directory of the model.
+        state: this rank's place.
+        megatron_dir: distributed checkpoint with the weights; None: they are in `hf_dir`.
+
     Raises:
-        ValueError: the checkpoint is incomplete or does not fit its config.json (see `HfReader`).
+        ValueError: the checkpoint is incomplete or does not fit its config.json (see `open_weights`).
     """
-    reader = HfReader(hf_dir)
-    parameter_map = reader.parameter_map
+    tensors = open_weights(hf_dir, megatron_dir)
+    parameter_map = tensors.parameter_map
     with torch.no_grad():
         for entry, parameter in named_entries(model, parameter_map, state):
             rank, size = state.tensor_place(of_expert=entry.expert is not None)
-            shard = parameter_map.to_megatron_shard(entry, reader, rank, size)
+            shard = parameter_map.to_megatron_shard(entry, tensors, rank, size)
             assert shard.shape == parameter.shape, f"{entry.megatron_name}: {shard.shape} for {parameter.shape}"
             parameter.copy_(shard)

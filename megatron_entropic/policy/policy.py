@@ -86,7 +86,7 @@ class Policy:
         self.parallel = initialise_model_parallel(config.policy)
         self.platform.manual_seed(config.run.seed)
         self.parameter_map = ParameterMap(read_dimensions(config.model.hf_dir))
-        self.model = self._load(config.model.hf_dir)
+        self.model = self._load(config.model.hf_dir, config.model.megatron_dir)
         self._reference = self._load_reference() if config.algorithm.kl.coefficient > 0 else None
         self._wrapped = wrap_data_parallel(
             self.model,
@@ -305,20 +305,23 @@ class Policy:
         """Highest memory use of this rank so far, MiB."""
         return self.platform.peak_memory_mb()
 
-    def _load(self, hf_dir: Path) -> torch.nn.ModuleList:
+    def _load(self, hf_dir: Path, megatron_dir: Path | None = None) -> torch.nn.ModuleList:
         # Imports megatron-core, which the platform must have prepared for.
         from megatron_entropic.policy.model import build_model
 
         dimensions = self.parameter_map.dimensions
         model = build_model(dimensions, self.config.policy, self.config.model.dtype, self.parallel, self.platform)
-        load_weights(model, hf_dir, self.parallel)
+        load_weights(model, hf_dir, self.parallel, megatron_dir=megatron_dir)
         return model
 
     def _load_reference(self) -> torch.nn.ModuleList:
-        reference_dir = self.config.algorithm.kl.reference_hf_dir or self.config.model.hf_dir
-        if read_dimensions(reference_dir) != self.parameter_map.dimensions:
+        reference_dir = self.config.algorithm.kl.reference_hf_dir
+        if reference_dir is None:
+            model = self._load(self.config.model.hf_dir, self.config.model.megatron_dir)
+        elif read_dimensions(reference_dir) != self.parameter_map.dimensions:
             raise ValueError(f"algorithm.kl.reference_hf_dir={reference_dir} is not of the policy's architecture")
-        model = self._load(reference_dir)
+        else:
+            model = self._load(reference_dir)
         model.requires_grad_(False)
         return model
 

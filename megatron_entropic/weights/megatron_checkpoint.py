@@ -1,14 +1,16 @@
-"""The parameters of one model in a distributed checkpoint, by the map's rows."""
+"""The parameters of one model in a distributed checkpoint, by the map's rows or by their Hugging Face names."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_entropic.weights.hf_io import Problems
+from megatron_entropic.weights.dimensions import read_dimensions
+from megatron_entropic.weights.hf_io import HfReader, Problems
 from megatron_entropic.weights.layouts import VocabularyShard
 from megatron_entropic.weights.parameter_map import Entry, ParameterMap
 from megatron_entropic.weights.torch_dist_names import Place, possible_places, split_pairs
@@ -113,3 +115,47 @@ class MegatronCheckpoint:
     def _of(entry: Entry) -> str:
         number = "" if entry.expert is None else f", expert {entry.expert}"
         return "" if entry.layer is None else f" (layer {entry.layer}{number})"
+
+
+class MegatronTensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by their Hugging Face names, made of the Megatron parameters when asked for.
+
+    Some are views of a memory map: copy them, never write to them. The tensors of one parameter are best asked for one
+    after the other.
+    """
+
+    def __init__(self, checkpoint: MegatronCheckpoint) -> None:
+        self.parameter_map = checkpoint.parameter_map
+        self._checkpoint = checkpoint
+        exported = [entry for entry in self.parameter_map.entries if entry.exported]
+        self._entries = {name: entry for entry in exported for name in entry.hf_names}
+        self._last: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._last:
+            entry = self._entries[name]
+            values = self._checkpoint.rows(entry, 0, entry.shape[0])
+            parts = entry.layout.separate(self.parameter_map.dimensions, values)
+            self._last = dict(zip(entry.hf_names, parts, strict=True))
+        return self._last[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def open_weights(hf_dir: Path, megatron_dir: Path | None = None) -> HfReader | MegatronTensors:
+    """The tensors of a model by name, with its `parameter_map`; nothing but headers and metadata is read yet.
+
+    Args:
+        hf_dir: Hugging Face directory of the model.
+        megatron_dir: distributed checkpoint from which its weights are taken instead.
+
+    Raises:
+        ValueError: from `read_dimensions`, `HfReader` or `MegatronCheckpoint`: the weights are not those of the model.
+    """
+    if megatron_dir is None:
+        return HfReader(hf_dir)
+    return MegatronTensors(MegatronCheckpoint(megatron_dir, ParameterMap(read_dimensions(hf_dir))))

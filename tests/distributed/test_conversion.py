@@ -46,6 +46,7 @@ SAVED = {
     "qwen2 tp2 pp2": "plain",
     "qwen2 pp2": "prefixed",
     "llama pp2 vpp2": "plain",
+    "llama pp2": "script",
     "qwen3 tp2 pp2": "single",
     "qwen3 pp4": "run",
     "qwen3_moe ep2 tp2": "run",
@@ -55,12 +56,14 @@ SAVED = {
     "deepseek_v3 ep2 tp2": "run",
     "mixtral ep2 pp2": "prefixed",
 }
-"""Case and form of what is saved: tied and untied, padded and not, as a run does, with a prefix, one key per layer."""
+"""Case and form of what is saved: tied and untied, padded and not, as a run or Megatron-LM's training script does it,
+with a prefix, one key per layer."""
 CASES = {
     **{f"qwen2 {name}": {"family": "qwen2", "layout": layout} for name, layout in LAYOUTS.items()},
     "qwen3 tp2 pp2": {"family": "qwen3", "layout": LAYOUTS["tp2 pp2"]},
     "qwen3 pp4": {"family": "qwen3", "layout": LAYOUTS["pp4"]},
     "llama pp2 vpp2": {"family": "llama", "layout": LAYOUTS["pp2 vpp2"]},
+    "llama pp2": {"family": "llama", "layout": LAYOUTS["pp2"], "megatron_start": True},
     "qwen2 tp2 pp2 bfloat16": {"family": "qwen2", "layout": LAYOUTS["tp2 pp2"], "dtype": "bfloat16"},
     **{f"qwen3_moe {name}": {"family": "qwen3_moe", "layout": layout} for name, layout in EXPERT_LAYOUTS.items()},
     "mixtral ep4": {"family": "mixtral", "layout": {"expert_parallel": 4}},
@@ -97,7 +100,13 @@ def test_conversions_load_bit_for_bit_under_every_layout(work):
         assert found.keys() == CASES.keys()
         for case, one in found.items():
             assert one["parameters"] > 5
-            assert one["differing"] == [], case
+            assert one["by megatron-core"] == [], case
+            assert one["as a start"] == [], case
+
+
+def test_whatever_megatron_core_saved_is_a_start(work):
+    for found in work[1]:
+        assert {name: one["saved"] for name, one in found.items() if "saved" in one} == {name: [] for name in SAVED}
 
 
 def test_their_logits_are_those_of_transformers(work):

@@ -20,6 +20,8 @@ import pytest
 import torch
 from training_run import Run
 
+from megatron_entropic.weights.conversion import hf_to_megatron
+
 PUBLIC_METRICS = """
 step entropy/mean entropy/target entropy/alpha entropy/alpha_unclipped entropy/integral entropy/high_prob_fraction
 reward/mean reward/solved_none reward/solved_all loss/policy loss/entropic ratio/clip_fraction grad_norm
@@ -193,9 +195,14 @@ def test_taking_turns_on_the_same_devices_changes_nothing(
     assert all(row["memory/offloaded_mb"] > 1 for row in run.metrics())
 
 
-def test_another_layout_samples_and_measures_the_same(uninterrupted: Run, countdown_run: Callable[..., Run]) -> None:
+def test_another_layout_and_a_converted_start_sample_and_measure_the_same(
+    uninterrupted: Run, countdown_run: Callable[..., Run], countdown_dir: Path, tmp_path: Path
+) -> None:
+    hf_to_megatron(countdown_dir / "model", tmp_path / "converted")
     run = countdown_run(
         "layout",
+        f"model.hf_dir={tmp_path / 'converted'}",
+        f"model.megatron_dir={tmp_path / 'converted'}",
         "policy.tensor_parallel=1",
         "policy.pipeline_parallel=1",
         "policy.data_parallel=2",

@@ -271,7 +271,7 @@ def test_router_replay_needs_routers(machine: Path) -> None:
     load_config(write(machine), ["policy.moe_router_replay=off"])
 
 
-def test_latent_attention_of_engines_on_a_cpu(machine: Path) -> None:
+def test_latent_attention_of_engines(machine: Path) -> None:
     published = {
         "q_lora_rank": None,
         "kv_lora_rank": 512,
@@ -286,6 +286,8 @@ def test_latent_attention_of_engines_on_a_cpu(machine: Path) -> None:
     model = sizes | {"architectures": ["DeepseekV3ForCausalLM"]}
     (machine / "model" / "config.json").write_text(json.dumps(model))
     load_config(write(machine), ["cluster.device=cpu"])
+    (problem,) = problems_of(write(machine), "cluster.check_weights=true")
+    assert "what vLLM makes of latent attention's matrices cannot be compared yet" in problem
     (machine / "model" / "config.json").write_text(json.dumps(model | {"kv_lora_rank": 256}))
     (problem,) = problems_of(write(machine), "cluster.device=cpu")
     assert "= (512, 64) only, the model has (256, 64)" in problem
@@ -306,6 +308,19 @@ def test_an_incomplete_model_directory(machine: Path) -> None:
     assert "no *.safetensors" in found[0]
     assert "no tokenizer" in found[1]
     assert "MambaForCausalLM" in found[2]
+
+
+def test_weights_of_a_distributed_checkpoint(machine: Path) -> None:
+    (machine / "model" / "model.safetensors").unlink()
+    (machine / "model" / ".metadata").touch()
+    assert "name it as model.megatron_dir too" in problems_of(write(machine))[0]
+    config = load_config(write(machine), ["model.megatron_dir=model"])
+    assert config.model.megatron_dir == config.model.hf_dir
+    (problem,) = problems_of(write(machine), "model.megatron_dir=nowhere")
+    assert (
+        problem
+        == f"model.megatron_dir={machine / 'nowhere'}: not a distributed checkpoint, there is no .metadata in it"
+    )
 
 
 def test_data_files(machine: Path) -> None:
