@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import reference_update
 import torch
+from safetensors.torch import load_file
 from tiny_models import random_sequences, write_tiny_model
 
 SCRIPT = Path(__file__).parent / "scripts" / "update_layouts.py"
@@ -35,6 +36,7 @@ BASE: dict[str, Any] = {
     "steps": 5,
 }
 EVERYTHING = {"importance_cap": 1.3, "kl": 0.07, "ratio_clip": "ppo"}
+LATENT = "experts, latent attention"
 CASES: dict[str, dict[str, Any]] = {
     "token-mean": {},
     "token-mean high": {"denominator": "high_prob_tokens", **EVERYTHING},
@@ -49,7 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "experts": {"family": "qwen3_moe"},
     "experts, balanced": {"family": "qwen3_moe", "aux_loss": 0.3},
     "experts, weights add up to 1": {"family": "mixtral", "denominator": "high_prob_tokens", **EVERYTHING},
-    "experts, latent attention": {"family": "deepseek_v3", **EVERYTHING},
+    LATENT: {"family": "deepseek_v3", **EVERYTHING},
 }
 TRAIN_CASE, TRAIN_STEPS = "token-mean high", 5
 OPTIMIZER = {
@@ -67,7 +69,7 @@ OPTIMIZER = {
 }
 FEWER = ("token-mean high", "seq-mean-token-mean", "tied embeddings and biases")
 """For layouts that combine others."""
-EXPERTS = ("experts", "experts, weights add up to 1", "experts, latent attention")
+EXPERTS = ("experts", "experts, weights add up to 1", LATENT)
 DENSE = tuple(name for name in CASES if not name.startswith("experts"))
 
 
@@ -119,6 +121,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "cp2, stored logits": _layout(context_parallel=2, train=(), output_head="logits"),
         "tp2 sp, auxiliary loss": _balanced(tensor_parallel=2, sequence_parallel=True),
         "ep2": _experts(("plain", "distributed"), expert_parallel=2),
+        "ep2, latent attention": _layout((), train_case=LATENT, expert_parallel=2),
         "tp2 sp, full recomputation": _layout(
             FEWER[:1], (), tensor_parallel=2, sequence_parallel=True, recompute="full"
         ),
@@ -205,10 +208,12 @@ def _prepare(directory: Path) -> tuple[Path, dict[str, Any]]:
         if case["on_policy"]:
             sequences = [{**sequence, "old_logprobs": sequence["current_logprobs"]} for sequence in sequences]
         expected[name] = reference_update.gradients(directory / case["family"], sequences, case)
-    for name in (TRAIN_CASE, EXPERTS[0]):
+    for name in (TRAIN_CASE, EXPERTS[0], LATENT):
         family = cases[name]["family"]
         trained = reference_update.train(directory / family, fields[family], cases[name], OPTIMIZER, TRAIN_STEPS)
-        expected[f"train {name}"] = trained
+        stored = load_file(directory / family / "model.safetensors")
+        buffers = {key: value for key, value in stored.items() if key not in trained["parameters"]}
+        expected[f"train {name}"] = {**trained, "buffers": buffers}
     return directory, expected
 
 
@@ -283,6 +288,8 @@ def _check_training(traces: list[list[dict[str, str]]], parameters: Any, expecte
                 step,
                 key,
             )
+    for key, value in expected["buffers"].items():
+        assert torch.equal(parameters[key], value), f"{name}: {key} is no parameter and moved"
     moved = sum(expected["learning_rate"])
     for key, reference in expected["parameters"].items():
         distance = float((parameters[key].double() - reference).abs().max())
