@@ -226,3 +226,12 @@ def test_every_number_of_a_recipe_has_a_source(name: str) -> None:
         section = line.partition(":")[0] if line and not line.startswith((" ", "#")) else section
         if section in ("rollout", "algorithm", "entropy_control", "optimizer") and re.search(r": [\d.]", line):
             assert "#" in line, line
+
+
+def test_the_rows_of_the_paper_are_configurations_that_can_run() -> None:
+    """Recipe and overrides of every row in docs/reproducing_the_paper.md."""
+    page = (EXAMPLES.parent / "docs/reproducing_the_paper.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\| `(examples/\S+\.yaml)((?: [\w.]+=\S+)+)` \|", page)
+    assert len(rows) == 6
+    for recipe, overrides in rows:
+        load_config(EXAMPLES.parent / recipe, overrides.split(), check_machine=False)
