@@ -19,6 +19,7 @@ from megatron_entropic.config_loading import ConfigError, batch_arithmetic, conf
 from megatron_entropic.errors import RunError, StopAsked
 from megatron_entropic.evaluate_command import add_evaluate_parser
 from megatron_entropic.export_command import add_export_parser
+from megatron_entropic.replay_command import add_replay_parser
 from megatron_entropic.rollouts_command import add_rollouts_parser
 
 STOPPED = 75
@@ -230,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     score.set_defaults(command=_score)
 
     add_export_parser(commands)
+    add_replay_parser(commands)
 
     add_rollouts_parser(commands)
 

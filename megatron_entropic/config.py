@@ -237,6 +237,11 @@ class TrainConfig(Section):
     """Length of the run."""
 
     steps: int = Field(2000, ge=0, description="Rollout steps.")
+    record_steps: list[Annotated[int, Field(ge=1)]] = Field(
+        [],
+        description="Steps of which the rollouts and the checkpoint before are kept, for `replay`. Rollouts of steps "
+        "with an update that was skipped are kept anyway.",
+    )
     max_skipped_steps: int = Field(
         10, ge=1, description="The run ends when so many steps in a row had an update skipped for not being finite."
     )
@@ -315,6 +320,9 @@ class ClusterConfig(Section):
     )
     max_restarts: int = Field(
         0, ge=0, description="After the loss of a process: so many new starts from the newest checkpoint by itself."
+    )
+    max_engine_restarts: int = Field(
+        2, ge=0, description="So many lost engines are replaced within the step that loses them, before a new attempt."
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     startup_timeout_s: float = Field(600.0, gt=0)

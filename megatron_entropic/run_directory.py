@@ -5,7 +5,8 @@ output_dir/
     data_report.txt      rows of the training files: read, skipped, dropped, found twice or in a benchmark
     metrics.jsonl        one object a step; the truth. tensorboard/ and wandb/ repeat it
     warm_start.jsonl     one object a supervised step
-    restarts.jsonl       why processes were started anew (cluster.max_restarts)
+    restarts.jsonl       why processes were started anew (cluster.max_restarts, cluster.max_engine_restarts)
+    stacks/              what every process was doing when one did not answer in time
     samples.jsonl        some responses of each step
     rollouts/            all responses of some steps, token by token, see logging.rollouts_every_steps
     checkpoints/         resumable state, see policy/checkpoint_files
@@ -17,6 +18,7 @@ output_dir/
 from __future__ import annotations
 
 import fcntl
+import os
 import time
 import traceback
 from collections.abc import Iterator
@@ -61,6 +63,7 @@ class RunDirectory:
         self._config = config
         self._checkpoints = self.path / "checkpoints"
         self._open_files = ExitStack()
+        self._began: float | None = time.time()
 
     def __enter__(self) -> RunDirectory:
         config = self._config
@@ -127,9 +130,15 @@ class RunDirectory:
         self.progress.log("\n".join(lines))
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
-        """Write one step's metrics and show them."""
+        """Write one step's metrics and show them; after an attempt's first one, how long it took to get there."""
         self._metrics.write(step, metrics)
         self.progress.update(step, metrics)
+        if self._began is not None:
+            waited = f"first step of this start after {time.time() - self._began:.0f} s"
+            if submitted := os.environ.get("ME_SUBMIT_TIME"):
+                waited += f", {time.time() - float(submitted):.0f} s after the job was queued"
+            self.progress.log(waited)
+            self._began = None
 
     def record_warm_start(self, step: int, metrics: dict[str, Any]) -> None:
         """Write and show one supervised step."""
@@ -140,9 +149,15 @@ class RunDirectory:
 
     def record_restart(self, restart: int, limit: int, error: RunError) -> None:
         """Write down why everything starts anew, in restarts.jsonl and on the screen."""
-        with closing(JsonLinesWriter(self.path / "restarts.jsonl")) as restarts:
-            restarts.append({"time": time.time(), "cause": type(error).__name__, "message": str(error)})
+        self._write_restart("run", error)
         self.progress.log(f"{error}\nrestart {restart} of {limit} from the newest checkpoint")
+
+    def record_engine_restarts(self, losses: list[RunError]) -> dict[str, float]:
+        """Write down why engines were replaced within the step, as above; returns their number as a metric."""
+        for error in losses:
+            self._write_restart("engine", error)
+            self.progress.log(f"{error}\nthe engine was replaced within the step")
+        return {"cluster/engine_restarts": float(len(losses))}
 
     def keep_samples(self, step: int, samples: list[Sample]) -> None:
         """Write some responses of a step, for people to read."""
@@ -151,9 +166,13 @@ class RunDirectory:
     def keep_rollouts(
         self, step: int, samples: list[Sample], batch: list[Sequence], scores: Scores, metrics: dict[str, float]
     ) -> None:
-        """Write the step's rollouts with what its update was computed from, if `rollouts_every_steps` asks for it."""
+        """Write the step's rollouts with what its update was computed from, if they are asked for or were skipped.
+
+        They are asked for by `logging.rollouts_every_steps` or `train.record_steps`.
+        """
         every = self._config.logging.rollouts_every_steps
-        if every and step % every == 0:
+        asked = step in self._config.train.record_steps or (every > 0 and step % every == 0)
+        if asked or metrics["optimizer/skipped"]:
             write_rollouts(rollouts_path(self.path, step), step, samples, batch, scores, metrics)
 
     @contextmanager
@@ -177,9 +196,9 @@ class RunDirectory:
         return {**times, "throughput/tokens_per_s": tokens / step_s}
 
     def checkpoint_due(self, step: int) -> bool:
-        """Whether the run is to be saved after this step: every `checkpoint.every_steps`, and at the end."""
-        every = self._config.checkpoint.every_steps
-        return step == self._config.train.steps or (every > 0 and step % every == 0)
+        """Whether the run is to be saved after this step: every `checkpoint.every_steps`, at the end, for a replay."""
+        every, train = self._config.checkpoint.every_steps, self._config.train
+        return step == train.steps or (every > 0 and step % every == 0) or step + 1 in train.record_steps
 
     def checkpoint(self, policy: PolicyGroup, step: int) -> None:
         """Save everything that step + 1 depends on; the oldest checkpoints beyond `keep_last` go.
@@ -233,6 +252,11 @@ class RunDirectory:
                 f"{error}\nstep {step} is saved in {checkpoint_path(self._checkpoints, step)}; "
                 "the same command continues after it"
             ) from error
+
+    def _write_restart(self, what: str, error: RunError) -> None:
+        with closing(JsonLinesWriter(self.path / "restarts.jsonl")) as restarts:
+            cause = {"cause": type(error).__name__, "message": str(error)}
+            restarts.append({"time": time.time(), "restarted": what, **cause})
 
     def _damaged(self, error: CheckpointError) -> None:
         self.progress.log(f"warning: {error}; it is set aside, and the one before is used")

@@ -87,5 +87,6 @@ class SkipLimit:
         if self._in_a_row >= self._limit:
             raise RunError(
                 f"step {step}: the update was not finite and was skipped, {self._in_a_row} steps in a row "
-                "(train.max_skipped_steps); try a lower optimizer.learning_rate, from an earlier checkpoint"
+                "(train.max_skipped_steps). Their rollouts are kept; `megatron-entropic replay` computes such a step "
+                "again. Try a lower optimizer.learning_rate, from an earlier checkpoint"
             )

@@ -26,20 +26,12 @@ from megatron_entropic.config import Config
 from megatron_entropic.data import PromptDataset
 from megatron_entropic.evaluator import Evaluator
 from megatron_entropic.judged_rollouts import JudgedRollouts
+from megatron_entropic.learning import score_batch, update_policy
 from megatron_entropic.restarts import with_restarts
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.run_directory import RunDirectory
 from megatron_entropic.stopping import SkipLimit, StopRequest
-from megatron_entropic.training_batch import (
-    attach_scores,
-    entropy_profile,
-    importance,
-    mean_of,
-    minibatches,
-    mismatch,
-    rollout_metrics,
-    training_batch,
-)
+from megatron_entropic.training_batch import rollout_metrics, training_batch
 from megatron_entropic.warm_start import warm_start, warm_start_sequences
 from megatron_entropic.weights.megatron_checkpoint import open_weights
 
@@ -120,27 +112,21 @@ def one_step(
     with run.phase("reward"):
         batch = training_batch(samples, config)
     with run.phase("score"):
-        reference = policy.score(batch, reference=True) if config.algorithm.kl.coefficient else None
-        scores = policy.score(batch)
-        attach_scores(batch, scores, reference)
-        measured = {**entropy_profile(samples, scores), **mismatch(batch), **importance(batch, config)}
+        scores, measured = score_batch(policy, samples, batch, config)
     with run.phase("update"):
-        updates = []
-        for epoch in range(config.algorithm.epochs_per_rollout):
-            if epoch and config.algorithm.proximal_logprobs == "each_epoch":
-                attach_scores(batch, policy.score(batch), reference)
-            updates += [policy.update(minibatch) for minibatch in minibatches(batch, config, step, epoch)]
+        updated = update_policy(policy, batch, config, step)
     with run.phase("publish"):
         publish_metrics = weights.publish(version=step)
     run.keep_samples(step, samples)
-    run.keep_rollouts(step, samples, batch, scores, mean_of(updates))
+    run.keep_rollouts(step, samples, batch, scores, {**measured, **updated})
     return {
         **rollout_metrics(samples, config),
         **reward_metrics,
         **measured,
-        **mean_of(updates),
+        **updated,
         **run.step_time(tokens=sum(sequence.tokens.numel() for sequence in batch)),
         "weights/version": step - 1,
         **publish_metrics,
         **policy.memory_metrics(),
+        **run.record_engine_restarts(engines.new_losses()),
     }

@@ -48,12 +48,17 @@ def minibatches(batch: list[Sequence], config: Config, step: int, epoch: int) ->
     return [list(chain.from_iterable(groups[part * size : (part + 1) * size])) for part in range(parts)]
 
 
-def attach_scores(batch: list[Sequence], scores: Scores, reference: Scores | None) -> None:
-    """Put the score pass's log-probs, the experts it chose, and the reference's log-probs on the sequences."""
+def attach_scores(batch: list[Sequence], scores: Scores) -> None:
+    """Put the score pass's log-probs and the experts it chose on the sequences."""
     for index, sequence in enumerate(batch):
         sequence.old_logprobs = scores.logprobs[index]
-        sequence.reference_logprobs = reference.logprobs[index] if reference else None
         sequence.experts = scores.experts[index] if scores.experts else None
+
+
+def attach_reference(batch: list[Sequence], scores: Scores) -> None:
+    """Put the log-probs of the frozen reference on the sequences."""
+    for sequence, logprobs in zip(batch, scores.logprobs, strict=True):
+        sequence.reference_logprobs = logprobs
 
 
 def prompt_groups(samples: list[Sample], per_prompt: int) -> list[list[Sample]]:

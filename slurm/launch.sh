@@ -73,6 +73,10 @@ export PYTHONPATH=$checkout${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
 trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 
+# Seconds since the epoch; the driver says how long after it the first step was done.
+ME_SUBMIT_TIME=$(date -d "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *SubmitTime=\([^ ]*\).*/\1/p')" +%s)
+export ME_SUBMIT_TIME
+
 # ---- how a command runs on the nodes ----
 passed_on=
 for name in $ME_PASS_ON; do

@@ -10,33 +10,48 @@ from typing import Any
 import ray
 
 from megatron_entropic.cluster.placement import Placement
-from megatron_entropic.cluster.waiting import gather
+from megatron_entropic.cluster.processes import ActorProcess, kill_processes, write_stacks
+from megatron_entropic.cluster.waiting import answered, dead_peers, gather, gather_survivors
 from megatron_entropic.cluster.workers import EngineWorker, worker_environment
 from megatron_entropic.config import Config, Sampling
-from megatron_entropic.errors import PeerDied
+from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError
 from megatron_entropic.types import GenerationRequest, Prompt, Sample
 
 
 class EngineGroup:
-    """One Ray actor for each engine; prompts are dealt out in whole groups."""
+    """One Ray actor for each engine; prompts are dealt out in whole groups.
+
+    An engine that is lost is replaced in place, up to `cluster.max_engine_restarts` times in all: the new one gets the
+    current weights from `renew_weights` and the prompts that the lost one had. It samples the same responses, because
+    each has a seed of its own.
+    """
 
     def __init__(self, config: Config, placement: Placement) -> None:
         """Create the actors; nothing heavy happens before `start`."""
         self._config = config
         self.before_rollout: Callable[[], None] = lambda: None
         """Called before engines sample; see `turns`."""
-        environment = worker_environment(config, placement.device)
-        self._actors = [
-            EngineWorker.options(  # type: ignore[attr-defined]
-                **placement.engine_options(engine), runtime_env={"env_vars": environment}
-            ).remote(config, placement.device)
-            for engine in range(config.rollout.engines)
-        ]
+        self._placement = placement
+        self._actors = [self._new_actor(engine) for engine in range(config.rollout.engines)]
+        self._places = {self._name(engine): actor.place.remote() for engine, actor in enumerate(self._actors)}
+        self._losses: list[RunError] = []
+        self._losses_told = 0
+        self.renew_weights: Callable[[], None] = lambda: None
+        """Called after engines were replaced, to connect all of them to the policy and give them its weights."""
 
     @property
     def workers(self) -> int:
         """Number of vLLM workers that receive weights, over all engines."""
         return self._config.rollout.engines * self._config.rollout.tensor_parallel
+
+    def processes(self) -> dict[str, ActorProcess]:
+        """Where each engine runs, of those that came so far as to say so."""
+        return answered(self._places)
+
+    def new_losses(self) -> list[RunError]:
+        """Why engines were replaced since the last call."""
+        told, self._losses_told = self._losses_told, len(self._losses)
+        return self._losses[told:]
 
     def begin_start(self) -> dict[str, ray.ObjectRef]:
         """Pending calls that end when every engine has loaded; they overlap with the policy's own start."""
@@ -89,31 +104,70 @@ class EngineGroup:
         while_waiting: Callable[[], None] = lambda: None,
     ) -> list[Sample]:
         """`count` responses to each prompt; whole groups are dealt to the engines in turn."""
-        self.before_rollout()
         engines = len(self._actors)
-        calls = {
-            self._name(engine): self._actors[engine].generate.remote(
-                [
-                    GenerationRequest(prompt, sample, seed_of(prompt, sample))
-                    for prompt in prompts[engine::engines]
-                    for sample in range(count)
-                ],
-                sampling,
-            )
+        requests = {
+            engine: [
+                GenerationRequest(prompt, sample, seed_of(prompt, sample))
+                for prompt in prompts[engine::engines]
+                for sample in range(count)
+            ]
             for engine in range(engines)
             if prompts[engine::engines]
         }
-        answers = gather(
-            calls,
-            phase=phase,
-            timeout_s=self._config.cluster.generate_timeout_s,
-            while_waiting=while_waiting,
-        )
-        per_engine = list(answers.values())
-        groups = [
-            per_engine[i % engines][i // engines * count : (i // engines + 1) * count] for i in range(len(prompts))
-        ]
+        answers = self._answers(requests, sampling, phase, while_waiting)
+        groups = [answers[i % engines][i // engines * count : (i // engines + 1) * count] for i in range(len(prompts))]
         return [sample for group in groups for sample in group]
+
+    def _answers(
+        self,
+        requests: dict[int, list[GenerationRequest]],
+        sampling: Sampling,
+        phase: str,
+        while_waiting: Callable[[], None],
+    ) -> dict[int, list[Sample]]:
+        """Each engine's answer to its own requests, given by its successor if it is lost."""
+        answers: dict[int, list[Sample]] = {}
+        while waiting := [engine for engine in requests if engine not in answers]:
+            self.before_rollout()
+            found, lost = gather_survivors(
+                {self._name(e): self._actors[e].generate.remote(requests[e], sampling) for e in waiting},
+                phase=phase,
+                timeout_s=self._config.cluster.generate_timeout_s,
+                while_waiting=while_waiting,
+            )
+            answers |= {engine: found[self._name(engine)] for engine in waiting if self._name(engine) in found}
+            if lost:
+                self.replace(lost)
+                self.renew_weights()
+        return answers
+
+    def find_lost(self, error: RunError) -> dict[str, RunError]:
+        """Engines whose process is gone, by name, each with `error`, in which their loss showed."""
+        pings = {self._name(engine): actor.ping.remote() for engine, actor in enumerate(self._actors)}
+        return dict.fromkeys(dead_peers(pings), error)
+
+    def replace(self, lost: dict[str, RunError]) -> None:
+        """Start new engines in the places of those named, with the weights of `model.hf_dir`.
+
+        Raises:
+            RunError: the first one's, if `cluster.max_engine_restarts` are used up.
+        """
+        limit = self._config.cluster.max_engine_restarts
+        if len(self._losses) + len(lost) > limit:
+            raise next(iter(lost.values()))
+        if any(isinstance(error, PhaseTimeout) for error in lost.values()):
+            stacks = write_stacks(self._config.run.output_dir, self.processes())
+            lost = {name: type(error)(f"{error}\n{stacks}") for name, error in lost.items()}
+        self._losses += lost.values()
+        kill_processes({name: place for name, place in self.processes().items() if name in lost})
+        starting = {}
+        for engine, actor in enumerate(self._actors):
+            if (name := self._name(engine)) in lost:
+                ray.kill(actor)
+                self._actors[engine] = self._new_actor(engine)
+                self._places[name] = self._actors[engine].place.remote()
+                starting[name] = self._actors[engine].start.remote()
+        self.finish_start(starting)
 
     def sleep(self) -> None:
         """Let every engine give its device memory back; it keeps its weights in host memory.
@@ -144,6 +198,14 @@ class EngineGroup:
     def weight_pieces(self) -> dict[str, ray.ObjectRef]:
         """Pending calls for the checksums of the weights in every engine."""
         return {self._name(engine): actor.weight_pieces.remote() for engine, actor in enumerate(self._actors)}
+
+    def _new_actor(self, engine: int) -> ray.actor.ActorHandle:
+        environment = worker_environment(self._config, self._placement.device)
+        options = self._placement.engine_options(engine)
+        made: ray.actor.ActorHandle = EngineWorker.options(  # type: ignore[attr-defined]
+            **options, runtime_env={"env_vars": environment}
+        ).remote(self._config, self._placement.device)
+        return made
 
     @staticmethod
     def _name(engine: int) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from megatron_entropic.cluster.engine_group import EngineGroup
 from megatron_entropic.cluster.placement import reserve
 from megatron_entropic.cluster.policy_group import PolicyGroup
+from megatron_entropic.cluster.processes import kill_processes, write_stacks
 from megatron_entropic.cluster.session import ray_session
 from megatron_entropic.cluster.turns import DeviceTurns
 from megatron_entropic.config import Config
+from megatron_entropic.errors import PhaseTimeout
 
 
 @contextmanager
@@ -43,16 +46,33 @@ def launch(config: Config) -> Iterator[tuple[PolicyGroup, EngineGroup]]:
         placement = reserve(config, device)
         try:
             policy, engines = PolicyGroup(config, placement), EngineGroup(config, placement)
-            loading = engines.begin_start()
-            if config.cluster.colocate:
-                # vLLM wants to find the GPU free.
-                engines.finish_start(loading)
-                engines.sleep()
-                policy.start()
-            else:
-                policy.start()
-                engines.finish_start(loading)
-            DeviceTurns(policy, engines, colocated=config.cluster.colocate)
-            yield policy, engines
+            with stacks_on_timeout(config.run.output_dir, policy, engines):
+                loading = engines.begin_start()
+                if config.cluster.colocate:
+                    # vLLM wants to find the GPU free.
+                    engines.finish_start(loading)
+                    engines.sleep()
+                    policy.start()
+                else:
+                    policy.start()
+                    engines.finish_start(loading)
+                DeviceTurns(policy, engines, colocated=config.cluster.colocate)
+                yield policy, engines
         finally:
             placement.release()
+
+
+@contextmanager
+def stacks_on_timeout(run_dir: Path, policy: PolicyGroup, engines: EngineGroup) -> Iterator[None]:
+    """When the block ends because something did not answer in time: let every process say what it is doing, and end it.
+
+    Raises:
+        PhaseTimeout: the block's, with the names of the files below run_dir/stacks.
+    """
+    try:
+        yield
+    except PhaseTimeout as error:
+        processes = policy.processes() | engines.processes()
+        stacks = write_stacks(run_dir, processes)
+        kill_processes(processes)  # one that hangs does not end because Ray asks it to
+        raise PhaseTimeout(f"{error}\n{stacks}") from error

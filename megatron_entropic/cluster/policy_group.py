@@ -12,7 +12,8 @@ from typing import Any
 import ray
 
 from megatron_entropic.cluster.placement import Placement
-from megatron_entropic.cluster.waiting import gather
+from megatron_entropic.cluster.processes import ActorProcess
+from megatron_entropic.cluster.waiting import answered, gather
 from megatron_entropic.cluster.workers import PolicyWorker, worker_environment
 from megatron_entropic.config import ClusterConfig, Config
 from megatron_entropic.policy.data_parallel import attention_weight, data_parallel_shards, sequence_costs
@@ -42,7 +43,12 @@ class PolicyGroup:
         self.before_training: Callable[[], None] = lambda: None
         self.before_publishing: Callable[[], None] = lambda: None
         """Called before anything that needs the devices; see `turns`."""
+        self._places = {self._name(rank): actor.place.remote() for rank, actor in enumerate(self._actors)}
         self._replica_of: list[int] = []
+
+    def processes(self) -> dict[str, ActorProcess]:
+        """Where each rank runs, of those that came so far as to say so."""
+        return answered(self._places)
 
     def start(self) -> None:
         """Rendezvous, build the model on every rank and load its shard of the Hugging Face weights.

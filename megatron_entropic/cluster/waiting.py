@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError
 
 POLL_S = 1.0
 GRACE_S = 3.0
 """When a peer's call fails, another peer's death may be the cause, and may become known so much later."""
+
+COLLECTIVE_FAILURES = ("gloo/transport", "[Rank ", "NCCL error", "DistNetworkError")
+"""In the messages of torch.distributed when another rank is gone or does not answer."""
 
 
 def gather(
@@ -36,30 +39,106 @@ def gather(
 
     Raises:
         PhaseTimeout: naming the peers that did not answer in time.
-        PeerDied: a peer's process is gone.
-        RunError: a peer raised and none died; the message carries its error, the cause its traceback.
+        PeerDied: a peer's process is gone, or a peer lost another one.
+        RunError: a peer raised and none died; the message carries its error, the cause its traceback. PhaseTimeout if
+            it waited for another peer in vain.
     """
-    deadline = time.monotonic() + timeout_s
     peer_of = {reference: peer for peer, reference in calls.items()}
     pending = list(peer_of)
     results: dict[str, Any] = {}
+    for reference in _as_they_end(pending, timeout_s, while_waiting):
+        try:
+            results[peer_of[reference]] = _result(reference, peer_of[reference], phase)
+        except RunError as error:
+            if not _is_death_of_the_peer_itself(error):
+                _look_for_deaths({other: peer_of[other] for other in pending}, phase)
+            raise
+    if pending:
+        raise _silent(phase, timeout_s, [peer_of[reference] for reference in pending])
+    return {peer: results[peer] for peer in calls}
+
+
+def gather_survivors(
+    calls: Mapping[str, ray.ObjectRef],
+    *,
+    phase: str,
+    timeout_s: float,
+    while_waiting: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Any], dict[str, RunError]]:
+    """As `gather`, for peers that do not need each other: the loss of one leaves the others' results.
+
+    Returns:
+        (results by peer name, PeerDied or PhaseTimeout by the name of each peer that is gone or did not answer)
+
+    Raises:
+        RunError: a peer raised.
+    """
+    peer_of = {reference: peer for peer, reference in calls.items()}
+    pending = list(peer_of)
+    results: dict[str, Any] = {}
+    lost: dict[str, RunError] = {}
+    for reference in _as_they_end(pending, timeout_s, while_waiting):
+        peer = peer_of[reference]
+        try:
+            results[peer] = _result(reference, peer, phase)
+        except PeerDied as error:
+            if not _is_death_of_the_peer_itself(error):
+                raise
+            lost[peer] = error
+    lost |= {peer_of[reference]: _silent(phase, timeout_s, [peer_of[reference]]) for reference in pending}
+    return results, lost
+
+
+def answered(calls: Mapping[str, ray.ObjectRef]) -> dict[str, Any]:
+    """Results, by peer name, of those calls that have ended well by now."""
+    ready, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=0)
+    results = {}
+    for peer, reference in calls.items():
+        if reference in ready:
+            try:
+                results[peer] = ray.get(reference, timeout=60)
+            except RayError:
+                continue
+    return results
+
+
+def dead_peers(pings: Mapping[str, ray.ObjectRef]) -> list[str]:
+    """The peers whose process is known to be gone after GRACE_S; those that are busy do not count."""
+    ray.wait(list(pings.values()), num_returns=len(pings), timeout=GRACE_S)
+    ready, _ = ray.wait(list(pings.values()), num_returns=len(pings), timeout=0)
+    dead = []
+    for peer, reference in pings.items():
+        if reference in ready:
+            try:
+                ray.get(reference, timeout=60)
+            except RayActorError:
+                dead.append(peer)
+    return dead
+
+
+def _as_they_end(
+    pending: list[ray.ObjectRef], timeout_s: float, while_waiting: Callable[[], None]
+) -> Iterator[ray.ObjectRef]:
+    """References out of `pending` as their calls end; those left in it did not end in time."""
+    deadline = time.monotonic() + timeout_s
     while pending:
         left_s = max(0.0, deadline - time.monotonic())
-        ready, pending = ray.wait(pending, num_returns=1, timeout=min(POLL_S, left_s))
-        if not ready and left_s > POLL_S:
+        ready, _ = ray.wait(pending, num_returns=1, timeout=min(POLL_S, left_s))
+        if ready:
+            pending.remove(ready[0])
+            yield ready[0]
+        elif left_s > POLL_S:
             while_waiting()
-            continue
-        if not ready:
-            missing = ", ".join(sorted(peer_of[reference] for reference in pending))
-            raise PhaseTimeout(f"{phase}: no answer within {timeout_s:g} s from {missing}")
-        try:
-            results[peer_of[ready[0]]] = _result(ready[0], peer_of[ready[0]], phase)
-        except PeerDied:
-            raise
-        except RunError:
-            _look_for_deaths({reference: peer_of[reference] for reference in pending}, phase)
-            raise
-    return {peer: results[peer] for peer in calls}
+        else:
+            return
+
+
+def _silent(phase: str, timeout_s: float, peers: list[str]) -> PhaseTimeout:
+    return PhaseTimeout(f"{phase}: no answer within {timeout_s:g} s from {', '.join(sorted(peers))}")
+
+
+def _is_death_of_the_peer_itself(error: RunError) -> bool:
+    return isinstance(error, PeerDied) and isinstance(error.__cause__, RayActorError)
 
 
 def _look_for_deaths(pending: dict[ray.ObjectRef, str], phase: str) -> None:
@@ -71,10 +150,9 @@ def _look_for_deaths(pending: dict[ray.ObjectRef, str], phase: str) -> None:
         for reference in ready:
             try:
                 _result(reference, pending[reference], phase)
-            except PeerDied:
-                raise
-            except RunError:
-                continue
+            except RunError as error:
+                if _is_death_of_the_peer_itself(error):
+                    raise
 
 
 def _result(reference: ray.ObjectRef, peer: str, phase: str) -> Any:
@@ -84,9 +162,19 @@ def _result(reference: ray.ObjectRef, peer: str, phase: str) -> Any:
         raise PeerDied(f"{phase}: the process of {peer} died ({_first_line(error)})") from error
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, BaseException) else error
-        raise RunError(f"{phase}: {peer}: {type(cause).__name__}: {cause}") from error
+        raise _kind(cause)(f"{phase}: {peer}: {type(cause).__name__}: {cause}") from error
     except GetTimeoutError as error:
         raise PhaseTimeout(f"{phase}: the answer of {peer} is ready but could not be fetched within 60 s") from error
+
+
+def _kind(cause: BaseException) -> type[RunError]:
+    """What an exception of a peer means to the run: a lost or silent third process can be cured by a new attempt."""
+    if isinstance(cause, PeerDied | PhaseTimeout):
+        return type(cause)
+    text = str(cause)
+    if not any(mark in text for mark in COLLECTIVE_FAILURES):
+        return RunError
+    return PhaseTimeout if "imed out" in text else PeerDied
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from megatron_entropic.cluster.engine_group import EngineGroup
 from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.cluster.waiting import gather
 from megatron_entropic.config import ClusterConfig
-from megatron_entropic.errors import RunError
+from megatron_entropic.errors import PeerDied, RunError
 from megatron_entropic.weights.checksums import mismatches
 
 
@@ -16,18 +16,26 @@ class WeightPublisher:
     """Brings the policy's weights into all engines: both sides work at the same time, both are awaited."""
 
     def __init__(self, policy: PolicyGroup, engines: EngineGroup, config: ClusterConfig) -> None:
-        """Connect both sides once; the connection serves every later `publish`."""
+        """Connect both sides once; the connection serves every later `publish`, until an engine is replaced."""
         self._policy = policy
         self._engines = engines
         self._timeout_s = config.publish_timeout_s
         self._check = config.check_weights
-        senders = policy.open_transport(engines.workers)
-        calls = policy.accept_receivers() | engines.connect(senders)
-        gather(calls, phase="publish: connect", timeout_s=self._timeout_s)
+        self._replaces_engines = not config.colocate  # there is no room for an engine to load beside the policy
+        self._version = 0
+        self._connect()
         self._plan = policy.publish_plan()
+        engines.renew_weights = self.renew
+
+    def renew(self) -> None:
+        """Connect both sides again and send the current weights once more, after engines were replaced."""
+        self._connect()
+        self._publish()
 
     def publish(self, version: int) -> dict[str, float]:
         """Send the current weights as `version`; afterwards every engine samples from them.
+
+        An engine that is lost meanwhile is replaced, and all are sent the weights again.
 
         Returns:
             weights/published_fraction: elements that travelled over all elements (below 1 with rollout.publish=delta).
@@ -36,6 +44,24 @@ class WeightPublisher:
             PhaseTimeout, PeerDied, RunError: naming the rank or engine and the phase; with cluster.check_weights also
                 every tensor that is not in an engine as it was sent.
         """
+        self._version = version
+        try:
+            return self._publish()
+        except PeerDied as error:
+            lost = self._engines.find_lost(error) if self._replaces_engines else {}
+            if not lost:
+                raise
+            self._engines.replace(lost)
+        self._connect()
+        return self._publish()
+
+    def _connect(self) -> None:
+        senders = self._policy.open_transport(self._engines.workers)
+        calls = self._policy.accept_receivers() | self._engines.connect(senders)
+        gather(calls, phase="publish: connect", timeout_s=self._timeout_s)
+
+    def _publish(self) -> dict[str, float]:
+        version = self._version
         phase = f"publish (weights version {version})"
         sending = self._policy.publish()
         answers = gather(sending | self._engines.receive(self._plan, version), phase=phase, timeout_s=self._timeout_s)

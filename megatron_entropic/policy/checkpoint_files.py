@@ -5,7 +5,7 @@ root/step_00000050/            a checkpoint is a directory that was renamed into
     state.json                 controller, counters and the driver's own state
     *.distcp, .metadata, ...   tensors, megatron-core torch_dist
 root/step_00000040.damaged/    its files no longer had the sums of its manifest; never read, never deleted
-root/.step_00000060.partial/   being written, or left by a crash; removed by the next save
+root/.step_00000060.WHO.partial/   being written by WHO, or left by a crash; removed by the next save
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,10 @@ def intact_checkpoint(
     return None
 
 
-def prune_checkpoints(root: Path, keep_last: int, keep_every: int = 0) -> None:
+def prune_checkpoints(root: Path, keep_last: int, keep_every: int = 0, keep_steps: Collection[int] = ()) -> None:
     """Delete all but the newest `keep_last` complete checkpoints, and what interrupted saves left behind.
 
-    Checkpoints of steps that `keep_every` divides stay; 0 keeps none for that reason.
+    Checkpoints of steps in `keep_steps`, or that `keep_every` divides, stay; 0 keeps none for that reason.
 
     Raises:
         ValueError: keep_last < 1.
@@ -113,21 +114,27 @@ def prune_checkpoints(root: Path, keep_last: int, keep_every: int = 0) -> None:
         raise ValueError(f"checkpoint.keep_last must be at least 1, not {keep_last}")
     leftovers = [path for pattern in (".step_*.partial", ".step_*.old") for path in root.glob(pattern)]
     old = complete_checkpoints(root)[:-keep_last]
-    kept = {path for path in old if keep_every and int(path.name.removeprefix("step_")) % keep_every == 0}
-    for path in [*leftovers, *(path for path in old if path not in kept)]:
+    step_of = {path: int(path.name.removeprefix("step_")) for path in old}
+    gone = [p for p, step in step_of.items() if step not in keep_steps and not (keep_every and step % keep_every == 0)]
+    for path in [*leftovers, *gone]:
         # Without its manifest a half-deleted checkpoint cannot be mistaken for a complete one.
         (path / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(path)
+        # Its writer may be alive and remove it too.
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path)
 
 
-def partial_path(directory: Path) -> Path:
-    """Where a checkpoint is written before it is renamed to `directory`."""
-    return directory.with_name(f".{directory.name}.partial")
+def partial_path(directory: Path, writer: str = "") -> Path:
+    """Where a checkpoint is written before it is renamed to `directory`.
+
+    Each `writer` has a place of its own: ranks that outlived their driver may still be writing when the run goes on.
+    """
+    return directory.with_name(f".{directory.name}.{writer}.partial")
 
 
-def begin_checkpoint(directory: Path) -> Path:
-    """Create the empty folder to write to; what an interrupted save of the same step left is removed."""
-    partial = partial_path(directory)
+def begin_checkpoint(directory: Path, writer: str = "") -> Path:
+    """Create the empty folder to write to; what an interrupted save by the same writer left is removed."""
+    partial = partial_path(directory, writer)
     discard(partial)
     partial.mkdir(parents=True)
     return partial
@@ -145,11 +152,13 @@ def checksums(paths: list[Path]) -> list[str]:
         return list(pool.map(_checksum, paths))
 
 
-def finish_checkpoint(directory: Path, state: dict[str, Any], sums: dict[str, str] | None = None) -> None:
+def finish_checkpoint(
+    directory: Path, state: dict[str, Any], sums: dict[str, str] | None = None, writer: str = ""
+) -> None:
     """Write `state` and the manifest into the partial folder, flush everything to disk and rename it to `directory`.
 
     Args:
-        directory: as in `begin_checkpoint`.
+        directory, writer: as in `begin_checkpoint`.
         state: JSON.
         sums: SHA-256 of files that are known, by name; the others' are computed here.
 
@@ -157,7 +166,7 @@ def finish_checkpoint(directory: Path, state: dict[str, Any], sums: dict[str, st
         OSError: the disk is full, or the folder cannot be written.
         TypeError: `state` is not JSON.
     """
-    partial = partial_path(directory)
+    partial = partial_path(directory, writer)
     (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     names = [str(path.relative_to(partial)) for path in files]

@@ -2,7 +2,7 @@
 
 1. Results of the writers travel through a queue of a `multiprocessing.Manager`, a spawned server process that lives as
    long as the rank. It imports the rank's main module (unguarded scripts recurse) and, when the rank is killed, stays
-   behind. Writing is synchronous here, so an ordinary queue serves.
+   behind. A rank writes in a thread of its own process, so an ordinary queue serves.
 2. Each file is written by a forked child. A rank holds gloo, Ray and CUDA threads, and a fork copies their locks in
    whatever state they are. The rank writes its files itself. 0.19.2 writes in threads, but raises a thread's failure
    on that rank only, while the others wait.

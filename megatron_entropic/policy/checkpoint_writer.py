@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -48,13 +49,21 @@ class CheckpointWriter:
 
     Args:
         config: how many checkpoints to keep, and whether the run waits for the files.
+        device: of the parameters.
         timeout_s: limit of every wait of the background threads for each other, seconds.
+        keep_steps: steps whose checkpoints are kept for ever, beside those of `checkpoint.keep_every`.
     """
 
-    def __init__(self, config: CheckpointConfig, timeout_s: float) -> None:
+    def __init__(
+        self, config: CheckpointConfig, device: torch.device, timeout_s: float, keep_steps: Collection[int] = ()
+    ) -> None:
         self._config = config
+        self._keep_steps = keep_steps
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_yield_to_others)
+        self._name = self._agree_on_a_name()
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="checkpoint", initializer=_prepare_thread, initargs=(device,)
+        )
         self._writing: Future[None] | None = None
         self._layout_checked = False
 
@@ -96,6 +105,15 @@ class CheckpointWriter:
         """Wait for the thread; what it fails with is nobody's concern any more."""
         self._thread.shutdown()
 
+    def _agree_on_a_name(self) -> str:
+        """Of this run's ranks, unlike that of any others that may still be writing beside them."""
+        name = [f"{socket.gethostname()}-{os.getpid()}"]
+        dist.broadcast_object_list(name, src=0, group=self._group)
+        return name[0]
+
+    def _partial(self, directory: Path) -> Path:
+        return partial_path(directory, self._name)
+
     def _stage(self, directory: Path, model: torch.nn.ModuleList, optimizer: PolicyOptimizer) -> Callable[[], None]:
         """Plan and copy; returns what writes this rank's files and, on rank 0, their index."""
         from megatron.core import dist_checkpointing
@@ -103,18 +121,18 @@ class CheckpointWriter:
         apply_checkpoint_patches()
         tensors = sharded_state(model, optimizer, loading=False)
         needed = _bytes_to_write(tensors, next(model.parameters()).device) + SPACE_MARGIN_BYTES
-        self._on_rank_zero(directory, lambda: _begin(directory, needed))
+        self._on_rank_zero(directory, lambda: _find_space(begin_checkpoint(directory, self._name), needed))
         strategy = _staging_strategy()
         try:
             # Whether each part of each tensor is written once does not change from one save to the next.
             dist_checkpointing.save(
-                tensors, str(partial_path(directory)), strategy, validate_access_integrity=not self._layout_checked
+                tensors, str(self._partial(directory)), strategy, validate_access_integrity=not self._layout_checked
             )
             self._layout_checked = True
         except (OSError, RuntimeError) as error:
-            # Only rank 0 writes at this point (small state, for which `_begin` found space). The others wait in a
+            # Only rank 0 writes at this point (small state, for which `_find_space` found space). The others wait in a
             # collective that will not come; this error ends the run without them.
-            discard(partial_path(directory))
+            discard(self._partial(directory))
             raise CheckpointError(_message(directory, error)) from error
         return strategy.copy_to_host(self._group)
 
@@ -127,12 +145,12 @@ class CheckpointWriter:
         except CheckpointException as error:
             # Writers' failures are collected by megatron-core and raised on all ranks, with details on rank 0.
             self._fail_everywhere(directory, error)
-        sums = self._checksums_of_all_ranks(partial_path(directory))
+        sums = self._checksums_of_all_ranks(self._partial(directory))
         self._on_rank_zero(directory, lambda: self._finish(directory, record, sums))
 
     def _finish(self, directory: Path, record: dict[str, Any], sums: dict[str, str]) -> None:
-        finish_checkpoint(directory, record, sums)
-        prune_checkpoints(directory.parent, self._config.keep_last, self._config.keep_every)
+        finish_checkpoint(directory, record, sums, self._name)
+        prune_checkpoints(directory.parent, self._config.keep_last, self._config.keep_every, self._keep_steps)
 
     def _checksums_of_all_ranks(self, partial: Path) -> dict[str, str]:
         """By file name; each rank reads back what it wrote itself, which its node still has in memory."""
@@ -150,7 +168,7 @@ class CheckpointWriter:
                 action()
             except OSError as error:
                 problem = [_message(directory, f"rank 0: {error}")]
-                discard(partial_path(directory))
+                discard(self._partial(directory))
         dist.broadcast_object_list(problem, src=0, group=self._group)
         if problem[0] is not None:
             raise CheckpointError(problem[0])
@@ -160,13 +178,15 @@ class CheckpointWriter:
         causes = {f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items()}
         message = [_message(directory, "; ".join(sorted(causes)))]
         if dist.get_rank() == 0:
-            discard(partial_path(directory))
+            discard(self._partial(directory))
         dist.broadcast_object_list(message, src=0, group=self._group)
         raise CheckpointError(message[0]) from error
 
 
-def _yield_to_others() -> None:
+def _prepare_thread(device: torch.device) -> None:
     """Let this thread take the time that generation on the same cores leaves over; to Linux a thread is a process."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND_NICENESS)
 
 
@@ -185,12 +205,12 @@ def _staging_strategy() -> Any:
             """Copy the tensors; the returned function writes them, and the ranks of `group` agree on their index."""
             write, preload, arguments = self.writer.get_save_function_and_args()
             copies = [] if preload is None else _private(self.writer.write_buckets, preload())
+            self.writer.write_buckets = copies  # lets go of the policy's own tensors
 
             def commit() -> None:
                 if write is not None:
                     rank, _, results = arguments
                     write(rank, copies, results)
-                    copies.clear()
                 self.planned[2].group = group
                 save_state_dict_async_finalize(*self.planned)
 
@@ -226,9 +246,8 @@ def _bytes_to_write(tensors: dict[str, Any], device: torch.device) -> int:
     return int(total)
 
 
-def _begin(directory: Path, needed: int) -> None:
-    """Create the partial folder and look for space before anything is written, while all ranks can still agree."""
-    partial = begin_checkpoint(directory)
+def _find_space(partial: Path, needed: int) -> None:
+    """Look for space before anything is written, while all ranks can still agree."""
     free = shutil.disk_usage(partial).free
     if free < needed:
         raise OSError(f"{needed / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free on that disk")

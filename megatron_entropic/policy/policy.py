@@ -121,7 +121,12 @@ class Policy:
             template_dir=config.model.hf_dir,
             keep_last=config.checkpoint.keep_last,
         )
-        self._checkpoints = CheckpointWriter(config.checkpoint, timeout_s=config.cluster.checkpoint_timeout_s)
+        self._checkpoints = CheckpointWriter(
+            config.checkpoint,
+            self.platform.device,
+            timeout_s=config.cluster.checkpoint_timeout_s,
+            keep_steps={step - 1 for step in config.train.record_steps},
+        )
         self._scored: EntropyMeasurement | None = None
         self._freshly_scored = False
         self._warming_up = config.warm_start.steps > 0

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training_run import ROOT, Run
+from training_run import ROOT, Run, countdown_settings
 
 
 @pytest.fixture(scope="session")
@@ -27,21 +27,6 @@ def countdown_run(countdown_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 
     def build(name: str, *overrides: str) -> Run:
         directory = tmp_path_factory.mktemp(name) / "run"
-        settings = {
-            "run.output_dir": directory,
-            "model.hf_dir": countdown_dir / "model",
-            "data.train_files": countdown_dir / "train.parquet",
-            "warm_start.file": countdown_dir / "warm_start.parquet",
-            "warm_start.steps": 12,
-            "warm_start.warmup_steps": 3,
-            "reward.verifier": "tests.end_to_end.string_rewards:digit_share",
-            "reward.workers": 1,
-            "rollout.prompts_per_step": 8,
-            "train.steps": 6,
-            "checkpoint.every_steps": 2,
-            "logging.wandb": "off",
-        }
-        arguments = [f"{key}={value}" for key, value in settings.items()]
-        return Run(directory, [str(ROOT / "examples/countdown_cpu.yaml"), *arguments, *overrides])
+        return Run(directory, [*countdown_settings(directory, countdown_dir), *overrides])
 
     return build

@@ -24,6 +24,7 @@ def seen(countdown_run: Callable[..., Run]) -> dict[str, Any]:
         "policy.tensor_parallel=1",
         "policy.pipeline_parallel=3",
         "rollout.engines=1",
+        "cluster.max_engine_restarts=1",
         f"cluster.publish_timeout_s={LIMIT_S}",
     )
     output = run.directory.with_suffix(".json")
@@ -46,10 +47,17 @@ def test_the_error_names_phase_and_process_within_the_limit(seen: dict[str, Any]
     found = seen[victim]
     assert not found["ended early"], found["error"]
     assert found["error"].startswith(
-        ("PeerDied: publish (weights version 2): ", "RunError: publish (weights version 2)")
+        ("PeerDied: publish (weights version 3): ", "RunError: publish (weights version 3)")
     )
     assert name in found["error"]
     assert found["seconds"] < LIMIT_S
+
+
+def test_an_engine_that_is_lost_in_a_publication_is_replaced_and_has_the_new_weights(seen: dict[str, Any]) -> None:
+    replaced = seen["engine"]["replaced"]
+    assert not replaced["ended early"]
+    assert replaced["error"] == "NoneType: None"
+    assert set(replaced["versions"]) == {2}
 
 
 def test_a_half_updated_engine_never_generates(seen: dict[str, Any]) -> None:

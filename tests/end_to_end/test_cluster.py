@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,8 +15,9 @@ import pytest
 import ray
 
 from megatron_entropic.cluster.placement import reserve
+from megatron_entropic.cluster.processes import ActorProcess, StackWriter, dump_stacks, kill_processes
 from megatron_entropic.cluster.session import ray_session
-from megatron_entropic.cluster.waiting import gather
+from megatron_entropic.cluster.waiting import dead_peers, gather, gather_survivors
 from megatron_entropic.config import ClusterConfig, Config
 from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError
 
@@ -35,6 +37,13 @@ class Peer:
 
     def fail(self) -> None:
         raise FileNotFoundError("model.safetensors is gone")
+
+    def lose_a_rank(self) -> None:
+        raise RuntimeError("[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 120000ms for recv")
+
+    def place(self) -> ActorProcess:
+        self._stacks = StackWriter()
+        return self._stacks.place()
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +111,47 @@ def test_a_peers_exception_arrives_with_its_message_and_cause(session: str) -> N
     peer = Peer.options(num_cpus=0).remote()
     with pytest.raises(RunError, match=r"policy start: policy rank 0: FileNotFoundError: model.safetensors is gone"):
         gather({"policy rank 0": peer.fail.remote()}, phase="policy start", timeout_s=60)
+
+
+def test_a_peer_that_waits_for_another_in_vain_is_no_error_of_its_own(session: str) -> None:
+    peer = Peer.options(num_cpus=0).remote()
+    with pytest.raises(PhaseTimeout, match=r"update: policy rank 0: RuntimeError: .*Timed out waiting"):
+        gather({"policy rank 0": peer.lose_a_rank.remote()}, phase="update", timeout_s=60)
+
+
+def test_survivors_answers_are_kept_and_the_lost_are_named(session: str) -> None:
+    quick, slow, dying = (Peer.options(num_cpus=0).remote() for _ in range(3))
+    gather({"quick": quick.answer.remote(), "slow": slow.answer.remote()}, phase="start", timeout_s=60)
+    calls = {"engine 0": quick.answer.remote(), "engine 1": dying.die.remote(), "engine 2": slow.sleep.remote(30)}
+    found, lost = gather_survivors(calls, phase="generate", timeout_s=8)
+    assert found == {"engine 0": "here"}
+    assert isinstance(lost["engine 1"], PeerDied)
+    assert str(lost["engine 2"]) == "generate: no answer within 8 s from engine 2"
+    pings = {"engine 0": quick.answer.remote(), "engine 1": dying.answer.remote(), "engine 2": slow.answer.remote()}
+    assert dead_peers(pings) == ["engine 1"]
+    with pytest.raises(RunError, match="FileNotFoundError"):
+        gather_survivors({"engine 0": quick.fail.remote()}, phase="generate", timeout_s=60)
+
+
+def test_processes_that_hang_say_where_and_can_be_killed(session: str, tmp_path: Path) -> None:
+    peers = {f"engine {index}": Peer.options(num_cpus=0).remote() for index in range(2)}
+    places = answered_places(peers)
+    hanging = {name: peer.sleep.remote(60) for name, peer in peers.items()}
+    time.sleep(1)
+    os.kill(places["engine 1"].pid, signal.SIGSTOP)
+    files = dump_stacks(places, tmp_path / "stacks")
+    assert [path.name for path in files] == ["engine_0.txt", "engine_1.txt"]
+    assert "in sleep" in files[0].read_text()
+    assert "State:\tT (stopped)" in files[1].read_text()
+    kill_processes(places)
+    _, lost = gather_survivors(hanging, phase="generate", timeout_s=30)
+    assert all(isinstance(error, PeerDied) for error in lost.values())
+    assert len(lost) == 2
+    assert "is gone" in dump_stacks(places, tmp_path / "later")[0].read_text()
+
+
+def answered_places(peers: dict[str, ray.actor.ActorHandle]) -> dict[str, ActorProcess]:
+    return gather({name: peer.place.remote() for name, peer in peers.items()}, phase="start", timeout_s=60)
 
 
 def test_too_few_resources_are_refused_with_what_is_needed_and_what_is_there(session: str, tmp_path: Path) -> None:

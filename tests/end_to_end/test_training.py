@@ -18,6 +18,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from chaos import SETTINGS, Chaos
 from training_run import Run
 
 from megatron_entropic.weights.conversion import hf_to_megatron
@@ -32,7 +33,7 @@ time/step_s time/generate_s time/score_s time/update_s time/publish_s weights/ve
 
 @pytest.fixture(scope="module")
 def uninterrupted(countdown_run: Callable[..., Run]) -> Run:
-    run = countdown_run("uninterrupted")
+    run = countdown_run("uninterrupted", "train.record_steps=[3]")
     run.finish()
     return run
 
@@ -115,6 +116,26 @@ def test_score_agrees_over_backends_and_layouts_on_the_export(uninterrupted: Run
                 assert ours["entropies"] == pytest.approx(reference["entropies"], abs=limit)
 
 
+def test_a_recorded_step_is_computed_again_by_one_rank_alone(uninterrupted: Run) -> None:
+    shown = _replay(uninterrupted, step=3)
+    assert shown.returncode == 0, shown.stderr
+    rows = dict(re.findall(r"\u2502 (\S+)(?:, largest over tokens)? +\u2502.*\u2502 +(\S+) \u2502", shown.stdout))
+    assert float(rows["old_logprobs"]) <= 1e-4
+    assert float(rows["entropies"]) <= 1e-4
+    assert float(rows["advantages"]) == 0
+    for name, limit in {"entropy/mean": 1e-5, "entropy/alpha": 1e-4, "loss/policy": 1e-5, "grad_norm": 1e-3}.items():
+        assert abs(float(rows[name])) <= limit, name
+    refused = _replay(uninterrupted, step=2)
+    assert refused.returncode == 2
+    assert "the rollouts of step 2 were not kept (kept: 3)" in refused.stderr
+
+
+def _replay(run: Run, step: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_entropic.cli", "replay", str(run.directory), "--step", str(step)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
 def test_a_finished_run_is_left_alone(uninterrupted: Run) -> None:
     before = (uninterrupted.directory / "metrics.jsonl").read_bytes()
     exported = (uninterrupted.directory / "hf/model.safetensors").stat().st_mtime_ns
@@ -123,58 +144,77 @@ def test_a_finished_run_is_left_alone(uninterrupted: Run) -> None:
     assert (uninterrupted.directory / "hf/model.safetensors").stat().st_mtime_ns == exported
 
 
-@pytest.mark.parametrize("victim", ["driver", "engine"])
-def test_a_killed_run_continues_bit_for_bit(victim: str, uninterrupted: Run, countdown_run: Callable[..., Run]) -> None:
-    run = countdown_run(f"killed_{victim}")
-    process = run.start()
-    step = random.Random(victim).randint(1, 4)
-    try:
-        _wait_for_step(run, process, step)
-        family = psutil.Process(process.pid).children(recursive=True)
-        if victim == "driver":
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(timeout=60)
-        else:
-            engine = next(p for p in family if "EngineWorker" in " ".join(p.cmdline()))
-            engine.kill()
-            assert process.wait(timeout=200) == 1
-    finally:
-        process.kill()
-    _await_end_of(family)
-    if victim == "engine":
-        message = run.log.read_text(encoding="utf-8")
-        assert "engine 0 died" in message
-        assert "Traceback" not in message
-        assert (run.directory / "error.log").exists()
-    run.finish()
-    assert run.reproducible_metrics() == uninterrupted.reproducible_metrics()
-
-
-def test_a_lost_policy_rank_and_a_damaged_checkpoint_do_not_end_the_run(
+def test_a_killed_driver_leaves_no_process_and_the_run_continues_bit_for_bit(
     uninterrupted: Run, countdown_run: Callable[..., Run]
 ) -> None:
-    run = countdown_run("restarted", "cluster.max_restarts=1", "checkpoint.every_steps=1")
+    run = countdown_run("killed_driver", "logging.wandb=offline")
     process = run.start()
     try:
         _wait_for_step(run, process, 3)
         family = psutil.Process(process.pid).children(recursive=True)
-        rank = next(p for p in family if "PolicyWorker" in " ".join(p.cmdline()))
-        process.send_signal(signal.SIGSTOP)  # while nothing can be saved, the newest checkpoint is spoilt
-        rank.kill()
-        time.sleep(1)  # a save that was all but done
-        newest = max((run.directory / "checkpoints").glob("step_*"))
-        tensors = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
-        tensors.write_bytes(bytes(tensors.stat().st_size))
-        process.send_signal(signal.SIGCONT)
-        assert process.wait(timeout=400) == 0, run.log.read_text(encoding="utf-8")
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=60)
     finally:
         process.kill()
-    (row,) = [json.loads(line) for line in (run.directory / "restarts.jsonl").read_text().splitlines()]
-    assert row["cause"] == "PeerDied"
-    assert re.search(r"the process of policy rank \d died", row["message"])
-    assert f"{newest.name} is damaged" in run.log.read_text(encoding="utf-8")
-    assert newest.with_name(f"{newest.name}.damaged").is_dir()
+    _await_end_of(family)
+    run.finish()
     assert run.reproducible_metrics() == uninterrupted.reproducible_metrics()
+    recorded = [path.name for path in run.directory.glob("wandb/offline-run-*/*.wandb")]
+    assert recorded == [f"run-{(run.directory / 'wandb_run_id').read_text().strip()}.wandb"] * 2, "one W&B run"
+
+
+def test_lost_engines_are_replaced_within_the_step_bit_for_bit(
+    uninterrupted: Run, countdown_run: Callable[..., Run]
+) -> None:
+    run = countdown_run("lost_engines", "cluster.max_engine_restarts=1")
+    process = run.start()
+    try:
+        _wait_for_step(run, process, 2)
+        _engine_of(process).kill()
+        _wait_for_step(run, process, 4)
+        family = psutil.Process(process.pid).children(recursive=True)
+        _engine_of(process).kill()
+        assert process.wait(timeout=200) == 1
+    finally:
+        process.kill()
+    _await_end_of(family)
+    rows = run.metrics()
+    assert sum(row["cluster/engine_restarts"] for row in rows) == 1
+    (row,) = [json.loads(line) for line in (run.directory / "restarts.jsonl").read_text().splitlines()]
+    assert row["restarted"] == "engine"
+    message = run.log.read_text(encoding="utf-8")
+    assert "engine 0 died" in message
+    assert "Traceback" not in message
+    assert (run.directory / "error.log").exists()
+    run.finish()
+    assert run.reproducible_metrics() == uninterrupted.reproducible_metrics()
+
+
+def _engine_of(process: subprocess.Popen[str]) -> psutil.Process:
+    family = psutil.Process(process.pid).children(recursive=True)
+    return next(child for child in family if "EngineWorker" in " ".join(child.cmdline()))
+
+
+def test_faults_of_every_kind_leave_no_trace(uninterrupted: Run, countdown_run: Callable[..., Run]) -> None:
+    run = countdown_run("chaos", *SETTINGS, "train.steps=20")
+    chaos = Chaos(run, ["stop_policy_rank", "fill_disk", "spoil_checkpoint", "kill_policy_rank"], random.Random(3))
+    chaos.go()
+    assert not chaos.violations
+    assert [row["step"] for row in run.metrics()] == list(range(1, 21))
+    assert run.reproducible_metrics()[:6] == uninterrupted.reproducible_metrics()
+    causes = [json.loads(line) for line in (run.directory / "restarts.jsonl").read_text().splitlines()]
+    assert {row["restarted"] for row in causes} == {"run"}
+    assert any(re.search(r"the process of policy rank \d died", row["message"]) for row in causes)
+    (silence,) = [row["message"] for row in causes if row["cause"] == "PhaseTimeout"]
+    folder = re.search(r"what every process was doing is in (\S+): engine_0.txt, policy_rank_0.txt", silence)
+    assert folder, silence
+    stacks = {path.name: path.read_text() for path in Path(folder[1]).iterdir()}
+    assert sum("State:\tT (stopped)" in text for text in stacks.values()) == 1
+    assert any("most recent call first" in text for text in stacks.values())
+    log = run.log.read_text(encoding="utf-8")
+    assert re.search(r"error: .*policy rank \d: CheckpointError: checkpoint \S+ could not be written: rank \d", log)
+    assert re.search(r"step_\d+ is damaged: \S+ changed after it was written; it is set aside", log)
+    assert chaos.summary["checkpoints set aside"] == 1
 
 
 def test_taking_turns_on_the_same_devices_changes_nothing(

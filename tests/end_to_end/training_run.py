@@ -11,8 +11,27 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-VARYING = ("time/", "throughput/", "memory/")
+VARYING = ("time/", "throughput/", "memory/", "cluster/")
 """Metrics that no two runs share."""
+
+
+def countdown_settings(directory: Path, assets: Path) -> list[str]:
+    """Arguments of a small run of examples/countdown_cpu.yaml: 12 supervised steps, 6 rollouts of 64 responses."""
+    settings = {
+        "run.output_dir": directory,
+        "model.hf_dir": assets / "model",
+        "data.train_files": assets / "train.parquet",
+        "warm_start.file": assets / "warm_start.parquet",
+        "warm_start.steps": 12,
+        "warm_start.warmup_steps": 3,
+        "reward.verifier": "tests.end_to_end.string_rewards:digit_share",
+        "reward.workers": 1,
+        "rollout.prompts_per_step": 8,
+        "train.steps": 6,
+        "checkpoint.every_steps": 2,
+        "logging.wandb": "off",
+    }
+    return [str(ROOT / "examples/countdown_cpu.yaml"), *(f"{key}={value}" for key, value in settings.items())]
 
 
 @dataclass
@@ -21,12 +40,14 @@ class Run:
 
     directory: Path
     arguments: list[str]
+    inside: tuple[str, ...] = ()
+    """What the command runs in: a program that executes its arguments."""
 
     def start(self) -> subprocess.Popen[str]:
         """Start `megatron-entropic train`; output goes to train.log beside the run directory."""
         with self.log.open("a", encoding="utf-8") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "megatron_entropic.cli", "train", *self.arguments],
+                [*self.inside, sys.executable, "-m", "megatron_entropic.cli", "train", *self.arguments],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
                 stdout=log,

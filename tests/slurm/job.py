@@ -10,10 +10,10 @@ from typing import Any
 from private_cluster import PrivateCluster
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 8
+STEPS = 20
 LIMIT_S = 600
 """Of every wait; the machine may be busy with other things."""
-VARYING = ("time/", "throughput/", "memory/")
+VARYING = ("time/", "throughput/", "memory/", "cluster/")
 """Metrics that no two runs share."""
 
 
@@ -76,6 +76,10 @@ class Job:
     def await_restart(self, restarts: int) -> None:
         """Waits until the job runs again after so many restarts."""
         self._await(lambda: self.restarts() >= restarts and self.state() == "RUNNING", f"restart {restarts}")
+
+    def await_restart_count(self, restarts: int) -> None:
+        """Waits until Slurm has put the job back into the queue so many times; it need not run again yet."""
+        self._await(lambda: self.restarts() >= restarts, f"restart {restarts}")
 
     def await_end(self) -> None:
         """Waits until Slurm calls the job neither waiting nor running nor ending."""

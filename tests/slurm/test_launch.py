@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from job import STEPS, Job
 from private_cluster import PrivateCluster
 
 
-def test_a_policy_over_two_nodes_trains_to_the_end(finished: Job, record_property) -> None:
+def test_a_policy_over_two_nodes_trains_to_the_end(
+    finished: Job, record_property: Callable[[str, object], None]
+) -> None:
+    reported = re.search(r"first step of this start after \d+ s, (\d+) s after the job was queued", finished.log())
+    assert reported, finished.log()
+    record_property("seconds from submission to the first step", int(reported[1]))
     rows = finished.metrics()
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert all(row["mismatch/logprob_abs_max"] <= 1e-3 for row in rows)

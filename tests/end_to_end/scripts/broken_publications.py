@@ -29,29 +29,39 @@ def pid_of(actor: Any) -> int:
     return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=60))
 
 
+def broken_publication(weights: Any, version: int, actor: Any, config: Config) -> dict[str, Any]:
+    """Publishes while the process of `actor` is stopped and then killed."""
+    seen: dict[str, Any] = {}
+    pid = pid_of(actor)
+    os.kill(pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as threads:
+        publishing = threads.submit(weights.publish, version=version)
+        time.sleep(3)
+        seen["ended early"] = publishing.done()
+        killed = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        error = publishing.exception(timeout=config.cluster.publish_timeout_s + 60)
+    seen["seconds"] = time.monotonic() - killed
+    seen["error"] = f"{type(error).__name__}: {error}"
+    return seen
+
+
 def broken_start(config: Config, victim: str) -> dict[str, Any]:
-    """Publishes and generates, then publishes while `victim` (policy or engine) is stopped and killed."""
+    """Publishes and generates, then publishes while `victim` (policy or engine) is lost; one engine may be replaced."""
     from megatron_entropic.cluster.launch import launch
     from megatron_entropic.cluster.weight_publisher import WeightPublisher
 
     prompts = [Prompt(index, [3, 4, 5], "", None) for index in range(2)]
-    seen: dict[str, Any] = {}
     with launch(config) as (policy, engines):
         weights = WeightPublisher(policy, engines, config.cluster)
         weights.publish(version=1)
-        seen["versions"] = [sample.weights_version for sample in engines.generate(prompts, 1)]
+        seen: dict[str, Any] = {"versions": [sample.weights_version for sample in engines.generate(prompts, 1)]}
+        if victim == "engine":
+            seen["replaced"] = broken_publication(weights, 2, engines._actors[0], config)
+            seen["replaced"]["versions"] = [s.weights_version for s in engines.generate(prompts, 1)]
         # The second stage's rank: the buckets of the others arrive, its own do not.
-        pid = pid_of(policy._actors[1] if victim == "policy" else engines._actors[0])
-        os.kill(pid, signal.SIGSTOP)
-        with ThreadPoolExecutor(1) as threads:
-            publishing = threads.submit(weights.publish, version=2)
-            time.sleep(3)
-            seen["ended early"] = publishing.done()
-            killed = time.monotonic()
-            os.kill(pid, signal.SIGKILL)
-            error = publishing.exception(timeout=config.cluster.publish_timeout_s + 60)
-        seen["seconds"] = time.monotonic() - killed
-        seen["error"] = f"{type(error).__name__}: {error}"
+        actor = policy._actors[1] if victim == "policy" else engines._actors[0]
+        seen |= broken_publication(weights, 3, actor, config)
         try:
             engines.generate(prompts, 2)
         except RunError as refusal:

@@ -99,7 +99,7 @@ def test_entropy_profile(samples: list[Sample]) -> None:
 def test_importance_is_reported_before_truncation_and_only_where_it_is_used(samples: list[Sample]) -> None:
     config = _config()
     batch = training_batch(samples, config)
-    attach_scores(batch, Scores([torch.zeros(s.response_length) for s in batch], []), None)
+    attach_scores(batch, Scores([torch.zeros(s.response_length) for s in batch], []))
     assert importance(batch, config) == {}
     config.rollout.importance_correction = "tis"
     metrics = importance(batch, config)
@@ -124,7 +124,7 @@ def test_mismatch_compares_score_pass_and_engine_over_all_tokens(samples: list[S
     batch = training_batch(samples, _config())
     logprobs = [torch.full((sequence.response_length,), -0.5) for sequence in batch]
     logprobs[3][2] = -0.6
-    attach_scores(batch, Scores(logprobs, logprobs), None)
+    attach_scores(batch, Scores(logprobs, logprobs))
     metrics = mismatch(batch)
     assert metrics["mismatch/logprob_abs_max"] == pytest.approx(0.1, rel=1e-5)
     assert metrics["mismatch/logprob_abs_mean"] == pytest.approx(0.01, rel=1e-5)

@@ -65,6 +65,18 @@ def test_an_interrupted_save_is_started_afresh(tmp_path):
     assert not (directory / "old").exists()
 
 
+def test_a_writer_that_outlived_its_run_does_not_meddle(tmp_path):
+    directory = checkpoint_path(tmp_path, 2)
+    (begin_checkpoint(directory, "old") / "0.bin").write_text("half")
+    (begin_checkpoint(directory, "new") / "0.bin").write_text("whole")
+    finish_checkpoint(directory, {"step": 2}, writer="new")
+    prune_checkpoints(tmp_path, 2)
+    assert (directory / "0.bin").read_text() == "whole"
+    with pytest.raises(FileNotFoundError):
+        finish_checkpoint(directory, {"step": 2}, writer="old")
+    assert intact_checkpoint(tmp_path, lambda error: None) == directory
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     save(tmp_path, 2, "first")
     directory = save(tmp_path, 2, "second")
@@ -117,6 +129,8 @@ def test_every_nth_is_kept_for_ever(tmp_path):
         save(tmp_path, step)
     prune_checkpoints(tmp_path, 1, keep_every=3)
     assert complete_checkpoints(tmp_path) == [checkpoint_path(tmp_path, step) for step in (3, 6, 7)]
+    prune_checkpoints(tmp_path, 1, keep_steps={3})
+    assert complete_checkpoints(tmp_path) == [checkpoint_path(tmp_path, step) for step in (3, 7)]
 
 
 def test_a_changed_byte_is_found_and_the_checkpoint_before_is_used(tmp_path):
