@@ -15,9 +15,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from megatron_entropic.errors import PhaseTimeout
 from megatron_entropic.weights.transport import FlatContents, GlooReceiver
 
 _POLL_S = 0.5
+_GRACE_S = 1.0
+"""How much longer than a receiver the caller waits, so that the more telling error of the receiver comes first."""
 
 
 class Arrivals:
@@ -31,6 +34,8 @@ class Arrivals:
             contents: for each of them the buckets that it will send.
         """
         self._count = sum(map(len, contents))
+        self._limit_s = max(receiver.timeout_s for receiver in receivers) + _GRACE_S
+        self._missing = {receiver.sender: len(buckets) for receiver, buckets in zip(receivers, contents, strict=True)}
         self._arrived: queue.Queue[tuple[FlatContents, torch.Tensor] | Exception] = queue.Queue(maxsize=1)
         self._abandoned = threading.Event()
         for receiver, buckets in zip(receivers, contents, strict=True):
@@ -41,21 +46,34 @@ class Arrivals:
         """Buckets as they arrive.
 
         Raises:
-            PhaseTimeout, PeerDied, ValueError: the first failure of a receiver.
+            PhaseTimeout, PeerDied, ValueError: the first failure of a receiver; or nothing came for longer than the
+                receivers' limit.
         """
         try:
-            for _ in range(self._count):
-                arrival = self._arrived.get()
+            for number in range(self._count):
+                arrival = self._next(number)
                 if isinstance(arrival, Exception):
                     raise arrival
                 yield arrival
         finally:
             self._abandoned.set()
 
+    def _next(self, number: int) -> tuple[FlatContents, torch.Tensor] | Exception:
+        """Whatever arrives next. torch's store has no limit once the process that holds it stands still."""
+        try:
+            return self._arrived.get(timeout=self._limit_s)
+        except queue.Empty as error:
+            senders = " and ".join(sender for sender, count in self._missing.items() if count)
+            raise PhaseTimeout(
+                f"publish: bucket {number} of {self._count}: an engine worker waited {self._limit_s:g} s for {senders}"
+            ) from error
+
     def _receive(self, receiver: GlooReceiver, buckets: Sequence[FlatContents]) -> None:
         try:
             for contents in buckets:
-                if not self._hand_over((contents, receiver.receive(contents))):
+                flat = receiver.receive(contents)
+                self._missing[receiver.sender] -= 1
+                if not self._hand_over((contents, flat)):
                     return
         except Exception as error:  # noqa: BLE001 - raised again where the buckets are consumed
             self._hand_over(error)

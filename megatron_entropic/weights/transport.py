@@ -294,6 +294,16 @@ class GlooReceiver:
         self._channel = Channel(group, block if through_block else None)
         self._memory = FlatMemory()
 
+    @property
+    def sender(self) -> str:
+        """Name and address of the sending rank."""
+        return self._sender
+
+    @property
+    def timeout_s(self) -> float:
+        """Limit of each wait, seconds."""
+        return self._timeout_s
+
     def receive(self, contents: FlatContents) -> torch.Tensor:
         """The next flat buffer, [contents.elements] on the CPU.
 

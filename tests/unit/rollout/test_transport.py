@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +17,7 @@ import torch
 
 from megatron_entropic.errors import PeerDied, PhaseTimeout
 from megatron_entropic.weights import transport
+from megatron_entropic.weights.receiving import Arrivals
 from megatron_entropic.weights.shared_block import SharedBlock
 from megatron_entropic.weights.transport import FlatContents, GlooReceiver, GlooSender
 
@@ -124,6 +128,33 @@ def test_sender_without_receivers_says_how_far_each_has_come(background):
         (PhaseTimeout, PeerDied), match=r"broadcast 0, a.weight .*broadcasts begun by engine worker: 1: 1, 2: 0"
     ):
         sender.send(large, torch.zeros(large.elements))
+
+
+STANDING_SENDER = """
+import time, torch
+from megatron_entropic.weights.transport import FlatContents, GlooSender
+sender = GlooSender("127.0.0.1", 1, 60.0, name="policy rank 3")
+print(sender.address[1], flush=True)
+sender.accept()
+sender.send(FlatContents(("a.weight", "b.bias"), ((2, 3), (5,)), "float32"), torch.zeros(11))
+print("sent", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_sender_that_stands_still_is_named_within_the_limit():
+    with subprocess.Popen([sys.executable, "-c", STANDING_SENDER], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        receiver = GlooReceiver(HOST, int(process.stdout.readline()), 1, 1, HASTY_S)
+        arrivals = iter(Arrivals([receiver], [[CONTENTS, CONTENTS]]))
+        next(arrivals)
+        assert process.stdout.readline() == "sent\n"
+        process.send_signal(signal.SIGSTOP)
+        started = time.monotonic()
+        with pytest.raises(PhaseTimeout, match=r"publish: .*1.* engine worker.* waited .* for policy rank 3"):
+            next(arrivals)
+        assert time.monotonic() - started < HASTY_S + 10
+        process.kill()
 
 
 def test_receiver_of_a_sender_that_left_does_not_wait_for_the_limit(background):
