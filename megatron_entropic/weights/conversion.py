@@ -27,8 +27,12 @@ from megatron_entropic.weights.safetensors_files import DTYPE_NAMES, Safetensors
 from megatron_entropic.weights.torch_dist_names import places_to_write
 from megatron_entropic.weights.torch_dist_writer import Chunk, write_torch_dist
 
-PIECE_BYTES = 64 * 2**20
-"""Memory of a piece; a thread holds about three of them at most."""
+PIECE_BYTES = 16 * 2**20
+"""Memory of a piece; a thread holds about three of them at most.
+
+From 32 MiB on, the C library gives memory back as soon as it is free, and every new piece would cost page faults that
+take four times as long as copying it.
+"""
 _ADVICE = ", or be given one with --dtype"
 
 Report = Callable[[int], None]
