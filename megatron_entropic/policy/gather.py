@@ -1,19 +1,19 @@
 """From parameters spread over tensor and pipeline ranks to whole Hugging Face tensors, one flat bucket at a time.
 
 owner stage:    shards of a bucket, flat --one gather over TP--> unshard --> Hugging Face tensors, flat
-                experts: over expert TP x EP instead
+                experts: over expert TP x EP instead; where the ranks share memory, each writes its part of them
                 --one send--> first stage, unless each stage's own first tensor rank is where they are wanted
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from math import prod
 
 import torch
 import torch.distributed as dist
 
 from megatron_entropic.policy.parallel import ParallelState
+from megatron_entropic.policy.shared_flats import SharedFlats
 from megatron_entropic.policy.transformer_config import DTYPES
 from megatron_entropic.weights.parameter_map import ParameterMap
 from megatron_entropic.weights.plan import Bucket, PublishPlan
@@ -28,6 +28,8 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
+        self.shared: dict[bool, SharedFlats] = {}
+        """For buckets of experts (True) and dense ones: where all ranks of a gathering write, if they can."""
 
     def take(self, purpose: str, elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """[elements] with arbitrary values, until the next call with the same purpose."""
@@ -44,10 +46,13 @@ class Workspace:
 
 def sends_weights(parallel: ParallelState) -> bool:
     """Whether this rank takes part in a gather: of those that hold the same parameters, the first one sends."""
-    return _sends_dense(parallel) or parallel.expert_data_rank == 0
+    return any(takes_part(parallel, of_experts=of_experts) for of_experts in (False, True))
 
 
-def _sends_dense(parallel: ParallelState) -> bool:
+def takes_part(parallel: ParallelState, *, of_experts: bool) -> bool:
+    """Whether this rank's copy of its stage's experts, or of the rest, is the one that is gathered."""
+    if of_experts:
+        return parallel.expert_data_rank == 0
     return parallel.data_rank == 0 and parallel.context_rank == 0
 
 
@@ -81,13 +86,15 @@ def gather_bucket(
     """
     where = f"{phase}: bucket {bucket.index} ({bucket.items[0].entry.megatron_name} ..)"
     flat = None
-    holds = parallel.expert_data_rank == 0 if bucket.of_experts else _sends_dense(parallel)
-    if parallel.pipeline_rank == bucket.owner_stage and holds:
+    if parallel.pipeline_rank == bucket.owner_stage and takes_part(parallel, of_experts=bucket.of_experts):
         peers = "the expert-parallel ranks of its stage" if bucket.of_experts else "the tensor ranks of its stage"
         with named_wait(where, f"policy {parallel.describe()}", peers):
-            shards = _gather_shards(bucket, values, parallel, workspace)
-        if shards is not None:
-            flat = _join(bucket, shards, parameter_map, workspace)
+            flats = workspace.shared.get(bucket.of_experts)
+            if flats is not None:
+                whole = _write_together(bucket, values, parameter_map, parallel, flats)
+                flat = whole if parallel.is_first_of_stage else None
+            elif (shards := _gather_shards(bucket, values, parallel, workspace)) is not None:
+                flat = _join(bucket, shards, parameter_map, workspace)
     if not to_first_stage or bucket.owner_stage == 0 or not parallel.is_first_of_stage:
         return flat
     return _send_to_first_stage(bucket, flat, values, parallel, where, workspace)
@@ -135,15 +142,34 @@ def _gather_shards(
 def _join(bucket: Bucket, shards: torch.Tensor, parameter_map: ParameterMap, workspace: Workspace) -> torch.Tensor:
     """[bucket.elements]: whole Hugging Face tensors without padding, from shards [ranks, shard_elements]."""
     flat = workspace.take(f"flat {bucket.index % 2}", bucket.elements, shards.dtype, shards.device)
-    pieces = flat.split([prod(shape) for shape in bucket.hf_shapes])
-    tensors = {
-        name: piece.view(shape) for name, shape, piece in zip(bucket.hf_names, bucket.hf_shapes, pieces, strict=True)
-    }
     owners = 1 + max(item.expert_rank for item in bucket.items)
+    tensors = dict(FlatContents.of_bucket(bucket).split(flat))
     for owner, of_owner in enumerate(shards.unflatten(0, (owners, -1))):
-        items = bucket.held_by(owner)
-        for item, parts in zip(items, of_owner.split([i.shard_elements for i in items], dim=1), strict=True):
-            parameter_map.to_hf(item.entry, [part.view(item.shard_shape) for part in parts], tensors)
+        for tensor_rank, shard in enumerate(of_owner):
+            held = bucket.held_by(owner)
+            parts = shard.split([item.shard_elements for item in held])
+            for item, part in zip(held, parts, strict=True):
+                value = part.view(item.shard_shape)
+                parameter_map.write_to_hf(item.entry, value, tensors, tensor_rank, of_owner.shape[0])
+    return flat
+
+
+def _write_together(
+    bucket: Bucket,
+    values: Mapping[str, torch.Tensor],
+    parameter_map: ParameterMap,
+    parallel: ParallelState,
+    flats: SharedFlats,
+) -> torch.Tensor:
+    """[bucket.elements] in memory that all ranks of the gathering see; each has written its own part."""
+    flat = flats.take(bucket.index % 2, bucket.elements, DTYPES[bucket.dtype])
+    flats.wait_for_all()  # the first rank comes when the memory is free
+    tensors = dict(FlatContents.of_bucket(bucket).split(flat))
+    place = parallel.tensor_place(of_expert=bucket.of_experts)
+    for item in bucket.held_by(parallel.expert_rank):
+        value = values[item.entry.megatron_name].detach()
+        parameter_map.write_to_hf(item.entry, value, tensors, *place)
+    flats.wait_for_all()
     return flat
 
 

@@ -17,9 +17,10 @@ from typing import Any, Protocol
 import torch
 
 from megatron_entropic.config import PublishMode
-from megatron_entropic.policy.gather import Workspace, gather_bucket, sends_weights
+from megatron_entropic.policy.gather import Workspace, gather_bucket, sends_weights, takes_part
 from megatron_entropic.policy.load_weights import named_entries
 from megatron_entropic.policy.parallel import ParallelState
+from megatron_entropic.policy.shared_flats import SharedFlats
 from megatron_entropic.weights.checksums import checksums
 from megatron_entropic.weights.parameter_map import ParameterMap
 from megatron_entropic.weights.plan import Bucket, PublishPlan
@@ -92,6 +93,7 @@ class Publisher:
         self._sender_type = sender_type
         self._to_first_stage = not sender_type.parallel_stages
         self._workspace = Workspace()
+        self._looked_for_shared_memory = False
         self._sender: WeightSender | None = None
 
     def open(self, receivers: int) -> dict[str, Any]:
@@ -140,6 +142,7 @@ class Publisher:
             entry.megatron_name: parameter
             for entry, parameter in named_entries(self._model, self._parameter_map, self._parallel)
         }
+        self._share_memory(next(iter(values.values())).device)
         with ThreadPoolExecutor(1) as background:
             sending: Future[int] | None = None
             for bucket in self._buckets():
@@ -167,6 +170,20 @@ class Publisher:
         if next(iter(values.values())).device.type != "cpu":
             self._workspace.release()  # a CUDA allocator has its own way of keeping memory at hand
         return published
+
+    def _share_memory(self, device: torch.device) -> None:
+        """At the first publication, find out which ranks of this stage can write into one buffer."""
+        if self._looked_for_shared_memory or device.type != "cpu":
+            return
+        self._looked_for_shared_memory = True
+        parallel = self._parallel
+        own = [bucket for bucket in self._buckets() if bucket.owner_stage == parallel.pipeline_rank]
+        for of_experts, group in {False: parallel.tensor_group, True: parallel.expert_group}.items():
+            sizes = [bucket.bytes for bucket in own if bucket.of_experts is of_experts]
+            if not sizes or group.size() == 1 or not takes_part(parallel, of_experts=of_experts):
+                continue
+            if (flats := SharedFlats.open(group, max(sizes))) is not None:
+                self._workspace.shared[of_experts] = flats
 
     def close(self) -> None:
         """Leave the transfer group."""

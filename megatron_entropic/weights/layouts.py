@@ -151,13 +151,17 @@ def slice_for_rank(tensor: Tensor, partition_dim: int | None, tp_rank: int, tp_s
     return torch.cat([piece, piece.new_zeros(shape)], dim=partition_dim)
 
 
-def join_slices(slices: Sequence[Tensor], partition_dim: int | None, whole: Tensor) -> None:
-    """Inverse of `slice_for_rank` over all ranks: fills `whole`, a tensor without padding."""
+def write_slice(whole: Tensor, piece: Tensor, partition_dim: int | None, tp_rank: int, tp_size: int) -> None:
+    """Put slice `tp_rank` of `tp_size` into a tensor without padding; the inverse of `slice_for_rank` over all ranks.
+
+    What every rank holds in full is written by rank 0.
+    """
     if partition_dim is None:
-        whole.copy_(slices[0])
+        if tp_rank == 0:
+            whole.copy_(piece)
         return
-    start, length = 0, whole.shape[partition_dim]
-    for piece in slices:
-        kept = min(piece.shape[partition_dim], length - start)
-        whole.narrow(partition_dim, start, kept).copy_(piece.narrow(partition_dim, 0, kept))
-        start += kept
+    length = whole.shape[partition_dim]
+    width = -(-length // tp_size)
+    start = min(tp_rank * width, length)
+    kept = min(width, length - start)
+    whole.narrow(partition_dim, start, kept).copy_(piece.narrow(partition_dim, 0, kept))

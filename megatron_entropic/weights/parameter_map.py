@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from megatron_entropic.weights.architectures import ARCHITECTURES, Row
 from megatron_entropic.weights.dimensions import ModelDimensions
-from megatron_entropic.weights.layouts import Layout, Shape, join_slices, slice_for_rank
+from megatron_entropic.weights.layouts import Layout, Shape, slice_for_rank, write_slice
 
 # Transformer Engine's layer specs fuse a norm into the linear layer behind it.
 _FUSED_NORMS = {
@@ -185,19 +185,18 @@ class ParameterMap:
         parts = [slice_for_rank(hf[name], dim, tp_rank, tp_size) for name in entry.hf_names]
         return entry.layout.combine(self.dimensions, parts)
 
-    def to_hf(self, entry: Entry, shards: Sequence[Tensor], hf: Mapping[str, Tensor]) -> None:
-        """Fill the entry's tensors in `hf` from the parameter of every TP rank, in rank order; padding is dropped.
+    def write_to_hf(self, entry: Entry, shard: Tensor, hf: Mapping[str, Tensor], tp_rank: int, tp_size: int) -> None:
+        """Put one TP rank's parameter into the entry's tensors in `hf`; with all ranks' they are complete.
 
-        Every value is copied once, into the tensors' dtype. Replicated parameters are taken from rank 0.
+        Padding is dropped; values are copied once, into the tensors' dtype.
 
         Raises:
-            ValueError: the model cannot be laid out over that many ranks.
+            ValueError: the model cannot be laid out over `tp_size` ranks.
         """
-        self._check_tensor_parallel(entry, len(shards))
-        dim = entry.layout.partition_dim
-        per_rank = [entry.layout.separate(self.dimensions, shard) for shard in shards]
-        for index, name in enumerate(entry.hf_names):
-            join_slices([parts[index] for parts in per_rank], dim, hf[name])
+        self._check_tensor_parallel(entry, tp_size)
+        parts = entry.layout.separate(self.dimensions, shard)
+        for name, part in zip(entry.hf_names, parts, strict=True):
+            write_slice(hf[name], part, entry.layout.partition_dim, tp_rank, tp_size)
 
     def _check_tensor_parallel(self, entry: Entry, size: int) -> None:
         if entry.expert is None:

@@ -27,7 +27,7 @@ from megatron_entropic.weights.transport import FlatContents, GlooReceiver
 
 BUCKET_BYTES = 200_000
 RECEIVERS = 2
-CALLS = ("gather", "all_gather", "send")
+CALLS = ("gather", "barrier", "all_gather", "send")
 
 
 class Counted:
@@ -46,7 +46,8 @@ class Counted:
         return call
 
 
-def receive(senders: list[dict[str, Any]], plan: PublishPlan, rank: int) -> dict[str, torch.Tensor]:
+def receive(senders: list[dict[str, Any]], plan: PublishPlan, rank: int) -> list[dict[str, torch.Tensor]]:
+    """What arrives in two publications."""
     receivers = [
         GlooReceiver(sender["master_address"], sender["master_port"], rank, RECEIVERS, sender["timeout_s"])
         for sender in senders
@@ -55,7 +56,10 @@ def receive(senders: list[dict[str, Any]], plan: PublishPlan, rank: int) -> dict
         [FlatContents.of_bucket(bucket) for bucket in plan.buckets if bucket.owner_stage == stage]
         for stage in range(len(senders))
     ]
-    return {name: tensor for bucket, flat in Arrivals(receivers, contents) for name, tensor in bucket.split(flat)}
+    return [
+        {name: tensor for bucket, flat in Arrivals(receivers, contents) for name, tensor in bucket.split(flat)}
+        for _ in range(2)
+    ]
 
 
 def differences(hf_dir: Path, received: dict[str, torch.Tensor]) -> list[str]:
@@ -129,13 +133,18 @@ def publish_layout(
         before = dict(counted.calls)
         published = publisher.publish(with_checksums=True)
         found["calls"] = {name: counted.calls[name] - before[name] for name in CALLS}
+        # As if the ranks were on several machines.
+        publisher._workspace.shared.clear()
+        before = dict(counted.calls)
+        publisher.publish()
+        found["calls between machines"] = {name: counted.calls[name] - before[name] for name in CALLS}
         found["elements"] = [published.elements, published.sent_elements]
         found["checksums"] = published.checksums == checksums(
             (name, tensor)
             for name, tensor in load_file(hf_dir / "model.safetensors").items()
             if name in published.checksums
         )
-        found["differences"] = [differences(hf_dir, future.result()) for future in pending]
+        found["differences"] = [differences(hf_dir, received) for future in pending for received in future.result()]
     publisher.close()
     if policy.pipeline_parallel > 1 and policy.tensor_parallel > 1:
         found["exports"] = exports(model, plan, parameter_map, parallel, hf_dir)

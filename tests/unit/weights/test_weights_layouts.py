@@ -15,8 +15,8 @@ from megatron_entropic.weights.layouts import (
     Replicated,
     RowShard,
     VocabularyShard,
-    join_slices,
     slice_for_rank,
+    write_slice,
 )
 
 LAYOUTS: dict[str, Layout] = {
@@ -89,7 +89,8 @@ def hf_of(layout: Layout, dims: ModelDimensions, shards: list[torch.Tensor]) -> 
     separated = [layout.separate(dims, shard) for shard in shards]
     tensors = [torch.empty(shape, dtype=shards[0].dtype) for shape in layout.hf_shapes(dims)]
     for index, tensor in enumerate(tensors):
-        join_slices([parts[index] for parts in separated], layout.partition_dim, tensor)
+        for rank, parts in enumerate(separated):
+            write_slice(tensor, parts[index], layout.partition_dim, rank, len(shards))
     return tensors
 
 
