@@ -254,7 +254,8 @@ def main() -> int:
     parser.add_argument("--output-dir", type=Path, required=True)
     options = parser.parse_args()
     draw = random.Random(options.seed)
-    assets = options.output_dir / "assets"
+    folder = options.output_dir.absolute()
+    assets = folder / "assets"
     prepare = [sys.executable, str(ROOT / "examples/countdown/prepare.py"), "--output", str(assets)]
     subprocess.run(prepare, check=True, timeout=300)
     # A step takes a second or two, a fault waits for one; what is left over is done in peace.
@@ -272,7 +273,7 @@ def main() -> int:
     for name, count in chaos.summary.items():
         console.print(f"{count:4d}  {name}")
     console.print(f"{len(run.metrics())} steps; violations: {chaos.violations or 'none'}", soft_wrap=True)
-    (options.output_dir / "summary.json").write_text(
+    (folder / "summary.json").write_text(
         json.dumps({"summary": chaos.summary, "violations": chaos.violations}, indent=1), encoding="utf-8"
     )
     return 1 if chaos.violations else 0
