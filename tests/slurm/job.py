@@ -81,6 +81,10 @@ class Job:
         """Waits until Slurm has put the job back into the queue so many times; it need not run again yet."""
         self._await(lambda: self.restarts() >= restarts, f"restart {restarts}")
 
+    def await_log(self, words: str) -> None:
+        """Waits until the batch script or the driver has printed the words."""
+        self._await(lambda: words in self.log(), f"{words!r} in the log")
+
     def await_end(self) -> None:
         """Waits until Slurm calls the job neither waiting nor running nor ending."""
         self._await(

@@ -32,6 +32,7 @@ def test_a_disturbed_job_has_the_metrics_of_an_undisturbed_one(
 
     # Slurm's own signal before the end of the time limit, which --signal wants 15 minutes before it. Slurm looks at
     # limits twice a minute: the job may be starting or at work when it comes.
+    job.await_log("restart 1, nodes")
     cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
     job.await_restart_count(2)
     cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=120")
