@@ -120,6 +120,7 @@ class Chaos:
     def spoil_checkpoint(self, process: subprocess.Popen[str]) -> None:
         """The newest checkpoint gets other bytes, and the driver is killed so that it is needed."""
         process.send_signal(signal.SIGSTOP)
+        time.sleep(2)  # ranks complete what they are writing, and nobody asks them for more
         complete = complete_checkpoints(self.run.directory / "checkpoints")
         if len(complete) > 1:
             tensors = max(complete[-1].glob("*.distcp"), key=lambda path: path.stat().st_size)
