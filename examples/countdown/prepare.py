@@ -16,22 +16,19 @@ The files are a function of the seed and of this script; a second call finds the
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import random
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, Qwen3Config
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from character_task import END, UNKNOWN, verl_row, write_files, write_model, written_once
 
 DIGITS_PER_PROBLEM = 3
 OPERATORS = "+-*"
-# The end is the only special token: any other is seen by the verifier, so none can pass unnoticed in a right answer.
-END, UNKNOWN = "$", "?"
 # 19 characters, so that every tensor-parallel size has to pad the vocabulary.
 VOCABULARY = "0123456789+-*/,>:" + END + UNKNOWN
 MODEL = {
@@ -45,8 +42,6 @@ MODEL = {
     "tie_word_embeddings": True,
     "rms_norm_eps": 1e-6,
 }
-EMBEDDING_STD = 0.05
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -100,23 +95,14 @@ def problems(generator: random.Random) -> Iterator[Problem]:
             yield Problem(tuple(numbers), target, solution)
 
 
-def verl_row(problem: Problem, split: str, index: int) -> dict[str, Any]:
+def row(problem: Problem, split: str, index: int) -> dict[str, Any]:
     """One row of a prompt file."""
-    ground_truth = json.dumps({"numbers": list(problem.numbers), "target": problem.target})
-    return {
-        "data_source": "countdown",
-        "prompt": [{"role": "user", "content": problem.prompt}],
-        "ability": "math",
-        "reward_model": {"style": "rule", "ground_truth": ground_truth},
-        "extra_info": {"split": split, "index": index},
-    }
+    truth = {"numbers": list(problem.numbers), "target": problem.target}
+    return verl_row("countdown", problem.prompt, truth, split, index)
 
 
 def write_data(output: Path, seed: int, sizes: Sizes) -> None:
     """The three parquet files."""
-    import pyarrow
-    import pyarrow.parquet
-
     stream = problems(random.Random(seed))
     heldout: dict[tuple[tuple[int, ...], int], Problem] = {}
     while len(heldout) < sizes.heldout:
@@ -126,81 +112,22 @@ def write_data(output: Path, seed: int, sizes: Sizes) -> None:
     train = [next(others) for _ in range(sizes.train)]
     pairs = [next(others) for _ in range(sizes.warm_start)]
     files = {
-        "train": [verl_row(problem, "train", index) for index, problem in enumerate(train)],
-        "heldout": [verl_row(problem, "heldout", index) for index, problem in enumerate(heldout.values())],
+        "train": [row(problem, "train", index) for index, problem in enumerate(train)],
+        "heldout": [row(problem, "heldout", index) for index, problem in enumerate(heldout.values())],
         "warm_start": [{"prompt": problem.prompt, "response": problem.solution} for problem in pairs],
     }
-    for name, rows in files.items():
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), output / f"{name}.parquet")
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {character: index for index, character in enumerate(VOCABULARY)}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    core.decoder = decoders.Fuse()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token=END,
-        pad_token=END,
-        model_max_length=MODEL["max_position_embeddings"],
-        clean_up_tokenization_spaces=False,
-    )
-    # Messages are simply joined: a prompt reads the same with and without the template.
-    wrapped.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    return wrapped
-
-
-def model_config() -> Qwen3Config:
-    """The architecture, about 0.2 million parameters."""
-    from transformers import Qwen3Config
-
-    return Qwen3Config(
-        vocab_size=len(VOCABULARY),
-        eos_token_id=VOCABULARY.index(END),
-        pad_token_id=VOCABULARY.index(END),
-        bos_token_id=None,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        dtype="float32",
-        **MODEL,
-    )
-
-
-def write_model(directory: Path, seed: int) -> None:
-    """A Hugging Face directory with random weights."""
-    import torch
-    from transformers import Qwen3ForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(model_config())
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
-    model.save_pretrained(directory)
-    tokenizer().save_pretrained(directory)
+    write_files(output, files)
 
 
 def prepare(output: Path, seed: int = 1, sizes: Sizes | None = None) -> bool:
-    """Write everything below `output`; returns False if it was there already.
+    """Write everything below `output`; returns False if it was there already."""
+    rows = sizes or Sizes()
 
-    The manifest is written last, so an interrupted call is repeated as a whole.
-    """
-    sizes = sizes or Sizes()
-    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    manifest = json.dumps({"seed": seed, "rows": asdict(sizes), "script_sha256": script}, indent=2) + "\n"
-    written = output / MANIFEST
-    if written.is_file() and written.read_text(encoding="utf-8") == manifest:
-        return False
-    output.mkdir(parents=True, exist_ok=True)
-    written.unlink(missing_ok=True)
-    write_data(output, seed, sizes)
-    write_model(output / "model", seed)
-    written.write_text(manifest, encoding="utf-8")
-    return True
+    def write(folder: Path) -> None:
+        write_data(folder, seed, rows)
+        write_model(folder / "model", VOCABULARY, MODEL, seed)
+
+    return written_once(output, {"seed": seed, "rows": asdict(rows)}, [__file__], write)
 
 
 def main() -> None:

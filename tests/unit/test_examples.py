@@ -78,7 +78,7 @@ def test_files_are_a_function_of_the_seed(assets: Path, tmp_path: Path) -> None:
 def test_an_interrupted_call_is_repeated(assets: Path, tmp_path: Path) -> None:
     sizes = prepare.Sizes(train=10, heldout=5, warm_start=10)
     assert prepare.prepare(tmp_path, sizes=sizes)
-    (tmp_path / prepare.MANIFEST).unlink()
+    (tmp_path / "manifest.json").unlink()
     (tmp_path / "train.parquet").write_bytes(b"half")
     assert prepare.prepare(tmp_path, sizes=sizes)
     assert pyarrow.parquet.read_table(tmp_path / "train.parquet").num_rows == 10

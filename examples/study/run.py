@@ -1,0 +1,182 @@
+"""The study: methods x on-policy and off-policy x seeds on the chain task, through the real system.
+
+    python examples/study/run.py                                   the whole grid
+    python examples/study/run.py examples/study/small.yaml         two methods, one seed, a few steps
+    python examples/study/run.py --report-only                     tables and figures of what there is
+
+A call continues where an earlier one ended: finished runs are not repeated, interrupted ones go on from their last
+checkpoint, failed ones are tried again. Failures are listed at the end and do not keep others from running.
+
+    OUTPUT/data/            problems and the random model of each seed
+    OUTPUT/warm/            the model of each seed after its warm start, which all its runs start from
+    OUTPUT/cells/           one run directory for each cell of the grid
+    OUTPUT/logs/            what each process printed
+    OUTPUT/results.parquet  one row for each step of each finished cell
+    OUTPUT/report/          report.md and its figures
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from chain import Sizes, prepare
+from grid import BENCHMARKS, Cell, Grid, Overrides, Phase, Stage, arguments, check_cells, digest, load_grid
+from pool import Failure, Interrupted, Pool, Work
+from report import write_study_report
+from results import Results, chosen_settings, read_results, write_results
+
+HERE = Path(__file__).resolve().parent
+CONFIG = HERE / "chain.yaml"
+FINISHED = "finished"
+"""File in the directory of a cell whose run came to its end."""
+
+
+class Study:
+    """One grid in one output folder."""
+
+    def __init__(self, grid: Grid, output: Path, pool: Pool) -> None:
+        self.grid = grid
+        self.output = output
+        self._pool = pool
+        self._rows = Sizes(**grid.rows.model_dump())
+        warm_start = [phase.model_dump() for phase in grid.warm_start]
+        self._start = digest([CONFIG.read_text(encoding="utf-8"), grid.rows.model_dump(), warm_start])
+
+    def run(self) -> dict[str, str]:
+        """Everything that is missing; returns the reasons of failures by name.
+
+        A method is reported when its search is complete.
+        """
+        failures = self._run_stage(list(self.grid.cells("search"))) if self.grid.searches else {}
+        return failures | self._run_stage(list(self.grid.cells("report", self.choice())))
+
+    def choice(self) -> dict[tuple[str, str], int]:
+        """(regime, method): the setting to report, as far as it is decided."""
+        if self.grid.searches:
+            runs_per_method = len(self.grid.search_seeds) * len(self.grid.methods[0].settings)
+            return chosen_settings(self._finished(self.grid.cells("search")), runs_per_method)
+        return {(regime, method.name): 0 for regime in self.grid.regimes for method in self.grid.methods}
+
+    def results(self) -> Results:
+        """What the finished runs say."""
+        search = self._finished(self.grid.cells("search")) if self.grid.searches else []
+        return search + self._finished(self.grid.cells("report", self.choice()))
+
+    def _finished(self, cells: Iterator[Cell]) -> Results:
+        places = ((cell, self._directory(cell)) for cell in cells)
+        return read_results((cell, path) for cell, path in places if (path / FINISHED).exists())
+
+    def _run_stage(self, cells: list[Cell]) -> dict[str, str]:
+        """Warm starts that are missing, then runs that are missing; runs without a warm start are not tried."""
+        missing = [cell for cell in cells if not (self._directory(cell) / FINISHED).exists()]
+        seeds = sorted({cell.seed for cell in missing})
+        for seed in seeds:
+            prepare(self._data(seed), seed, self._rows)
+        failures = self._pool.do_all(
+            Work(f"warm start of seed {seed}", partial(self._warm_start, seed))
+            for seed in seeds
+            if not self._warm_model(seed).is_dir()
+        )
+        ready = [cell for cell in missing if self._warm_model(cell.seed).is_dir()]
+        return failures | self._pool.do_all(Work(cell.name, partial(self._run_cell, cell)) for cell in ready)
+
+    def _directory(self, cell: Cell) -> Path:
+        return self.output / "cells" / cell.directory(self._start)
+
+    def _phase_directory(self, seed: int, number: int) -> Path:
+        return self.output / "warm" / f"seed{seed}-{self._start}" / f"phase{number}"
+
+    def _warm_model(self, seed: int) -> Path:
+        return self._phase_directory(seed, len(self.grid.warm_start)) / "hf"
+
+    def _data(self, seed: int) -> Path:
+        return self.output / "data" / f"seed{seed}"
+
+    def _warm_start(self, seed: int) -> None:
+        """The supervised phases of a seed, each from the model of the one before."""
+        model = self._data(seed) / "model"
+        for number, phase in enumerate(self.grid.warm_start, start=1):
+            directory = self._phase_directory(seed, number)
+            if not (directory / "hf").is_dir():
+                log = self.output / "logs" / f"warm-seed{seed}-phase{number}.log"
+                files = self._files(seed, "search", model, directory)
+                self._pool.train(CONFIG, arguments(files | self._supervised(seed, phase)), log)
+            model = directory / "hf"
+
+    def _run_cell(self, cell: Cell) -> None:
+        directory = self._directory(cell)
+        files = self._files(cell.seed, cell.stage, self._warm_model(cell.seed), directory)
+        own = {"run.name": cell.name, "checkpoint.export_hf": False, **cell.overrides}
+        self._pool.train(CONFIG, arguments(files | own), self.output / "logs" / f"{cell.name}.log")
+        if not (directory / "metrics.jsonl").is_file():
+            raise Failure(f"{directory}: the run ended without metrics.jsonl")
+        (directory / FINISHED).touch()
+
+    def _files(self, seed: int, stage: Stage, model: Path, directory: Path) -> Overrides:
+        name = BENCHMARKS[stage]
+        return {
+            "run.seed": seed,
+            "run.output_dir": directory,
+            "model.hf_dir": model,
+            "data.train_files": self._data(seed) / "train.parquet",
+            "evaluation.benchmarks": {name: str(self._data(seed) / f"{name}.parquet")},
+        }
+
+    def _supervised(self, seed: int, phase: Phase) -> Overrides:
+        settings = {f"warm_start.{key}": value for key, value in phase.model_dump(exclude={"file"}).items()}
+        return {
+            "run.name": f"warm start of seed {seed}",
+            "warm_start.file": self._data(seed) / f"{phase.file}.parquet",
+            "train.steps": 0,
+            "checkpoint.asynchronous": False,
+            **settings,
+        }
+
+
+def say(line: str) -> None:
+    """Show a line at once, also where output is a file."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Command line: 0 if everything is there, 1 if something failed, 130 if it was interrupted."""
+    parser = argparse.ArgumentParser(description="Run the study and write its report; repeat the call to continue.")
+    parser.add_argument("grid", nargs="?", type=Path, default=HERE / "grid.yaml", metavar="GRID.yaml")
+    parser.add_argument("--output", type=Path, default=Path("runs/study"))
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, about one core each (default: 2)")
+    parser.add_argument("--run-timeout-s", type=float, default=3600.0, help="limit of one run (default: 3600)")
+    parser.add_argument("--report-only", action="store_true", help="run nothing, report what is finished")
+    options = parser.parse_args()
+    try:
+        grid = load_grid(options.grid)
+        check_cells(grid, CONFIG)
+    except ValueError as error:
+        parser.error(str(error))
+    output = options.output.absolute()
+    failures: dict[str, str] = {}
+    with Pool(options.processes, options.run_timeout_s, say) as pool:
+        study = Study(grid, output, pool)
+        try:
+            if not options.report_only:
+                failures = study.run()
+        except Interrupted as error:
+            say(str(error))
+            return 130
+        results = study.results()
+    if results:
+        write_results(output / "results.parquet", results)
+        say(f"report: {write_study_report(results, grid, output / 'report')}")
+    for name, reason in failures.items():
+        say(f"failed: {name}: {reason}")
+    return 1 if failures or not results else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
