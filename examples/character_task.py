@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,3 +112,13 @@ def write_model(directory: Path, vocabulary: str, sizes: Mapping[str, Any], seed
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
     model.save_pretrained(directory)
     tokenizer(vocabulary, sizes["max_position_embeddings"]).save_pretrained(directory)
+
+
+def command_line(task: str, prepare: Callable[[Path, int], bool]) -> None:
+    """`--output` and `--seed` for a script that generates a task; says whether `prepare` had to write anything."""
+    parser = argparse.ArgumentParser(description=f"Generate data, tokenizer and model of the {task} task.")
+    parser.add_argument("--output", type=Path, default=Path("data") / task)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    verb = "written to" if prepare(options.output, options.seed) else "already in"
+    sys.stdout.write(f"{task} data and model are {verb} {options.output}\n")

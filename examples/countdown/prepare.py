@@ -15,7 +15,6 @@ The files are a function of the seed and of this script; a second call finds the
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from character_task import END, UNKNOWN, verl_row, write_files, write_model, written_once
+from character_task import END, UNKNOWN, command_line, verl_row, write_files, write_model, written_once
 
 DIGITS_PER_PROBLEM = 3
 OPERATORS = "+-*"
@@ -130,15 +129,5 @@ def prepare(output: Path, seed: int = 1, sizes: Sizes | None = None) -> bool:
     return written_once(output, {"seed": seed, "rows": asdict(rows)}, [__file__], write)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Generate data, tokenizer and model of the Countdown example.")
-    parser.add_argument("--output", type=Path, default=Path("data/countdown"))
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    verb = "written to" if prepare(options.output, options.seed) else "already in"
-    sys.stdout.write(f"countdown data and model are {verb} {options.output}\n")
-
-
 if __name__ == "__main__":
-    main()
+    command_line("countdown", prepare)

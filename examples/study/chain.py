@@ -27,7 +27,6 @@ The operations are the same for every seed; problems, responses and weights are 
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
@@ -39,7 +38,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from character_task import END, UNKNOWN, verl_row, write_files, write_model, written_once
+from character_task import END, UNKNOWN, command_line, verl_row, write_files, write_model, written_once
 
 STATES = 5
 SPELLINGS = "abcde", "fghij", "klmno"
@@ -217,15 +216,5 @@ def prepare(output: Path, seed: int = 1, sizes: Sizes | None = None) -> bool:
     return written_once(output, {"seed": seed, "rows": asdict(rows)}, [__file__], write)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Generate data, tokenizer and model of the chain task.")
-    parser.add_argument("--output", type=Path, default=Path("data/chain"))
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    verb = "written to" if prepare(options.output, options.seed) else "already in"
-    sys.stdout.write(f"data and model of the chain task are {verb} {options.output}\n")
-
-
 if __name__ == "__main__":
-    main()
+    command_line("chain", prepare)

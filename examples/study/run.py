@@ -173,6 +173,8 @@ def main() -> int:
     if results:
         write_results(output / "results.parquet", results)
         say(f"report: {write_study_report(results, grid, output / 'report')}")
+    else:
+        say("no run is finished yet")
     for name, reason in failures.items():
         say(f"failed: {name}: {reason}")
     return 1 if failures or not results else 0
