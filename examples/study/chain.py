@@ -63,6 +63,7 @@ MODEL = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": True,
     "rms_norm_eps": 1e-6,
+    "initializer_range": 0.05,
 }
 DATA_SEED = 1
 """Of the choice of held-out problems, which is the same whatever the seed of the rest."""
@@ -74,7 +75,7 @@ class Sizes:
 
     train: int = 8192
     clean: int = 115_200
-    corrupted: int = 38_400
+    corrupted: int = 51_200
 
 
 @dataclass(frozen=True)
