@@ -10,6 +10,7 @@ process, so the same calls in a fresh process give the same tokens and the same 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -271,9 +272,9 @@ def check_complete(buckets: Sequence[FlatContents], hf_tensors: dict[str, tuple[
         ValueError: listing every difference.
     """
     sent = [pair for contents in buckets for pair in zip(contents.names, contents.shapes, strict=True)]
-    names = [name for name, _ in sent]
-    problems = [f"{name}: sent twice" for name in sorted({n for n in names if names.count(n) > 1})]
-    problems += [f"{name}: missing" for name in hf_tensors if name not in set(names)]
+    times_sent = Counter(name for name, _ in sent)
+    problems = [f"{name}: sent twice" for name, times in sorted(times_sent.items()) if times > 1]
+    problems += [f"{name}: missing" for name in hf_tensors if name not in times_sent]
     for name, shape in sent:
         if name not in hf_tensors:
             problems.append(f"{name}: the model has no such tensor")
