@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from policy_ranks import Rendezvous, replica_part
+from policy_ranks import Rendezvous, replica_part, sequences_with_advantages
 
 from megatron_entropic.policy.offload import PARTS
 from megatron_entropic.policy.policy import Policy
@@ -33,17 +33,12 @@ def digest(policy: Policy) -> str:
 
 
 def sequences(lines: list[tuple[list[int], int]]) -> list[Sequence]:
-    generator = torch.Generator().manual_seed(3)
-    return [
-        Sequence(
-            torch.tensor(tokens),
-            prompt,
-            advantages=torch.randn(len(tokens) - prompt, generator=generator),
-            old_logprobs=torch.full((len(tokens) - prompt,), -5.0),
-            reference_logprobs=torch.full((len(tokens) - prompt,), -5.0),
-        )
-        for tokens, prompt in lines
-    ]
+    """With log-probs of policies that thought little of every token."""
+    found = sequences_with_advantages(lines)
+    for sequence in found:
+        sequence.old_logprobs = torch.full((sequence.response_length,), -5.0)
+        sequence.reference_logprobs = sequence.old_logprobs.clone()
+    return found
 
 
 def train(policy: Policy, part: list[Sequence], offloaded: tuple[str, ...]) -> dict[str, Any]:

@@ -78,6 +78,15 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def sequences_with_advantages(lines: list[tuple[list[int], int]]) -> list[Sequence]:
+    """Sequences of (tokens, prompt length) with random advantages."""
+    generator = torch.Generator().manual_seed(3)
+    return [
+        Sequence(torch.tensor(tokens), prompt, advantages=torch.randn(len(tokens) - prompt, generator=generator))
+        for tokens, prompt in lines
+    ]
+
+
 def replica_part(policy: Policy, sequences: list[Sequence]) -> list[Sequence]:
     """What this rank's replica gets of a batch."""
     lengths = [sequence.tokens.numel() for sequence in sequences]

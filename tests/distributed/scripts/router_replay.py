@@ -1,8 +1,8 @@
 """Scores, moves the parameters and updates with the recorded experts, under several layouts; prints JSON.
 
-Usage: router_replay.py HF_DIR SEQUENCES_JSON LAYOUTS_JSON
+Usage: router_replay.py SEQUENCES_JSON LAYOUTS_JSON
 
-SEQUENCES_JSON holds [tokens, prompt length] of each sequence.
+SEQUENCES_JSON holds [tokens, prompt length] of each sequence, LAYOUTS_JSON {"hf_dir", "policy"} by name.
 """
 
 from __future__ import annotations
@@ -14,22 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from policy_ranks import Rendezvous, hf_gradients, replica_part
+from policy_ranks import Rendezvous, hf_gradients, replica_part, sequences_with_advantages
 
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.policy.score import score
 from megatron_entropic.types import Sequence
 
 OTHER_TOKENS_PER_MICROBATCH = 77
-
-
-def sequences(lines: list[tuple[list[int], int]]) -> list[Sequence]:
-    """With advantages."""
-    generator = torch.Generator().manual_seed(3)
-    return [
-        Sequence(torch.tensor(tokens), prompt, advantages=torch.randn(len(tokens) - prompt, generator=generator))
-        for tokens, prompt in lines
-    ]
 
 
 def scored(policy: Policy, part: list[Sequence]) -> list[torch.Tensor]:
@@ -116,21 +107,21 @@ def check(policy: Policy, part: list[Sequence]) -> dict[str, Any]:
     return report
 
 
-def main(hf_dir: Path, lines: list[tuple[list[int], int]], layouts: dict[str, dict[str, Any]]) -> None:
+def main(lines: list[tuple[list[int], int]], layouts: dict[str, dict[str, Any]]) -> None:
     rendezvous = Rendezvous()
     reports: dict[str, Any] = {}
     for name, layout in layouts.items():
         sections = {
-            "policy": {"tokens_per_microbatch": 40, "moe_router_replay": "score", **layout},
+            "policy": {"tokens_per_microbatch": 40, "moe_router_replay": "score", **layout["policy"]},
             "optimizer": {"learning_rate": 1e-30, "weight_decay": 0.0, "gradient_clip": 0.0},
             "entropy_control": {"target": 1.0},
             "rollout": {"max_response_tokens": 64},
             "train": {"steps": 9},
         }
-        with rendezvous.policy(hf_dir, **sections) as policy:
-            reports[name] = check(policy, replica_part(policy, sequences(lines)))
+        with rendezvous.policy(Path(layout["hf_dir"]), **sections) as policy:
+            reports[name] = check(policy, replica_part(policy, sequences_with_advantages(lines)))
     sys.stdout.write(json.dumps(reports))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3]))
+    main(json.loads(sys.argv[1]), json.loads(sys.argv[2]))
