@@ -75,7 +75,7 @@ class Sizes:
 
     train: int = 8192
     clean: int = 115_200
-    corrupted: int = 51_200
+    corrupted: int = 76_800
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,9 @@ def _panel(axes: Axes, runs: Runs, metric: str) -> None:
     axes.plot(steps, mean, color=_LINE, linewidth=1.6, marker="o" if len(steps) == 1 else None)
     key = next(iter(runs))
     if metric == "entropy/mean" and key.controller in TRACKERS:
-        axes.plot(*mean_series([runs[key]], "entropy/target"), color=_TARGET, linewidth=1.0, linestyle=(0, (5, 3)))
+        axes.plot(
+            *mean_series(list(runs.values()), "entropy/target"), color=_TARGET, linewidth=1.0, linestyle=(0, (5, 3))
+        )
     if metric == "entropy/alpha":
         axes.set_ylim(-1.1, 1.1)
     axes.grid(alpha=0.3)

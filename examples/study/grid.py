@@ -46,7 +46,7 @@ class Rows(Section):
 
     train: int = Field(8192, ge=1)
     clean: int = Field(115_200, ge=1)
-    corrupted: int = Field(51_200, ge=1)
+    corrupted: int = Field(76_800, ge=1)
 
 
 class Method(Section):

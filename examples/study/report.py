@@ -71,9 +71,9 @@ def _page(numbers: Numbers, figures: dict[str, Path], grid: Grid) -> Iterator[st
     yield ""
     yield (
         f"Mean \u00b1 standard error over seeds. pass@1 and pass@{samples} on problems that are in no training file; "
-        f"H: mean of the last {LAST_STEPS} steps, nats; \\|H - target\\|: last quarter of the steps; saturated: steps "
-        "with \\|alpha\\| = 1; seconds: training without start-up. Difference: pass@1 minus that of "
-        f"{grid.baseline} with the same seed, 95 % bootstrap interval over seeds; p: sign flips."
+        f"stepwise: share of answers in that form; H: mean of the last {LAST_STEPS} steps, nats; \\|H - target\\|: last "
+        "quarter of the steps; saturated: steps with \\|alpha\\| = 1; seconds: training without start-up. Difference: "
+        f"pass@1 minus that of {grid.baseline} with the same seed, 95 % bootstrap interval over seeds; p: sign flips."
     )
     for regime in grid.regimes:
         yield from ("", f"## {regime}", "")
@@ -88,7 +88,17 @@ def _page(numbers: Numbers, figures: dict[str, Path], grid: Grid) -> Iterator[st
 
 
 def _main_table(numbers: Numbers, regime: str, samples: str, grid: Grid) -> Iterator[str]:
-    columns = ("method", "seeds", "pass@1", f"pass@{samples}", "H", "\\|H - target\\|", "saturated", "seconds")
+    columns = (
+        "method",
+        "seeds",
+        "pass@1",
+        f"pass@{samples}",
+        "stepwise",
+        "H",
+        "\\|H - target\\|",
+        "saturated",
+        "seconds",
+    )
     yield from _header(*columns, "difference", "p", "setting")
     baseline = _of(numbers, "report", regime, grid.baseline)
     for method in grid.methods:
@@ -106,7 +116,17 @@ def _main_table(numbers: Numbers, regime: str, samples: str, grid: Grid) -> Iter
 
 def _search_table(numbers: Numbers, grid: Grid) -> Iterator[str]:
     yield from _header(
-        "regime", "method", "setting", "seeds", "pass@1", "pass@n", "H", "\\|H - target\\|", "saturated", "seconds"
+        "regime",
+        "method",
+        "setting",
+        "seeds",
+        "pass@1",
+        "pass@n",
+        "stepwise",
+        "H",
+        "\\|H - target\\|",
+        "saturated",
+        "seconds",
     )
     for regime in grid.regimes:
         for method in grid.methods:
@@ -126,6 +146,7 @@ def _cells(own: Numbers) -> list[str]:
         str(len(own)),
         column(lambda run: run.pass_1),
         column(lambda run: run.pass_n),
+        column(lambda run: run.stepwise, 2),
         column(lambda run: run.entropy),
         column(lambda run: run.tracking_error),
         column(lambda run: run.saturated, 2),

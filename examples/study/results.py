@@ -12,8 +12,11 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+from chain import STEPWISE
 from grid import BENCHMARKS, Cell
 
+from megatron_entropic.evaluation.generations import read_generations
+from megatron_entropic.evaluation.store import generations_path
 from megatron_entropic.observability.parquet import write_parquet
 from megatron_entropic.observability.summary import load_run
 
@@ -24,10 +27,11 @@ TRACKERS = ("p", "pi", "aec")
 FEEDBACK = ("p", "pi")
 """Controllers whose alpha follows the entropy."""
 _METRICS = ("reward/mean", "entropy/mean", "entropy/target", "entropy/alpha", "entropy/coefficient", "time/step_s")
+_JUDGED = ("pass/1", "pass/n", "stepwise")
 _KEYS = ("stage", "regime", "method", "setting_index", "setting", "controller", "samples", "seed")
 
 Results = list[dict[str, Any]]
-"""One row for each step of each run: `_KEYS`, step, `_METRICS`, and pass/1, pass/n where evaluated."""
+"""One row for each step of each run: `_KEYS`, step, `_METRICS`, and `_JUDGED` where evaluated."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class RunNumbers:
     """Mean of the last `LAST_STEPS` steps, nats."""
     tracking_error: float | None
     """Mean |H - target| over the last quarter of the steps, nats."""
+    stepwise: float
+    """Share of the last evaluation's responses that go step by step."""
     saturated: float | None
     """Share of all steps with |alpha| = 1."""
     training_s: float
@@ -83,14 +89,26 @@ def read_results(runs: Iterable[tuple[Cell, Path]]) -> Results:
             "seed": cell.seed,
         }
         for row in run.rows:
-            judged = {"pass/1": row.get(f"{evaluation}/avg"), "pass/n": row.get(f"{evaluation}/pass")}
+            judged: dict[str, float | None] = dict.fromkeys(_JUDGED)
+            if row.get(f"{evaluation}/avg") is not None:
+                responses = directory / "evaluations" / f"step_{row['step']:06d}"
+                judged = {
+                    "pass/1": row[f"{evaluation}/avg"],
+                    "pass/n": row[f"{evaluation}/pass"],
+                    "stepwise": stepwise_share(generations_path(responses, BENCHMARKS[cell.stage])),
+                }
             found.append({**key, "step": row["step"], **{name: row.get(name) for name in _METRICS}, **judged})
     return found
 
 
+def stepwise_share(responses: Path) -> float:
+    """Share of an evaluation's stored responses that go step by step."""
+    return fmean(generation.response.startswith(STEPWISE) for generation in read_generations(responses)[0])
+
+
 def write_results(path: Path, results: Results) -> None:
     """All rows as one parquet file."""
-    numbers = {name: pyarrow.float64() for name in (*_METRICS, "pass/1", "pass/n")}
+    numbers = {name: pyarrow.float64() for name in (*_METRICS, *_JUDGED)}
     kinds = {name: pyarrow.int64() for name in ("setting_index", "samples", "seed", "step")} | numbers
     schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in (*_KEYS, "step", *numbers)])
     write_parquet(path, pyarrow.Table.from_pylist(results, schema=schema))
@@ -121,6 +139,7 @@ def run_numbers(key: RunKey, rows: Sequence[Mapping[str, Any]]) -> RunNumbers:
         pass_n=rows[-1]["pass/n"],
         entropy=fmean(entropies[-LAST_STEPS:]),
         tracking_error=fmean(errors) if key.controller in TRACKERS else None,
+        stepwise=rows[-1]["stepwise"],
         saturated=fmean(abs(alpha) >= 1 for alpha in alphas) if key.controller in FEEDBACK and alphas else None,
         training_s=sum(_series(rows, "time/step_s")),
     )

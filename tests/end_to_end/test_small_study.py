@@ -32,6 +32,7 @@ def test_the_small_study_runs_and_is_not_repeated(tmp_path: Path) -> None:
     for own in runs.values():
         assert [row["step"] for row in own] == [1, 2, 3, 4]
         assert own[-1]["pass/1"] is not None
+        assert 0 <= own[-1]["stepwise"] <= 1
         assert own[-1]["pass/n"] >= own[-1]["pass/1"]
     assert all(row["entropy/alpha"] == 0 for row in runs["GRPO"])
     assert any(row["entropy/alpha"] != 0 for row in runs["EntroPIC-PI"])

@@ -209,6 +209,7 @@ def run_rows(
             "time/step_s": 2.0,
             "pass/1": pass_1 if step == 4 else None,
             "pass/n": 0.9 if step == 4 else None,
+            "stepwise": 0.25 if step == 4 else None,
         }
         for step in range(1, 5)
     ]
@@ -217,7 +218,7 @@ def run_rows(
 def test_numbers_of_a_run() -> None:
     ((key, rows),) = study_results.runs_of(run_rows("pi", 1, 0.6, controller="pi")).items()
     numbers = study_results.run_numbers(key, rows)
-    assert (numbers.pass_1, numbers.pass_n, numbers.training_s) == (0.6, 0.9, 8.0)
+    assert (numbers.pass_1, numbers.pass_n, numbers.stepwise, numbers.training_s) == (0.6, 0.9, 0.25, 8.0)
     assert numbers.entropy == pytest.approx(0.85)
     assert numbers.tracking_error == pytest.approx(0.05)
     assert numbers.saturated == 0.25
@@ -267,10 +268,17 @@ def test_the_page_has_the_numbers(tmp_path: Path) -> None:
     lines = page.read_text(encoding="utf-8").splitlines()
     of_base, of_pi = (next(line for line in lines if line.startswith(f"| {name} |")) for name in ("base", "pi"))
     pm = "\u00b1"
-    assert (
-        of_base
-        == f"| base | 2 | 0.550 {pm} 0.050 | 0.900 {pm} 0.000 | 0.850 {pm} 0.000 | - | - | 8 {pm} 0 | - | - | - |"
-    )
+    cells = [
+        "2",
+        f"0.550 {pm} 0.050",
+        f"0.900 {pm} 0.000",
+        f"0.25 {pm} 0.00",
+        f"0.850 {pm} 0.000",
+        "-",
+        "-",
+        f"8 {pm} 0",
+    ]
+    assert of_base == f"| {' | '.join(['base', *cells, '-', '-', '-'])} |"
     assert "| 2 | 0.750 \u00b1 0.050 |" in of_pi
     assert "| +0.200 (+0.200 to +0.200) |" in of_pi
     assert any(line.startswith("| on_policy | pi | steps=8 | 1 | 0.400 |") for line in lines)
