@@ -73,7 +73,8 @@ def _page(numbers: Numbers, figures: dict[str, Path], grid: Grid) -> Iterator[st
         f"Mean \u00b1 standard error over seeds. pass@1 and pass@{samples} on problems that are in no training file; "
         f"stepwise: share of answers in that form; H: mean of the last {LAST_STEPS} steps, nats; \\|H - target\\|: "
         "last quarter of the steps; saturated: steps with \\|alpha\\| = 1; seconds: training without start-up. "
-        f"Difference: pass@1 minus that of {grid.baseline} with the same seed, 95 % bootstrap interval over seeds; p: sign flips."
+        f"Difference: pass@1 minus that of {grid.baseline} with the same seed, 95 % bootstrap interval over seeds; p: "
+        "sign flips."
     )
     for regime in grid.regimes:
         yield from ("", f"## {regime}", "")
