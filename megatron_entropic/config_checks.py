@@ -377,11 +377,6 @@ def _model_directory(config: Config) -> Iterator[Violation]:
             f"policy.moe_router_replay={policy.moe_router_replay} needs a model with experts, and {path} has none",
         )
     latent = dimensions.latent
-    if config.cluster.check_weights and latent is not None:
-        yield Violation(
-            (key, "cluster.check_weights"),
-            "cluster.check_weights=true: what vLLM makes of latent attention's matrices cannot be compared yet",
-        )
     if config.cluster.device == "cpu" and latent is not None:
         sizes = (latent.key_value_rank, latent.rotary_head_dim)
         if sizes != CPU_LATENT_SIZES:

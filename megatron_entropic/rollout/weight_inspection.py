@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -58,6 +59,8 @@ class WeightInspection:
                 pieces += _embedding(name, module, model)
             elif isinstance(module, RoutedExperts):
                 pieces += expert_pieces(module)
+            elif isinstance(module, MLAAttention):
+                pieces.append(_latent_attention(name, module))
             elif own := dict(module.named_parameters(recurse=False)):
                 if set(own) != {"weight"} or own["weight"].dim() != 1:
                     raise NotImplementedError(f"cluster.check_weights: {name} ({type(module).__name__}) is not known")
@@ -75,6 +78,8 @@ def _linear(name: str, module: Any, packed: dict[str, list[str]]) -> Iterator[Pi
         part = slice(rows.first, rows.first + rows.count)
         value = _checksum_of_weight(module, part, row=rows.row, column=column, columns=columns)
         yield Piece(f"{hf_name}.weight", rows.row, column, value)
+        if getattr(module, "e_score_correction_bias", None) is not None:
+            yield Piece(f"{name}.e_score_correction_bias", 0, 0, checksum(module.e_score_correction_bias))
         if module.bias is not None:
             # Some kernels keep it in float32: the values are those that were loaded.
             bias = module.bias[part].to(module.params_dtype)
@@ -99,6 +104,22 @@ def _rows(module: Any, projections: list[str]) -> list[_Rows]:
         found.append(_Rows(projection, first, count, row))
         first += count
     return found
+
+
+def _latent_attention(name: str, module: Any) -> Piece:
+    """kv_b_proj once more, as decoding multiplies with it: a copy of the rows of keys, and one of those of values.
+
+    Raises:
+        NotImplementedError: a kernel packs them (AMX).
+    """
+    own = dict(module.named_parameters(recurse=False))
+    if set(own) != {"W_UK_T", "W_UV"}:
+        raise NotImplementedError(f"cluster.check_weights: {name} (MLAAttention with {sorted(own)}) is not known")
+    # [heads, keys, latent] and [heads, latent, values] -> [heads * (keys + values), latent]
+    rows = torch.cat((own["W_UK_T"], own["W_UV"].transpose(1, 2)), dim=1).flatten(0, 1)
+    row = module.kv_b_proj.tp_rank * rows.shape[0]
+    attention = name.removesuffix(".mla_attn.mla_attn")
+    return Piece(f"{attention}.kv_b_proj.weight", row, 0, checksum(rows, row=row))
 
 
 def _embedding(name: str, module: Any, model: Any) -> Iterator[Piece]:
