@@ -150,6 +150,9 @@ requeue() {
   scontrol requeue "$SLURM_JOB_ID" && sleep 600
 }
 
+# A driver that did not listen yet, or had nothing left to do, is ended by the signal itself.
+[ -z "$asked_to_stop" ] || [ "$status" -le 128 ] || status=$stopped
+
 failures=$ME_JOB_DIR/failures
 case $status in
   0) say "finished" ;;

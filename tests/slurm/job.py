@@ -10,7 +10,9 @@ from typing import Any
 from private_cluster import PrivateCluster
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 20
+STEPS = 40
+PROMPTS_PER_STEP = 32
+"""Together long enough for Slurm, which looks at time limits twice a minute, to find the job at work."""
 LIMIT_S = 600
 """Of every wait; the machine may be busy with other things."""
 VARYING = ("time/", "throughput/", "memory/", "cluster/")
@@ -33,7 +35,7 @@ class Job:
             "warm_start.file": assets / "warm_start.parquet",
             "warm_start.steps": 4,
             "warm_start.warmup_steps": 1,
-            "rollout.prompts_per_step": 8,
+            "rollout.prompts_per_step": PROMPTS_PER_STEP,
             "train.steps": STEPS,
             "checkpoint.every_steps": 1,
             "checkpoint.export_hf": "false",
