@@ -6,11 +6,13 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from transformers import PreTrainedTokenizerFast
 
 # The end is the only special token: any other is seen by the verifier, so none can pass unnoticed in a right answer.
@@ -18,30 +20,42 @@ END, UNKNOWN = "$", "?"
 MANIFEST = "manifest.json"
 EMBEDDING_STD = 0.05
 
+Rows = TypeVar("Rows", bound="DataclassInstance")
 
-def written_once(
-    output: Path, settings: Mapping[str, Any], sources: Iterable[str], write: Callable[[Path], None]
+
+def prepare_task(
+    output: Path,
+    seed: int,
+    sizes: Rows,
+    source: str,
+    write_data: Callable[[Path, int, Rows], None],
+    vocabulary: str,
+    model: Mapping[str, Any],
 ) -> bool:
-    """Let `write` fill `output` unless it is complete already; returns False in that case.
+    """Write data and model of a task below `output`; returns False if they are complete already.
 
     The manifest is written last, so an interrupted call is repeated as a whole.
 
     Args:
         output: folder; created if missing.
-        settings: JSON values the files are a function of.
-        sources: `__file__` of the scripts the files are a function of.
-        write: writes everything below `output`.
+        seed: of data and weights.
+        sizes: dataclass with the rows of each file.
+        source: `__file__` of the task's script, of which the files are a function.
+        write_data: writes the data files.
+        vocabulary, model: as of `write_model`.
     """
     digest = hashlib.sha256()
-    for source in (*sources, __file__):
-        digest.update(Path(source).read_bytes())
-    manifest = json.dumps({**settings, "script_sha256": digest.hexdigest()}, indent=2) + "\n"
+    for script in (source, __file__):
+        digest.update(Path(script).read_bytes())
+    settings = {"seed": seed, "rows": asdict(sizes), "script_sha256": digest.hexdigest()}
+    manifest = json.dumps(settings, indent=2) + "\n"
     written = output / MANIFEST
     if written.is_file() and written.read_text(encoding="utf-8") == manifest:
         return False
     output.mkdir(parents=True, exist_ok=True)
     written.unlink(missing_ok=True)
-    write(output)
+    write_data(output, seed, sizes)
+    write_model(output / "model", vocabulary, model, seed)
     written.write_text(manifest, encoding="utf-8")
     return True
 

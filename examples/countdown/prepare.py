@@ -18,13 +18,13 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from character_task import END, UNKNOWN, command_line, verl_row, write_files, write_model, written_once
+from character_task import END, UNKNOWN, command_line, prepare_task, verl_row, write_files
 
 DIGITS_PER_PROBLEM = 3
 OPERATORS = "+-*"
@@ -120,13 +120,7 @@ def write_data(output: Path, seed: int, sizes: Sizes) -> None:
 
 def prepare(output: Path, seed: int = 1, sizes: Sizes | None = None) -> bool:
     """Write everything below `output`; returns False if it was there already."""
-    rows = sizes or Sizes()
-
-    def write(folder: Path) -> None:
-        write_data(folder, seed, rows)
-        write_model(folder / "model", VOCABULARY, MODEL, seed)
-
-    return written_once(output, {"seed": seed, "rows": asdict(rows)}, [__file__], write)
+    return prepare_task(output, seed, sizes or Sizes(), __file__, write_data, VOCABULARY, MODEL)
 
 
 if __name__ == "__main__":

@@ -31,14 +31,14 @@ import json
 import random
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from character_task import END, UNKNOWN, command_line, verl_row, write_files, write_model, written_once
+from character_task import END, UNKNOWN, command_line, prepare_task, verl_row, write_files
 
 STATES = 5
 SPELLINGS = "abcde", "fghij", "klmno"
@@ -208,13 +208,7 @@ def write_data(output: Path, seed: int, sizes: Sizes) -> None:
 
 def prepare(output: Path, seed: int = 1, sizes: Sizes | None = None) -> bool:
     """Write everything below `output`; returns False if it was there already."""
-    rows = sizes or Sizes()
-
-    def write(folder: Path) -> None:
-        write_data(folder, seed, rows)
-        write_model(folder / "model", VOCABULARY, MODEL, seed)
-
-    return written_once(output, {"seed": seed, "rows": asdict(rows)}, [__file__], write)
+    return prepare_task(output, seed, sizes or Sizes(), __file__, write_data, VOCABULARY, MODEL)
 
 
 if __name__ == "__main__":
