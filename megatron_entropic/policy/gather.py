@@ -7,7 +7,7 @@ owner stage:    shards of a bucket, flat --one gather over TP--> unshard --> Hug
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from megatron_entropic.policy.parallel import ParallelState
 from megatron_entropic.policy.shared_flats import SharedFlats
 from megatron_entropic.policy.transformer_config import DTYPES
 from megatron_entropic.weights.parameter_map import ParameterMap
-from megatron_entropic.weights.plan import Bucket, PublishPlan
+from megatron_entropic.weights.plan import Bucket, BucketItem, PublishPlan
 from megatron_entropic.weights.transport import FlatContents, named_wait
 
 
@@ -56,6 +56,11 @@ def takes_part(parallel: ParallelState, *, of_experts: bool) -> bool:
     return parallel.data_rank == 0 and parallel.context_rank == 0
 
 
+def peers(*, of_experts: bool) -> str:
+    """For messages: with whom a rank gathers."""
+    return "the expert-parallel ranks of its stage" if of_experts else "the tensor ranks of its stage"
+
+
 def gather_bucket(
     bucket: Bucket,
     values: Mapping[str, torch.Tensor],
@@ -87,8 +92,7 @@ def gather_bucket(
     where = f"{phase}: bucket {bucket.index} ({bucket.items[0].entry.megatron_name} ..)"
     flat = None
     if parallel.pipeline_rank == bucket.owner_stage and takes_part(parallel, of_experts=bucket.of_experts):
-        peers = "the expert-parallel ranks of its stage" if bucket.of_experts else "the tensor ranks of its stage"
-        with named_wait(where, f"policy {parallel.describe()}", peers):
+        with named_wait(where, f"policy {parallel.describe()}", peers(of_experts=bucket.of_experts)):
             flats = workspace.shared.get(bucket.of_experts)
             if flats is not None:
                 whole = _write_together(bucket, values, parameter_map, parallel, flats)
@@ -143,14 +147,12 @@ def _join(bucket: Bucket, shards: torch.Tensor, parameter_map: ParameterMap, wor
     """[bucket.elements]: whole Hugging Face tensors without padding, from shards [ranks, shard_elements]."""
     flat = workspace.take(f"flat {bucket.index % 2}", bucket.elements, shards.dtype, shards.device)
     owners = 1 + max(item.expert_rank for item in bucket.items)
-    tensors = dict(FlatContents.of_bucket(bucket).split(flat))
     for owner, of_owner in enumerate(shards.unflatten(0, (owners, -1))):
+        held = bucket.held_by(owner)
         for tensor_rank, shard in enumerate(of_owner):
-            held = bucket.held_by(owner)
             parts = shard.split([item.shard_elements for item in held])
-            for item, part in zip(held, parts, strict=True):
-                value = part.view(item.shard_shape)
-                parameter_map.write_to_hf(item.entry, value, tensors, tensor_rank, of_owner.shape[0])
+            values = [part.view(item.shard_shape) for item, part in zip(held, parts, strict=True)]
+            _write_part(flat, bucket, held, values, parameter_map, (tensor_rank, of_owner.shape[0]))
     return flat
 
 
@@ -164,13 +166,25 @@ def _write_together(
     """[bucket.elements] in memory that all ranks of the gathering see; each has written its own part."""
     flat = flats.take(bucket.index % 2, bucket.elements, DTYPES[bucket.dtype])
     flats.wait_for_all()  # the first rank comes when the memory is free
-    tensors = dict(FlatContents.of_bucket(bucket).split(flat))
-    place = parallel.tensor_place(of_expert=bucket.of_experts)
-    for item in bucket.held_by(parallel.expert_rank):
-        value = values[item.entry.megatron_name].detach()
-        parameter_map.write_to_hf(item.entry, value, tensors, *place)
+    held = bucket.held_by(parallel.expert_rank)
+    own = [values[item.entry.megatron_name].detach() for item in held]
+    _write_part(flat, bucket, held, own, parameter_map, parallel.tensor_place(of_expert=bucket.of_experts))
     flats.wait_for_all()
     return flat
+
+
+def _write_part(
+    flat: torch.Tensor,
+    bucket: Bucket,
+    held: Sequence[BucketItem],
+    values: Sequence[torch.Tensor],
+    parameter_map: ParameterMap,
+    tensor_place: tuple[int, int],
+) -> None:
+    """Put one rank's parameters to where the bucket's flat buffer [bucket.elements] has them."""
+    tensors = dict(FlatContents.of_bucket(bucket).split(flat))
+    for item, value in zip(held, values, strict=True):
+        parameter_map.write_to_hf(item.entry, value, tensors, *tensor_place)
 
 
 def _send_to_first_stage(

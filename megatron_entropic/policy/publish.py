@@ -17,14 +17,14 @@ from typing import Any, Protocol
 import torch
 
 from megatron_entropic.config import PublishMode
-from megatron_entropic.policy.gather import Workspace, gather_bucket, sends_weights, takes_part
+from megatron_entropic.policy.gather import Workspace, gather_bucket, peers, sends_weights, takes_part
 from megatron_entropic.policy.load_weights import named_entries
 from megatron_entropic.policy.parallel import ParallelState
 from megatron_entropic.policy.shared_flats import SharedFlats
 from megatron_entropic.weights.checksums import checksums
 from megatron_entropic.weights.parameter_map import ParameterMap
 from megatron_entropic.weights.plan import Bucket, PublishPlan
-from megatron_entropic.weights.transport import FlatContents, GlooSender, WeightSender
+from megatron_entropic.weights.transport import FlatContents, GlooSender, WeightSender, named_wait
 
 BUCKET_BYTES = {"cuda": 512 * 2**20, "cpu": 32 * 2**20}
 """Size of a publish plan's buckets by device; a sending rank and each engine worker hold two or three at a time.
@@ -93,7 +93,6 @@ class Publisher:
         self._sender_type = sender_type
         self._to_first_stage = not sender_type.parallel_stages
         self._workspace = Workspace()
-        self._looked_for_shared_memory = False
         self._sender: WeightSender | None = None
 
     def open(self, receivers: int) -> dict[str, Any]:
@@ -104,6 +103,7 @@ class Publisher:
             `rank_offset`; elsewhere nothing.
         """
         self.close()
+        self._share_memory()
         if not self._sends:
             return {}
         name = f"policy {self._parallel.describe()}"
@@ -142,7 +142,6 @@ class Publisher:
             entry.megatron_name: parameter
             for entry, parameter in named_entries(self._model, self._parameter_map, self._parallel)
         }
-        self._share_memory(next(iter(values.values())).device)
         with ThreadPoolExecutor(1) as background:
             sending: Future[int] | None = None
             for bucket in self._buckets():
@@ -171,22 +170,29 @@ class Publisher:
             self._workspace.release()  # a CUDA allocator has its own way of keeping memory at hand
         return published
 
-    def _share_memory(self, device: torch.device) -> None:
-        """At the first publication, find out which ranks of this stage can write into one buffer."""
-        if self._looked_for_shared_memory or device.type != "cpu":
-            return
-        self._looked_for_shared_memory = True
+    def _share_memory(self) -> None:
+        """Find out which ranks of this stage can write into one buffer.
+
+        Raises:
+            PhaseTimeout, PeerDied: naming this rank and its peers.
+        """
         parallel = self._parallel
+        if next(self._model.parameters()).device.type != "cpu":
+            return
         own = [bucket for bucket in self._buckets() if bucket.owner_stage == parallel.pipeline_rank]
         for of_experts, group in {False: parallel.tensor_group, True: parallel.expert_group}.items():
             sizes = [bucket.bytes for bucket in own if bucket.of_experts is of_experts]
             if not sizes or group.size() == 1 or not takes_part(parallel, of_experts=of_experts):
                 continue
-            if (flats := SharedFlats.open(group, max(sizes))) is not None:
+            waiter = f"policy {parallel.describe()}"
+            with named_wait("publish: find shared memory", waiter, peers(of_experts=of_experts)):
+                flats = SharedFlats.open(group, max(sizes))
+            if flats is not None:
                 self._workspace.shared[of_experts] = flats
 
     def close(self) -> None:
         """Leave the transfer group."""
+        self._workspace.shared.clear()
         if self._sender is not None:
             self._sender.close()
             self._sender = None
