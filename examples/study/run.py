@@ -51,10 +51,15 @@ class Study:
     def run(self) -> dict[str, str]:
         """Everything that is missing; returns the reasons of failures by name.
 
-        A method is reported when its search is complete.
+        One regime after the other, search before report, and of those the seeds one after the other: an interrupted
+        study has whole tables rather than a part of each. A method is reported when its search is complete.
         """
-        failures = self._run_stage(list(self.grid.cells("search"))) if self.grid.searches else {}
-        return failures | self._run_stage(list(self.grid.cells("report", self.choice())))
+        failures: dict[str, str] = {}
+        for regime in self.grid.regimes:
+            if self.grid.searches:
+                failures |= self._run_stage(self.grid.cells("search"), regime)
+            failures |= self._run_stage(self.grid.cells("report", self.choice()), regime)
+        return failures
 
     def choice(self) -> dict[tuple[str, str], int]:
         """(regime, method): the setting to report, as far as it is decided."""
@@ -72,9 +77,10 @@ class Study:
         places = ((cell, self._directory(cell)) for cell in cells)
         return read_results((cell, path) for cell, path in places if (path / FINISHED).exists())
 
-    def _run_stage(self, cells: list[Cell]) -> dict[str, str]:
+    def _run_stage(self, cells: Iterator[Cell], regime: str) -> dict[str, str]:
         """Warm starts that are missing, then runs that are missing; runs without a warm start are not tried."""
-        missing = [cell for cell in cells if not (self._directory(cell) / FINISHED).exists()]
+        own = (cell for cell in cells if cell.regime == regime)
+        missing = [cell for cell in own if not (self._directory(cell) / FINISHED).exists()]
         seeds = sorted({cell.seed for cell in missing})
         for seed in seeds:
             prepare(self._data(seed), seed, self._rows)
