@@ -408,7 +408,7 @@ class Config(Section):
 
     @property
     def feedback(self) -> str:
-        """entropy_control.feedback with `auto` resolved (specification S2)."""
+        """entropy_control.feedback with `auto` resolved."""
         if self.entropy_control.feedback != "auto":
             return self.entropy_control.feedback
         algorithm = self.algorithm

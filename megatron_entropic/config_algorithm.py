@@ -43,7 +43,9 @@ class KlConfig(Section):
 class LossOptionsConfig(Section):
     """Numbers that single policy losses read; see docs/algorithm.md."""
 
-    ce_gppo_beta_low: float = Field(0.25, ge=0, description="Weight of clipped tokens with A < 0.")
+    ce_gppo_beta_low: float = Field(
+        0.75, ge=0, description="Weight of clipped tokens with A < 0. Published recipes: 0.75 (7B), 0.5 (1.5B)."
+    )
     ce_gppo_beta_high: float = Field(1.0, ge=0, description="Weight of clipped tokens with A > 0.")
     steer_weight_min: float = Field(0.8, ge=0, description="Of the token that would change entropy most.")
     steer_weight_max: float = Field(1.2, ge=0, description="Of the token that would change entropy least.")

@@ -28,7 +28,7 @@ def _reduced(number: int, operation: dist.ReduceOp.RedOpType, device: torch.devi
 
 
 def sum_of_token_statistics(values: torch.Tensor, parallel: ParallelState) -> torch.Tensor:
-    """Global sums of what last stages measured on their own tokens (specification S1).
+    """Global sums of what last stages measured on their own tokens.
 
     One SUM over data-parallel replicas. Context and tensor parallel ranks hold the same values, gathered or merged
     (`context_parallel`, `tensor_parallel`), and count once. Other stages measured nothing; they receive the result, so

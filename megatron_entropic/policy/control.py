@@ -42,7 +42,7 @@ class EntropyMeasurement:
 
 
 class EntropyControl:
-    """One rank's replica of the controller with the feedback of specification S2.
+    """One rank's replica of the controller with the feedback that the configuration asks for.
 
     Args:
         config: the `entropy_control` section, enabled.

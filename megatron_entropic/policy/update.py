@@ -2,7 +2,7 @@
 
     global counts, plan --> steering --> 1F1B over micro-batches --> clip and step, or refuse --> controller advances
 
-What the controller asks for is fixed before the first backward pass and the same on every rank (specification S2).
+What the controller asks for is fixed before the first backward pass and the same on every rank.
 """
 
 from __future__ import annotations

@@ -10,16 +10,9 @@ falls. Too little gives alpha < 0.
 from __future__ import annotations
 
 from megatron_entropic.algorithms.entropy_control.controller import Controller, check_gains
+from megatron_entropic.algorithms.entropy_control.integral import IntegralRule, clipped_alpha
 from megatron_entropic.algorithms.entropy_control.schedules import Schedule, Setpoint
 from megatron_entropic.algorithms.entropy_control.steering import Steering
-
-ALPHA_LIMIT = 1.0
-"""|alpha| <= 1 keeps the weights 1 + alpha and 1 - alpha of the policy gradient non-negative."""
-
-
-def clipped_alpha(alpha: float) -> float:
-    """alpha within its limits."""
-    return min(max(alpha, -ALPHA_LIMIT), ALPHA_LIMIT)
 
 
 class EntropyController(Controller):
@@ -33,12 +26,9 @@ class EntropyController(Controller):
         kp: K_p, per nat.
         ki: K_i, per nat and optimizer step.
         gain: factor on both gains.
-        anti_windup: "conditional" (the integral stands still while |K_p e + K_i sum(e)| >= 1 and e would push it
-            further out), "clamp" (|K_i sum(e)| stays within 1) or "none".
+        anti_windup, integral_limit, integral_leak: see `IntegralRule`.
         start: "immediately"; "at_crossing" (alpha is 0 and the integral stands still until H first crosses the target);
             or "integral_at_crossing" (only the integral waits).
-        integral_limit: bound of |sum of errors|, nats; None is no bound.
-        integral_leak: fraction of the integral that is forgotten each time it advances.
         dead_band: an error with |e| < dead_band counts as 0, nats.
 
     Raises:
@@ -63,31 +53,16 @@ class EntropyController(Controller):
     ) -> None:
         super().__init__(target)
         check_gains(kp, ki)
-        if anti_windup not in ("conditional", "clamp", "none"):
-            raise ValueError(f"entropy control: anti_windup must be conditional, clamp or none, not {anti_windup!r}")
-        if start not in ("immediately", "integral_at_crossing", "at_crossing"):
-            raise ValueError(f"entropy control: unknown start {start!r}")
-        if integral_limit is not None and not integral_limit > 0:
-            raise ValueError(f"entropy control: integral_limit must be > 0 or None, not {integral_limit}")
-        if not 0 <= integral_leak < 1:
-            raise ValueError(f"entropy control: integral_leak must be in [0, 1), not {integral_leak}")
-        if not dead_band >= 0:
-            raise ValueError(f"entropy control: dead_band must be >= 0, not {dead_band}")
-        self._initial_gains = (float(kp), float(ki))
+        _check_options(start, dead_band)
+        self.kp, self.ki = self._initial_gains = (float(kp), float(ki))
         self._gain = gain or Schedule(1.0)
-        self.kp, self.ki = self._initial_gains
-        self.anti_windup = anti_windup
+        self.rule = IntegralRule(anti_windup, integral_limit, integral_leak)
         self.start = start
-        self.integral_limit = integral_limit
-        self.integral_leak = integral_leak
         self.dead_band = dead_band
         self.acc = 0.0
-        self.proportional_term = 0.0
-        self.integral_term = 0.0
-        self.alpha_unclipped = 0.0
-        self.alpha = 0.0
-        self.crossed = 0.0
-        self.side = 0.0
+        self.proportional_term = self.integral_term = 0.0
+        self.alpha_unclipped = self.alpha = 0.0
+        self.crossed = self.side = 0.0
 
     @property
     def integral(self) -> float:
@@ -117,30 +92,21 @@ class EntropyController(Controller):
 
     def _advance(self, *, has_advantage: bool) -> None:
         waiting = self.start != "immediately" and not self.crossed
-        if not has_advantage or waiting or self._winds_up():
-            return
-        acc = (1.0 - self.integral_leak) * self.acc + self.error
-        limit = self.integral_limit
-        if self.anti_windup == "clamp" and self.ki > 0:
-            limit = min(ALPHA_LIMIT / self.ki, limit or ALPHA_LIMIT / self.ki)
-        self.acc = acc if limit is None else min(max(acc, -limit), limit)
-
-    def _winds_up(self) -> bool:
-        """Whether alpha is saturated and this error would push the integral further beyond the limit.
-
-        The bound this gives: while e > 0 the integral grows only if K_p e + K_i sum(e) < 1, so after it has grown
-        K_i sum(e) < 1 + (K_i - K_p) e. With K_p >= K_i it stays below 1 however long alpha is saturated, and the first
-        error of the other sign brings alpha off its limit. The same holds mirrored.
-        """
-        saturated = abs(self.alpha_unclipped) >= ALPHA_LIMIT
-        return self.anti_windup == "conditional" and saturated and self.error * self.alpha_unclipped > 0
+        if has_advantage and not waiting:
+            self.acc = self.rule.advanced(self.acc, self.error, alpha_unclipped=self.alpha_unclipped, ki=self.ki)
 
     def metrics(self) -> dict[str, float]:
         """`entropy/integral` is the state now, `entropy/integral_term` what alpha used."""
         return super().metrics() | {
             "entropy/proportional": self.proportional_term,
             "entropy/integral_term": self.integral_term,
-            "entropy/alpha": self.alpha,
             "entropy/alpha_unclipped": self.alpha_unclipped,
             "entropy/integral": self.acc,
         }
+
+
+def _check_options(start: str, dead_band: float) -> None:
+    if start not in ("immediately", "integral_at_crossing", "at_crossing"):
+        raise ValueError(f"entropy control: unknown start {start!r}")
+    if not dead_band >= 0:
+        raise ValueError(f"entropy control: dead_band must be >= 0, not {dead_band}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from megatron_entropic.algorithms.entropy_control.controller import check_gains, check_state
-from megatron_entropic.algorithms.entropy_control.entropic import clipped_alpha
+from megatron_entropic.algorithms.entropy_control.integral import clipped_alpha
 from megatron_entropic.algorithms.entropy_control.schedules import Setpoint
 
 if TYPE_CHECKING:

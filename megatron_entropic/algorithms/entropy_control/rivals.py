@@ -101,6 +101,8 @@ class Entrocraft(Controller):
 class Dmmpt(Controller):
     """DMMPT: while H < target, positive tokens that are almost certain already are dropped from the policy loss.
 
+    Source: dynamic masking of well-mastered positive tokens, UloRL, arXiv 2507.19766.
+
     Args:
         target: below it tokens are dropped, nats.
         probability: tokens with A > 0 and at least this current probability are dropped.

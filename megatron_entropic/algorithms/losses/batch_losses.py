@@ -95,7 +95,10 @@ def steer_plan(tokens: BatchTokens, across: Across, algorithm: AlgorithmConfig) 
 
 
 def steer(inputs: LossInputs, algorithm: AlgorithmConfig) -> PolicyLossTerms:
-    """STEER: the clipped loss times a weight that falls with the token's effect on entropy (zz-haooo/STEER)."""
+    """STEER: the clipped loss times a weight that falls with the token's effect on entropy.
+
+    Source: arXiv 2510.10150, zz-haooo/STEER.
+    """
     assert inputs.marks is not None
     terms = clipped(inputs, algorithm)
     return PolicyLossTerms(terms.loss * inputs.marks, terms.ratio, terms.clipped)

@@ -55,7 +55,7 @@ def cispo(inputs: LossInputs, algorithm: AlgorithmConfig) -> PolicyLossTerms:
 
 
 def ce_gppo(inputs: LossInputs, algorithm: AlgorithmConfig) -> PolicyLossTerms:
-    """CE-GPPO: clipped tokens keep a bounded gradient (arXiv 2509.20712, eq. 7; Kwai-Klear/CE-GPPO).
+    """CE-GPPO: clipped tokens keep a bounded gradient (arXiv 2509.20712, as in Kwai-Klear/CE-GPPO).
 
     A < 0, r < 1 - clip_low:    l = -beta_low  (1 - clip_low)  r / sg(r) A
     A > 0, r > 1 + clip_high:   l = -beta_high (1 + clip_high) r / sg(r) A

@@ -240,8 +240,8 @@ def test_from_config() -> None:
     controller = build_controller(section)
     assert isinstance(controller, EntropyController)
     assert (controller.target, controller.kp, controller.ki) == (0.2, 3, 0.002)
-    assert (controller.anti_windup, controller.integral_limit) == ("conditional", 20)
-    assert (controller.integral_leak, controller.dead_band) == (0.01, 0.02)
+    assert (controller.rule.anti_windup, controller.rule.limit) == ("conditional", 20)
+    assert (controller.rule.leak, controller.dead_band) == (0.01, 0.02)
     assert build_controller(EntropyControlConfig(controller="p")).ki == 0
     assert MicrobatchLocalController.from_config(EntropyControlConfig(controller="p")).ki == 0
     with pytest.raises(ValueError, match="off"):
@@ -252,7 +252,7 @@ def test_from_config() -> None:
 
 
 def test_microbatch_local_reproduces_the_published_arithmetic() -> None:
-    """Section 2 of the specification by hand: K = (1, 0.01), target 0.1, a mini-batch of 8 sequences as 2, 4, 2."""
+    """The published formulas by hand: K = (1, 0.01), target 0.1, a mini-batch of 8 sequences as 2, 4, 2."""
     controller = MicrobatchLocalController(0.1, 1, 0.01)
     given = [(0.30, 2), (0.50, 4), (0.05, 2), (1.40, 8)]
     alphas = [controller.step(entropy, n, 8) for entropy, n in given]

@@ -134,8 +134,8 @@ def test_ce_gppo_by_hand() -> None:
     logp, old = [math.log(0.5), math.log(2.0), math.log(1.1), math.log(4.0)], [0.0] * 4
     inputs = by_hand(logp, old, [-1.0, 1.0, -1.0, -1.0])
     terms = POLICY_LOSSES["ce_gppo"].function(inputs, algorithm())
-    assert terms.loss.tolist() == pytest.approx([0.25 * 0.8, -1.2, 1.1, 3.0])
-    assert gradient(terms, inputs).tolist() == pytest.approx([0.25 * 0.8, -1.2, 1.1, 0.0])
+    assert terms.loss.tolist() == pytest.approx([0.75 * 0.8, -1.2, 1.1, 3.0])
+    assert gradient(terms, inputs).tolist() == pytest.approx([0.75 * 0.8, -1.2, 1.1, 0.0])
     assert terms.clipped.tolist() == [True, True, False, False]
 
 
