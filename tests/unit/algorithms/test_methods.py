@@ -49,13 +49,12 @@ def imported_at_run_time(tree: ast.Module) -> Iterator[str]:
 
 
 def test_every_method_is_short() -> None:
-    long = {}
+    counts = {}
     for path in ALGORITHMS.rglob("*.py"):
         source = path.read_text(encoding="utf-8")
-        for node in ast.parse(source).body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name not in SHARED:
-                if (count := code_lines(node, source)) > MAX_CODE_LINES:
-                    long[node.name] = count
+        definitions = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+        counts |= {node.name: code_lines(node, source) for node in definitions if node.name not in SHARED}
+    long = {name: count for name, count in counts.items() if count > MAX_CODE_LINES}
     assert not long, f"more than {MAX_CODE_LINES} lines of code: {long}"
 
 
