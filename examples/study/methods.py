@@ -26,20 +26,19 @@ from statistics import fmean
 import yaml
 from pydantic import Field
 
-HERE = Path(__file__).resolve().parent
-EXAMPLES = HERE.parent
-sys.path[:0] = [str(HERE), str(EXAMPLES / "countdown")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "countdown"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from grid import Overrides, arguments, digest
 from pool import Failure, Interrupted, Pool, Work
 from prepare import prepare
-from run import FINISHED, say
+from run import FINISHED, HERE, say
 
 from megatron_entropic.config_base import Section
 from megatron_entropic.config_loading import read_config
 from megatron_entropic.observability.summary import Run, load_run
 
-CONFIG = EXAMPLES / "countdown_cpu.yaml"
+CONFIG = HERE.parent / "countdown_cpu.yaml"
 LAST_STEPS = 5
 """Steps whose mean stands for the end of a run."""
 TABLE = "methods.md"

@@ -22,8 +22,8 @@ class IntegralRule:
     """
 
     anti_windup: str = "conditional"
-    """"conditional" (the integral stands still while |K_p e + K_i sum(e)| >= 1 and e would push it further out), "clamp"
-    (|K_i sum(e)| stays within 1) or "none"."""
+    """conditional: the integral stands still while |K_p e + K_i sum(e)| >= 1 and e would push it further out; clamp:
+    |K_i sum(e)| stays within 1; or none."""
     limit: float | None = None
     """Bound of |sum of errors|, nats; None is no bound."""
     leak: float = 0.0
