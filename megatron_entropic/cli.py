@@ -21,6 +21,7 @@ from megatron_entropic.evaluate_command import add_evaluate_parser
 from megatron_entropic.export_command import add_export_parser
 from megatron_entropic.replay_command import add_replay_parser
 from megatron_entropic.rollouts_command import add_rollouts_parser
+from megatron_entropic.tune_command import add_tune_parser
 
 STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command continues."""
@@ -157,29 +158,6 @@ def _report(options: argparse.Namespace) -> None:
     Console().print(f"report: {write(options.run_dirs, output_dir)}", soft_wrap=True)
 
 
-def _tune(options: argparse.Namespace) -> None:
-    from megatron_entropic.algorithms.tuning import identify_plant, propose_gains
-    from megatron_entropic.observability.summary import load_run
-
-    run = load_run(options.run_dir)
-    rows = [row for row in run.rows if row.get("entropy/mean") is not None and row.get("entropy/alpha") is not None]
-    rows = rows[-options.last :] if options.last else rows
-    target = run.target if options.target is None else options.target
-    if target is None:
-        raise ValueError(f"{options.run_dir}: the run has no target; give one with --target")
-    updates = run.setting("algorithm.optimizer_steps_per_rollout", 1) * run.setting("algorithm.epochs_per_rollout", 1)
-    entropies = [row["entropy/mean"] for row in rows]
-    plant = identify_plant(entropies, [row["entropy/alpha"] for row in rows], updates)
-    proposal = propose_gains(plant, entropies[-1], target, options.settling_steps * updates)
-    console = Console(highlight=False)
-    for line in proposal.reasoning:
-        console.print(f"- {escape(line)}", soft_wrap=True)
-    overrides = (
-        f"entropy_control.controller=pi entropy_control.kp={proposal.kp:.4g} entropy_control.ki={proposal.ki:.4g}"
-    )
-    console.print(f"{overrides} entropy_control.target={target:g}", soft_wrap=True)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-entropic", description="Reinforcement learning on Megatron-core with controlled entropy."
@@ -240,12 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", type=Path, help="folder to write into (default: RUN_DIR/report of the first run)")
     report.set_defaults(command=_report)
 
-    tune = commands.add_parser("tune", help="propose K_p and K_i from how entropy followed alpha in a run")
-    tune.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    tune.add_argument("--settling-steps", type=float, default=50.0, metavar="N", help="rollout steps (default: 50)")
-    tune.add_argument("--target", type=float, metavar="H", help="nats (default: the run's last target)")
-    tune.add_argument("--last", type=int, metavar="N", help="look at the last N steps only")
-    tune.set_defaults(command=_tune)
+    add_tune_parser(commands)
     return parser
 
 

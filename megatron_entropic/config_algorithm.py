@@ -106,7 +106,9 @@ class GainScheduleConfig(Section):
 class RivalsConfig(Section):
     """Numbers that controllers other than p and pi read; see docs/algorithm.md."""
 
-    alpha: float = Field(0.0, ge=-1, le=1, description="constant: the alpha that never changes.")
+    alpha: float = Field(0.0, ge=-1, le=1, description="constant: the alpha that never changes; probe: its mean.")
+    probe_amplitude: float = Field(0.7, gt=0, le=1, description="probe: how far alpha goes to either side of `alpha`.")
+    probe_half_period: int = Field(10, ge=1, description="probe: optimizer steps on one side.")
     bonus: float = Field(0.001, description="entropy_bonus: coefficient c of -c H in the loss.")
     aec_step: float = Field(1e-4, ge=0, description="aec: how far the coefficient moves each optimizer step.")
     aec_limit: float = Field(0.005, ge=0, description="aec: largest coefficient.")
@@ -126,7 +128,7 @@ class EntropyControlConfig(Section):
     """EntroPIC (arXiv 2511.15248): alpha = clip(K_p e + K_i sum(e), -1, 1), e = H - target; and its rivals."""
 
     controller: Annotated[
-        Literal["off", "p", "pi", "constant", "entropy_bonus", "aec", "entrocraft", "dmmpt"],
+        Literal["off", "p", "pi", "constant", "probe", "entropy_bonus", "aec", "entrocraft", "dmmpt"],
         BeforeValidator(off_is_a_word),
     ] = "pi"
     target: Entropy = Field(
@@ -159,6 +161,9 @@ class EntropyControlConfig(Section):
     integral_limit: float | None = Field(None, gt=0, description="Limit of |sum of errors|, in nats.")
     integral_leak: float = Field(0.0, ge=0, lt=1, description="Fraction of the integral forgotten per optimizer step.")
     dead_band: float = Field(0.0, ge=0, description="Errors smaller than this count as 0, in nats.")
+    initial_alpha: float = Field(
+        0.0, ge=-1, le=1, description="pi: where the integral's part of alpha begins, such as the b / g of `tune`."
+    )
     rivals: RivalsConfig = RivalsConfig()
 
     @property
@@ -169,7 +174,7 @@ class EntropyControlConfig(Section):
     @property
     def steers_alpha(self) -> bool:
         """Whether the loss may have EntroPIC's term."""
-        return self.controller in ("p", "pi", "constant")
+        return self.controller in ("p", "pi", "constant", "probe")
 
     @property
     def fixed_target(self) -> float | None:

@@ -238,6 +238,12 @@ def _entropy_control(config: Config) -> Iterator[Violation]:
             "entropy_control.feedback=microbatch_local needs a fixed target in nats, constant gains and "
             "start=immediately: the published code has nothing else",
         )
+    if control.controller == "probe" and abs(rivals.alpha) + rivals.probe_amplitude > 1:
+        yield Violation(
+            ("entropy_control.rivals.alpha", "entropy_control.rivals.probe_amplitude"),
+            f"entropy_control.rivals: alpha={rivals.alpha:g} and probe_amplitude={rivals.probe_amplitude:g} take alpha "
+            "beyond 1",
+        )
     for place, low, high in zip(("first", "last"), rivals.entrocraft_lower, rivals.entrocraft_upper, strict=True):
         if control.controller == "entrocraft" and low > high:
             yield Violation(

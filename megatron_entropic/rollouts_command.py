@@ -21,7 +21,7 @@ _TOUCH_COLOURS = {"up": "green", "down": "red"}
 _LEAST_SHADE = 0.05
 """Share of the strongest entropy below which a token has no background."""
 # Controllers whose alpha acts on tokens with pi > tau.
-_CONTROLLERS_WITH_TAU = ("p", "pi", "constant")
+_CONTROLLERS_WITH_TAU = ("p", "pi", "constant", "probe")
 
 
 def add_rollouts_parser(commands: Any) -> None:

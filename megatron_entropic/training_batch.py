@@ -106,13 +106,15 @@ def importance(batch: list[Sequence], config: Config) -> dict[str, float]:
 
 
 def entropy_profile(samples: list[Sample], scores: Scores) -> dict[str, float]:
-    """Where the entropy lies: token means over correct and wrong responses, and over the four quarters of responses.
+    """Where the entropy lies: token means over the rollout, over correct and wrong responses, over their quarters.
 
-    entropy/correct and entropy/wrong are left out where there is no such response, a quarter where no token falls.
+    All are those of the policy before the step's first update. entropy/correct and entropy/wrong are left out where
+    there is no such response, a quarter where no token falls.
     """
     parts: dict[str, list[torch.Tensor]] = {}
     for sample, entropies in zip(samples, scores.entropies, strict=True):
         outcome = "correct" if sample.correct else "wrong"
+        parts.setdefault("entropy/rollout", []).append(entropies)
         parts.setdefault(f"entropy/{outcome}", []).append(entropies)
         for quarter, piece in enumerate(entropies.tensor_split(4), start=1):
             parts.setdefault(f"entropy/quarter_{quarter}", []).append(piece)

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from results import FEEDBACK, TRACKERS, Results, RunKey
 
 PANELS_IN_A_ROW = 3
-_PANEL_INCHES = (3.4, 2.4)
+PANEL_INCHES = (3.4, 2.4)
 _DPI = 130
-_LINE, _TARGET = "#3461d1", "#1f9d74"
+LINE, TARGET = "#3461d1", "#1f9d74"
 _ACTED_ON = (*FEEDBACK, "constant")
 
 Runs = dict[RunKey, Results]
@@ -50,7 +50,7 @@ def mean_series(runs: Sequence[Results], metric: str) -> tuple[np.ndarray, np.nd
 def _write(runs: Runs, methods: Sequence[str], metric: str, label: str, path: Path) -> Path:
     columns = min(PANELS_IN_A_ROW, len(methods))
     rows = -(-len(methods) // columns)
-    size = (_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows)
+    size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows)
     figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
@@ -68,13 +68,13 @@ def _write(runs: Runs, methods: Sequence[str], metric: str, label: str, path: Pa
 def _panel(axes: Axes, runs: Runs, metric: str) -> None:
     for rows in runs.values():
         values = [_number(row[metric]) for row in rows]
-        axes.plot([row["step"] for row in rows], values, color=_LINE, alpha=0.25, linewidth=0.8)
+        axes.plot([row["step"] for row in rows], values, color=LINE, alpha=0.25, linewidth=0.8)
     steps, mean = mean_series(list(runs.values()), metric)
-    axes.plot(steps, mean, color=_LINE, linewidth=1.6, marker="o" if len(steps) == 1 else None)
+    axes.plot(steps, mean, color=LINE, linewidth=1.6, marker="o" if len(steps) == 1 else None)
     key = next(iter(runs))
     if metric == "entropy/mean" and key.controller in TRACKERS:
         axes.plot(
-            *mean_series(list(runs.values()), "entropy/target"), color=_TARGET, linewidth=1.0, linestyle=(0, (5, 3))
+            *mean_series(list(runs.values()), "entropy/target"), color=TARGET, linewidth=1.0, linestyle=(0, (5, 3))
         )
     if metric == "entropy/alpha":
         axes.set_ylim(-1.1, 1.1)

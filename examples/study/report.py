@@ -100,23 +100,23 @@ def _main_table(numbers: Numbers, regime: str, samples: str, grid: Grid) -> Iter
         "saturated",
         "seconds",
     )
-    yield from _header(*columns, "difference", "p", "setting")
+    yield from header(*columns, "difference", "p", "setting")
     baseline = _of(numbers, "report", regime, grid.baseline)
     for method in grid.methods:
         own = _of(numbers, "report", regime, method.name)
         if not own:
-            yield _row(method.name, "0", *[NOTHING] * (len(columns) + 1))
+            yield row_of_cells(method.name, "0", *[NOTHING] * (len(columns) + 1))
             continue
         compared = None if method.name == grid.baseline else paired(_pass_1(baseline), _pass_1(own))
         shown = [NOTHING, NOTHING]
         if compared is not None:
             between = f"{compared.low:+.3f} to {compared.high:+.3f}"
             shown = [f"{compared.difference:+.3f} ({between})", f"{compared.p_value:.3f}"]
-        yield _row(method.name, *_cells(own), *shown, _setting(next(iter(own)).setting))
+        yield row_of_cells(method.name, *_cells(own), *shown, _setting(next(iter(own)).setting))
 
 
 def _search_table(numbers: Numbers, grid: Grid) -> Iterator[str]:
-    yield from _header(
+    yield from header(
         "regime",
         "method",
         "setting",
@@ -134,7 +134,7 @@ def _search_table(numbers: Numbers, grid: Grid) -> Iterator[str]:
             found = _of(numbers, "search", regime, method.name)
             for index, setting in enumerate(method.settings):
                 own = {key: value for key, value in found.items() if key.setting_index == index}
-                yield _row(regime, method.name, _setting(json.dumps(setting)), *_cells(own))
+                yield row_of_cells(regime, method.name, _setting(json.dumps(setting)), *_cells(own))
 
 
 def _cells(own: Numbers) -> list[str]:
@@ -171,9 +171,11 @@ def _setting(setting: str) -> str:
     return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in json.loads(setting).items()) or NOTHING
 
 
-def _header(*names: str) -> tuple[str, str]:
-    return _row(*names), "|" + "---|" * len(names)
+def header(*names: str) -> tuple[str, str]:
+    """The first two lines of a table."""
+    return row_of_cells(*names), "|" + "---|" * len(names)
 
 
-def _row(*cells: str) -> str:
+def row_of_cells(*cells: str) -> str:
+    """A line of a table."""
     return f"| {' | '.join(cells)} |"

@@ -8,7 +8,8 @@ The plant, one row an optimizer step, entropy in nats:
 The summed form is fitted: in the differences, the measurement's noise sits on both sides once alpha follows it, and the
 estimate of g is biased.
 
-With alpha = K_p e + K_i sum(e) the error obeys (z - 1)^2 + g K_p (z - 1) + g K_i = 0. Two equal poles at z = 1 - p need
+With alpha = K_p e + K_i sum(e), and K_i sum(e) = b / g at first, which holds H, the error obeys
+(z - 1)^2 + g K_p (z - 1) + g K_i = 0. Two equal poles at z = 1 - p need
 
     K_p = 2 p / g,   K_i = p^2 / g,   and then e(t) = e(0) (1 - p t) exp(-p t), within 5 % of e(0) from p t = 4.15 on
 """
@@ -32,6 +33,9 @@ USABLE_ALPHA = 0.9
 """Largest |alpha| that may be needed just to hold the target."""
 LARGEST_POLE = 0.5
 """A faster loop would chase the noise of single measurements."""
+NOISE_WIDTH = 1.5
+"""Standard deviations of noise that alpha has room for: about 7 % of the measurements are further out on one side."""
+START_SATURATES = "alpha would saturate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,8 @@ class Proposal:
 
     kp: float
     ki: float
+    initial_alpha: float
+    """Where the integral's part of alpha begins: b / g."""
     settling_steps: float
     """Optimizer steps in which they settle; more than wanted where alpha would saturate."""
     reasoning: tuple[str, ...]
@@ -102,7 +108,8 @@ def identify_plant(entropies: Seq[float], alphas: Seq[float], updates_per_row: i
 def propose_gains(plant: Plant, entropy: float, target: float, settling_steps: float) -> Proposal:
     """K_p and K_i that bring `entropy` to `target` within `settling_steps` optimizer steps without saturating alpha.
 
-    Where the wanted time needs |alpha| > 1 at the start, the shortest time that does not is taken, and said.
+    Where the wanted time needs |alpha| > 1 at the start, or lets noise take alpha there, the shortest time that does
+    not is taken, and said.
 
     Raises:
         ValueError: settling_steps < 1, or holding the target needs more than alpha can do.
@@ -113,7 +120,7 @@ def propose_gains(plant: Plant, entropy: float, target: float, settling_steps: f
     says = [
         f"plant: alpha = 1 takes {plant.gain:.3g} +- {plant.gain_error:.1g} nats an optimizer step; by itself entropy "
         f"moves by {plant.drift:+.3g}; noise of a measurement {plant.noise:.2g} nats",
-        f"holding the target needs alpha = b / g = {holding:+.2f}",
+        f"holding the target needs alpha = b / g = {holding:+.2f}, where the integral begins",
     ]
     if abs(holding) > USABLE_ALPHA:
         raise ValueError(
@@ -121,26 +128,39 @@ def propose_gains(plant: Plant, entropy: float, target: float, settling_steps: f
             f"use denominator=high_prob_tokens, so that alpha has more effect ({says[0]})"
         )
     error = entropy - target
-    # The first alpha is K_p e = 2 p e / g; what holding takes in the same direction is not available for it.
-    room = 1.0 - max(0.0, math.copysign(holding, holding * error))
-    fastest = LARGEST_POLE if error == 0.0 else min(LARGEST_POLE, room * plant.gain / (2.0 * abs(error)))
     wanted = SETTLING_POLE_STEPS / settling_steps
-    pole = min(wanted, fastest)
+    limits = _pole_limits(plant, error, holding)
+    reason = min(limits, key=lambda name: limits[name])
+    pole = min(wanted, limits[reason])
     says.append(
         f"from H = {entropy:.3g} to {target:.3g} in {settling_steps:g} optimizer steps: p = {SETTLING_POLE_STEPS} / "
         f"{settling_steps:g} = {wanted:.3g}"
     )
     if pole < wanted:
         reached = SETTLING_POLE_STEPS / pole
-        reason = "alpha would saturate" if fastest < LARGEST_POLE else "the loop would chase noise"
         says.append(f"that is too fast, {reason}: p = {pole:.3g}, settled after {reached:.0f} steps")
-        if fastest < LARGEST_POLE:
-            ramp = math.ceil(2.0 * abs(error) / (room * plant.gain))
-            says.append(f"or move the target: entropy_control.target_schedule linear over {ramp} optimizer steps")
+        if reason == START_SATURATES:
+            ramp = math.ceil(abs(error) / ((1.0 - abs(holding)) * plant.gain))
+            says.append(f"or move the target: entropy_control.target_schedule linear over {2 * ramp} optimizer steps")
     kp, ki = 2.0 * pole / plant.gain, pole**2 / plant.gain
     says.append(f"K_p = 2 p / g = {kp:.3g}, K_i = p^2 / g = {ki:.3g}")
     says.append(f"noise alone moves alpha by {kp * plant.noise:.2g} (standard deviation)")
-    return Proposal(kp, ki, SETTLING_POLE_STEPS / pole, tuple(says))
+    return Proposal(kp, ki, holding, SETTLING_POLE_STEPS / pole, tuple(says))
+
+
+def _pole_limits(plant: Plant, error: float, holding: float) -> dict[str, float]:
+    """Largest p for each thing that goes wrong beyond it."""
+    # The first alpha is b / g + K_p e = b / g + 2 p e / g, and has to stay within 1 on the side of e.
+    room = 1.0 - math.copysign(holding, holding * error)
+    # Around b / g, noise moves alpha by K_p times itself; it is to stay within 1 on the nearer side.
+    spare = 1.0 - abs(holding)
+    return {
+        START_SATURATES: room * plant.gain / (2.0 * abs(error)) if error else math.inf,
+        "noise would saturate alpha": spare * plant.gain / (2.0 * NOISE_WIDTH * plant.noise)
+        if plant.noise
+        else math.inf,
+        "the loop would chase noise": LARGEST_POLE,
+    }
 
 
 def settled_after(errors: Seq[float], tolerance: float) -> int:

@@ -42,7 +42,7 @@ def verdicts(run: Run) -> list[Verdict]:
     found = list(_feedback(run, controller)) if controller in ("p", "pi") else []
     if controller == "off":
         found += _uncontrolled(run)
-    if controller in ("p", "pi", "constant"):
+    if controller in ("p", "pi", "constant", "probe"):
         found += _authority(run)
     return [*found, *_importance(run)]
 

@@ -35,6 +35,7 @@ def _cases(entropy: float, tau: float) -> dict[str, dict[str, Any]]:
         "p": {"kp": 0.1, "target": "0.8x", "target_schedule": {"kind": "cosine", "end": 0.1, "steps": 2}},
         "pi": {"kp": 0.1, "ki": 0.05, "target": below, "gain_schedule": {"kind": "linear", "end": 0.5, "steps": 2}},
         "constant": {"rivals": {"alpha": -0.7}},
+        "probe": {"rivals": {"probe_amplitude": 0.4, "probe_half_period": 1}},
         "entropy_bonus": {"rivals": {"bonus": 0.3}},
         "aec": {"target": above, "rivals": {"aec_step": 0.2, "aec_limit": 0.3}},
         "entrocraft": {"rivals": {"entrocraft_upper": [below, below], "entrocraft_lower": [0.1, 0.1]}},

@@ -30,7 +30,7 @@ FACE = {"cli", "trainer", "config_loading", "config_checks", "run_directory", "t
 FACE |= {"export_command", "quantized_export"}
 FACE |= {"evaluate", "evaluate_command", "evaluator", "rollouts_command"}
 FACE |= {"restarts", "stopping", "judged_rollouts"}
-FACE |= {"learning", "replay", "replay_command"}
+FACE |= {"learning", "replay", "replay_command", "tune_command"}
 # The large neighbours, and the only rooms that know them.
 OWNERS = {"megatron": {"policy"}, "vllm": {"rollout"}, "ray": {"cluster"}, "wandb": {"observability"}}
 

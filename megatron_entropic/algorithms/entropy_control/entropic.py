@@ -10,7 +10,7 @@ falls. Too little gives alpha < 0.
 from __future__ import annotations
 
 from megatron_entropic.algorithms.entropy_control.controller import Controller, check_gains
-from megatron_entropic.algorithms.entropy_control.integral import IntegralRule, clipped_alpha
+from megatron_entropic.algorithms.entropy_control.integral import ALPHA_LIMIT, IntegralRule, clipped_alpha
 from megatron_entropic.algorithms.entropy_control.schedules import Schedule, Setpoint
 from megatron_entropic.algorithms.entropy_control.steering import Steering
 
@@ -30,6 +30,7 @@ class EntropyController(Controller):
         start: "immediately"; "at_crossing" (alpha is 0 and the integral stands still until H first crosses the target);
             or "integral_at_crossing" (only the integral waits).
         dead_band: an error with |e| < dead_band counts as 0, nats.
+        initial_alpha: K_i sum(e) at the start: what holding the target is known to need. Unused with ki = 0.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -50,16 +51,17 @@ class EntropyController(Controller):
         integral_limit: float | None = None,
         integral_leak: float = 0.0,
         dead_band: float = 0.0,
+        initial_alpha: float = 0.0,
     ) -> None:
         super().__init__(target)
         check_gains(kp, ki)
-        _check_options(start, dead_band)
+        _check_options(start, dead_band, initial_alpha)
         self.kp, self.ki = self._initial_gains = (float(kp), float(ki))
         self._gain = gain or Schedule(1.0)
         self.rule = IntegralRule(anti_windup, integral_limit, integral_leak)
         self.start = start
         self.dead_band = dead_band
-        self.acc = 0.0
+        self.acc = initial_alpha / ki if ki > 0 else 0.0
         self.proportional_term = self.integral_term = 0.0
         self.alpha_unclipped = self.alpha = 0.0
         self.crossed = self.side = 0.0
@@ -105,8 +107,10 @@ class EntropyController(Controller):
         }
 
 
-def _check_options(start: str, dead_band: float) -> None:
+def _check_options(start: str, dead_band: float, initial_alpha: float) -> None:
     if start not in ("immediately", "integral_at_crossing", "at_crossing"):
         raise ValueError(f"entropy control: unknown start {start!r}")
     if not dead_band >= 0:
         raise ValueError(f"entropy control: dead_band must be >= 0, not {dead_band}")
+    if not abs(initial_alpha) <= ALPHA_LIMIT:
+        raise ValueError(f"entropy control: initial_alpha must be in [-1, 1], not {initial_alpha}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_entropic.algorithms.entropy_control.controller import Controller
 from megatron_entropic.algorithms.entropy_control.entropic import EntropyController
+from megatron_entropic.algorithms.entropy_control.probe import Probe
 from megatron_entropic.algorithms.entropy_control.rivals import (
     AdaptiveEntropyCoefficient,
     ConstantAlpha,
@@ -36,6 +37,7 @@ def _entropic(target: Setpoint, config: EntropyControlConfig) -> Controller:
         integral_limit=config.integral_limit,
         integral_leak=config.integral_leak,
         dead_band=config.dead_band,
+        initial_alpha=config.initial_alpha,
     )
 
 
@@ -48,10 +50,16 @@ def _entrocraft(target: Setpoint, config: EntropyControlConfig) -> Controller:
     return Entrocraft(target, upper, lower)
 
 
+def _probe(target: Setpoint, config: EntropyControlConfig) -> Controller:
+    rivals = config.rivals
+    return Probe(target, rivals.alpha, rivals.probe_amplitude, rivals.probe_half_period)
+
+
 CONTROLLERS: dict[str, ControllerFactory] = {
     "p": _entropic,
     "pi": _entropic,
     "constant": lambda target, config: ConstantAlpha(target, config.rivals.alpha),
+    "probe": _probe,
     "entropy_bonus": lambda target, config: EntropyBonus(target, config.rivals.bonus),
     "aec": lambda target, config: AdaptiveEntropyCoefficient(target, config.rivals.aec_step, config.rivals.aec_limit),
     "entrocraft": _entrocraft,

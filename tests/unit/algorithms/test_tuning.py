@@ -10,16 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from megatron_entropic.algorithms import EntropyController
+from megatron_entropic.algorithms import EntropyController, build_controller
+from megatron_entropic.algorithms.entropy_control import Controller
 from megatron_entropic.algorithms.tuning import Plant, identify_plant, propose_gains, settled_after
 from megatron_entropic.cli import main
+from megatron_entropic.config_algorithm import EntropyControlConfig
 
 Dynamics = Callable[[float, float], float]
 """(H, alpha) -> change of H in an optimizer step."""
 
 
 def simulate(
-    dynamics: Dynamics, controller: EntropyController, entropy: float, steps: int, noise: float, seed: int = 0
+    dynamics: Dynamics, controller: Controller, entropy: float, steps: int, noise: float, seed: int = 0
 ) -> tuple[list[float], list[float], list[float]]:
     """(true H, measured H, alpha) of each step."""
     source = random.Random(seed)
@@ -68,7 +70,7 @@ def test_proposed_gains_settle_in_time_without_saturating(name: str) -> None:
     _, measured, alphas = simulate(dynamics, recording, start, 120, noise, seed=1)
     plant = identify_plant(measured, alphas)
     proposal = propose_gains(plant, start, target, settling_steps=150)
-    controller = EntropyController(target, proposal.kp, proposal.ki)
+    controller = EntropyController(target, proposal.kp, proposal.ki, initial_alpha=proposal.initial_alpha)
     true, _, alphas = simulate(dynamics, controller, start, 900, noise, seed=2)
     errors = [entropy - target for entropy in true]
     # The noise that alpha passes on stays, so the band is not narrower than it.
@@ -87,13 +89,42 @@ def test_p_alone_leaves_the_predicted_offset() -> None:
 
 def test_a_time_that_alpha_cannot_keep_is_said_and_replaced() -> None:
     proposal = propose_gains(Plant(0.001, -0.0002, 0.0, 0.0), entropy=0.6, target=0.1, settling_steps=100)
-    assert proposal.kp * 0.5 == pytest.approx(1.0)
+    assert proposal.initial_alpha + proposal.kp * 0.5 == pytest.approx(1.0)
     assert proposal.settling_steps > 1000
     assert any("alpha would saturate" in line for line in proposal.reasoning)
-    assert any("target_schedule linear over 1000" in line for line in proposal.reasoning)
-    # Downwards drift helps on the way down; upwards it takes a part of alpha.
+    assert any("target_schedule linear over 1250" in line for line in proposal.reasoning)
+    # What holding needs lies on the side of alpha that leads up, and leaves less of it.
     against = propose_gains(Plant(0.001, -0.0002, 0.0, 0.0), entropy=0.1, target=0.6, settling_steps=100)
     assert against.kp * 0.5 == pytest.approx(0.8)
+
+
+def test_noise_that_would_saturate_alpha_slows_the_loop() -> None:
+    quiet, noisy = (propose_gains(Plant(0.004, -0.002, 0.0, noise), 0.5, 0.49, 50) for noise in (0.001, 0.02))
+    assert quiet.settling_steps == pytest.approx(50)
+    assert noisy.kp * 0.02 * 1.5 == pytest.approx(0.5), "half of alpha is needed to hold the target"
+    assert any("noise would saturate alpha" in line for line in noisy.reasoning)
+
+
+def test_an_integral_that_begins_where_it_is_needed_leaves_no_dent() -> None:
+    def deepest(initial_alpha: float) -> float:
+        controller = EntropyController(0.5, 10.0, 0.2, initial_alpha=initial_alpha)
+        true, _, alphas = simulate(lambda h, a: -0.002 - 0.004 * a, controller, 0.5, 60, noise=0.0)
+        assert alphas[0] == pytest.approx(initial_alpha)
+        return 0.5 - min(true)
+
+    assert deepest(-0.5) == pytest.approx(0.0, abs=1e-12)
+    assert deepest(0.0) > 0.02
+
+
+def test_a_probe_tells_alpha_from_drift() -> None:
+    section = {"controller": "probe", "rivals": {"alpha": -0.2, "probe_amplitude": 0.5, "probe_half_period": 5}}
+    controller = build_controller(EntropyControlConfig.model_validate(section))
+    _, measured, alphas = simulate(lambda h, a: -0.002 - 0.01 * a, controller, 0.6, 40, noise=0.005)
+    assert alphas == pytest.approx(([-0.7] * 5 + [0.3] * 5) * 4)
+    plant = identify_plant(measured, alphas)
+    assert plant.gain == pytest.approx(0.01, abs=3 * plant.gain_error)
+    assert plant.gain_error < 0.002
+    assert plant.drift == pytest.approx(-0.002, abs=1e-3)
 
 
 def test_a_target_that_cannot_be_held_is_refused() -> None:
@@ -128,6 +159,7 @@ def test_the_command_prints_overrides(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["tune", str(tmp_path), "--settling-steps", "100"]) == 0
     printed = capsys.readouterr().out
     assert "holding the target needs alpha" in printed
-    assert re.search(r"entropy_control.kp=\d+\.\d+ entropy_control.ki=0\.\d+ entropy_control.target=0.5", printed)
+    assert re.search(r"entropy_control.kp=\d+\.\d+ entropy_control.ki=0\.\d+", printed)
+    assert re.search(r"entropy_control.initial_alpha=-0\.2\d+ entropy_control.target=0.5$", printed, re.MULTILINE)
     assert main(["tune", str(tmp_path), "--last", "5"]) == 2
     assert "at least 10 steps" in capsys.readouterr().err

@@ -86,6 +86,7 @@ def test_entropy_profile(samples: list[Sample]) -> None:
     profile = entropy_profile(samples, Scores(entropies, entropies))
     assert profile == pytest.approx(
         {
+            "entropy/rollout": 6.4 / 10,
             "entropy/correct": 0.6,
             "entropy/wrong": 4.6 / 7,
             "entropy/quarter_1": (0.3 + 0.2 + 0.4 + 1.0) / 4,
