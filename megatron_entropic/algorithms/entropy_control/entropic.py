@@ -59,8 +59,7 @@ class EntropyController(Controller):
         self.kp, self.ki = self._initial_gains = (float(kp), float(ki))
         self._gain = gain or Schedule(1.0)
         self.rule = IntegralRule(anti_windup, integral_limit, integral_leak)
-        self.start = start
-        self.dead_band = dead_band
+        self.start, self.dead_band = start, dead_band
         self.acc = initial_alpha / ki if ki > 0 else 0.0
         self.proportional_term = self.integral_term = 0.0
         self.alpha_unclipped = self.alpha = 0.0
