@@ -264,6 +264,11 @@ def _data(config: Config) -> Iterator[Violation]:
             ("data.pass_rate_min", "data.pass_rate_max"),
             f"data.pass_rate_min={data.pass_rate_min:g} is above data.pass_rate_max={data.pass_rate_max:g}",
         )
+    if data.pass_rates is None and data.order == "easy_to_hard":
+        yield Violation(
+            ("data.order", "data.pass_rates"),
+            "data.order=easy_to_hard needs data.pass_rates, a file of recorded responses",
+        )
     if data.pass_rates is None and (data.pass_rate_min > 0 or data.pass_rate_max < 1):
         yield Violation(
             ("data.pass_rates", "data.pass_rate_min", "data.pass_rate_max"),

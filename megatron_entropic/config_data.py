@@ -35,11 +35,17 @@ class DataConfig(Section):
     )
     overlap_words: int = Field(13, ge=2, description="Problems overlap if they share so many words in a row.")
     pass_rates: Path | None = Field(
-        None, description="Responses of an `evaluate` of the train file (NAME.parquet), for pass_rate_min and _max."
+        None,
+        description="Responses of an `evaluate` of the train file (NAME.parquet): for pass_rate_min, _max and order.",
     )
     pass_rate_min: float = Field(0.0, ge=0, le=1, description="Leave out prompts whose recorded pass rate is lower.")
     pass_rate_max: float = Field(1.0, ge=0, le=1, description="Leave out prompts whose recorded pass rate is higher.")
-    shuffle: bool = True
+    order: Literal["shuffled", "as_stored", "easy_to_hard"] = Field(
+        "shuffled", description="Order of an epoch. easy_to_hard: a curriculum, falling recorded pass rates."
+    )
+    order_blur: float = Field(
+        0.2, ge=0, description="easy_to_hard: prompts further apart than this share of an epoch keep their order."
+    )
 
 
 class RewardConfig(Section):

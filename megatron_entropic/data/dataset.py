@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_entropic.config import DataConfig
-from megatron_entropic.data.order import EpochOrder, MixedOrder
+from megatron_entropic.data.order import Arrangement, EpochOrder, MixedOrder, as_stored, easy_to_hard, shuffled
 from megatron_entropic.data.overlap import find_duplicates, find_overlap
 from megatron_entropic.data.pass_rates import read_pass_rates
 from megatron_entropic.data.problems import Problems, Row
@@ -71,7 +71,7 @@ class PromptDataset:
             problems.add("no prompt is left\n    " + "\n    ".join(self.report.lines()))
         problems.raise_if_any("the training data cannot be used", skip_rows=config.skip_malformed)
         self.report.kept = len(self._prompts)
-        self._order = self._make_order(self._seed)
+        self._order = self._make_order(self._seed, self._arrange)
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -103,7 +103,7 @@ class PromptDataset:
         return [self._prompts[row] for row in self._order.rows((step - 1) * count, count)]
 
     def replacements(self, step: int, earlier: int, count: int, seen: Set[int]) -> list[Prompt]:
-        """Prompts for a step beside those of `at_step`, from an order of its own.
+        """Prompts for a step beside those of `at_step`, from a shuffled order of its own.
 
         A pure function of files, seed and arguments, as `at_step`. Fewer than `count` if the data set has no more.
 
@@ -111,7 +111,7 @@ class PromptDataset:
             earlier: how often the step has asked before.
             seen: indices of prompts that the step has had.
         """
-        order = self._make_order(self._seed + (step * _ROUNDS + earlier << 32))
+        order = self._make_order(self._seed + (step * _ROUNDS + earlier << 32), lambda rows: shuffled(len(rows)))
         found: dict[int, Prompt] = {}
         for row in order.rows(0, len(self._prompts)):
             prompt = self._prompts[row]
@@ -169,42 +169,55 @@ class PromptDataset:
             out |= set(duplicates.positions)
         if config.benchmark_overlap == "drop":
             out |= set().union(*(overlap.positions for overlap in overlaps.values()))
+        rates = self._recorded_pass_rates(problems)
+        outside = {i for i, rate in rates.items() if not config.pass_rate_min <= rate <= config.pass_rate_max}
         if config.pass_rates is not None:
-            out |= self._outside_pass_rates(config.pass_rates, problems)
-        kept = [position for position in range(len(self._prompts)) if position not in out]
+            self.report.pass_rates = (len(rates), len(outside))
+        kept = [position for position in range(len(self._prompts)) if position not in out | outside]
         self._prompts = [self._prompts[position] for position in kept]
         self._problems = [self._problems[position] for position in kept]
         self._file_numbers = [self._file_numbers[position] for position in kept]
+        self._pass_rates = [rates.get(position) for position in kept]
 
-    def _outside_pass_rates(self, file: Path, problems: Problems) -> set[int]:
-        """Positions whose recorded pass rate is not in [pass_rate_min, pass_rate_max]; the unrecorded stay."""
+    def _recorded_pass_rates(self, problems: Problems) -> dict[int, float]:
+        """Pass rates by position, of the prompts that have one."""
+        file = self._config.pass_rates
+        if file is None:
+            return {}
         try:
             rates = read_pass_rates(file)
         except ValueError as error:
             problems.add(f"data.pass_rates: {error}")
-            return set()
-        low, high = self._config.pass_rate_min, self._config.pass_rate_max
+            return {}
         known = {i: rates[prompt.text] for i, prompt in enumerate(self._prompts) if prompt.text in rates}
         if self._prompts and not known:
             problems.add(
                 f"data.pass_rates: {file}: none of its prompts is one of the training prompts, as the chat template, "
                 "system prompt and suffix make them"
             )
-        outside = {position for position, rate in known.items() if not low <= rate <= high}
-        self.report.pass_rates = (len(known), len(outside))
-        return outside
+        return known
 
-    def _make_order(self, seed: int) -> EpochOrder | MixedOrder:
-        config = self._config
+    def _arrange(self, rows: Sequence[int]) -> Arrangement:
+        """`data.order` of some of the prompts."""
+        match self._config.order:
+            case "shuffled":
+                return shuffled(len(rows))
+            case "as_stored":
+                return as_stored(len(rows))
+            case "easy_to_hard":
+                return easy_to_hard([self._pass_rates[row] for row in rows], self._config.order_blur)
+
+    def _make_order(self, seed: int, arrange: Callable[[Sequence[int]], Arrangement]) -> EpochOrder | MixedOrder:
+        config, size = self._config, len(self._prompts)
         if config.file_weights is None:
-            return EpochOrder(len(self._prompts), seed=seed, shuffle=config.shuffle)
+            return EpochOrder(size, arrange(range(size)), seed=seed)
         members: list[list[int]] = [[] for _ in config.train_files]
         for position, file_number in enumerate(self._file_numbers):
             members[file_number].append(position)
         empty = [str(file) for file, rows in zip(config.train_files, members, strict=True) if not rows]
         if empty:
             raise ValueError(f"data.file_weights: no prompt is left of {', '.join(empty)}")
-        return MixedOrder(members, config.file_weights, seed=seed, shuffle=config.shuffle)
+        return MixedOrder(members, config.file_weights, arrange, seed=seed)
 
 
 def _messages_and_truth(

@@ -2,25 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
+Arrangement = Callable[[np.random.RandomState], np.ndarray]
+"""Draws the order of an epoch: a permutation of 0, ..., size - 1, of anything random in this state alone."""
+
+
+def shuffled(size: int) -> Arrangement:
+    """Every order is as likely as any other."""
+    return lambda random: random.permutation(size)
+
+
+def as_stored(size: int) -> Arrangement:
+    """The order of the rows, in every epoch."""
+    return lambda random: np.arange(size)
+
+
+def easy_to_hard(pass_rates: Sequence[float | None], blur: float) -> Arrangement:
+    """Falling pass rates, blurred anew in each epoch.
+
+    A row's place is its rank among the recorded rates, from 0 to 1 with equal rates in the middle of their ranks, plus
+    uniform noise in [-blur/2, blur/2]: rows whose ranks are further apart than `blur` keep their order, and a large
+    blur comes close to `shuffled`. Rows of equal place are in random order; those without a rate are scattered over the
+    whole epoch.
+    """
+    rates = np.array([np.nan if rate is None else rate for rate in pass_rates])
+    known = np.flatnonzero(~np.isnan(rates))
+    _, level, sizes = np.unique(-rates[known], return_inverse=True, return_counts=True)
+    middles = np.cumsum(sizes) - (sizes - 1) / 2 - 1
+    ranks = middles[level] / max(1, len(known) - 1)
+
+    def arrangement(random: np.random.RandomState) -> np.ndarray:
+        noise, places = random.random_sample(len(rates)), random.random_sample(len(rates))
+        places[known] = ranks + blur * (noise[known] - 0.5)
+        return np.lexsort((noise, places))
+
+    return arrangement
+
 
 class EpochOrder:
-    """An endless order of `size` rows, epoch after epoch; each epoch visits every row once.
+    """An endless order of some rows, epoch after epoch; each epoch visits every row once.
 
     An epoch's order is drawn from (seed, epoch). `RandomState` is used because NumPy promises never to change its
     streams (NEP 19), so an order outlives NumPy versions.
     """
 
-    def __init__(self, size: int, *, seed: int, shuffle: bool = True):
-        """`size` is at least 1; without `shuffle` every epoch is in the order of the rows."""
+    def __init__(self, size: int, arrangement: Arrangement, *, seed: int):
+        """`size` is at least 1, the number of rows that `arrangement` orders."""
         if size < 1:
             raise ValueError("cannot order an empty data set")
-        self._size, self._seed, self._shuffle = size, seed, shuffle
+        self._size, self._arrangement, self._seed = size, arrangement, seed
         self._epoch = -1
         self._permutation = np.arange(size)
 
@@ -33,8 +68,6 @@ class EpochOrder:
 
     def _row(self, position: int) -> int:
         epoch, offset = divmod(position, self._size)
-        if not self._shuffle:
-            return offset
         if epoch != self._epoch:
             self._permutation = self._permutation_of(epoch)
             self._epoch = epoch
@@ -42,7 +75,7 @@ class EpochOrder:
 
     def _permutation_of(self, epoch: int) -> np.ndarray:
         words = [self._seed & 0xFFFFFFFF, self._seed >> 32 & 0xFFFFFFFF, epoch]
-        return np.random.RandomState(np.array(words, dtype=np.uint32)).permutation(self._size)
+        return self._arrangement(np.random.RandomState(np.array(words, dtype=np.uint32)))
 
 
 class MixedOrder:
@@ -53,10 +86,21 @@ class MixedOrder:
     takes the next row of that group's own `EpochOrder`: a small group is repeated more often.
     """
 
-    def __init__(self, groups: Sequence[Sequence[int]], weights: Sequence[float], *, seed: int, shuffle: bool = True):
-        """Each group has at least one row; weights are positive and need not add up to 1."""
+    def __init__(
+        self,
+        groups: Sequence[Sequence[int]],
+        weights: Sequence[float],
+        arrange: Callable[[Sequence[int]], Arrangement],
+        *,
+        seed: int,
+    ):
+        """Each group has at least one row; weights are positive and need not add up to 1.
+
+        Args:
+            arrange: the arrangement of some rows.
+        """
         self._groups = [np.asarray(group) for group in groups]
-        self._orders = [EpochOrder(len(group), seed=seed + 1 + k, shuffle=shuffle) for k, group in enumerate(groups)]
+        self._orders = [EpochOrder(len(rows), arrange(rows), seed=seed + 1 + k) for k, rows in enumerate(groups)]
         self._upper_bounds = np.cumsum(weights) / np.sum(weights)
         words = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
         self._start = np.random.RandomState(np.array(words, dtype=np.uint32)).random_sample()

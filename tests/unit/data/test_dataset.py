@@ -70,7 +70,7 @@ def test_steps_take_prompts_by_seed_and_step_alone(tmp_path: Path, tokenizer: An
     assert [sorted(flat[start : start + 7]) for start in (0, 7, 14)] == [list(range(7))] * 3
     again = PromptDataset(config(file), tokenizer, seed=5)
     assert [prompt.index for prompt in again.at_step(5, 3)] == steps[4]
-    unshuffled = PromptDataset(config(file, shuffle=False), tokenizer, seed=5)
+    unshuffled = PromptDataset(config(file, order="as_stored"), tokenizer, seed=5)
     assert [prompt.index for prompt in unshuffled.at_step(3, 3)] == [6, 0, 1]
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_entropic.config import DataConfig, RewardConfig
 from megatron_entropic.data import PromptDataset
-from megatron_entropic.data.order import MixedOrder
+from megatron_entropic.data.order import MixedOrder, shuffled
 from megatron_entropic.data.overlap import find_duplicates, find_overlap
 from megatron_entropic.rewards import RewardScorer
 
@@ -174,6 +174,42 @@ def test_recorded_pass_rates(tmp_path: Path, tokenizer: Any) -> None:
         PromptDataset(some.model_copy(update={"pass_rates": file}), tokenizer, seed=1)
 
 
+def record_rates(path: Path, rates: dict[str, float]) -> Path:
+    """What `evaluate` stores, as far as it is read: ten responses to each prompt."""
+    rows = [{"prompt": text, "reward": float(k < 10 * rate)} for text, rate in rates.items() for k in range(10)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def test_a_curriculum_of_recorded_pass_rates(tmp_path: Path, tokenizer: Any) -> None:
+    names = [f"{letter}{number}" for letter in "abcd" for number in range(10)]
+    rates = {name: (number % 10) / 10 for number, name in enumerate(names)}
+    files = [jsonl(tmp_path / f"{half}.jsonl", *map(problem, names[half::2])) for half in (0, 1)]
+    recorded = record_rates(tmp_path / "train.parquet", rates)
+    easy_first = config(*files, pass_rates=recorded, order="easy_to_hard", order_blur=0.1)
+
+    def asked(steps: range, **values: Any) -> list[list[str]]:
+        dataset = PromptDataset(easy_first.model_copy(update=values), tokenizer, seed=3)
+        return [[prompt.text for prompt in dataset.at_step(step, 8)] for step in steps]
+
+    first, second = asked(range(1, 6)), asked(range(6, 11))
+    means = [sum(rates[text] for text in step) / len(step) for step in first]
+    assert means == sorted(means, reverse=True)
+    assert means[0] - means[-1] > 0.6
+    assert first != second, "another epoch, another blur"
+    assert asked(range(4, 6)) == first[3:], "resumed"
+    limited = asked(range(1, 5), pass_rate_min=0.2)
+    assert sorted(text for step in limited for text in step) == [text for text in names if rates[text] >= 0.2]
+    mixed = PromptDataset(easy_first.model_copy(update={"file_weights": [1, 1]}), tokenizer, seed=3)
+    for file in (0, 1):
+        own = [p for step in range(1, 5) for p in mixed.at_step(step, 8) if (p.index < 20) == (file == 0)]
+        assert rates[own[0].text] > 0.7
+        assert rates[own[-1].text] < 0.4
+    asked_before = {prompt.index for prompt in mixed.at_step(1, 8)}
+    others = [rates[prompt.text] for prompt in mixed.replacements(1, 0, 16, asked_before)]
+    assert min(others) < 0.3 < 0.6 < max(others), "replacements are shuffled"
+
+
 def test_mixtures_hold_their_shares_and_resume_anywhere(tmp_path: Path, tokenizer: Any) -> None:
     big = jsonl(tmp_path / "big.jsonl", *[problem(f"a{n}") for n in range(30)])
     small = jsonl(tmp_path / "small.jsonl", *[problem(f"b{n} ") for n in range(3)])
@@ -192,7 +228,7 @@ def test_mixtures_hold_their_shares_and_resume_anywhere(tmp_path: Path, tokenize
 
 
 def test_the_mixed_order_is_the_same_on_every_machine_and_version() -> None:
-    order = MixedOrder([[0, 1, 2], [3, 4]], [2, 1], seed=1)
+    order = MixedOrder([[0, 1, 2], [3, 4]], [2, 1], lambda rows: shuffled(len(rows)), seed=1)
     assert order.rows(0, 9) == order.rows(0, 4) + order.rows(4, 5)
     assert order.rows(3, 6) == [3, 2, 1, 3, 0, 2]
 
