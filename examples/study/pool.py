@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from ray_node import RayNode
+
 ROOT = Path(__file__).resolve().parents[2]
 POLL_S = 0.5
 GRACE_S = 120.0
@@ -53,12 +55,16 @@ class Pool:
         processes: at most so many runs at a time.
         run_timeout_s: limit of one run; it is then ended, and continues in the next call of the study.
         say: shows a line to the user.
+        node: Ray for all runs; None: each starts its own.
     """
 
-    def __init__(self, processes: int, run_timeout_s: float, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, processes: int, run_timeout_s: float, say: Callable[[str], None], node: RayNode | None = None
+    ) -> None:
         self._processes = processes
         self._run_timeout_s = run_timeout_s
         self._say = say
+        self._node = node
         self._stop = threading.Event()
 
     def __enter__(self) -> Pool:
@@ -106,12 +112,14 @@ class Pool:
         if self._stop.is_set():
             raise Interrupted(f"{log.stem}: not started")
         log.parent.mkdir(parents=True, exist_ok=True)
+        joined = [] if self._node is None else [f"cluster.address={self._node.address}"]
+        environment = ENVIRONMENT | os.environ | (self._node.environment if self._node else {})
         with log.open("w", encoding="utf-8") as output:
             # A session of its own: a Ctrl-C of the terminal reaches the run as the request that `_end` sends.
             process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_entropic.cli", "train", str(config), *overrides],
+                [sys.executable, "-m", "megatron_entropic.cli", "train", str(config), *joined, *overrides],
                 cwd=ROOT,
-                env=ENVIRONMENT | os.environ,
+                env=environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

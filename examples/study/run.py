@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from chain import Sizes, prepare
 from grid import BENCHMARKS, Cell, Grid, Overrides, Phase, Stage, arguments, check_cells, digest, load_grid
 from pool import Failure, Interrupted, Pool, Work
+from ray_node import ray_node
 from report import write_study_report
 from results import Results, chosen_settings, read_results, write_results
 
@@ -54,7 +56,7 @@ class Study:
         One regime after the other, search before report, and of those the seeds one after the other: an interrupted
         study has whole tables rather than a part of each. A method is reported when its search is complete.
         """
-        failures: dict[str, str] = {}
+        failures = self._warm_starts()
         for regime in self.grid.regimes:
             if self.grid.searches:
                 failures |= self._run_stage(self.grid.cells("search"), regime)
@@ -77,20 +79,22 @@ class Study:
         places = ((cell, self._directory(cell)) for cell in cells)
         return read_results((cell, path) for cell, path in places if (path / FINISHED).exists())
 
-    def _run_stage(self, cells: Iterator[Cell], regime: str) -> dict[str, str]:
-        """Warm starts that are missing, then runs that are missing; runs without a warm start are not tried."""
-        own = (cell for cell in cells if cell.regime == regime)
-        missing = [cell for cell in own if not (self._directory(cell) / FINISHED).exists()]
-        seeds = sorted({cell.seed for cell in missing})
+    def _warm_starts(self) -> dict[str, str]:
+        """The models that runs start from, as far as they are missing."""
+        seeds = [*(self.grid.search_seeds if self.grid.searches else []), *self.grid.report_seeds]
         for seed in seeds:
             prepare(self._data(seed), seed, self._rows)
-        failures = self._pool.do_all(
+        return self._pool.do_all(
             Work(f"warm start of seed {seed}", partial(self._warm_start, seed))
             for seed in seeds
             if not self._warm_model(seed).is_dir()
         )
-        ready = [cell for cell in missing if self._warm_model(cell.seed).is_dir()]
-        return failures | self._pool.do_all(Work(cell.name, partial(self._run_cell, cell)) for cell in ready)
+
+    def _run_stage(self, cells: Iterator[Cell], regime: str) -> dict[str, str]:
+        """Runs that are missing; those without a warm start are not tried."""
+        own = (cell for cell in cells if cell.regime == regime and self._warm_model(cell.seed).is_dir())
+        missing = [cell for cell in own if not (self._directory(cell) / FINISHED).exists()]
+        return self._pool.do_all(Work(cell.name, partial(self._run_cell, cell)) for cell in missing)
 
     def _directory(self, cell: Cell) -> Path:
         return self.output / "cells" / cell.directory(self._start)
@@ -167,7 +171,9 @@ def main() -> int:
         parser.error(str(error))
     output = options.output.absolute()
     failures: dict[str, str] = {}
-    with Pool(options.processes, options.run_timeout_s, say) as pool:
+    with ExitStack() as stack:
+        node = None if options.report_only else stack.enter_context(ray_node(options.processes))
+        pool = stack.enter_context(Pool(options.processes, options.run_timeout_s, say, node))
         study = Study(grid, output, pool)
         try:
             if not options.report_only:
