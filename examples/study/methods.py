@@ -19,6 +19,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from grid import Overrides, arguments, digest
 from pool import Failure, Interrupted, Pool, Work
 from prepare import prepare
+from ray_node import ray_node
 from run import FINISHED, HERE, say
 
 from megatron_entropic.config_base import Section
@@ -150,7 +152,9 @@ def main() -> int:
     if problems := methods.problems():
         parser.error("\n" + "\n".join(f"  - {problem}" for problem in problems))
     output = options.output.absolute()
-    with Pool(options.processes, options.run_timeout_s, say) as pool:
+    with ExitStack() as stack:
+        node = stack.enter_context(ray_node(options.processes))
+        pool = stack.enter_context(Pool(options.processes, options.run_timeout_s, say, node))
         try:
             failures = run_all(methods, output, pool)
         except Interrupted as error:
