@@ -20,9 +20,10 @@ from megatron_entropic.data import PromptDataset
 from megatron_entropic.evaluation.generations import Generation, write_generations
 from megatron_entropic.evaluation.store import generations_path, stored_settings, summarise_stored, write_summary
 from megatron_entropic.evaluation.summary import BenchmarkSummary
-from megatron_entropic.rewards import RewardScorer, build_reader
+from megatron_entropic.rewards import RewardScorer, build_reader, job_of
+from megatron_entropic.rewards.verdict import Verdict
 from megatron_entropic.run_directory import RunDirectory
-from megatron_entropic.training_batch import decode_responses
+from megatron_entropic.training_batch import on_arrival
 from megatron_entropic.types import Prompt, Sample
 
 # The settings of training data that hold for benchmarks too.
@@ -89,10 +90,12 @@ class Evaluator:
     def answer(
         self, name: str, engines: EngineGroup, scorer: RewardScorer, directory: Path, model: dict[str, Any]
     ) -> None:
-        """Let the engines answer one benchmark, judge the responses and store them."""
-        samples = engines.answer_benchmark(name, self._benchmarks[name])
-        decode_responses(samples, self._tokenizer)
-        generations = list(self._judged(samples, scorer))
+        """Let the engines answer one benchmark, judge the responses as they come, and store them."""
+        problems = self._benchmarks[name]
+        with scorer.judging(len(problems) * self._config.evaluation.samples(name)) as judging:
+            arrived = on_arrival(self._tokenizer, lambda position, sample: judging.add(position, job_of(sample)))
+            samples = engines.answer_benchmark(name, problems, arrived)
+            generations = list(map(self._generation, samples, judging.verdicts(warn=True)))
         write_generations(generations_path(directory, name), generations, self._settings(name, model))
 
     def summarise(self, directory: Path, label: str) -> list[BenchmarkSummary]:
@@ -114,22 +117,21 @@ class Evaluator:
             summaries = self.summarise(directory, f"{self._config.run.name}, step {step}")
         return {key: value for summary in summaries for key, value in _metrics(summary)}
 
-    def _judged(self, samples: list[Sample], scorer: RewardScorer) -> Iterator[Generation]:
-        for sample, verdict in zip(samples, scorer.verdicts(samples), strict=True):
-            truth = sample.prompt.ground_truth
-            yield Generation(
-                problem=sample.prompt.index,
-                sample=sample.sample_index,
-                prompt=sample.prompt.text,
-                response=sample.text,
-                answer=self._read_answer(sample.text),
-                ground_truth=truth if isinstance(truth, str) else json.dumps(truth, sort_keys=True, default=str),
-                reward=verdict.reward,
-                verifier_status=verdict.status,
-                response_tokens=sample.response_tokens,
-                logprob_sum=sum(sample.rollout_logprobs),
-                finish_reason=sample.finish_reason,
-            )
+    def _generation(self, sample: Sample, verdict: Verdict) -> Generation:
+        truth = sample.prompt.ground_truth
+        return Generation(
+            problem=sample.prompt.index,
+            sample=sample.sample_index,
+            prompt=sample.prompt.text,
+            response=sample.text,
+            answer=self._read_answer(sample.text),
+            ground_truth=truth if isinstance(truth, str) else json.dumps(truth, sort_keys=True, default=str),
+            reward=verdict.reward,
+            verifier_status=verdict.status,
+            response_tokens=sample.response_tokens,
+            logprob_sum=sum(sample.rollout_logprobs),
+            finish_reason=sample.finish_reason,
+        )
 
     def _settings(self, name: str, model: dict[str, Any]) -> dict[str, Any]:
         """Everything that a benchmark's responses depend on."""

@@ -2,6 +2,9 @@
 
     prompts --> engines --> verifiers --> groups all alike? --> other prompts, at most rollout.max_resamples times
 
+Verifiers judge a response soon after it is finished, while others are still being sampled: the phase `reward` is what
+is then left to wait for.
+
 Replacing groups whose responses are all right or all wrong is DAPO's dynamic sampling (arXiv 2503.14476): their
 group-relative advantages are 0, so they would take part in the step without teaching anything.
 """
@@ -17,7 +20,7 @@ from megatron_entropic.data import PromptDataset
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.run_directory import RunDirectory
 from megatron_entropic.stopping import StopRequest
-from megatron_entropic.training_batch import decode_responses, prompt_groups
+from megatron_entropic.training_batch import on_arrival, prompt_groups
 from megatron_entropic.types import Prompt, Sample
 
 
@@ -68,12 +71,14 @@ class JudgedRollouts:
 
     def _answered(self, step: int, prompts: list[Prompt]) -> list[list[Sample]]:
         """Generate and judge one round; no prompt comes in two rounds of a step, so no seed does."""
-        with self.run.phase("generate"):
-            samples = self.engines.generate(prompts, step, while_waiting=self.stop.raise_if_asked)
-        with self.run.phase("reward"):
-            decode_responses(samples, self.run.tokenizer)
-            self._judged.append((len(samples), self.scorer.judge(samples)))
-        return prompt_groups(samples, self.config.rollout.samples_per_prompt)
+        per_prompt = self.config.rollout.samples_per_prompt
+        with self.scorer.scoring(len(prompts) * per_prompt) as scoring:
+            arrived = on_arrival(self.run.tokenizer, scoring.add)
+            with self.run.phase("generate"):
+                samples = self.engines.generate(prompts, step, arrived=arrived, while_waiting=self.stop.raise_if_asked)
+            with self.run.phase("reward"):
+                self._judged.append((len(samples), scoring.finish()))
+        return prompt_groups(samples, per_prompt)
 
 
 def all_alike(group: list[Sample]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import chain
 from statistics import fmean
 from typing import Any
@@ -14,11 +15,19 @@ from megatron_entropic.config import Config
 from megatron_entropic.types import Sample, Scores, Sequence
 
 
-def decode_responses(samples: list[Sample], tokenizer: Any) -> None:
-    """Give each sample its text, which verifiers and people read; special tokens are left out."""
-    texts = tokenizer.batch_decode([sample.response_tokens for sample in samples], skip_special_tokens=True)
-    for sample, text in zip(samples, texts, strict=True):
-        sample.text = text
+def on_arrival(tokenizer: Any, take: Callable[[int, Sample], None]) -> Callable[[list[tuple[int, Sample]]], None]:
+    """What to do with responses as they come: give each its text, for verifiers and people, and let `take` have it.
+
+    Special tokens are left out of the text.
+    """
+
+    def arrived(responses: list[tuple[int, Sample]]) -> None:
+        texts = tokenizer.batch_decode([s.response_tokens for _, s in responses], skip_special_tokens=True)
+        for (position, sample), text in zip(responses, texts, strict=True):
+            sample.text = text
+            take(position, sample)
+
+    return arrived
 
 
 def training_batch(samples: list[Sample], config: Config) -> list[Sequence]:

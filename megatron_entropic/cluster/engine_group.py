@@ -11,11 +11,14 @@ import ray
 
 from megatron_entropic.cluster.placement import Placement
 from megatron_entropic.cluster.processes import ActorProcess, kill_processes, write_stacks
-from megatron_entropic.cluster.waiting import answered, dead_peers, gather, gather_survivors
+from megatron_entropic.cluster.waiting import answered, dead_peers, gather, receive_streams
 from megatron_entropic.cluster.workers import EngineWorker, worker_environment
 from megatron_entropic.config import Config, Sampling
 from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError
 from megatron_entropic.types import GenerationRequest, Prompt, Sample
+
+Arrived = Callable[[list[tuple[int, Sample]]], None]
+"""Takes responses, each with its position, as they come; which come together depends on the clock."""
 
 
 class EngineGroup:
@@ -62,12 +65,18 @@ class EngineGroup:
         gather(pending, phase="engine start", timeout_s=self._config.cluster.startup_timeout_s)
 
     def generate(
-        self, prompts: list[Prompt], step: int, while_waiting: Callable[[], None] = lambda: None
+        self,
+        prompts: list[Prompt],
+        step: int,
+        *,
+        arrived: Arrived = lambda _: None,
+        while_waiting: Callable[[], None] = lambda: None,
     ) -> list[Sample]:
         """`samples_per_prompt` responses to each prompt, grouped by prompt, in the caller's order.
 
         Every response has a seed of its own, made from run, step, prompt and sample: what is sampled depends neither
-        on the number of engines nor on restarts. `while_waiting` is called about once a second and may raise.
+        on the number of engines nor on restarts. `arrived` gets every response once, with its position in what is
+        returned; `while_waiting` is called at least about once a second and may raise.
         """
         seed = self._config.run.seed
         return self._sample(
@@ -75,14 +84,16 @@ class EngineGroup:
             self._config.rollout.samples_per_prompt,
             lambda prompt, sample: sample_seed(seed, step, prompt.index, sample),
             self._config.rollout.sampling,
+            arrived,
             phase=f"generate (step {step})",
             while_waiting=while_waiting,
         )
 
-    def answer_benchmark(self, name: str, problems: list[Prompt]) -> list[Sample]:
+    def answer_benchmark(self, name: str, problems: list[Prompt], arrived: Arrived = lambda _: None) -> list[Sample]:
         """The responses of an evaluation, grouped by problem: `evaluation.samples(name)` to each.
 
         Their seeds are functions of evaluation.seed, benchmark, problem and sample, whatever was generated before.
+        `arrived` as in `generate`.
         """
         evaluation = self._config.evaluation
         return self._sample(
@@ -90,6 +101,7 @@ class EngineGroup:
             evaluation.samples(name),
             lambda problem, sample: sample_seed("evaluation", evaluation.seed, name, problem.index, sample),
             self._config.evaluation_sampling,
+            arrived,
             phase=f"evaluate ({name})",
         )
 
@@ -99,47 +111,50 @@ class EngineGroup:
         count: int,
         seed_of: Callable[[Prompt, int], int],
         sampling: Sampling,
+        arrived: Arrived,
         *,
         phase: str,
         while_waiting: Callable[[], None] = lambda: None,
     ) -> list[Sample]:
-        """`count` responses to each prompt; whole groups are dealt to the engines in turn."""
-        engines = len(self._actors)
-        requests = {
-            engine: [
-                GenerationRequest(prompt, sample, seed_of(prompt, sample))
-                for prompt in prompts[engine::engines]
-                for sample in range(count)
-            ]
-            for engine in range(engines)
-            if prompts[engine::engines]
-        }
-        answers = self._answers(requests, sampling, phase, while_waiting)
-        groups = [answers[i % engines][i // engines * count : (i // engines + 1) * count] for i in range(len(prompts))]
-        return [sample for group in groups for sample in group]
+        """`count` responses to each prompt; whole groups are dealt to the engines in turn.
 
-    def _answers(
-        self,
-        requests: dict[int, list[GenerationRequest]],
-        sampling: Sampling,
-        phase: str,
-        while_waiting: Callable[[], None],
-    ) -> dict[int, list[Sample]]:
-        """Each engine's answer to its own requests, given by its successor if it is lost."""
-        answers: dict[int, list[Sample]] = {}
-        while waiting := [engine for engine in requests if engine not in answers]:
+        What a lost engine had is asked of its successor, all of it: in another batch the last bits of log-probs could
+        differ. What had come from the lost one already is the same and comes no second time.
+        """
+        requests: dict[str, list[GenerationRequest]] = {}
+        positions: dict[str, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            name = self._name(i % len(self._actors))
+            requests.setdefault(name, []).extend(
+                GenerationRequest(prompt, sample, seed_of(prompt, sample)) for sample in range(count)
+            )
+            positions.setdefault(name, []).extend(range(i * count, (i + 1) * count))
+        samples: dict[int, Sample] = {}
+
+        def take(name: str, answers: list[tuple[int, Sample]]) -> None:
+            placed = [(positions[name][number], sample) for number, sample in answers]
+            new = [(position, sample) for position, sample in placed if position not in samples]
+            for position, sample in new:
+                # Not the copy that went to the engine and back.
+                sample.prompt = prompts[position // count]
+            samples.update(new)
+            arrived(new)
+
+        while requests:
             self.before_rollout()
-            found, lost = gather_survivors(
-                {self._name(e): self._actors[e].generate.remote(requests[e], sampling) for e in waiting},
+            calls = {self._name(engine): actor.generate for engine, actor in enumerate(self._actors)}
+            lost = receive_streams(
+                {name: calls[name].remote(asked, sampling) for name, asked in requests.items()},
+                take,
                 phase=phase,
                 timeout_s=self._config.cluster.generate_timeout_s,
                 while_waiting=while_waiting,
             )
-            answers |= {engine: found[self._name(engine)] for engine in waiting if self._name(engine) in found}
             if lost:
                 self.replace(lost)
                 self.renew_weights()
-        return answers
+            requests = {name: asked for name, asked in requests.items() if name in lost}
+        return [samples[position] for position in range(len(prompts) * count)]
 
     def find_lost(self, error: RunError) -> dict[str, RunError]:
         """Engines whose process is gone, by name, each with `error`, in which their loss showed."""

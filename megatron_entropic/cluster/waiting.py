@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray import ObjectRefGenerator
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError
 
@@ -58,35 +59,48 @@ def gather(
     return {peer: results[peer] for peer in calls}
 
 
-def gather_survivors(
-    calls: Mapping[str, ray.ObjectRef],
+def receive_streams(
+    streams: Mapping[str, ObjectRefGenerator],
+    take: Callable[[str, Any], None],
     *,
     phase: str,
     timeout_s: float,
     while_waiting: Callable[[], None] = lambda: None,
-) -> tuple[dict[str, Any], dict[str, RunError]]:
-    """As `gather`, for peers that do not need each other: the loss of one leaves the others' results.
+) -> dict[str, RunError]:
+    """Everything that remote generators yield, as it comes. The loss of one peer does not stop the others.
+
+    Args:
+        streams: peer name -> what its generator's `remote` returned.
+        take: called with a peer's name and what it yielded.
+        phase, timeout_s: as in `gather`.
+        while_waiting: called at least about once a second; what it raises ends the wait.
 
     Returns:
-        (results by peer name, PeerDied or PhaseTimeout by the name of each peer that is gone or did not answer)
+        PeerDied or PhaseTimeout by the name of each peer that is gone or did not come to its end.
 
     Raises:
         RunError: a peer raised.
     """
-    peer_of = {reference: peer for peer, reference in calls.items()}
+    peer_of = {stream: peer for peer, stream in streams.items()}
     pending = list(peer_of)
-    results: dict[str, Any] = {}
     lost: dict[str, RunError] = {}
-    for reference in _as_they_end(pending, timeout_s, while_waiting):
-        peer = peer_of[reference]
-        try:
-            results[peer] = _result(reference, peer, phase)
-        except PeerDied as error:
-            if not _is_death_of_the_peer_itself(error):
-                raise
-            lost[peer] = error
-    lost |= {peer_of[reference]: _silent(phase, timeout_s, [peer_of[reference]]) for reference in pending}
-    return results, lost
+    deadline = time.monotonic() + timeout_s
+    while pending and (left_s := deadline - time.monotonic()) > 0:
+        while_waiting()
+        ready, _ = ray.wait(pending, num_returns=1, timeout=min(POLL_S, left_s))
+        for stream in ready:
+            peer, item = peer_of[stream], next(stream, None)
+            if item is None:
+                pending.remove(stream)
+                continue
+            try:
+                take(peer, _result(item, peer, phase))
+            except PeerDied as error:
+                if not _is_death_of_the_peer_itself(error):
+                    raise
+                lost[peer] = error
+                pending.remove(stream)
+    return lost | {peer_of[stream]: _silent(phase, timeout_s, [peer_of[stream]]) for stream in pending}
 
 
 def answered(calls: Mapping[str, ray.ObjectRef]) -> dict[str, Any]:
@@ -138,7 +152,7 @@ def _silent(phase: str, timeout_s: float, peers: list[str]) -> PhaseTimeout:
 
 
 def _is_death_of_the_peer_itself(error: RunError) -> bool:
-    return isinstance(error, PeerDied) and isinstance(error.__cause__, RayActorError)
+    return isinstance(error, PeerDied) and isinstance(error.__cause__, RayActorError | ObjectLostError)
 
 
 def _look_for_deaths(pending: dict[ray.ObjectRef, str], phase: str) -> None:
@@ -160,6 +174,8 @@ def _result(reference: ray.ObjectRef, peer: str, phase: str) -> Any:
         return ray.get(reference, timeout=60)
     except RayActorError as error:
         raise PeerDied(f"{phase}: the process of {peer} died ({_first_line(error)})") from error
+    except ObjectLostError as error:
+        raise PeerDied(f"{phase}: what {peer} sent is lost with its node ({_first_line(error)})") from error
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, BaseException) else error
         raise _kind(cause)(f"{phase}: {peer}: {type(cause).__name__}: {cause}") from error

@@ -7,6 +7,8 @@ megatron-core, and the driver loads neither.
 from __future__ import annotations
 
 import socket
+import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -17,6 +19,9 @@ from megatron_entropic.config import Config, Device, Sampling
 from megatron_entropic.types import GenerationRequest, Sample, Sequence
 from megatron_entropic.weights.checksums import Piece
 from megatron_entropic.weights.plan import PublishPlan
+
+_MESSAGE_EVERY_S = 0.1
+"""Finished responses leave an engine at most so often: a message costs it about a millisecond."""
 
 if TYPE_CHECKING:
     from megatron_entropic.policy.policy import Policy
@@ -145,6 +150,14 @@ class EngineWorker:
         """Checksums of the weights in this engine."""
         return self._engine.weight_pieces()
 
-    def generate(self, requests: list[GenerationRequest], sampling: Sampling) -> list[Sample]:
-        """Responses to the requests, in their order."""
-        return self._engine.generate(requests, sampling)
+    def generate(self, requests: list[GenerationRequest], sampling: Sampling) -> Iterator[list[tuple[int, Sample]]]:
+        """Responses with the positions of their requests, soon after they are finished, several in one message."""
+        ready: list[tuple[int, Sample]] = []
+        sent = time.monotonic()
+        for finished in self._engine.respond(requests, sampling):
+            ready += finished
+            if ready and time.monotonic() - sent >= _MESSAGE_EVERY_S:
+                yield ready
+                ready, sent = [], time.monotonic()
+        if ready:
+            yield ready

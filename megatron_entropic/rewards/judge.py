@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import Future
+from types import TracebackType
 
 from megatron_entropic.config import RewardConfig
 from megatron_entropic.rewards.boxed import last_boxed
 from megatron_entropic.rewards.pool import VerifierPool
 from megatron_entropic.rewards.verdict import Job, Verdict, judge
-from megatron_entropic.rewards.verifiers import INSTANT, build_verifier
+from megatron_entropic.rewards.verifiers import INSTANT, build_verifier, takes_batches
 
 logger = logging.getLogger(__name__)
 
@@ -28,31 +30,83 @@ class Judge:
             RunError: a verifier process did not start.
         """
         self.name = name
+        self._batch_size = config.batch_size
         self._pool: VerifierPool | None = None
         if config.workers == 0 or name in INSTANT:
             self._verifier = build_verifier(name, config.format_pattern)
         else:
             self._pool = VerifierPool(config, name)
 
+    def judging(self, count: int) -> Judging:
+        """Begin to judge `count` jobs, which need not be there yet."""
+        return Judging(self, count)
+
     def verdicts(self, jobs: Sequence[Job]) -> list[Verdict]:
         """Verdicts in the order of the jobs; nothing a verifier does is raised."""
-        if self.name != "math":
-            return self._judged(jobs)
-        # Only the last box counts there, and the responses to one prompt often agree: each answer is judged once.
-        answers = [(_box_alone(response), repr(truth)) for response, truth, _ in jobs]
-        first = {answer: position for position, answer in reversed(list(enumerate(answers)))}
-        distinct = {answer: (answer[0], *jobs[position][1:]) for answer, position in first.items()}
-        found = dict(zip(distinct, self._judged(list(distinct.values())), strict=True))
-        return [found[answer] for answer in answers]
+        with self.judging(len(jobs)) as judging:
+            for position, job in enumerate(jobs):
+                judging.add(position, job)
+            return judging.verdicts()
 
-    def warned_verdicts(self, jobs: Sequence[Job]) -> list[Verdict]:
-        """`verdicts`, with one line in the log if there are failures among them."""
-        verdicts = self.verdicts(jobs)
+    def call_size(self, count: int) -> int:
+        """How many of `count` jobs the verifier gets in one call."""
+        if self._pool:
+            return self._batch_size if self._pool.takes_batches else 1
+        return max(1, count) if takes_batches(self._verifier) else 1
+
+    def submit(self, jobs: list[Job]) -> Future[list[Verdict]]:
+        """Verdicts on the jobs of one call, to be waited for."""
+        if self._pool:
+            return self._pool.submit(jobs)
+        done: Future[list[Verdict]] = Future()
+        done.set_result(judge(self._verifier, jobs))
+        return done
+
+    def close(self) -> None:
+        """End the verifier processes."""
+        if self._pool:
+            self._pool.close()
+
+
+class Judging:
+    """Jobs that come one by one, in any order, and are judged meanwhile; a context manager.
+
+    The verdicts do not depend on the order of arrival: a verifier that takes batches gets jobs in the same batches,
+    those of neighbouring positions, each when it is complete. What is not begun when the context ends never is.
+    """
+
+    def __init__(self, judge: Judge, count: int):
+        """Expect jobs at the positions 0, ..., count - 1."""
+        self._judge = judge
+        self._size = judge.call_size(count)
+        self._jobs: list[Job | None] = [None] * count
+        self._missing = [min(self._size, count - first) for first in range(0, count, self._size)]
+        self._calls: dict[int, Future[list[Verdict]]] = {}
+        self._by_answer: dict[tuple[str, str], Future[list[Verdict]]] = {}
+
+    def add(self, position: int, job: Job) -> None:
+        """Take one job; it is judged from now on, or when its batch is complete."""
+        assert self._jobs[position] is None, "every position once"
+        self._jobs[position] = job
+        call = position // self._size
+        self._missing[call] -= 1
+        if not self._missing[call]:
+            members = self._jobs[call * self._size : (call + 1) * self._size]
+            self._calls[call] = self._submitted([member for member in members if member is not None])
+
+    def verdicts(self, *, warn: bool = False) -> list[Verdict]:
+        """Wait for the verdicts on all jobs, in the order of their positions.
+
+        Args:
+            warn: write one line into the log if there are failures among them.
+        """
+        assert not any(self._missing), "every job must have come"
+        verdicts = [verdict for call in range(len(self._missing)) for verdict in self._calls[call].result()]
         failed = [verdict for verdict in verdicts if verdict.status != "ok"]
-        if failed:
+        if warn and failed:
             logger.warning(
                 "verifier %s failed on %d of %d responses; the first: %s (%s)",
-                self.name,
+                self._judge.name,
                 len(failed),
                 len(verdicts),
                 failed[0].status,
@@ -60,13 +114,28 @@ class Judge:
             )
         return verdicts
 
-    def close(self) -> None:
-        """End the verifier processes."""
-        if self._pool:
-            self._pool.close()
+    def cancel(self) -> None:
+        """Do not begin to judge what is not wanted any more; nothing happens to verdicts that are there."""
+        for future in self._calls.values():
+            future.cancel()
 
-    def _judged(self, jobs: Sequence[Job]) -> list[Verdict]:
-        return self._pool.judge(jobs) if self._pool else judge(self._verifier, jobs)
+    def __enter__(self) -> Judging:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def _submitted(self, jobs: list[Job]) -> Future[list[Verdict]]:
+        if self._judge.name != "math":
+            return self._judge.submit(jobs)
+        # Only the last box counts there, and the responses to one prompt often agree: each answer is judged once.
+        ((response, truth, extra_info),) = jobs
+        answer = (_box_alone(response), repr(truth))
+        if answer not in self._by_answer:
+            self._by_answer[answer] = self._judge.submit([(answer[0], truth, extra_info)])
+        return self._by_answer[answer]
 
 
 def _box_alone(response: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_entropic.config import RewardConfig
 from megatron_entropic.rewards.ground_truths import objection, own_answer
-from megatron_entropic.rewards.judge import Judge
+from megatron_entropic.rewards.judge import Judge, Judging
 from megatron_entropic.rewards.overlong import overlong_penalty
 from megatron_entropic.rewards.verdict import Job, Verdict
 
@@ -38,44 +38,27 @@ class RewardScorer:
         self._config, self._max_response_tokens = config, max_response_tokens
         with ExitStack() as judges:
             self._main = self._judge_of(config.verifier, judges)
-            self._added = {name: self._judge_of(name, judges) for name in config.added}
+            self._added = [self._judge_of(name, judges) for name in config.added]
             self._judges = judges.pop_all()
 
+    def scoring(self, count: int) -> Scoring:
+        """Begin to judge `count` samples, which need not be there yet."""
+        return Scoring(self._config, [self._main, *self._added], count, self._max_response_tokens)
+
+    def judging(self, count: int) -> Judging:
+        """The same by the verifier alone, which changes no sample."""
+        return self._main.judging(count)
+
     def judge(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Set `reward`, `verifier_reward` and `verifier_status` of every sample.
-
-        A sample of which a verifier failed gets the mean reward of the others to its prompt (0 if there are none): a
-        group-relative advantage is then 0 for it, and it pushes the policy nowhere.
-
-        Args:
-            samples: grouped by prompt, sample_index ascending in each group.
-
-        Returns:
-            reward/verifier_errors and _timeouts (responses); with several rewards the mean of each before weighting,
-            reward/verifier_mean, reward/NAME_mean, reward/overlong_mean.
-        """
-        jobs = _jobs(samples)
-        verdicts = {self._main.name: self._main.warned_verdicts(jobs)}
-        verdicts |= {name: judge.warned_verdicts(jobs) for name, judge in self._added.items()}
-        overlong = [self._overlong(sample) for sample in samples]
-        for position, sample in enumerate(samples):
-            main, *added = (of_one[position] for of_one in verdicts.values())
-            weighted = (weight * one.reward for weight, one in zip(self._config.added.values(), added, strict=True))
-            sample.reward = main.reward + sum(weighted) + self._config.overlong_weight * overlong[position]
-            sample.verifier_reward = main.reward
-            sample.verifier_status = next((one.status for one in (main, *added) if one.status != "ok"), "ok")
-        for group in _groups(samples):
-            _neutralise_failures(group)
-        statuses = Counter(sample.verifier_status for sample in samples)
-        return {
-            "reward/verifier_errors": float(statuses["error"]),
-            "reward/verifier_timeouts": float(statuses["timeout"]),
-            **self._parts(verdicts, overlong),
-        }
+        """Set the rewards of samples that are all there; see `Scoring.finish`."""
+        with self.scoring(len(samples)) as scoring:
+            for position, sample in enumerate(samples):
+                scoring.add(position, sample)
+            return scoring.finish()
 
     def verdicts(self, samples: Sequence[Sample]) -> list[Verdict]:
-        """What the verifier alone says of each sample, failures as such; they are logged and change no sample."""
-        return self._main.warned_verdicts(_jobs(samples))
+        """What the verifier alone says of samples that are all there, failures as such; no sample is changed."""
+        return self._main.verdicts([job_of(sample) for sample in samples])
 
     def truth_problems(self, truths: Sequence[Any]) -> list[str | None]:
         """Why the verifier cannot use a ground truth, None where it can; see `ground_truths`."""
@@ -110,6 +93,61 @@ class RewardScorer:
         judges.callback(judge.close)
         return judge
 
+
+class Scoring:
+    """Samples that come in any order and are judged meanwhile, by every verifier; a context manager."""
+
+    def __init__(self, config: RewardConfig, judges: Sequence[Judge], count: int, max_response_tokens: int | None):
+        """Expect samples at the positions 0, ..., count - 1; the first judge decides what is correct."""
+        self._config, self._max_response_tokens = config, max_response_tokens
+        self._samples: list[Sample | None] = [None] * count
+        self._judgings = {judge.name: judge.judging(count) for judge in judges}
+        self._main = judges[0].name
+
+    def add(self, position: int, sample: Sample) -> None:
+        """Take one sample with its text."""
+        self._samples[position] = sample
+        for judging in self._judgings.values():
+            judging.add(position, job_of(sample))
+
+    def finish(self) -> dict[str, float]:
+        """Wait for the last verdicts and set `reward`, `verifier_reward` and `verifier_status` of every sample.
+
+        All samples have come, those at neighbouring positions being the groups of a prompt, with sample_index ascending
+        in each. A sample of which a verifier failed gets the mean reward of the others to its prompt (0 if there are
+        none): a group-relative advantage is then 0 for it, and it pushes the policy nowhere.
+
+        Returns:
+            reward/verifier_errors and _timeouts (responses); with several rewards the mean of each before weighting,
+            reward/verifier_mean, reward/NAME_mean, reward/overlong_mean.
+        """
+        samples = [sample for sample in self._samples if sample is not None]
+        verdicts = {name: judging.verdicts(warn=True) for name, judging in self._judgings.items()}
+        overlong = [self._overlong(sample) for sample in samples]
+        for position, sample in enumerate(samples):
+            main, *added = (of_one[position] for of_one in verdicts.values())
+            weighted = (weight * one.reward for weight, one in zip(self._config.added.values(), added, strict=True))
+            sample.reward = main.reward + sum(weighted) + self._config.overlong_weight * overlong[position]
+            sample.verifier_reward = main.reward
+            sample.verifier_status = next((one.status for one in (main, *added) if one.status != "ok"), "ok")
+        for group in _groups(samples):
+            _neutralise_failures(group)
+        statuses = Counter(sample.verifier_status for sample in samples)
+        return {
+            "reward/verifier_errors": float(statuses["error"]),
+            "reward/verifier_timeouts": float(statuses["timeout"]),
+            **self._parts(verdicts, overlong),
+        }
+
+    def __enter__(self) -> Scoring:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for judging in self._judgings.values():
+            judging.cancel()
+
     def _overlong(self, sample: Sample) -> float:
         buffer = self._config.overlong_buffer_tokens
         if not buffer:
@@ -122,15 +160,16 @@ class RewardScorer:
         parts: dict[str, float] = {}
         if self._config.overlong_buffer_tokens:
             parts["reward/overlong_mean"] = fmean(overlong)
-        if self._added:
+        if len(verdicts) > 1:
             for name, of_one in verdicts.items():
-                short = "verifier" if name == self._main.name else name.rpartition(":")[2]
+                short = "verifier" if name == self._main else name.rpartition(":")[2]
                 parts[f"reward/{short}_mean"] = fmean(verdict.reward for verdict in of_one)
         return parts
 
 
-def _jobs(samples: Sequence[Sample]) -> list[Job]:
-    return [(sample.text, sample.prompt.ground_truth, sample.prompt.extra_info) for sample in samples]
+def job_of(sample: Sample) -> Job:
+    """What a verifier gets of a sample that has its text."""
+    return sample.text, sample.prompt.ground_truth, sample.prompt.extra_info
 
 
 def _groups(samples: Sequence[Sample]) -> Iterator[list[Sample]]:

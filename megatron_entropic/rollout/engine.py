@@ -1,6 +1,6 @@
 """One vLLM engine: samples responses, scores given tokens, takes in new weights.
 
-    requests --> generate --> samples with log pi_engine(token) at the rollout temperature
+    requests --> respond --> samples with log pi_engine(token) at the rollout temperature, as they are finished
     plan, version --> receive: start, update, finish, empty prefix cache, check the version
 
 Sampling is a function of weights and requests: every response has a seed of its own and the batch is scheduled in this
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,16 @@ class RolloutEngine:
         return self._weights_version
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling | None = None) -> list[Sample]:
-        """One response to each request, in the order of the requests.
+        """One response to each request, in the order of the requests; see `respond`."""
+        found = dict(pair for finished in self.respond(requests, sampling) for pair in finished)
+        return [found[position] for position in range(len(requests))]
+
+    def respond(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling | None = None
+    ) -> Iterator[list[tuple[int, Sample]]]:
+        """One response to each request, with the position of the request; what each forward pass has finished, if any.
+
+        When the caller takes them changes nothing about the responses.
 
         Args:
             requests: prompts, each with the seed of its response.
@@ -115,28 +124,27 @@ class RolloutEngine:
             ValueError: a prompt that leaves no room for max_response_tokens.
             RuntimeError: the weights are incomplete.
         """
-        from vllm import SamplingParams, TokensPrompt
+        from vllm import TokensPrompt
 
         version = self.weights_version
         sampling = sampling or self._config.sampling
         self._check_lengths(requests, sampling.max_response_tokens)
-        parameters = [
-            SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                seed=request.seed,
-                max_tokens=sampling.max_response_tokens,
-                stop_token_ids=self._stop_token_ids,
-                logprobs=0,
-                flat_logprobs=True,
-                detokenize=False,
-            )
-            for request in requests
-        ]
+        if not requests:
+            return
         prompts = [TokensPrompt(prompt_token_ids=request.prompt.tokens) for request in requests]
-        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
-        return [_sample(request, output, version) for request, output in zip(requests, outputs, strict=True)]
+        names = self._llm.enqueue(prompts, self._parameters(requests, sampling), use_tqdm=False)
+        # An output has vLLM's number of its request alone; inside, random characters follow it.
+        position_of = {name.partition("-")[0]: position for position, name in enumerate(names)}
+        engine = self._llm.llm_engine
+        try:
+            while engine.has_unfinished_requests():
+                outputs = [output for output in engine.step() if output.finished]
+                positions = [position_of[output.request_id] for output in outputs]
+                yield [(i, _sample(requests[i], output, version)) for i, output in zip(positions, outputs, strict=True)]
+        except GeneratorExit:
+            # The caller stopped asking. A running request would keep the prefix cache from being emptied.
+            engine.abort_request(names, internal=True)
+            raise
 
     def score_tokens(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[list[float]]:
         """Log-probs at temperature 1 of the tokens after each prompt.
@@ -226,6 +234,25 @@ class RolloutEngine:
         """
         _ = self.weights_version  # refuses incomplete weights
         return [piece for pieces in self._llm.collective_rpc("weight_pieces") for piece in pieces]
+
+    def _parameters(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Any]:
+        """vLLM's SamplingParams of each request."""
+        from vllm import SamplingParams
+
+        return [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=request.seed,
+                max_tokens=sampling.max_response_tokens,
+                stop_token_ids=self._stop_token_ids,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for request in requests
+        ]
 
     def _update_infos(self, plan: PublishPlan) -> list[dict[str, Any]]:
         """vLLM's update calls: over gloo one for all buckets, over NCCL one for each."""

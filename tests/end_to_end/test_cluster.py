@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import ray
 from megatron_entropic.cluster.placement import reserve
 from megatron_entropic.cluster.processes import ActorProcess, StackWriter, dump_stacks, kill_processes
 from megatron_entropic.cluster.session import ray_session
-from megatron_entropic.cluster.waiting import dead_peers, gather, gather_survivors
+from megatron_entropic.cluster.waiting import dead_peers, gather, receive_streams
 from megatron_entropic.config import ClusterConfig, Config
 from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError
 
@@ -28,6 +29,15 @@ class Peer:
 
     def answer(self) -> str:
         return "here"
+
+    def tell(self, words: list[str], seconds: float = 0, *, end: str = "") -> Iterator[str]:
+        for word in words:
+            yield word
+            time.sleep(seconds)
+        if end == "die":
+            os._exit(7)
+        if end == "fail":
+            raise FileNotFoundError("model.safetensors is gone")
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -119,32 +129,58 @@ def test_a_peer_that_waits_for_another_in_vain_is_no_error_of_its_own(session: s
         gather({"policy rank 0": peer.lose_a_rank.remote()}, phase="update", timeout_s=60)
 
 
-def test_survivors_answers_are_kept_and_the_lost_are_named(session: str) -> None:
+def test_streams_of_survivors_are_taken_as_they_come_and_the_lost_are_named(session: str) -> None:
     quick, slow, dying = (Peer.options(num_cpus=0).remote() for _ in range(3))
     gather({"quick": quick.answer.remote(), "slow": slow.answer.remote()}, phase="start", timeout_s=60)
-    calls = {"engine 0": quick.answer.remote(), "engine 1": dying.die.remote(), "engine 2": slow.sleep.remote(30)}
-    found, lost = gather_survivors(calls, phase="generate", timeout_s=8)
-    assert found == {"engine 0": "here"}
+    large = "x" * 1_000_000
+    streams = {
+        "engine 0": quick.tell.remote(["a", "b", large], 0.3),
+        "engine 1": dying.tell.remote(["c", "d"], end="die"),
+        "engine 2": slow.tell.remote(["e", "f"], 30),
+        "engine 3": quick.tell.remote([]),
+    }
+    taken: list[tuple[str, str]] = []
+    calls = []
+
+    def take(peer: str, word: str) -> None:
+        taken.append((peer, word))
+
+    lost = receive_streams(
+        streams, take, phase="generate", timeout_s=8, while_waiting=lambda: calls.append(time.monotonic())
+    )
+    for peer, words in {"engine 0": ["a", "b", large], "engine 1": ["c", "d"], "engine 2": ["e"]}.items():
+        assert [word for name, word in taken if name == peer] == words
+    assert len(taken) == 6
     assert isinstance(lost["engine 1"], PeerDied)
     assert str(lost["engine 2"]) == "generate: no answer within 8 s from engine 2"
+    assert set(lost) == {"engine 1", "engine 2"}
+    assert max(later - earlier for earlier, later in itertools.pairwise(calls)) < 3
     pings = {"engine 0": quick.answer.remote(), "engine 1": dying.answer.remote(), "engine 2": slow.answer.remote()}
     assert dead_peers(pings) == ["engine 1"]
-    with pytest.raises(RunError, match="FileNotFoundError"):
-        gather_survivors({"engine 0": quick.fail.remote()}, phase="generate", timeout_s=60)
+    failing = {"engine 0": quick.tell.remote(["a"], end="fail")}
+    with pytest.raises(RunError, match=r"engine 0: FileNotFoundError: model\.safetensors is gone"):
+        receive_streams(failing, take, phase="generate", timeout_s=60)
+    assert taken[-1] == ("engine 0", "a")
+
+    def refuse() -> None:
+        raise ValueError("asked to stop")
+
+    with pytest.raises(ValueError, match="asked to stop"):
+        receive_streams({"engine 0": quick.tell.remote(["a"], 30)}, take, phase="x", timeout_s=60, while_waiting=refuse)
 
 
 def test_processes_that_hang_say_where_and_can_be_killed(session: str, tmp_path: Path) -> None:
     peers = {f"engine {index}": Peer.options(num_cpus=0).remote() for index in range(2)}
     places = answered_places(peers)
-    hanging = {name: peer.sleep.remote(60) for name, peer in peers.items()}
+    hanging = {name: peer.tell.remote(["a"], 60) for name, peer in peers.items()}
     time.sleep(1)
     os.kill(places["engine 1"].pid, signal.SIGSTOP)
     files = dump_stacks(places, tmp_path / "stacks")
     assert [path.name for path in files] == ["engine_0.txt", "engine_1.txt"]
-    assert "in sleep" in files[0].read_text()
+    assert "in tell" in files[0].read_text()
     assert "State:\tT (stopped)" in files[1].read_text()
     kill_processes(places)
-    _, lost = gather_survivors(hanging, phase="generate", timeout_s=30)
+    lost = receive_streams(hanging, lambda *_: None, phase="generate", timeout_s=30)
     assert all(isinstance(error, PeerDied) for error in lost.values())
     assert len(lost) == 2
     assert "is gone" in dump_stacks(places, tmp_path / "later")[0].read_text()

@@ -114,6 +114,14 @@ def test_logprobs_are_those_of_transformers_at_the_rollout_temperature(lives, di
     assert {s["version"] for s in samples} == {0}
 
 
+def test_responses_come_when_they_are_finished(lives):
+    finished, all_of_them = lives["full"]["first finished"], lives["full"]["before"]
+    assert 0 < len(finished) < len(all_of_them)
+    for position, sample in finished:
+        assert sample["index"] == all_of_them[position]["index"]
+        assert sample["response"] == all_of_them[position]["response"]
+
+
 def test_order_lengths_and_end_of_sequence(lives):
     samples = lives["full"]["before"]
     assert [s["index"] for s in samples] == [(prompt, sample) for prompt in range(10) for sample in range(4)]

@@ -129,6 +129,12 @@ def main(directory: Path, life: str) -> None:
         longest = first[0].prompt.tokens
         seen["before"] = plain(engine.generate(first))
         seen["repeated"] = plain(engine.generate(first))
+        # A caller who stops asking leaves no running request behind, which would forbid the publication below.
+        responses = engine.respond(first)
+        seen["first finished"] = [
+            (position, *plain([sample])) for position, sample in next(finished for finished in responses if finished)
+        ]
+        responses.close()
         seen["cached before"] = cached_tokens(engine, longest)
         seen["vllm version before"] = engine._llm.get_weight_version()
         seen["timeout"], seen["incomplete"] = failed_update(engine, plan)

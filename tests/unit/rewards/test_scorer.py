@@ -173,7 +173,8 @@ def test_verifier_processes_do_not_outlive_a_killed_driver(verifier: str) -> Non
         "from megatron_entropic.config import RewardConfig\n"
         "from megatron_entropic.rewards.pool import VerifierPool\n"
         f"pool = VerifierPool(RewardConfig(workers=2), {verifier!r})\n"
-        "print(*[int(v.reward) for v in pool.judge([('pid', '', {})] * 2)], flush=True)\n"
+        "asked = [pool.submit([('pid', '', {})]) for _ in range(2)]\n"
+        "print(*[int(one.result()[0].reward) for one in asked], flush=True)\n"
         "time.sleep(1000)\n"
     )
     driver = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
