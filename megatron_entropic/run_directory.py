@@ -186,7 +186,7 @@ class RunDirectory:
         """time/* of the step that ends now, and its throughput: prompt and response tokens over wall time.
 
         time/driver_fraction is the share of the step in which neither engines nor policy did the step's work,
-        time/reward_fraction that of judging responses.
+        time/reward_fraction that of waiting for verdicts after the last response has come.
         """
         times = self.clock.finish_step()
         step_s = times["time/step_s"]

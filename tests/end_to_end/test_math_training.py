@@ -123,7 +123,7 @@ def test_groups_all_alike_are_replaced_and_counted(run: Run) -> None:
 
 
 def test_the_share_of_judging_is_a_metric(run: Run) -> None:
-    """It says nothing about real runs here: a step takes a fraction of a second, and half of it can be math-verify."""
+    """It says nothing about real runs here: all responses of a step come within a few tenths of a second."""
     for row in run.metrics():
         assert row["time/reward_fraction"] == pytest.approx(row["time/reward_s"] / row["time/step_s"])
         assert 0 < row["time/reward_fraction"] < 1
