@@ -74,6 +74,7 @@ def config_warnings(config: Config) -> list[str]:
             "entropy_control.feedback=score_pass with several optimizer steps per rollout: "
             "all of them see the entropy of before the first"
         )
+    found += _short_schedules(config)
     if config.algorithm.policy_loss == "gspo" and config.algorithm.aggregation != "seq-mean-token-mean":
         found.append(
             f"algorithm.policy_loss=gspo with aggregation={config.algorithm.aggregation}: the paper's is "
@@ -103,6 +104,22 @@ def config_warnings(config: Config) -> list[str]:
     if config.cluster.device == "cpu" and "gpu_memory_fraction" in rollout.model_fields_set:
         found.append("rollout.gpu_memory_fraction is not used on a CPU; rollout.kv_cache_gb decides there")
     return found
+
+
+def _short_schedules(config: Config) -> Iterator[str]:
+    """Schedules of entropy control that look as if they were written in rollouts."""
+    control, updates = config.entropy_control, config.algorithm.updates_per_rollout
+    schedules = {
+        "target_schedule.steps": control.target_schedule.steps * (control.target_schedule.kind != "constant"),
+        "gain_schedule.steps": control.gain_schedule.steps * (control.gain_schedule.kind != "constant"),
+        "rivals.entrocraft_steps": control.rivals.entrocraft_steps * (control.controller == "entrocraft"),
+    }
+    for name, steps in schedules.items():
+        if control.enabled and updates > 1 and 0 < steps <= config.train.steps:
+            yield (
+                f"entropy_control.{name}={steps} counts optimizer steps, {updates} a rollout: it ends with step "
+                f"{-(-steps // updates)} of {config.train.steps}; for the whole run take {config.train.steps * updates}"
+            )
 
 
 def _batch(config: Config) -> Iterator[Violation]:

@@ -149,7 +149,8 @@ def _entropy_control_words(config: Config) -> str:
     target = f"{control.target:g}" if isinstance(control.target, float) else f"{control.target} the initial entropy"
     if control.target_schedule.kind != "constant":
         moving = control.target_schedule
-        target += f" to {moving.end} ({moving.kind}, {moving.steps:,} optimizer steps)"
+        rollouts = -(-moving.steps // config.algorithm.updates_per_rollout)
+        target += f" to {moving.end} ({moving.kind}, {moving.steps:,} optimizer steps: until step {rollouts:,})"
     gains = ""
     if control.controller in ("p", "pi"):
         gains = f", K_p {control.kp:g}" + (f", K_i {control.ki:g}" if control.controller == "pi" else "")

@@ -408,6 +408,17 @@ def test_warnings_speak_only_when_something_is_odd(machine: Path) -> None:
     assert len(config_warnings(odd)) == 4
 
 
+def test_a_schedule_that_ends_early_is_noticed(machine: Path) -> None:
+    moving = ["train.steps=200", "entropy_control.target_schedule={kind: linear, end: 0.2, steps: 200}"]
+    assert config_warnings(load_config(write(machine), moving)) == []
+    four = [*moving, "algorithm.optimizer_steps_per_rollout=4", "entropy_control.feedback=auto"]
+    config = load_config(write(machine), four)
+    (warning,) = config_warnings(config)
+    assert "it ends with step 50 of 200; for the whole run take 800" in warning
+    assert "200 optimizer steps: until step 50)" in dict(batch_arithmetic(config))["entropy control"]
+    assert config_warnings(load_config(write(machine), [*four, "entropy_control.target_schedule.steps=800"])) == []
+
+
 def test_key_names_cover_the_tree() -> None:
     names = list(key_names())
     assert {"run", "algorithm.kl.estimator", "rollout.temperature", "cluster.publish_timeout_s"} <= set(names)

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -293,3 +294,21 @@ def test_a_checkpoint_file_keeps_every_bit(tmp_path: Path) -> None:
     path = tmp_path / "controller.json"
     path.write_text(json.dumps(controller.state_dict()))
     assert json.loads(path.read_text()) == controller.state_dict()
+
+
+def test_to_reinforce_a_token_above_one_half_never_raises_entropy() -> None:
+    """docs/algorithm.md, "Why it acts on entropy": by autograd on random distributions, tau = 1/2 as the edge."""
+    generator = torch.Generator().manual_seed(0)
+    seen_below = False
+    for _ in range(400):
+        logits = (
+            (4 * torch.rand(1, generator=generator) * torch.randn(6, generator=generator)).double().requires_grad_()
+        )
+        p = logits.softmax(0)
+        (slope,) = torch.autograd.grad(-(p * p.log()).sum(), logits)
+        for token in range(6):
+            step = torch.nn.functional.one_hot(torch.tensor(token), 6) - p.detach()
+            change = float(slope @ step)
+            assert p[token] <= 0.5 or change <= 1e-12
+            seen_below |= p[token] < 0.5 and change > 1e-3
+    assert seen_below, "below one half both signs occur"

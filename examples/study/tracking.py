@@ -1,0 +1,225 @@
+"""Studies of control through the real system: does entropy go where it is asked to, and what does that depend on?
+
+    python examples/study/tracking.py                                     targets, offset, disturbances, tuning
+    python examples/study/tracking.py examples/study/sensitivity.yaml     tau, denominator, feedback
+    python examples/study/tracking.py --report-only                       tables and figures of what there is
+
+A call continues where an earlier one ended, as run.py's does; what the runs are stands in the YAML file, see cases.py.
+
+    OUTPUT/data/            problems and random model of each task and seed
+    OUTPUT/warm/            the models after their supervised steps
+    OUTPUT/runs/            one run directory for each run
+    OUTPUT/logs/            what each process printed
+    OUTPUT/results.parquet  one row for each step of each finished run
+    OUTPUT/report/          report.md and its figures
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "countdown"))
+
+import chain
+import prepare as countdown
+from cases import ROOT, CaseRun, Cases, Leg, load_cases
+from character_task import write_model
+from grid import Overrides, arguments
+from pool import Failure, Interrupted, Pool, Work
+from ray_node import ray_node
+from run import say
+from tracking_report import write_tracking_report
+from tracking_results import TUNED, Results, read_results, write_results
+
+from megatron_entropic.observability.summary import load_run
+from megatron_entropic.tune_command import tune_run
+
+HERE = Path(__file__).resolve().parent
+FINISHED = "finished"
+"""File in the directory of a run that came to its end."""
+END_STEPS = 5
+"""Steps whose mean is the entropy at the end of a leg, of which a tuned leg's target is a multiple."""
+TASKS = {"countdown": countdown, "chain": chain}
+
+
+class ControlStudy:
+    """The runs of one YAML file in one output folder."""
+
+    def __init__(self, cases: Cases, output: Path, pool: Pool) -> None:
+        self.cases = cases
+        self.output = output
+        self._pool = pool
+
+    def run(self) -> dict[str, str]:
+        """Everything that is missing; returns the reasons of failures by name.
+
+        What goes on from a run waits for it, and is not tried where that failed.
+        """
+        runs = list(self.cases.runs())
+        missing = [run for run in runs if not self._finished(run)]
+        starts = sorted({(run.case.task, run.seed) for run in missing})
+        for task, seed in starts:
+            self._prepare(task, seed)
+        failures = self._pool.do_all(
+            Work(f"warm start of {task}, seed {seed}", partial(self._warm_start, task, seed))
+            for task, seed in starts
+            if not self._warm_model(task, seed).is_dir()
+        )
+        while ready := [run for run in missing if self._can_start(run)]:
+            failures |= self._pool.do_all(Work(run.name, partial(self._run, run)) for run in ready)
+            missing = [run for run in missing if run not in ready]
+        return failures
+
+    def results(self) -> Results:
+        """What the finished runs say."""
+        return read_results((run, self._directory(run)) for run in self.cases.runs() if self._finished(run))
+
+    def _finished(self, run: CaseRun) -> bool:
+        return (self._directory(run) / FINISHED).exists()
+
+    def _can_start(self, run: CaseRun) -> bool:
+        return self._warm_model(run.case.task, run.seed).is_dir() and (run.before is None or self._finished(run.before))
+
+    def _directory(self, run: CaseRun) -> Path:
+        return self.output / "runs" / self.cases.directory(run)
+
+    def _data(self, task: str, seed: int) -> Path:
+        return self.output / "data" / f"{task}-seed{seed}"
+
+    def _phase_directory(self, task: str, seed: int, number: int) -> Path:
+        return self.output / "warm" / f"{task}-seed{seed}-{self.cases.origin(task)}" / f"phase{number}"
+
+    def _warm_model(self, task: str, seed: int) -> Path:
+        return self._phase_directory(task, seed, len(self.cases.tasks[task].warm_start)) / "hf"
+
+    def _prepare(self, name: str, seed: int) -> None:
+        task = self.cases.tasks[name]
+        module, data = TASKS[task.generate], self._data(name, seed)
+        written = module.prepare(data, seed)
+        if task.model and (written or not (data / "resized").exists()):
+            write_model(data / "model", module.VOCABULARY, {**module.MODEL, **task.model}, seed)
+            (data / "resized").touch()
+
+    def _warm_start(self, name: str, seed: int) -> None:
+        """The supervised phases of a task, each from the model of the one before."""
+        task, model = self.cases.tasks[name], self._data(name, seed) / "model"
+        for number, phase in enumerate(task.warm_start, start=1):
+            directory = self._phase_directory(name, seed, number)
+            if not (directory / "hf").is_dir():
+                own = {
+                    "run.name": f"warm start of {name}",
+                    "warm_start.file": self._data(name, seed) / f"{phase.file}.parquet",
+                    "train.steps": 0,
+                    "checkpoint.asynchronous": False,
+                    **phase.overrides,
+                }
+                files = self._files(name, seed, model, directory)
+                log = self.output / "logs" / f"warm-{name}-seed{seed}-phase{number}.log"
+                self._pool.train(ROOT / task.config, arguments({**task.common, **files, **own}), log)
+            model = directory / "hf"
+
+    def _run(self, run: CaseRun) -> None:
+        directory = self._directory(run)
+        if run.before is not None and not directory.exists():
+            self._copy(self._directory(run.before), directory)
+        for number, leg in enumerate(run.case.legs, start=1):
+            done = directory / f"leg{number}.done"
+            if not done.exists():
+                self._run_leg(run, number, leg, directory)
+                done.touch()
+        (directory / FINISHED).touch()
+
+    def _run_leg(self, run: CaseRun, number: int, leg: Leg, directory: Path) -> None:
+        settings = {**run.settings[number - 1], **self._tuned(run, number, leg, directory)}
+        own = {
+            "run.name": run.name,
+            "train.steps": run.steps[number - 1],
+            "warm_start.steps": 0,
+            "checkpoint.export_hf": False,
+        }
+        files = self._files(run.case.task, run.seed, self._warm_model(run.case.task, run.seed), directory)
+        log = self.output / "logs" / f"{run.name}-leg{number}.log"
+        config = ROOT / self.cases.tasks[run.case.task].config
+        self._pool.train(config, arguments({**settings, **files, **own}), log)
+
+    def _tuned(self, run: CaseRun, number: int, leg: Leg, directory: Path) -> Overrides:
+        """The overrides that `tune` proposes, kept for the case that the leg is interrupted."""
+        if leg.tune is None:
+            return {}
+        kept = directory / TUNED.format(leg=number)
+        if not kept.exists():
+            entropies = load_run(directory).finite("entropy/mean")[-END_STEPS:]
+            target = round(leg.tune.target_factor * fmean(entropies), 3)
+            try:
+                tuned = tune_run(directory, leg.tune.settling_steps, target, leg.tune.last)
+            except ValueError as error:
+                raise Failure(str(error)) from error
+            record = {"overrides": tuned.overrides, "plant": asdict(tuned.plant), "proposal": asdict(tuned.proposal)}
+            kept.write_text(json.dumps({"asked_steps": leg.tune.settling_steps, **record}), encoding="utf-8")
+        overrides: Overrides = json.loads(kept.read_text(encoding="utf-8"))["overrides"]
+        return overrides
+
+    def _copy(self, before: Path, directory: Path) -> None:
+        """What a run has to go on from, in place at once or not at all."""
+        partial_copy = directory.with_name(f"{directory.name}.partial")
+        shutil.rmtree(partial_copy, ignore_errors=True)
+        shutil.copytree(before, partial_copy, ignore=shutil.ignore_patterns("*.done", FINISHED, TUNED.format(leg="*")))
+        partial_copy.rename(directory)
+
+    def _files(self, task: str, seed: int, model: Path, directory: Path) -> Overrides:
+        return {
+            "run.seed": seed,
+            "run.output_dir": directory,
+            "model.hf_dir": model,
+            "data.train_files": self._data(task, seed) / "train.parquet",
+        }
+
+
+def main() -> int:
+    """Command line: 0 if everything is there, 1 if something failed, 130 if it was interrupted."""
+    parser = argparse.ArgumentParser(description="Run a study of control and write its report; repeat to continue.")
+    parser.add_argument("cases", nargs="?", type=Path, default=HERE / "tracking.yaml", metavar="CASES.yaml")
+    parser.add_argument("--output", type=Path, help="(default: runs/ and the name of the YAML file)")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, about one core each (default: 2)")
+    parser.add_argument("--run-timeout-s", type=float, default=3600.0, help="limit of one leg (default: 3600)")
+    parser.add_argument("--report-only", action="store_true", help="run nothing, report what is finished")
+    options = parser.parse_args()
+    try:
+        cases = load_cases(options.cases)
+    except ValueError as error:
+        parser.error(str(error))
+    output = (options.output or Path("runs") / options.cases.stem).absolute()
+    failures: dict[str, str] = {}
+    with ExitStack() as stack:
+        node = None if options.report_only else stack.enter_context(ray_node(options.processes))
+        pool = stack.enter_context(Pool(options.processes, options.run_timeout_s, say, node))
+        study = ControlStudy(cases, output, pool)
+        try:
+            if not options.report_only:
+                failures = study.run()
+        except Interrupted as error:
+            say(str(error))
+            return 130
+        results = study.results()
+    if results:
+        write_results(output / "results.parquet", results)
+        say(f"report: {write_tracking_report(results, output / 'report')}")
+    else:
+        say("no run is finished yet")
+    for name, reason in failures.items():
+        say(f"failed: {name}: {reason}")
+    return 1 if failures or not results else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
