@@ -18,7 +18,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_entropic.config import Config
-from megatron_entropic.config_checks import Violation, config_warnings, machine_violations, violations
+from megatron_entropic.config_checks import Violation, machine_violations, violations
+from megatron_entropic.config_warnings import config_warnings
 
 __all__ = [
     "ConfigError",

@@ -26,7 +26,16 @@ ROWS = [
     {"face"},
 ]
 # Modules of the package's top folder that together are the face: the command line, the loop and what it is made of.
-FACE = {"cli", "trainer", "config_loading", "config_checks", "run_directory", "training_batch", "warm_start"}
+FACE = {
+    "cli",
+    "trainer",
+    "config_loading",
+    "config_checks",
+    "config_warnings",
+    "run_directory",
+    "training_batch",
+    "warm_start",
+}
 FACE |= {"export_command", "quantized_export"}
 FACE |= {"evaluate", "evaluate_command", "evaluator", "rollouts_command"}
 FACE |= {"restarts", "stopping", "judged_rollouts"}
