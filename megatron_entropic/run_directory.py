@@ -97,7 +97,14 @@ class RunDirectory:
     ) -> None:
         with self._open_files:
             if error is not None:
-                (self.path / "error.log").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+                self._keep_traceback(error)
+
+    def _keep_traceback(self, error: BaseException) -> None:
+        path = self.path / "error.log"
+        try:
+            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        except OSError as refusal:  # often of the same cause, and `error` is what the user has to read
+            self.progress.log(f"cannot write to {path}: {refusal.strerror}")
 
     @property
     def finished(self) -> bool:

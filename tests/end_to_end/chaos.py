@@ -1,10 +1,11 @@
 """One training under random faults: whatever happens to its processes and files, it must come to its last step.
 
-    python tests/end_to_end/chaos.py --faults 20 --seed 1 --output-dir DIR
+    python tests/end_to_end/chaos.py --faults 20 --seed 1 --output-dir DIR        as root, on Linux
 
 A supervisor stands where Slurm does and starts the run again when it ends with an error. Which faults come, when, and
 to whom is a function of the seed; each comes after the run has recovered from the one before. Meanwhile a thread looks
-at the checkpoints all the time. In the end the run is compared with one that was never disturbed.
+at the checkpoints all the time. In the end the run is compared with one that was never disturbed. The run has a network
+of its own, whose link can be cut, and a disk of its own (a small tmpfs), which can be filled.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ from megatron_entropic.policy.checkpoint_files import MANIFEST, CheckpointError,
 OWN_NETWORK = ("unshare", "--net", "bash", "-c", 'ip link set lo up && exec "$@"', "run")
 """The run's processes alone in a network namespace, whose only link can be cut. Needs root."""
 LINK_DOWN_S = 15
+DISK_FULL_S = 20
+"""Longest time for which nothing can be written; it ends sooner if the run does."""
+DISK_MIB = 256
 TIMEOUT_S = 30
 """Of every wait between processes of the run."""
 STOPPED_S = TIMEOUT_S + 20
@@ -113,7 +117,18 @@ class Chaos:
         self._pause(self._signal(process, "PolicyWorker", signal.SIGSTOP))
 
     def fill_disk(self, process: subprocess.Popen[str]) -> None:
-        """A policy rank may write no file of more than 100 kB any more."""
+        """Nothing can be written until the run has ended or DISK_FULL_S; it must have a disk of its own."""
+        filler = self.run.directory / "filler"
+        try:
+            with suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(2**20))
+            self._await_exit(process, DISK_FULL_S)
+        finally:
+            filler.unlink()
+
+    def limit_file_size(self, process: subprocess.Popen[str]) -> None:
+        """Policy ranks may write no file of more than 100 kB any more."""
         for victim in self._workers(process, "PolicyWorker"):
             victim.rlimit(psutil.RLIMIT_FSIZE, (100_000, 100_000))
 
@@ -159,6 +174,11 @@ class Chaos:
         timer = threading.Timer(STOPPED_S, go_on)
         timer.daemon = True
         timer.start()
+
+    @staticmethod
+    def _await_exit(process: subprocess.Popen[str], limit_s: float) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=limit_s)
 
     def _await_step(self, process: subprocess.Popen[str], step: int) -> subprocess.Popen[str]:
         """Until the step is done, or the run; starts again what ended with an error."""
@@ -235,9 +255,22 @@ KINDS = (
     "stop_engine",
     "stop_policy_rank",
     "fill_disk",
+    "limit_file_size",
     "spoil_checkpoint",
     "cut_link",
 )
+
+
+@contextmanager
+def own_disk(directory: Path) -> Iterator[None]:
+    """A new directory on a file system of DISK_MIB, gone in the end. Needs root."""
+    directory.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "chaos", str(directory)]
+    subprocess.run(mount, check=True, timeout=30)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True, timeout=30)
 
 
 def random_faults(kinds: Sequence[str], count: int, draw: random.Random) -> list[str]:
@@ -261,19 +294,19 @@ def main() -> int:
     subprocess.run(prepare, check=True, timeout=300)
     # A step takes a second or two, a fault waits for one; what is left over is done in peace.
     steps = f"train.steps={4 * options.faults}"
-    calm = Run(
-        options.output_dir / "calm", [*countdown_settings(options.output_dir / "calm", assets), *SETTINGS, steps]
-    )
+    calm = Run(folder / "calm", [*countdown_settings(folder / "calm", assets), *SETTINGS, steps])
     calm.finish()
-    run = Run(options.output_dir / "run", [*countdown_settings(options.output_dir / "run", assets), *SETTINGS, steps])
-    chaos = Chaos(run, random_faults(options.faults, draw), draw)
-    chaos.go()
-    if run.reproducible_metrics() != calm.reproducible_metrics():
-        chaos.violations.append("metrics differ from those of the undisturbed run")
+    run = Run(folder / "run", [*countdown_settings(folder / "run", assets), *SETTINGS, steps], inside=OWN_NETWORK)
+    chaos = Chaos(run, random_faults(KINDS, options.faults, draw), draw)
+    with own_disk(run.directory):
+        chaos.go()
+        if run.reproducible_metrics() != calm.reproducible_metrics():
+            chaos.violations.append("metrics differ from those of the undisturbed run")
+        lasted = len(run.metrics())
     console = Console(highlight=False)
     for name, count in chaos.summary.items():
         console.print(f"{count:4d}  {name}")
-    console.print(f"{len(run.metrics())} steps; violations: {chaos.violations or 'none'}", soft_wrap=True)
+    console.print(f"{lasted} steps; violations: {chaos.violations or 'none'}", soft_wrap=True)
     (folder / "summary.json").write_text(
         json.dumps({"summary": chaos.summary, "violations": chaos.violations}, indent=1), encoding="utf-8"
     )

@@ -197,7 +197,9 @@ def _engine_of(process: subprocess.Popen[str]) -> psutil.Process:
 
 def test_faults_of_every_kind_leave_no_trace(uninterrupted: Run, countdown_run: Callable[..., Run]) -> None:
     run = countdown_run("chaos", *SETTINGS, "train.steps=20")
-    chaos = Chaos(run, ["stop_policy_rank", "fill_disk", "spoil_checkpoint", "kill_policy_rank"], random.Random(3))
+    chaos = Chaos(
+        run, ["stop_policy_rank", "limit_file_size", "spoil_checkpoint", "kill_policy_rank"], random.Random(3)
+    )
     chaos.go()
     assert not chaos.violations
     assert [row["step"] for row in run.metrics()] == list(range(1, 21))
