@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial as bind
 from math import prod
@@ -181,20 +181,40 @@ def _write_piece(
     report(values.nbytes)
 
 
-def _for_each(pieces: Iterable[Piece], action: Callable[[Piece], None], workers: int) -> None:
-    """Call `action` in several threads; the first failure ends all."""
+def _for_each(pieces: Sequence[Piece], action: Callable[[Piece], None], workers: int) -> None:
+    """Call `action` in several threads; the first failure ends all.
+
+    Each thread has a run of the pieces. Threads that took turns would mostly write to the same file, which only one can
+    do at a time.
+    """
     stopping = threading.Event()
 
-    def run(piece: Piece) -> None:
-        if not stopping.is_set():
-            action(piece)
+    def run(part: list[Piece]) -> None:
+        try:
+            for piece in part:
+                if stopping.is_set():
+                    return
+                action(piece)
+        except BaseException:
+            stopping.set()
+            raise
 
     with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
         try:
-            for future in [pool.submit(run, piece) for piece in pieces]:
+            for future in [pool.submit(run, part) for part in _equal_parts(pieces, workers)]:
                 future.result()
         finally:
             stopping.set()
+
+
+def _equal_parts(pieces: Sequence[Piece], count: int) -> list[list[Piece]]:
+    """The pieces in order, in at most `count` parts with about equally many values."""
+    parts: list[list[Piece]] = [[] for _ in range(count)]
+    total, done = sum(piece.elements for piece in pieces), 0
+    for piece in pieces:
+        parts[done * count // total].append(piece)
+        done += piece.elements
+    return [part for part in parts if part]
 
 
 class InvalidTensors:
