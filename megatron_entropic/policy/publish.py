@@ -10,6 +10,7 @@ through them. What carries the bytes is a `WeightSender`, handed in by whoever k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from megatron_entropic.policy.shared_flats import SharedFlats
 from megatron_entropic.weights.checksums import checksums
 from megatron_entropic.weights.parameter_map import ParameterMap
 from megatron_entropic.weights.plan import Bucket, PublishPlan
+from megatron_entropic.weights.shared_block import SharedBlock
 from megatron_entropic.weights.transport import FlatContents, GlooSender, WeightSender, named_wait
 
 BUCKET_BYTES = {"cuda": 512 * 2**20, "cpu": 32 * 2**20}
@@ -39,7 +41,9 @@ class SenderType(Protocol):
     parallel_stages: bool
     """As in `WeightSender`."""
 
-    def __call__(self, host: str, receivers: int, timeout_s: float, *, name: str, delta: bool) -> WeightSender:
+    def __call__(
+        self, host: str, receivers: int, timeout_s: float, *, name: str, delta: bool, lent: Sequence[SharedBlock]
+    ) -> WeightSender:
         """An open group that waits for `receivers` workers; `GlooSender` has the arguments."""
 
 
@@ -107,7 +111,16 @@ class Publisher:
         if not self._sends:
             return {}
         name = f"policy {self._parallel.describe()}"
-        self._sender = self._sender_type(self._host, receivers, self._timeout_s, name=name, delta=self._mode == "delta")
+        # vLLM keeps the tensors of experts until their layer is complete: those buckets have to be copied anyway.
+        dense = self._workspace.shared.get(False)
+        self._sender = self._sender_type(
+            self._host,
+            receivers,
+            self._timeout_s,
+            name=name,
+            delta=self._mode == "delta",
+            lent=dense.blocks if dense else (),
+        )
         host, port = self._sender.address
         return {
             "stage": self._parallel.pipeline_rank,
@@ -125,6 +138,8 @@ class Publisher:
         """
         if self._sender is not None:
             self._sender.accept()
+        for flats in self._workspace.shared.values():
+            flats.admit_nobody_else()
 
     def publish(self, *, with_checksums: bool = False) -> Published:
         """Send the model's parameters as they are now; every engine must be receiving the same plan.
@@ -182,7 +197,7 @@ class Publisher:
         own = [bucket for bucket in self._buckets() if bucket.owner_stage == parallel.pipeline_rank]
         for of_experts, group in {False: parallel.tensor_group, True: parallel.expert_group}.items():
             sizes = [bucket.bytes for bucket in own if bucket.of_experts is of_experts]
-            if not sizes or group.size() == 1 or not takes_part(parallel, of_experts=of_experts):
+            if not sizes or not takes_part(parallel, of_experts=of_experts):
                 continue
             waiter = f"policy {parallel.describe()}"
             with named_wait("publish: find shared memory", waiter, peers(of_experts=of_experts)):
@@ -192,6 +207,8 @@ class Publisher:
 
     def close(self) -> None:
         """Leave the transfer group."""
+        for flats in self._workspace.shared.values():
+            flats.admit_nobody_else()
         self._workspace.shared.clear()
         if self._sender is not None:
             self._sender.close()

@@ -33,9 +33,20 @@ class SharedFlats:
         opened = [block for block in blocks if block is not None]
         complete = torch.tensor(int(len(opened) == _COUNT))
         dist.all_reduce(complete, op=dist.ReduceOp.MIN, group=group)
-        for block in opened:
-            block.admit_nobody_else()
+        if not complete:
+            for block in opened:
+                block.admit_nobody_else()
         return cls(group, opened) if complete else None
+
+    @property
+    def blocks(self) -> tuple[SharedBlock, ...]:
+        """The memory of the buffers; the first rank's admit others until it closes them."""
+        return tuple(self._blocks)
+
+    def admit_nobody_else(self) -> None:
+        """Close the files of the memory; see `SharedBlock`."""
+        for block in self._blocks:
+            block.admit_nobody_else()
 
     def take(self, number: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """[elements] in buffer `number` (0 or 1)."""
@@ -43,4 +54,5 @@ class SharedFlats:
 
     def wait_for_all(self) -> None:
         """Return when every rank of the group has called this."""
-        dist.barrier(group=self._group)
+        if self._group.size() > 1:
+            dist.barrier(group=self._group)

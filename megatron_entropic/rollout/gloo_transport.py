@@ -86,13 +86,9 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        """Receive all flat buffers, and load the tensors of each while the next one arrives.
-
-        vLLM keeps the views until their layer is complete.
-        """
+        """Receive all flat buffers, and load the tensors of each while the next one arrives."""
         contents = update_info.contents_by_sender(len(self._receivers))
-        for bucket, flat in Arrivals(self._receivers, contents):
-            self.model.load_weights(bucket.split(flat))
+        Arrivals(self._receivers, contents).deliver(lambda bucket, flat: self.model.load_weights(bucket.split(flat)))
 
     def finish_weight_update(self) -> None:
         """Let the layers process their new weights."""

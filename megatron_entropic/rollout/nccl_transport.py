@@ -7,11 +7,13 @@ the connection. Both are told apart by the fields of vLLM's own dataclasses. Wri
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
 
+from megatron_entropic.weights.shared_block import SharedBlock
 from megatron_entropic.weights.transport import FlatContents
 
 # One broadcast a bucket: larger than any bucket. vLLM allocates what a bucket needs, not this.
@@ -35,13 +37,22 @@ class NcclSender:
     # vLLM's receiving engine belongs to one group.
     parallel_stages = False
 
-    def __init__(self, host: str, receivers: int, timeout_s: float, *, name: str = "", delta: bool = False) -> None:
+    def __init__(
+        self,
+        host: str,
+        receivers: int,
+        timeout_s: float,
+        *,
+        name: str = "",
+        delta: bool = False,
+        lent: Sequence[SharedBlock] = (),
+    ) -> None:
         """Choose a port for the rendezvous of `receivers` workers; `accept` opens it.
 
         Raises:
             ValueError: `delta`, which vLLM's receiving engine does not understand.
         """
-        del timeout_s, name
+        del timeout_s, name, lent  # host memory plays no part
         if delta:
             raise ValueError("rollout.publish=delta needs the gloo transport (cluster.device=cpu); on GPUs use full")
         self._receivers = receivers

@@ -1,15 +1,20 @@
-"""Entry point that vLLM calls in each of its processes, so that spawned workers know the gloo transport too."""
+"""Entry point that vLLM calls in each of its processes, so that spawned workers know what its engine knows."""
 
 from __future__ import annotations
 
 
 def register() -> None:
-    """Make the weight-transfer backend `gloo` known to vLLM and drop its harmless warnings. Repeatable."""
+    """Make the weight-transfer backend `gloo` known to vLLM, let waiting processes sleep and drop harmless warnings.
+
+    Repeatable.
+    """
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
     from megatron_entropic.rollout.noise import silence_known_noise
+    from megatron_entropic.rollout.sleeping_workers import let_readers_sleep
 
     silence_known_noise()
+    let_readers_sleep()
     # The factory refuses a name twice and has no public question for it.
     if "gloo" not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(

@@ -39,7 +39,7 @@ class Channel:
         for piece in _bytes_of(tensor).split(self.block.bytes.numel()):
             self.block.bytes[: piece.numel()].copy_(piece)
             self._broadcast(torch.zeros(1))
-            self._wait_for_all()
+            self.wait_for_all()
 
     def receive(self, tensor: torch.Tensor) -> None:
         """Fill a contiguous tensor of the size that rank 0 sends."""
@@ -49,9 +49,10 @@ class Channel:
         for piece in _bytes_of(tensor).split(self.block.bytes.numel()):
             self._broadcast(torch.zeros(1))
             piece.copy_(self.block.bytes[: piece.numel()])
-            self._wait_for_all()
+            self.wait_for_all()
 
-    def _wait_for_all(self) -> None:
+    def wait_for_all(self) -> None:
+        """Return when both ends have called this."""
         self.group.barrier().wait()  # type: ignore[attr-defined]
 
     def _broadcast(self, tensor: torch.Tensor) -> None:

@@ -26,8 +26,9 @@ class SharedBlock:
 
     def __init__(self, descriptor: int, nbytes: int, token: str) -> None:
         self._descriptor: int | None = descriptor
+        self._map = mmap.mmap(descriptor, nbytes)
         self.token = token
-        self.bytes = torch.frombuffer(mmap.mmap(descriptor, nbytes), dtype=torch.uint8)[_TOKEN_BYTES:]
+        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8, offset=_TOKEN_BYTES)
         """[nbytes] uint8; stays mapped as long as any view of it exists."""
 
     @classmethod
@@ -59,6 +60,14 @@ class SharedBlock:
         block = cls(descriptor, os.fstat(descriptor).st_size, token)
         block.admit_nobody_else()
         return block
+
+    def tensor(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """[elements] at the start of the block, as a tensor with a storage of its own."""
+        return torch.frombuffer(self._map, dtype=dtype, count=elements, offset=_TOKEN_BYTES)
+
+    def begins_with(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's values lie at the start of this block."""
+        return tensor.data_ptr() == self.bytes.data_ptr()
 
     @property
     def path(self) -> str:

@@ -5,8 +5,10 @@
     accept()              <---- store: join/r -- GlooReceiver(address, r)      rendezvous
     send(contents, flat)  ----- store: k ------> receive(contents)             announcement k: what comes next
                           ===== channel ========>                              one flat tensor, or what changed of it
+                          <---- all are done --- release()
 
 The bytes go through shared memory where all receivers see that of the sender, otherwise by gloo broadcast (`channel`).
+Where the flat tensor itself lies in memory that all of them see, nothing is copied: the sender lends it to them.
 An announcement precedes every broadcast: a receiver that expects something else fails with both descriptions instead
 of reading foreign bytes, and one whose sender never comes fails by its own time limit. Nothing here knows vLLM.
 
@@ -32,16 +34,19 @@ from megatron_entropic.errors import PeerDied, PhaseTimeout
 from megatron_entropic.weights.channel import BLOCK_BYTES, Channel
 from megatron_entropic.weights.delta import Delta, bitmap_bytes
 from megatron_entropic.weights.flat_memory import FlatMemory
+from megatron_entropic.weights.loan import Loan
 from megatron_entropic.weights.plan import Bucket
 from megatron_entropic.weights.shared_block import SharedBlock
 
 # Announcements are deleted this many broadcasts later. A gloo broadcast is a tree, so a sender can be ahead of its last
 # receiver by the depth of that tree and no more.
 _KEPT_ANNOUNCEMENTS = 64
-_SEES_BLOCK = "block"
-"""What a worker writes that could open the sender's shared memory."""
+_SEES_BLOCKS = "blocks"
+"""What a worker writes that could open all of the sender's shared memory."""
 _CHANGED = "; changed elements: "
 """Ends the announcement of a buffer of which only these many elements follow, behind their bitmap."""
+_LENT = "; in lent block "
+"""Ends the announcement of a buffer that receivers find in this block of the sender."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,7 @@ class GlooSender:
         *,
         name: str = "the sending policy rank",
         delta: bool = False,
+        lent: Sequence[SharedBlock] = (),
     ) -> None:
         """Open the rendezvous for `receivers` workers; every later wait is limited to `timeout_s`.
 
@@ -160,6 +166,7 @@ class GlooSender:
             timeout_s: limit of every wait.
             name: of this rank, for messages.
             delta: keep every buffer that was sent, and send only what differs from it the next time.
+            lent: flat tensors that begin where one of these does are not copied. They admit others until `accept`.
         """
         self._host = host
         self._receivers = receivers
@@ -169,6 +176,7 @@ class GlooSender:
         self._sent = 0
         self._channel: Channel | None = None
         self._block = SharedBlock.create(BLOCK_BYTES)
+        self._lent = tuple(lent) if self._block else ()
         listener = socket.create_server((host, 0))
         self._port = int(listener.getsockname()[1])
         self._store = dist.TCPStore(
@@ -182,7 +190,8 @@ class GlooSender:
         self._store.set("receivers", str(receivers))
         self._store.set("sender", name)
         self._store.set("delta", str(int(delta)))
-        self._store.set("block", f"{self._block.token} {self._block.path}" if self._block else "")
+        blocks = [self._block, *self._lent] if self._block else []
+        self._store.set("blocks", "\n".join(f"{block.token} {block.path}" for block in blocks))
 
     @property
     def address(self) -> tuple[str, int]:
@@ -207,9 +216,9 @@ class GlooSender:
         with named_wait(phase, self._name, f"{self._receivers} engine workers that have joined"):
             group = _gloo_group(self._store, 0, self._receivers + 1, self._host, self._timeout_s)
             if self._block is not None:
-                self._block.admit_nobody_else()
-                if any(self._store.get(f"join/{rank}").decode() != _SEES_BLOCK for rank in ranks):
-                    self._block = None
+                self._admit_nobody_else()
+                if any(self._store.get(f"join/{rank}").decode() != _SEES_BLOCKS for rank in ranks):
+                    self._block, self._lent = None, ()
             self._store.set("through", "block" if self._block else "gloo")
         self._channel = Channel(group, self._block)
 
@@ -232,12 +241,18 @@ class GlooSender:
             delta = Delta.between(last, flat)
             announcement += f"{_CHANGED}{delta.changed}"
             parts = [delta.bitmap, delta.values] if delta.changed else []
+        lent = [number for number, block in enumerate(self._lent) if block.begins_with(flat)]
+        if lent and self._last is None:
+            announcement += f"{_LENT}{lent[0]}"
+            parts = []
         self._store.set(f"announcement/{self._sent}", announcement)
         phase = f"publish: broadcast {self._sent}, {contents.describe()}"
         try:
             with named_wait(phase, self._name, "the engine workers"):
                 for part in parts:
                     self._channel.send(part)
+                if _LENT in announcement:
+                    self._channel.wait_for_all()
         except (PhaseTimeout, PeerDied) as error:
             raise type(error)(f"{error}; {self._progress()}") from error.__cause__
         if self._last is not None:
@@ -249,10 +264,15 @@ class GlooSender:
 
     def close(self) -> None:
         """Drops the connections; receivers that still wait fail at once."""
-        if self._block is not None:
-            self._block.admit_nobody_else()
+        self._admit_nobody_else()
         self._block = self._channel = None
+        self._lent = ()
         del self._store
+
+    def _admit_nobody_else(self) -> None:
+        for block in (self._block, *self._lent):
+            if block is not None:
+                block.admit_nobody_else()
 
     def _progress(self) -> str:
         """How many buffers each receiver asked for, as it wrote into the store."""
@@ -286,13 +306,15 @@ class GlooReceiver:
         if expected != receivers or not 1 <= rank <= receivers:
             raise ValueError(f"{phase}: the sender expects {expected} engine workers, this is {rank} of {receivers}")
         self._store.set(f"asked/{rank}", "0")
-        block = self._open_block()
-        self._store.set(f"join/{rank}", _SEES_BLOCK if block else "")
+        blocks = self._open_blocks()
+        self._lent = blocks[1:]
+        self._store.set(f"join/{rank}", _SEES_BLOCKS if blocks else "")
         with named_wait(phase, self._name, f"{self._sender} and {receivers - 1} other engine workers"):
             group = _gloo_group(self._store, rank, receivers + 1, local_address(host, port), timeout_s)
             through_block = self._store.get("through") == b"block"
-        self._channel = Channel(group, block if through_block else None)
+        self._channel = Channel(group, blocks[0] if through_block else None)
         self._memory = FlatMemory()
+        self._loan: Loan | None = None
 
     @property
     def sender(self) -> str:
@@ -305,7 +327,7 @@ class GlooReceiver:
         return self._timeout_s
 
     def receive(self, contents: FlatContents) -> torch.Tensor:
-        """The next flat buffer, [contents.elements] on the CPU.
+        """The next flat buffer, [contents.elements] on the CPU. Call `release` before the next one.
 
         It stays as it is while it or a view of it exists, except that a sender of deltas makes the next receiving of
         the same contents change it in place.
@@ -318,17 +340,41 @@ class GlooReceiver:
         with named_wait(phase, self._name, self._sender):
             self._store.set(f"asked/{self._rank}", str(self._received + 1))
             # Waits for the key, at most as long as the store's own limit.
-            announced, _, changed = self._store.get(f"announcement/{self._received}").decode().partition(_CHANGED)
+            announcement = self._store.get(f"announcement/{self._received}").decode()
+        announced, _, lent = announcement.partition(_LENT)
+        announced, _, changed = announced.partition(_CHANGED)
         if announced != contents.describe():
             raise ValueError(f"{phase}: {self._name} expected this, but the sender announces {announced}")
-        with named_wait(phase, self._name, self._sender):
-            flat = self._receive_changes(contents, int(changed)) if changed else self._receive_all(contents)
         self._received += 1
-        return flat
+        if lent:
+            self._loan = Loan(self._lent[int(lent)].tensor(contents.elements, contents.torch_dtype))
+            return self._loan.take()
+        with named_wait(phase, self._name, self._sender):
+            return self._receive_changes(contents, int(changed)) if changed else self._receive_all(contents)
 
-    def _open_block(self) -> SharedBlock | None:
-        token, _, path = self._store.get("block").decode().partition(" ")
-        return SharedBlock.open(path, token) if path else None
+    @property
+    def lends(self) -> bool:
+        """Whether the last buffer lies in the sender's memory, and the sender waits for `release`."""
+        return self._loan is not None
+
+    def release(self) -> None:
+        """Let the sender have its memory back; call it when the last buffer has been used. Views of it stay valid.
+
+        Raises:
+            PhaseTimeout, PeerDied: the sender or another worker did not come so far, or is gone.
+        """
+        if self._loan is None:
+            return
+        self._loan.end()
+        self._loan = None
+        with named_wait(f"publish: broadcast {self._received - 1}", self._name, f"{self._sender} and other workers"):
+            self._channel.wait_for_all()
+
+    def _open_blocks(self) -> list[SharedBlock]:
+        """All blocks of the sender, its channel's first; none if any is not to be seen from here."""
+        places = [line.partition(" ") for line in self._store.get("blocks").decode().splitlines()]
+        blocks = [block for token, _, path in places if (block := SharedBlock.open(path, token))]
+        return blocks if len(blocks) == len(places) else []
 
     def _receive_all(self, contents: FlatContents) -> torch.Tensor:
         flat = self._memory.take(contents.elements, contents.torch_dtype)

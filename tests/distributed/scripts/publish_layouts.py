@@ -56,10 +56,11 @@ def receive(senders: list[dict[str, Any]], plan: PublishPlan, rank: int) -> list
         [FlatContents.of_bucket(bucket) for bucket in plan.buckets if bucket.owner_stage == stage]
         for stage in range(len(senders))
     ]
-    return [
-        {name: tensor for bucket, flat in Arrivals(receivers, contents) for name, tensor in bucket.split(flat)}
-        for _ in range(2)
-    ]
+    received: list[dict[str, torch.Tensor]] = [{}, {}]
+    for tensors in received:
+        # Views of buffers that belong to the policy are kept, as an engine keeps those of unfinished layers.
+        Arrivals(receivers, contents).deliver(lambda bucket, flat, kept=tensors: kept.update(bucket.split(flat)))
+    return received
 
 
 def differences(hf_dir: Path, received: dict[str, torch.Tensor]) -> list[str]:

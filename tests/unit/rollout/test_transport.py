@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -37,9 +37,11 @@ def background():
 Background = Callable[..., Future]
 
 
-def joined(background: Background, receivers: int, timeout_s: float = PATIENT_S) -> tuple[GlooSender, list[Any]]:
+def joined(
+    background: Background, receivers: int, timeout_s: float = PATIENT_S, lent: Sequence[SharedBlock] = ()
+) -> tuple[GlooSender, list[Any]]:
     """A sender with its receivers, all connected."""
-    sender = GlooSender(HOST, receivers, timeout_s)
+    sender = GlooSender(HOST, receivers, timeout_s, lent=lent)
     pending = [
         background(GlooReceiver, *sender.address, rank, receivers, timeout_s) for rank in range(1, receivers + 1)
     ]
@@ -69,6 +71,41 @@ def test_every_receiver_gets_the_bytes_of_every_buffer(background, monkeypatch, 
             assert torch.equal(tensors[f"layer.{turn}"], flat[: 4 * (turn + 1)].view(4, turn + 1))
             assert torch.equal(tensors["norm"], flat[-3:])
             assert tensors["norm"].dtype == contents.torch_dtype
+
+
+def test_a_lent_buffer_is_not_copied_and_views_of_it_outlive_the_loan(background):
+    blocks = [SharedBlock.create(4 * CONTENTS.elements) for _ in range(2)]
+    sender, receivers = joined(background, 2, lent=blocks)
+    kept: list[list[torch.Tensor]] = [[], []]
+
+    def load(rank: int, turn: int, flat: torch.Tensor) -> None:
+        assert flat.eq(turn).all()
+        if turn % 2:
+            kept[rank].append(flat[1:3])
+
+    def receive_all(rank: int) -> None:
+        turns = iter(range(6))
+        arrivals = Arrivals([receivers[rank]], [[CONTENTS] * 6])
+        arrivals.deliver(lambda _contents, flat: load(rank, next(turns), flat))
+
+    pending = [background(receive_all, rank) for rank in range(2)]
+    for turn in range(6):
+        flat = blocks[turn % 2].tensor(CONTENTS.elements, torch.float32).fill_(turn)
+        # Comes back when both have loaded it, so the memory can be filled again at once.
+        assert sender.send(CONTENTS, flat) == CONTENTS.elements
+    for future in pending:
+        future.result()
+    for block in blocks:
+        block.bytes.fill_(0)
+    assert [[float(view.mean()) for view in views] for views in kept] == [[1, 3, 5], [1, 3, 5]]
+
+
+def test_a_worker_that_never_gives_a_loan_back_is_named(background):
+    (block,) = blocks = [SharedBlock.create(4 * CONTENTS.elements)]
+    sender, (receiver,) = joined(background, 1, HASTY_S, lent=blocks)
+    background(receiver.receive, CONTENTS)
+    with pytest.raises(PhaseTimeout, match=r"broadcast 0, a.weight .* the engine workers .*by engine worker: 1: 1"):
+        sender.send(CONTENTS, block.tensor(CONTENTS.elements, torch.float32))
 
 
 def test_received_buffers_stay_valid(background):
@@ -146,14 +183,17 @@ def test_a_sender_that_stands_still_is_named_within_the_limit():
     with subprocess.Popen([sys.executable, "-c", STANDING_SENDER], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         receiver = GlooReceiver(HOST, int(process.stdout.readline()), 1, 1, HASTY_S)
-        arrivals = iter(Arrivals([receiver], [[CONTENTS, CONTENTS]]))
-        next(arrivals)
-        assert process.stdout.readline() == "sent\n"
-        process.send_signal(signal.SIGSTOP)
-        started = time.monotonic()
+        stopped_at = []
+
+        def stop_the_sender(_contents: FlatContents, _flat: torch.Tensor) -> None:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "sent\n"
+            process.send_signal(signal.SIGSTOP)
+            stopped_at.append(time.monotonic())
+
         with pytest.raises(PhaseTimeout, match=r"publish: .*1.* engine worker.* waited .* for policy rank 3"):
-            next(arrivals)
-        assert time.monotonic() - started < HASTY_S + 10
+            Arrivals([receiver], [[CONTENTS, CONTENTS]]).deliver(stop_the_sender)
+        assert time.monotonic() - stopped_at[0] < HASTY_S + 10
         process.kill()
 
 
