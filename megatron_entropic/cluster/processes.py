@@ -1,14 +1,12 @@
 """Reaching an actor's process where a call cannot: an actor works off one call at a time, and this one may hang.
 
-    driver --task on the actor's node--> signal --> the process writes the stacks of its threads --> driver: files
+    driver --task on the actor's node--> signal --> the process --> what the task returns
 
-The handler is C code that runs at once, whatever the process is waiting for. A process that was stopped or is gone
-writes nothing; then the file says what Linux knows of it.
+See `observability/stacks.py` for what a process says of itself.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import signal
 import time
@@ -20,8 +18,8 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-ANSWER_S = 3.0
-"""How long a process may take to write its stacks."""
+from megatron_entropic.observability.stacks import stacks_of_family
+
 TASK_S = 30.0
 """How long Ray may take to run a task on a node."""
 
@@ -32,20 +30,11 @@ class ActorProcess:
 
     node_id: str
     pid: int
-    stacks_fd: int
-    """The process's descriptor of the memory that its stacks go to."""
 
 
-class StackWriter:
-    """Lets this process write the Python stacks of all its threads when `dump_stacks` asks for them."""
-
-    def __init__(self) -> None:
-        self._memory = os.memfd_create("stacks")
-        faulthandler.register(signal.SIGUSR2, file=self._memory, all_threads=True)
-
-    def place(self) -> ActorProcess:
-        """How the driver finds this process."""
-        return ActorProcess(ray.get_runtime_context().get_node_id(), os.getpid(), self._memory)
+def this_process() -> ActorProcess:
+    """How the driver finds this process, which is an actor's."""
+    return ActorProcess(ray.get_runtime_context().get_node_id(), os.getpid())
 
 
 def dump_stacks(processes: Mapping[str, ActorProcess], folder: Path) -> list[Path]:
@@ -98,7 +87,7 @@ def _on_nodes(function: ray.remote_function.RemoteFunction, processes: Mapping[s
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _stacks_of(processes: list[ActorProcess]) -> list[str]:
-    return [_stacks(process) for process in processes]
+    return [stacks_of_family(process.pid) for process in processes]
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -111,22 +100,3 @@ def _kill(processes: list[ActorProcess]) -> list[str]:
         except ProcessLookupError:
             answers.append("gone")
     return answers
-
-
-def _stacks(process: ActorProcess) -> str:
-    file = Path(f"/proc/{process.pid}/fd/{process.stacks_fd}")
-    try:
-        before = file.stat().st_size
-        os.kill(process.pid, signal.SIGUSR2)
-    except (FileNotFoundError, ProcessLookupError):
-        return f"process {process.pid} is gone\n"
-    deadline = time.monotonic() + ANSWER_S
-    size = before
-    while time.monotonic() < deadline:
-        time.sleep(0.1)
-        # Complete when it has stopped growing.
-        if (now := file.stat().st_size) == size > before:
-            return file.read_bytes()[before:].decode(errors="replace")
-        size = now
-    state = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8").splitlines()[2]
-    return f"process {process.pid} did not write its stacks within {ANSWER_S:g} s; {state}\n"

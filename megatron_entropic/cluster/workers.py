@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from megatron_entropic.cluster.network import use_interface_of
-from megatron_entropic.cluster.processes import ActorProcess, StackWriter
+from megatron_entropic.cluster.processes import ActorProcess, this_process
 from megatron_entropic.config import Config, Device, Sampling
+from megatron_entropic.observability.stacks import offer_stacks
 from megatron_entropic.types import GenerationRequest, Sample, Sequence
 from megatron_entropic.weights.checksums import Piece
 from megatron_entropic.weights.plan import PublishPlan
@@ -56,12 +57,12 @@ class PolicyWorker:
         self._rank = rank
         self._device = device
         self._policy: Policy
-        self._stacks = StackWriter()
+        offer_stacks()
         _join_network(config)
 
     def place(self) -> ActorProcess:
         """Where this actor's process is."""
-        return self._stacks.place()
+        return this_process()
 
     def rendezvous(self) -> tuple[str, int]:
         """Address and a free port of this rank's node, for the process group's store."""
@@ -103,12 +104,12 @@ class EngineWorker:
         self._config = config
         self._device = device
         self._engine: RolloutEngine
-        self._stacks = StackWriter()
+        offer_stacks()
         _join_network(config)
 
     def place(self) -> ActorProcess:
         """Where this actor's process is."""
-        return self._stacks.place()
+        return this_process()
 
     def ping(self) -> None:
         """Answer, if there is a process to do so."""

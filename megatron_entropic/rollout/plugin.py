@@ -4,15 +4,14 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Make the weight-transfer backend `gloo` known to vLLM, let waiting processes sleep and drop harmless warnings.
-
-    Repeatable.
-    """
+    """Make the weight-transfer backend `gloo` known to vLLM, and more that each of its processes needs. Repeatable."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
+    from megatron_entropic.observability.stacks import offer_stacks
     from megatron_entropic.rollout.noise import silence_known_noise
     from megatron_entropic.rollout.sleeping_workers import let_readers_sleep
 
+    offer_stacks()
     silence_known_noise()
     let_readers_sleep()
     # The factory refuses a name twice and has no public question for it.

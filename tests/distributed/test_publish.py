@@ -133,7 +133,7 @@ def distance(hf_dir: Path, samples: list[dict[str, Any]]) -> float:
     return worst
 
 
-def test_an_engine_in_another_process_samples_from_what_two_ranks_publish(run_ranks, tmp_path):
+def test_an_engine_of_two_workers_samples_from_what_two_ranks_publish(run_ranks, tmp_path):
     names = ("zero", "one", "two")
     for seed, name in enumerate(names):
         write_model(tmp_path / name, seed)
@@ -163,4 +163,7 @@ def test_an_engine_in_another_process_samples_from_what_two_ranks_publish(run_ra
     for version in (1, 2):
         assert seen[f"{version} weights"] == []
     assert seen["wrong"] == ["model.norm.weight: engine holds other values than were sent"]
+    # What a hang would be explained with: the engine's own process and both of its workers.
+    assert "in main" in seen["stacks"]
+    assert seen["stacks"].count("worker_busy_loop") == 2
     assert "model.embed_tokens.weight: shape (96, 128), the model has (97, 128)" in seen["misfit"]

@@ -16,11 +16,12 @@ import pytest
 import ray
 
 from megatron_entropic.cluster.placement import reserve
-from megatron_entropic.cluster.processes import ActorProcess, StackWriter, dump_stacks, kill_processes
+from megatron_entropic.cluster.processes import ActorProcess, dump_stacks, kill_processes, this_process
 from megatron_entropic.cluster.session import ray_session
 from megatron_entropic.cluster.waiting import dead_peers, gather, receive_streams
 from megatron_entropic.config import ClusterConfig, Config
 from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError
+from megatron_entropic.observability.stacks import offer_stacks
 
 
 @ray.remote
@@ -52,8 +53,8 @@ class Peer:
         raise RuntimeError("[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 120000ms for recv")
 
     def place(self) -> ActorProcess:
-        self._stacks = StackWriter()
-        return self._stacks.place()
+        offer_stacks()
+        return this_process()
 
 
 @pytest.fixture(scope="module")

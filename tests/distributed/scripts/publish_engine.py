@@ -1,8 +1,9 @@
-"""A vLLM engine that generates with weights version 0, 1 and 2, the latter received from policy ranks."""
+"""A vLLM engine of two workers that samples from weights version 0, 1 and 2, the latter from policy ranks."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_entropic.config import RolloutConfig
+from megatron_entropic.observability.stacks import stacks_of_family
 from megatron_entropic.rollout.engine import RolloutEngine
 from megatron_entropic.types import GenerationRequest, Prompt
 from megatron_entropic.weights.checksums import checksums, mismatches
@@ -46,7 +48,9 @@ def generate(engine: RolloutEngine) -> list[dict[str, Any]]:
 
 
 def main(directory: Path) -> None:
-    config = RolloutConfig(max_response_tokens=24, temperature=0.8, kv_cache_gb=0.1, max_concurrent_sequences=16)
+    config = RolloutConfig(
+        tensor_parallel=2, max_response_tokens=24, temperature=0.8, kv_cache_gb=0.1, max_concurrent_sequences=16
+    )
     engine = RolloutEngine(directory / "zero", "float32", config, max_model_tokens=180, seed=1, device="cpu")
     seen: dict[str, Any] = {"0": generate(engine)}
     try:
@@ -67,6 +71,7 @@ def main(directory: Path) -> None:
         seen[f"{version} weights"] = mismatches(sent, {"engine": engine.weight_pieces()})
     sent["model.norm.weight"] += 1
     seen["wrong"] = mismatches(sent, {"engine": engine.weight_pieces()})
+    seen["stacks"] = stacks_of_family(os.getpid())
     torch.save(seen, directory / "seen.pt")
 
 

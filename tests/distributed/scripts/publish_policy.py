@@ -35,7 +35,7 @@ def main(directory: Path) -> None:
     model = build_model(parameter_map.dimensions, policy, "float32", parallel, platform)
     plan = publish_plan(parameter_map, pipeline_parallel=1, tensor_parallel=2, bucket_bytes=100_000, dtype="float32")
     publisher = Publisher(plan, parameter_map, model, parallel, host="127.0.0.1", timeout_s=240)
-    sender = publisher.open(1)
+    sender = publisher.open(2)
     if sender:
         unfinished = directory / "rendezvous.unfinished"
         unfinished.write_text(json.dumps([sender]))
