@@ -40,8 +40,8 @@ _TITLES = {
 }
 _NOTES = {
     "targets": f"The last quarter of each run; band: within {BAND:.0%} of the target; saturated: share of all steps.",
-    "offset": "Last half of a leg with P alone. Predicted: b / (g K_p) of the leg that identified the plant before it; "
-    "held: mean alpha of the same leg divided by K_p, which the law makes equal to the offset.",
+    "offset": "H - target in the last half of a leg with P alone. By the probe: b / (g K_p) of the leg that identified "
+    "the plant; by PI: the mean alpha that PI needed to hold the same target (last quarter of the run before) / K_p.",
     "disturbances": f"After the change, in means of {SMOOTHING_STEPS} steps. Settled: rollouts until they stay within "
     f"{BAND:.0%} of the target; wound up: steps with alpha at the limit that the error had left.",
     "tuning": "g and b per optimizer step; asked and settled in rollouts, from the first with the proposed gains; "
@@ -99,9 +99,10 @@ def _targets(runs: Runs) -> Iterator[str]:
 
 
 def _offsets(runs: Runs) -> Iterator[str]:
-    yield from header("case", "regime", "g", "b", "K_p", "predicted", "measured", "alpha / K_p", "saturated")
+    yield from header("case", "regime", "g", "b", "K_p", "by the probe", "by PI", "measured", "saturated")
     for key, rows in runs.items():
         plant = plant_of(leg(rows, 1), key.updates)
+        holding = tracking(last_quarter(leg(rows, 0))).alpha
         for number in range(2, rows[-1]["leg"] + 1):
             own = leg(rows, number)
             kp = float(json.loads(own[0]["setting"])["entropy_control.kp"])
@@ -113,8 +114,8 @@ def _offsets(runs: Runs) -> Iterator[str]:
                 f"{plant.drift:+.2g}",
                 f"{kp:g}",
                 f"{plant.drift / (plant.gain * kp):+.3f}",
+                f"{holding / kp:+.3f}",
                 f"{found.entropy - found.target:+.3f}",
-                f"{found.alpha / kp:+.3f}",
                 f"{found.saturated:.0%}",
             )
 

@@ -145,8 +145,9 @@ def test_the_page_has_a_table_and_a_figure_for_each_question(tmp_path: Path) -> 
         *run_rows(still, zero),
         *run_rows(still, zero, table="disturbances", leg=0),
         *run_rows([-0.1, *still], [-1.0, *zero], table="disturbances", first=21),
-        *run_rows(entropies, alphas, table="offset"),
-        *run_rows([-0.02] * 20, [-0.2] * 20, table="offset", first=41, leg=2),
+        *run_rows([0.0] * 8, [-0.3] * 8, table="offset", leg=0),
+        *run_rows(entropies, alphas, table="offset", first=9),
+        *run_rows([-0.02] * 20, [-0.2] * 20, table="offset", first=49, leg=2),
         *run_rows(entropies, alphas, table="tuning"),
         *run_rows([-0.1, *still], [-1.0, *zero], table="tuning", first=41, leg=2, tuned=json.dumps(tuned)),
         *run_rows(still, zero, table="sensitivity", groups="tau, denominator"),
@@ -160,7 +161,7 @@ def test_the_page_has_a_table_and_a_figure_for_each_question(tmp_path: Path) -> 
     # The mean with the first error of -0.1 is within 5 % of 0.5 from four steps on.
     assert "| case | on_policy | 20% | 3 | 0% | 0 | 5% | 0.501 for 0.50 |" in lines
     (offset,) = (line for line in lines if "| -0.0020 |" in line or "| -0.002 |" in line if "| 10 |" in line)
-    assert "| -0.020 | -0.020 | -0.020 | 0% |" in offset
+    assert "| -0.020 | -0.030 | -0.020 | 0% |" in offset
     assert any(line.startswith(f"| case | on_policy | 0.01 {pm} 0.001 | -0.002 | 8 | 0.2 | -0.20 |") for line in lines)
     sensitivity = f"| case | on_policy | 2 | 0.501 {pm} 0.000 | 0.001 {pm} 0.000 | 1.00 {pm} 0.00 | 0.01 {pm} 0.00 |"
     assert sum(line.startswith(sensitivity) for line in lines) == 2
