@@ -1,9 +1,13 @@
-"""Figures of the study: a panel for each method, a line for each seed, and their mean."""
+"""Figures of the study: a panel for each method.
+
+Of what is reported a line for each seed, and their mean; of the search a line for each setting, its mean over seeds.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +21,27 @@ PANELS_IN_A_ROW = 3
 PANEL_INCHES = (3.4, 2.4)
 _DPI = 130
 LINE, TARGET = "#3461d1", "#1f9d74"
+SETTINGS = ("#3461d1", "#c4561e", "#1f9d74", "#8a3fb0", "#7a7a7a", "#b8860b")
+"""Colours of the settings of a search, in their order."""
 _ACTED_ON = (*FEEDBACK, "constant")
 
 Runs = dict[RunKey, Results]
 
 
 def write_figures(runs: Runs, grid: Grid, output: Path) -> dict[str, Path]:
-    """Entropy and alpha of the reported runs, a PNG for each regime; returns the files by `regime-what`."""
+    """Entropy, alpha and reward of the runs, a PNG for each stage and regime; the files by `stage-regime-what`."""
     written = {}
-    for regime in grid.regimes:
-        reported = {key: rows for key, rows in runs.items() if key.stage == "report" and key.regime == regime}
+    for stage, regime in product(("report", "search"), grid.regimes):
+        own = {key: rows for key, rows in runs.items() if (key.stage, key.regime) == (stage, regime)}
         for what, metric, label in (
             ("entropy", "entropy/mean", "nats per token"),
             ("alpha", "entropy/alpha", "alpha"),
             ("reward", "reward/mean", "mean reward"),
         ):
-            chosen = {k: v for k, v in reported.items() if metric != "entropy/alpha" or k.controller in _ACTED_ON}
+            chosen = {k: v for k, v in own.items() if metric != "entropy/alpha" or k.controller in _ACTED_ON}
             methods = [method.name for method in grid.methods if any(key.method == method.name for key in chosen)]
             if methods:
-                name = f"{regime}-{what}"
+                name = f"{stage}-{regime}-{what}"
                 written[name] = _write(chosen, methods, metric, label, output / f"{name}.png")
     return written
 
@@ -66,16 +72,22 @@ def _write(runs: Runs, methods: Sequence[str], metric: str, label: str, path: Pa
 
 
 def _panel(axes: Axes, runs: Runs, metric: str) -> None:
-    for rows in runs.values():
-        values = [_number(row[metric]) for row in rows]
-        axes.plot([row["step"] for row in rows], values, color=LINE, alpha=0.25, linewidth=0.8)
-    steps, mean = mean_series(list(runs.values()), metric)
-    axes.plot(steps, mean, color=LINE, linewidth=1.6, marker="o" if len(steps) == 1 else None)
-    key = next(iter(runs))
-    if metric == "entropy/mean" and key.controller in TRACKERS:
-        axes.plot(
-            *mean_series(list(runs.values()), "entropy/target"), color=TARGET, linewidth=1.0, linestyle=(0, (5, 3))
-        )
+    settings = sorted({key.setting_index for key in runs})
+    searched = next(iter(runs)).stage == "search"
+    for index, color in zip(settings, cycle(SETTINGS if searched else [LINE]), strict=False):
+        own = {key: rows for key, rows in runs.items() if key.setting_index == index}
+        for rows in own.values() if not searched else ():
+            values = [_number(row[metric]) for row in rows]
+            axes.plot([row["step"] for row in rows], values, color=color, alpha=0.25, linewidth=0.8)
+        steps, mean = mean_series(list(own.values()), metric)
+        marker = "o" if len(steps) == 1 else None
+        width = 1.0 if searched else 1.6
+        axes.plot(steps, mean, color=color, linewidth=width, marker=marker, label=f"setting {index + 1}")
+        if metric == "entropy/mean" and next(iter(own)).controller in TRACKERS:
+            target = mean_series(list(own.values()), "entropy/target")
+            axes.plot(*target, color=color if searched else TARGET, linewidth=1.0, linestyle=(0, (5, 3)))
+    if searched:
+        axes.legend(fontsize=6, frameon=False)
     if metric == "entropy/alpha":
         axes.set_ylim(-1.1, 1.1)
     axes.grid(alpha=0.3)

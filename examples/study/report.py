@@ -79,13 +79,18 @@ def _page(numbers: Numbers, figures: dict[str, Path], grid: Grid) -> Iterator[st
     for regime in grid.regimes:
         yield from ("", f"## {regime}", "")
         yield from _main_table(numbers, regime, samples, grid)
-        for name, path in figures.items():
-            if name.startswith(f"{regime}-"):
-                yield from ("", f"![{name}]({path.name})")
+        yield from _shown(figures, f"report-{regime}-")
     if grid.searches:
         seeds = ", ".join(map(str, grid.search_seeds))
         yield from ("", "## What was searched", "", f"Seeds {seeds}, which are not in the tables above.", "")
         yield from _search_table(numbers, grid)
+        yield from _shown(figures, "search-")
+
+
+def _shown(figures: dict[str, Path], beginning: str) -> Iterator[str]:
+    for name, path in figures.items():
+        if name.startswith(beginning):
+            yield from ("", f"![{name}]({path.name})")
 
 
 def _main_table(numbers: Numbers, regime: str, samples: str, grid: Grid) -> Iterator[str]:

@@ -41,7 +41,7 @@ def test_the_small_study_runs_and_is_not_repeated(tmp_path: Path) -> None:
     assert first["entropy/mean"] == second["entropy/mean"]
     page = (output / "report/report.md").read_text(encoding="utf-8")
     assert "| EntroPIC-PI | 1 |" in page
-    assert (output / "report/on_policy-entropy.png").is_file()
+    assert (output / "report/report-on_policy-entropy.png").is_file()
 
     logs = {path: path.stat().st_mtime_ns for path in (output / "logs").iterdir()}
     assert len(logs) == 3, "one warm start and two runs"

@@ -284,8 +284,10 @@ def test_the_page_has_the_numbers(tmp_path: Path) -> None:
     assert any(line.startswith("| on_policy | pi | steps=8 | 1 | 0.400 |") for line in lines)
     assert any(line.startswith("| on_policy | base | - | 0 | - |") for line in lines)
     for what in ("entropy", "alpha", "reward"):
-        assert f"![on_policy-{what}](on_policy-{what}.png)" in lines
-        assert (page.parent / f"on_policy-{what}.png").stat().st_size > 5000
+        for stage in ("report", "search"):
+            name = f"{stage}-on_policy-{what}"
+            assert f"![{name}]({name}.png)" in lines
+            assert (page.parent / f"{name}.png").stat().st_size > 5000
 
 
 def test_mean_over_runs_of_unequal_length() -> None:
