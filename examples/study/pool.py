@@ -94,8 +94,9 @@ class Pool:
                         raise error
                     if isinstance(error, Failure):
                         failures[names[future]] = str(error)
-                    outcome = "done" if error is None else "failed"
-                    self._say(f"[{count - len(waiting)}/{count}] {names[future]}: {outcome}")
+                    if not isinstance(error, Interrupted):
+                        outcome = "done" if error is None else "failed"
+                        self._say(f"[{count - len(waiting)}/{count}] {names[future]}: {outcome}")
             for future in waiting:
                 future.cancel()
         if self._stop.is_set():
