@@ -21,7 +21,7 @@ def _await_progress(job: Job, restarts: int) -> None:
 def test_a_disturbed_job_has_the_metrics_of_an_undisturbed_one(
     cluster: PrivateCluster, assets: Path, finished: Job, tmp_path: Path
 ) -> None:
-    job = Job(cluster, tmp_path, assets)
+    job = Job(cluster, tmp_path, assets, logging__wandb="offline")
     job.submit()
 
     job.await_step(1)
@@ -54,4 +54,8 @@ def test_a_disturbed_job_has_the_metrics_of_an_undisturbed_one(
     cluster.start_node("host1")
 
     assert job.metrics() == finished.metrics()
+    # Every start went on with the same run of W&B.
+    started = [path.name.rpartition("-")[2] for path in job.run_dir.glob("wandb/offline-run-*")]
+    assert len(started) > job.restarts() // 2
+    assert set(started) == {(job.run_dir / "wandb_run_id").read_text().strip()}
     assert not list((job.run_dir / "checkpoints").glob(".*")), "nothing half-written is left"
