@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -167,6 +168,12 @@ def test_files_have_one_subject() -> None:
         if path.suffix in (".py", ".sh") and (count := len(path.read_text(encoding="utf-8").splitlines())) >= MAX_LINES
     }
     assert not long, f"files of {MAX_LINES} lines or more: {long}"
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """Pytest imports them by it; run one by one they would pass, together they are not collected."""
+    names = Counter(path.name for path in tracked_files() if path.name.startswith("test_"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_nothing_prints() -> None:
