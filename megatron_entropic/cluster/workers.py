@@ -57,6 +57,7 @@ class PolicyWorker:
         self._rank = rank
         self._device = device
         self._policy: Policy
+        self._listener: socket.socket | None = None
         offer_stacks()
         _join_network(config)
 
@@ -65,10 +66,10 @@ class PolicyWorker:
         return this_process()
 
     def rendezvous(self) -> tuple[str, int]:
-        """Address and a free port of this rank's node, for the process group's store."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        """Where this rank listens from now on, for the process group's store: address of its node, and port."""
+        address = ray.util.get_node_ip_address()
+        self._listener = socket.create_server((address, 0))
+        return address, self._listener.getsockname()[1]
 
     def start(self, master_address: str, master_port: int) -> int:
         """Join the process group and build the model; returns the data-parallel replica this rank belongs to."""
@@ -84,6 +85,7 @@ class PolicyWorker:
             master_port=master_port,
             device=self._device,
             sender_type=NcclSender if self._config.cluster.transport(self._device) == "nccl" else GlooSender,
+            listener=self._listener,
         )
         return self._policy.parallel.data_rank
 

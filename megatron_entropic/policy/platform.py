@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 import resource
+import socket
 from abc import ABC, abstractmethod
 from datetime import timedelta
 from pathlib import Path
@@ -60,21 +61,38 @@ class Platform(ABC):
         """Wait for copies between device and host."""
 
     def init_process_group(
-        self, *, rank: int, world_size: int, master_address: str, master_port: int, timeout_s: float
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        master_address: str,
+        master_port: int,
+        timeout_s: float,
+        listener: socket.socket | None = None,
     ) -> None:
         """Joins the process group of all policy ranks; `timeout_s` also limits each of its collectives.
+
+        Args:
+            rank, world_size: this process, and how many there are.
+            master_address, master_port: where rank 0 is to be met.
+            timeout_s: for the ranks to come together.
+            listener: of rank 0, listening there already, so that no other program can take the port meanwhile; the
+                group owns it from here on. None: rank 0 opens the port itself.
 
         Raises:
             PhaseTimeout: not all ranks joined in time.
         """
+        timeout = timedelta(seconds=timeout_s)
         try:
-            dist.init_process_group(
-                self.backend,
-                init_method=f"tcp://{master_address}:{master_port}",
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=timeout_s),
+            store = dist.TCPStore(
+                master_address,
+                master_port,
+                world_size,
+                is_master=rank == 0,
+                timeout=timeout,
+                master_listen_fd=listener.detach() if listener else None,
             )
+            dist.init_process_group(self.backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         except dist.DistError as error:
             raise PhaseTimeout(
                 f"phase rendezvous: policy rank {rank} did not meet all {world_size} ranks at "

@@ -7,6 +7,7 @@ The driver calls it through an actor; nothing here knows how.
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class Policy:
         rank, world_size, master_address, master_port: of the process group of all policy ranks.
         device: "auto" takes CUDA where there is one.
         sender_type: what carries weights to the rollout engines.
+        listener: of rank 0, see `Platform.init_process_group`.
 
     Attributes that others build on: `platform`, `parallel`, `parameter_map` (with `.dimensions`), `model` (the
     chunks of this rank's stage, not wrapped), `plan` (buckets of its parameters), `optimizer`.
@@ -73,6 +75,7 @@ class Policy:
         master_port: int,
         device: Device = "auto",
         sender_type: SenderType = GlooSender,
+        listener: socket.socket | None = None,
     ) -> None:
         self.config = config
         self.platform = select_platform(device)
@@ -82,6 +85,7 @@ class Policy:
             master_address=master_address,
             master_port=master_port,
             timeout_s=config.policy.distributed_timeout_s,
+            listener=listener,
         )
         self.parallel = initialise_model_parallel(config.policy)
         self.platform.manual_seed(config.run.seed)
