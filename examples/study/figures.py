@@ -15,7 +15,8 @@ from grid import Grid
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from results import FEEDBACK, TRACKERS, Results, RunKey
+from results import FEEDBACK, TRACKERS, RunKey
+from rows import Results
 
 PANELS_IN_A_ROW = 3
 PANEL_INCHES = (3.4, 2.4)

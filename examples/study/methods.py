@@ -30,11 +30,12 @@ from pydantic import Field
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "countdown"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from command import INTERRUPTED, say
 from grid import Overrides, arguments, digest
 from pool import Failure, Interrupted, Pool, Work
 from prepare import prepare
 from ray_node import ray_node
-from run import FINISHED, HERE, say
+from run import FINISHED, HERE
 
 from megatron_entropic.config_base import Section
 from megatron_entropic.config_loading import read_config
@@ -159,7 +160,7 @@ def main() -> int:
             failures = run_all(methods, output, pool)
         except Interrupted as error:
             say(str(error))
-            return 130
+            return INTERRUPTED
     (output / TABLE).write_text("\n".join(table(methods, output)) + "\n", encoding="utf-8")
     finished = {name: directory_of(methods, name, output) for name in methods.methods}
     for name, directory in finished.items():

@@ -13,7 +13,8 @@ from statistics import fmean, stdev
 import numpy as np
 from figures import write_figures
 from grid import Grid
-from results import LAST_STEPS, Results, RunKey, RunNumbers, run_numbers, runs_of
+from results import LAST_STEPS, RunKey, RunNumbers, run_numbers, runs_of
+from rows import Results
 
 from megatron_entropic.evaluation.statistics import bootstrap_weights, interval, sign_flip_p_value
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pyarrow
-import pyarrow.parquet
 from chain import STEPWISE
 from grid import BENCHMARKS, Cell
+from rows import Results, grouped, series
 
 from megatron_entropic.evaluation.generations import read_generations
 from megatron_entropic.evaluation.store import generations_path
@@ -29,9 +29,6 @@ FEEDBACK = ("p", "pi")
 _METRICS = ("reward/mean", "entropy/mean", "entropy/target", "entropy/alpha", "entropy/coefficient", "time/step_s")
 _JUDGED = ("pass/1", "pass/n", "stepwise")
 _KEYS = ("stage", "regime", "method", "setting_index", "setting", "controller", "samples", "seed")
-
-Results = list[dict[str, Any]]
-"""One row for each step of each run: `_KEYS`, step, `_METRICS`, and `_JUDGED` where evaluated."""
 
 
 @dataclass(frozen=True)
@@ -114,24 +111,15 @@ def write_results(path: Path, results: Results) -> None:
     write_parquet(path, pyarrow.Table.from_pylist(results, schema=schema))
 
 
-def load_results(path: Path) -> Results:
-    """What `write_results` wrote."""
-    rows: Results = pyarrow.parquet.read_table(path).to_pylist()
-    return rows
-
-
 def runs_of(results: Results) -> dict[RunKey, Results]:
     """The rows of each run, by step."""
-    runs: dict[RunKey, Results] = {}
-    for row in results:
-        runs.setdefault(RunKey(**{field.name: row[field.name] for field in fields(RunKey)}), []).append(row)
-    return {key: sorted(rows, key=lambda row: row["step"]) for key, rows in runs.items()}
+    return grouped(results, RunKey)
 
 
 def run_numbers(key: RunKey, rows: Sequence[Mapping[str, Any]]) -> RunNumbers:
     """The numbers of one run."""
-    entropies, targets = _series(rows, "entropy/mean"), _series(rows, "entropy/target")
-    alphas = [value for value in _series(rows, "entropy/alpha") if math.isfinite(value)]
+    entropies, targets = series(rows, "entropy/mean"), series(rows, "entropy/target")
+    alphas = [value for value in series(rows, "entropy/alpha") if math.isfinite(value)]
     quarter = -(-len(rows) // 4)
     errors = [abs(h - aim) for h, aim in zip(entropies, targets, strict=True)][-quarter:]
     return RunNumbers(
@@ -141,7 +129,7 @@ def run_numbers(key: RunKey, rows: Sequence[Mapping[str, Any]]) -> RunNumbers:
         tracking_error=fmean(errors) if key.controller in TRACKERS else None,
         stepwise=rows[-1]["stepwise"],
         saturated=fmean(abs(alpha) >= 1 for alpha in alphas) if key.controller in FEEDBACK and alphas else None,
-        training_s=sum(_series(rows, "time/step_s")),
+        training_s=sum(series(rows, "time/step_s")),
     )
 
 
@@ -161,7 +149,3 @@ def chosen_settings(search: Results, runs_per_method: int) -> dict[tuple[str, st
         for place, by_setting in scores.items()
         if sum(map(len, by_setting.values())) == runs_per_method
     }
-
-
-def _series(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    return [math.nan if row.get(name) is None else float(row[name]) for row in rows]

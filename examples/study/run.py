@@ -20,18 +20,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from chain import Sizes, prepare
+from command import add_pool_options, conduct
 from grid import BENCHMARKS, Cell, Grid, Overrides, Phase, Stage, arguments, check_cells, digest, load_grid
-from pool import Failure, Interrupted, Pool, Work
-from ray_node import ray_node
+from pool import Failure, Pool, Work
 from report import write_study_report
-from results import Results, chosen_settings, read_results, write_results
+from results import chosen_settings, read_results, write_results
+from rows import Results
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "chain.yaml"
@@ -74,6 +74,11 @@ class Study:
         """What the finished runs say."""
         search = self._finished(self.grid.cells("search")) if self.grid.searches else []
         return search + self._finished(self.grid.cells("report", self.choice()))
+
+    def report(self, results: Results) -> Path:
+        """All results as one parquet file, and the page; returns the page."""
+        write_results(self.output / "results.parquet", results)
+        return write_study_report(results, self.grid, self.output / "report")
 
     def _finished(self, cells: Iterator[Cell]) -> Results:
         places = ((cell, self._directory(cell)) for cell in cells)
@@ -149,47 +154,19 @@ class Study:
         }
 
 
-def say(line: str) -> None:
-    """Show a line at once, also where output is a file."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
 def main() -> int:
     """Command line: 0 if everything is there, 1 if something failed, 130 if it was interrupted."""
     parser = argparse.ArgumentParser(description="Run the study and write its report; repeat the call to continue.")
     parser.add_argument("grid", nargs="?", type=Path, default=HERE / "grid.yaml", metavar="GRID.yaml")
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time, about one core each (default: 2)")
-    parser.add_argument("--run-timeout-s", type=float, default=3600.0, help="limit of one run (default: 3600)")
-    parser.add_argument("--report-only", action="store_true", help="run nothing, report what is finished")
+    add_pool_options(parser)
     options = parser.parse_args()
     try:
         grid = load_grid(options.grid)
         check_cells(grid, CONFIG)
     except ValueError as error:
         parser.error(str(error))
-    output = options.output.absolute()
-    failures: dict[str, str] = {}
-    with ExitStack() as stack:
-        node = None if options.report_only else stack.enter_context(ray_node(options.processes))
-        pool = stack.enter_context(Pool(options.processes, options.run_timeout_s, say, node))
-        study = Study(grid, output, pool)
-        try:
-            if not options.report_only:
-                failures = study.run()
-        except Interrupted as error:
-            say(str(error))
-            return 130
-        results = study.results()
-    if results:
-        write_results(output / "results.parquet", results)
-        say(f"report: {write_study_report(results, grid, output / 'report')}")
-    else:
-        say("no run is finished yet")
-    for name, reason in failures.items():
-        say(f"failed: {name}: {reason}")
-    return 1 if failures or not results else 0
+    return conduct(options, lambda pool: Study(grid, options.output.absolute(), pool))
 
 
 if __name__ == "__main__":

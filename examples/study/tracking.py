@@ -20,7 +20,6 @@ import argparse
 import json
 import shutil
 import sys
-from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -34,12 +33,12 @@ import chain
 import prepare as countdown
 from cases import ROOT, CaseRun, Cases, Leg, load_cases
 from character_task import write_model
+from command import add_pool_options, conduct
 from grid import Overrides, arguments
-from pool import Failure, Interrupted, Pool, Work
-from ray_node import ray_node
-from run import say
+from pool import Failure, Pool, Work
+from rows import Results
 from tracking_report import write_tracking_report
-from tracking_results import TUNED, Results, read_results, write_results
+from tracking_results import TUNED, read_results, write_results
 
 from megatron_entropic.observability.summary import load_run
 from megatron_entropic.tune_command import tune_run
@@ -83,6 +82,11 @@ class ControlStudy:
     def results(self) -> Results:
         """What the finished runs say."""
         return read_results((run, self._directory(run)) for run in self.cases.runs() if self._finished(run))
+
+    def report(self, results: Results) -> Path:
+        """All results as one parquet file, and the page; returns the page."""
+        write_results(self.output / "results.parquet", results)
+        return write_tracking_report(results, self.output / "report")
 
     def _finished(self, run: CaseRun) -> bool:
         return (self._directory(run) / FINISHED).exists()
@@ -190,35 +194,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run a study of control and write its report; repeat to continue.")
     parser.add_argument("cases", nargs="?", type=Path, default=HERE / "tracking.yaml", metavar="CASES.yaml")
     parser.add_argument("--output", type=Path, help="(default: runs/ and the name of the YAML file)")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time, about one core each (default: 2)")
-    parser.add_argument("--run-timeout-s", type=float, default=3600.0, help="limit of one leg (default: 3600)")
-    parser.add_argument("--report-only", action="store_true", help="run nothing, report what is finished")
+    add_pool_options(parser)
     options = parser.parse_args()
     try:
         cases = load_cases(options.cases)
     except ValueError as error:
         parser.error(str(error))
     output = (options.output or Path("runs") / options.cases.stem).absolute()
-    failures: dict[str, str] = {}
-    with ExitStack() as stack:
-        node = None if options.report_only else stack.enter_context(ray_node(options.processes))
-        pool = stack.enter_context(Pool(options.processes, options.run_timeout_s, say, node))
-        study = ControlStudy(cases, output, pool)
-        try:
-            if not options.report_only:
-                failures = study.run()
-        except Interrupted as error:
-            say(str(error))
-            return 130
-        results = study.results()
-    if results:
-        write_results(output / "results.parquet", results)
-        say(f"report: {write_tracking_report(results, output / 'report')}")
-    else:
-        say("no run is finished yet")
-    for name, reason in failures.items():
-        say(f"failed: {name}: {reason}")
-    return 1 if failures or not results else 0
+    return conduct(options, lambda pool: ControlStudy(cases, output, pool))
 
 
 if __name__ == "__main__":

@@ -14,17 +14,16 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from report import NOTHING, REPORT_FILE, header, mean_and_error, row_of_cells
+from rows import Results, series
 from tracking_results import (
     BAND,
     SMOOTHING_STEPS,
-    Results,
     RunKey,
     last_quarter,
     leg,
     plant_of,
     recovery,
     runs_of,
-    series,
     tracking,
 )
 

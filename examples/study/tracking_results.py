@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pyarrow
-import pyarrow.parquet
 from cases import CaseRun
+from rows import Results, grouped, series
 
 from megatron_entropic.algorithms.tuning import Plant, identify_plant, settled_after
 from megatron_entropic.observability.parquet import write_parquet
@@ -40,9 +40,7 @@ _METRICS = (
 )
 _WORDS = ("table", "groups", "case", "task", "regime", "setting", "tuned")
 _NUMBERS = ("seed", "updates", "leg", "step")
-
-Results = list[dict[str, Any]]
-"""One row for each step of each run. leg is 0 for steps of the run that it goes on from; tuned is JSON or None."""
+"""leg is 0 for steps of the run that it goes on from; tuned is JSON or None."""
 
 
 @dataclass(frozen=True)
@@ -128,18 +126,9 @@ def write_results(path: Path, results: Results) -> None:
     write_parquet(path, pyarrow.Table.from_pylist(results, schema=schema))
 
 
-def load_results(path: Path) -> Results:
-    """What `write_results` wrote."""
-    rows: Results = pyarrow.parquet.read_table(path).to_pylist()
-    return rows
-
-
 def runs_of(results: Results) -> dict[RunKey, Results]:
     """The rows of each run, by step."""
-    runs: dict[RunKey, Results] = {}
-    for row in results:
-        runs.setdefault(RunKey(**{field.name: row[field.name] for field in fields(RunKey)}), []).append(row)
-    return {key: sorted(rows, key=lambda row: row["step"]) for key, rows in runs.items()}
+    return grouped(results, RunKey)
 
 
 def leg(rows: Results, number: int) -> Results:
@@ -151,11 +140,6 @@ def leg(rows: Results, number: int) -> Results:
 def last_quarter(rows: Results) -> Results:
     """The last quarter of some rows."""
     return rows[-max(1, len(rows) // 4) :]
-
-
-def series(rows: Results, name: str) -> list[float]:
-    """A metric of some rows; NaN where it is missing."""
-    return [math.nan if row.get(name) is None else float(row[name]) for row in rows]
 
 
 def errors_of(rows: Results) -> list[float]:

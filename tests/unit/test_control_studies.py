@@ -13,6 +13,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "study"))
 
 import cases
+import rows as rows_of_runs
 import tracking_report
 import tracking_results
 from countdown_rewards import with_product
@@ -94,7 +95,7 @@ def test_a_study_that_cannot_run_is_refused_before_it_runs(tmp_path: Path) -> No
 
 def run_rows(
     errors: list[float], alphas: list[float], *, leg: int = 1, first: int = 1, **key: Any
-) -> tracking_results.Results:
+) -> rows_of_runs.Results:
     """Steps of a run with the target 0.5."""
     words = {"table": "targets", "groups": "", "case": "case", "task": "one", "regime": "on_policy"}
     return [
@@ -154,7 +155,7 @@ def test_the_page_has_a_table_and_a_figure_for_each_question(tmp_path: Path) -> 
         *run_rows(still, zero, table="sensitivity", groups="tau, denominator", seed=2),
     ]
     tracking_results.write_results(tmp_path / "results.parquet", rows)
-    assert tracking_results.load_results(tmp_path / "results.parquet") == rows
+    assert rows_of_runs.load_results(tmp_path / "results.parquet") == rows
     lines = tracking_report.write_tracking_report(rows, tmp_path / "report").read_text(encoding="utf-8").splitlines()
     pm = "\u00b1"
     assert "| case | on_policy | 0.50 | 0.501 | 0.2% | 0.001 | 100% | +0.01 | 0% |" in lines

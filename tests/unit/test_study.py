@@ -25,6 +25,7 @@ import grid as grids
 import pool
 import report
 import results as study_results
+import rows as study_rows
 from run import HERE as STUDY
 from run import Study
 
@@ -193,7 +194,7 @@ def test_later_overrides_win_and_change_the_directory() -> None:
 
 def run_rows(
     method: str, seed: int, pass_1: float, *, stage: str = "report", setting: int = 0, controller: str = "off"
-) -> study_results.Results:
+) -> study_rows.Results:
     """Four steps of a run with entropies 1.0, 0.9, 0.8, 0.7 against a target of 0.75, alpha at -1 in the first."""
     key = {"stage": stage, "regime": "on_policy", "method": method, "setting_index": setting, "setting": "{}"}
     key |= {"controller": controller, "samples": 8, "seed": seed}
@@ -263,7 +264,7 @@ def test_the_page_has_the_numbers(tmp_path: Path) -> None:
     rows += run_rows("pi", 9, 0.4, stage="search", setting=1, controller="pi")
     grid = grid_with()
     study_results.write_results(tmp_path / "results.parquet", rows)
-    assert study_results.load_results(tmp_path / "results.parquet") == rows
+    assert study_rows.load_results(tmp_path / "results.parquet") == rows
     page = report.write_study_report(rows, grid, tmp_path / "report")
     lines = page.read_text(encoding="utf-8").splitlines()
     of_base, of_pi = (next(line for line in lines if line.startswith(f"| {name} |")) for name in ("base", "pi"))
