@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from processes import end
 from ray_node import RayNode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,7 +117,7 @@ class Pool:
         joined = [] if self._node is None else [f"cluster.address={self._node.address}"]
         environment = ENVIRONMENT | os.environ | (self._node.environment if self._node else {})
         with log.open("w", encoding="utf-8") as output:
-            # A session of its own: a Ctrl-C of the terminal reaches the run as the request that `_end` sends.
+            # A session of its own: a Ctrl-C of the terminal reaches the run as the request that `end` sends.
             process = subprocess.Popen(
                 [sys.executable, "-m", "megatron_entropic.cli", "train", str(config), *joined, *overrides],
                 cwd=ROOT,
@@ -133,7 +134,7 @@ class Pool:
                 except subprocess.TimeoutExpired:
                     waited_s += POLL_S
                 if self._stop.is_set() or waited_s > self._run_timeout_s:
-                    _end(process)
+                    end(process, GRACE_S)
                     if self._stop.is_set():
                         raise Interrupted(f"{log.stem}: ended")
                     raise Failure(f"not finished after {self._run_timeout_s:g} s, see {log}")
@@ -144,13 +145,3 @@ class Pool:
 
     def _listen(self, _number: int, _frame: FrameType | None) -> None:
         self._stop.set()
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask a run to save its state and to end; make it end where it does not."""
-    process.terminate()
-    try:
-        process.wait(timeout=GRACE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from processes import end
+
 LOOPBACK = "127.0.0.1"
 ACTORS_OF_A_RUN = 4
 """Room for so many policy ranks and engines in each run."""
@@ -62,10 +64,5 @@ def ray_node(processes: int) -> Iterator[RayNode]:
     try:
         yield RayNode(f"{LOOPBACK}:{port}", environment)
     finally:
-        node.terminate()
-        try:
-            node.wait(timeout=END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            node.kill()
-            node.wait()
+        end(node, END_TIMEOUT_S)
         shutil.rmtree(folder, ignore_errors=True)
