@@ -50,7 +50,7 @@ class SharedFlats:
 
     def take(self, number: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """[elements] in buffer `number` (0 or 1)."""
-        return self._blocks[number].bytes[: elements * dtype.itemsize].view(dtype)
+        return self._blocks[number].tensor(elements, dtype)
 
     def wait_for_all(self) -> None:
         """Return when every rank of the group has called this."""

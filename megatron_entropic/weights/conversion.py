@@ -22,7 +22,7 @@ from megatron_entropic.weights.dimensions import read_dimensions
 from megatron_entropic.weights.hf_io import HfReader, Problems, copy_companions, create_weight_files
 from megatron_entropic.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_entropic.weights.parameter_map import ParameterMap
-from megatron_entropic.weights.pieces import Piece, pieces_of
+from megatron_entropic.weights.pieces import Piece, equal_parts, pieces_of
 from megatron_entropic.weights.safetensors_files import DTYPE_NAMES, SafetensorsWriter
 from megatron_entropic.weights.torch_dist_names import places_to_write
 from megatron_entropic.weights.torch_dist_writer import Chunk, write_torch_dist
@@ -199,22 +199,13 @@ def _for_each(pieces: Sequence[Piece], action: Callable[[Piece], None], workers:
             stopping.set()
             raise
 
+    parts = equal_parts(pieces, workers, lambda piece: piece.elements)
     with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
         try:
-            for future in [pool.submit(run, part) for part in _equal_parts(pieces, workers)]:
+            for future in [pool.submit(run, part) for part in parts]:
                 future.result()
         finally:
             stopping.set()
-
-
-def _equal_parts(pieces: Sequence[Piece], count: int) -> list[list[Piece]]:
-    """The pieces in order, in at most `count` parts with about equally many values."""
-    parts: list[list[Piece]] = [[] for _ in range(count)]
-    total, done = sum(piece.elements for piece in pieces), 0
-    for piece in pieces:
-        parts[done * count // total].append(piece)
-        done += piece.elements
-    return [part for part in parts if part]
 
 
 class InvalidTensors:

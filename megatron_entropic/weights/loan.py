@@ -11,29 +11,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class Loan:
-    """A tensor whose memory goes back to its owner when the loan ends."""
+    """What a tensor and its views look at, until it is given back."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        """`tensor` must be the only one on its storage; whoever makes a loan of it forgets it."""
-        self._tensor: torch.Tensor | None = tensor
-
-    def take(self) -> torch.Tensor:
-        """The tensor, once."""
-        tensor, self._tensor = self._tensor, None
-        assert tensor is not None, "a loan is taken once"
+        """Remember the storage of `tensor`, on which there must be no others yet; the tensor itself is not kept."""
         self._storage = StorageWeakRef(tensor.untyped_storage())
-        return tensor
 
-    def end(self) -> int:
-        """Let go of the memory: views that still exist look at a copy from now on.
-
-        Returns:
-            Bytes that were copied, 0 if there were no views.
-        """
-        if self._storage.expired():
-            return 0
+    def end(self) -> None:
+        """Let go of the memory: views that still exist look at a copy from now on."""
+        # None where nothing looks at it any more.
         storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
-        if storage is None:  # the last view has gone since
-            return 0
-        storage.share_memory_()  # torch's only way to give the storage of all views other memory
-        return int(storage.nbytes())
+        if storage is not None:
+            storage.share_memory_()  # torch's only way to give the storage of all views other memory

@@ -6,15 +6,18 @@ where tensors are stacked, of q, k and v for a run of query groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TypeVar
 
 from torch import Tensor
 
 from megatron_entropic.weights.dimensions import ModelDimensions
 from megatron_entropic.weights.layouts import QkvInterleaved
 from megatron_entropic.weights.parameter_map import Entry
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,16 @@ def pieces_of(entry: Entry, dimensions: ModelDimensions, max_elements: int) -> I
         for start, stop in _runs(shape[0], max_elements // columns):
             yield Piece(entry, first_row + start, first_row + stop, (HfRows(name, start, stop),))
         first_row += shape[0]
+
+
+def equal_parts(items: Sequence[Item], count: int, size: Callable[[Item], int]) -> list[list[Item]]:
+    """The items in order, in at most `count` parts of about equal size, none of them empty."""
+    parts: list[list[Item]] = [[] for _ in range(count)]
+    total, done = sum(map(size, items)), 0
+    for item in items:
+        parts[min(done * count // max(total, 1), count - 1)].append(item)
+        done += size(item)
+    return [part for part in parts if part]
 
 
 def _pieces_of_qkv(entry: Entry, groups: int, max_rows: int) -> Iterator[Piece]:

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from megatron_entropic.weights.layouts import Shape
+from megatron_entropic.weights.pieces import equal_parts
 
 _FILE_BYTES = 4 * 10**9
 _FORMAT = {
@@ -139,12 +140,7 @@ def _deal(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
     total = sum(chunk.nbytes for chunk in chunks)
     count = max(1, -(-total // _FILE_BYTES))
     count += count % 2 if count > 1 else 0  # an even number keeps two threads equally busy
-    files: list[list[Chunk]] = [[] for _ in range(count)]
-    done = 0
-    for chunk in chunks:
-        files[min(done * count // max(total, 1), count - 1)].append(chunk)
-        done += chunk.nbytes
-    return [file for file in files if file]
+    return equal_parts(chunks, count, lambda chunk: chunk.nbytes)
 
 
 def _write_item(chunk: Chunk) -> WriteItem:

@@ -166,7 +166,8 @@ class GlooSender:
             timeout_s: limit of every wait.
             name: of this rank, for messages.
             delta: keep every buffer that was sent, and send only what differs from it the next time.
-            lent: flat tensors that begin where one of these does are not copied. They admit others until `accept`.
+            lent: flat tensors that begin where one of these does are not copied. They have to admit others until
+                `accept` has returned.
         """
         self._host = host
         self._receivers = receivers
@@ -216,7 +217,7 @@ class GlooSender:
         with named_wait(phase, self._name, f"{self._receivers} engine workers that have joined"):
             group = _gloo_group(self._store, 0, self._receivers + 1, self._host, self._timeout_s)
             if self._block is not None:
-                self._admit_nobody_else()
+                self._block.admit_nobody_else()
                 if any(self._store.get(f"join/{rank}").decode() != _SEES_BLOCKS for rank in ranks):
                     self._block, self._lent = None, ()
             self._store.set("through", "block" if self._block else "gloo")
@@ -241,9 +242,9 @@ class GlooSender:
             delta = Delta.between(last, flat)
             announcement += f"{_CHANGED}{delta.changed}"
             parts = [delta.bitmap, delta.values] if delta.changed else []
-        lent = [number for number, block in enumerate(self._lent) if block.begins_with(flat)]
-        if lent and self._last is None:
-            announcement += f"{_LENT}{lent[0]}"
+        lent = self._lent_block(flat)
+        if lent is not None:
+            announcement += f"{_LENT}{lent}"
             parts = []
         self._store.set(f"announcement/{self._sent}", announcement)
         phase = f"publish: broadcast {self._sent}, {contents.describe()}"
@@ -251,7 +252,7 @@ class GlooSender:
             with named_wait(phase, self._name, "the engine workers"):
                 for part in parts:
                     self._channel.send(part)
-                if _LENT in announcement:
+                if lent is not None:
                     self._channel.wait_for_all()
         except (PhaseTimeout, PeerDied) as error:
             raise type(error)(f"{error}; {self._progress()}") from error.__cause__
@@ -264,15 +265,17 @@ class GlooSender:
 
     def close(self) -> None:
         """Drops the connections; receivers that still wait fail at once."""
-        self._admit_nobody_else()
+        if self._block is not None:
+            self._block.admit_nobody_else()
         self._block = self._channel = None
         self._lent = ()
         del self._store
 
-    def _admit_nobody_else(self) -> None:
-        for block in (self._block, *self._lent):
-            if block is not None:
-                block.admit_nobody_else()
+    def _lent_block(self, flat: torch.Tensor) -> int | None:
+        """Number of the block that `flat` lies in, if receivers may look at it there; those of deltas keep a copy."""
+        if self._last is not None:
+            return None
+        return next((number for number, block in enumerate(self._lent) if block.begins_with(flat)), None)
 
     def _progress(self) -> str:
         """How many buffers each receiver asked for, as it wrote into the store."""
@@ -347,8 +350,9 @@ class GlooReceiver:
             raise ValueError(f"{phase}: {self._name} expected this, but the sender announces {announced}")
         self._received += 1
         if lent:
-            self._loan = Loan(self._lent[int(lent)].tensor(contents.elements, contents.torch_dtype))
-            return self._loan.take()
+            flat = self._lent[int(lent)].tensor(contents.elements, contents.torch_dtype)
+            self._loan = Loan(flat)
+            return flat
         with named_wait(phase, self._name, self._sender):
             return self._receive_changes(contents, int(changed)) if changed else self._receive_all(contents)
 
