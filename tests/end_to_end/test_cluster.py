@@ -35,8 +35,8 @@ class Peer:
         for word in words:
             yield word
             time.sleep(seconds)
-        if end == "die":
-            os._exit(7)
+        if end == "hang":
+            time.sleep(3600)
         if end == "fail":
             raise FileNotFoundError("model.safetensors is gone")
 
@@ -132,11 +132,12 @@ def test_a_peer_that_waits_for_another_in_vain_is_no_error_of_its_own(session: s
 
 def test_streams_of_survivors_are_taken_as_they_come_and_the_lost_are_named(session: str) -> None:
     quick, slow, dying = (Peer.options(num_cpus=0).remote() for _ in range(3))
-    gather({"quick": quick.answer.remote(), "slow": slow.answer.remote()}, phase="start", timeout_s=60)
+    peers = {"quick": quick, "slow": slow, "dying": dying}
+    places = gather({name: p.place.remote() for name, p in peers.items()}, phase="start", timeout_s=60)
     large = "x" * 1_000_000
     streams = {
         "engine 0": quick.tell.remote(["a", "b", large], 0.3),
-        "engine 1": dying.tell.remote(["c", "d"], end="die"),
+        "engine 1": dying.tell.remote(["c", "d"], 0.3, end="hang"),
         "engine 2": slow.tell.remote(["e", "f"], 30),
         "engine 3": quick.tell.remote([]),
     }
@@ -145,6 +146,8 @@ def test_streams_of_survivors_are_taken_as_they_come_and_the_lost_are_named(sess
 
     def take(peer: str, word: str) -> None:
         taken.append((peer, word))
+        if word == "d":
+            os.kill(places["dying"].pid, signal.SIGKILL)
 
     lost = receive_streams(
         streams, take, phase="generate", timeout_s=8, while_waiting=lambda: calls.append(time.monotonic())
