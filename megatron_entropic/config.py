@@ -23,7 +23,7 @@ from megatron_entropic.config_data import DataConfig, RewardConfig
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
 PublishMode = Literal["full", "delta"]
-Transport = Literal["gloo", "nccl"]
+Transport = Literal["gloo", "nccl", "ipc"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +325,11 @@ class ClusterConfig(Section):
         2, ge=0, description="So many lost engines are replaced within the step that loses them, before a new attempt."
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    transport: Literal["auto"] | Transport = Field(
+        "auto",
+        description="What carries weights to the engines. auto: nccl on GPUs, ipc with colocate, gloo on a CPU. gloo "
+        "goes through host memory and works everywhere.",
+    )
     startup_timeout_s: float = Field(600.0, gt=0)
     generate_timeout_s: float = Field(3600.0, gt=0)
     score_timeout_s: float = Field(1800.0, gt=0)
@@ -335,9 +340,13 @@ class ClusterConfig(Section):
     )
     checkpoint_timeout_s: float = Field(1800.0, gt=0)
 
-    def transport(self, device: Device) -> Transport:
+    def transport_on(self, device: Device) -> Transport:
         """What carries weights to the engines. NCCL refuses two processes on one GPU."""
-        return "nccl" if device == "cuda" and not self.colocate else "gloo"
+        if self.transport != "auto":
+            return self.transport
+        if device == "cpu":
+            return "gloo"
+        return "ipc" if self.colocate else "nccl"
 
 
 class Config(Section):

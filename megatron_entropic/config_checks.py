@@ -114,11 +114,7 @@ def _parallelism(config: Config) -> Iterator[Violation]:
 
 
 def _publish(config: Config) -> Iterator[Violation]:
-    if config.rollout.publish == "delta" and config.cluster.device == "cuda":
-        yield Violation(
-            ("rollout.publish", "cluster.device"),
-            "rollout.publish=delta needs gloo, which carries weights on a CPU; with cluster.device=cuda use full",
-        )
+    yield from _transport(config)
     if config.rollout.quantization != "off" and config.cluster.device == "cpu":
         yield Violation(
             ("rollout.quantization", "cluster.device"),
@@ -129,6 +125,32 @@ def _publish(config: Config) -> Iterator[Violation]:
             ("rollout.quantization", "cluster.check_weights"),
             f"cluster.check_weights=true with rollout.quantization={config.rollout.quantization}: engines do not hold "
             "the weights as they are sent",
+        )
+
+
+def _transport(config: Config) -> Iterator[Violation]:
+    cluster, key = config.cluster, "cluster.transport"
+    needs_gpus = cluster.transport in ("nccl", "ipc")
+    if needs_gpus and cluster.device != "cuda":
+        yield Violation(
+            (key, "cluster.device"),
+            f"{key}={cluster.transport} is for GPUs: set cluster.device=cuda, or {key}=auto",
+        )
+    if cluster.transport == "nccl" and cluster.colocate:
+        yield Violation(
+            (key, "cluster.colocate"),
+            f"{key}=nccl refuses two processes on one GPU, as cluster.colocate=true has them: use ipc or gloo",
+        )
+    if cluster.transport == "ipc" and not cluster.colocate:
+        yield Violation(
+            (key, "cluster.colocate"),
+            f"{key}=ipc hands memory over within one GPU, which needs cluster.colocate=true: use nccl or gloo",
+        )
+    transport = cluster.transport_on("cuda" if cluster.device == "cuda" else "cpu")
+    if config.rollout.publish == "delta" and transport != "gloo":
+        yield Violation(
+            ("rollout.publish", "cluster.device", key),
+            f"rollout.publish=delta needs gloo, the transport here is {transport}: use full or {key}=gloo",
         )
 
 

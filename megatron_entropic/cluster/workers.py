@@ -15,7 +15,7 @@ import ray
 
 from megatron_entropic.cluster.network import use_interface_of
 from megatron_entropic.cluster.processes import ActorProcess, this_process
-from megatron_entropic.config import Config, Device, Sampling
+from megatron_entropic.config import Config, Device, Sampling, Transport
 from megatron_entropic.observability.stacks import offer_stacks
 from megatron_entropic.types import GenerationRequest, Sample, Sequence
 from megatron_entropic.weights.checksums import Piece
@@ -26,6 +26,7 @@ _MESSAGE_EVERY_S = 0.1
 
 if TYPE_CHECKING:
     from megatron_entropic.policy.policy import Policy
+    from megatron_entropic.policy.publish import SenderType
     from megatron_entropic.rollout.engine import RolloutEngine
 
 
@@ -38,7 +39,7 @@ def worker_environment(config: Config, device: Device) -> dict[str, str]:
     else:
         # Megatron-core's overlap of communication and computation relies on one hardware queue.
         environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    if config.cluster.address == "local" and config.cluster.transport(device) == "gloo":
+    if config.cluster.address == "local" and config.cluster.transport_on(device) == "gloo":
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     return environment
 
@@ -74,9 +75,11 @@ class PolicyWorker:
     def start(self, master_address: str, master_port: int) -> int:
         """Join the process group and build the model; returns the data-parallel replica this rank belongs to."""
         from megatron_entropic.policy.policy import Policy
+        from megatron_entropic.rollout.ipc_transport import IpcSender
         from megatron_entropic.rollout.nccl_transport import NcclSender
         from megatron_entropic.weights.transport import GlooSender
 
+        sender_types: dict[Transport, SenderType] = {"gloo": GlooSender, "nccl": NcclSender, "ipc": IpcSender}
         self._policy = Policy(
             self._config,
             rank=self._rank,
@@ -84,7 +87,7 @@ class PolicyWorker:
             master_address=master_address,
             master_port=master_port,
             device=self._device,
-            sender_type=NcclSender if self._config.cluster.transport(self._device) == "nccl" else GlooSender,
+            sender_type=sender_types[self._config.cluster.transport_on(self._device)],
             listener=self._listener,
         )
         return self._policy.parallel.data_rank
@@ -127,7 +130,7 @@ class EngineWorker:
             max_model_tokens=self._config.max_engine_tokens,
             seed=self._config.run.seed,
             device=self._device,
-            transport=self._config.cluster.transport(self._device),
+            transport=self._config.cluster.transport_on(self._device),
             sleeps=self._config.cluster.colocate,
             # What the engine would load is not the policy's: it has to wait for the first publication.
             load_weights=self._config.model.megatron_dir is None,

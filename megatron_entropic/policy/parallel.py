@@ -62,6 +62,10 @@ class ParallelState:
         """True on one rank of each pipeline stage; it is the first of its tensor and of its expert group."""
         return self.tensor_rank == 0 and self.data_rank == 0 and self.context_rank == 0
 
+    def first_rank_of_stage(self, stage: int) -> int:
+        """Global rank for which `is_first_of_stage` holds on that pipeline stage: stages are the outermost cut."""
+        return stage * (self.world_size // self.pipeline_size)
+
     @property
     def reports(self) -> bool:
         """True on exactly one rank of each data-parallel replica: the first of its last stage's tensor ranks."""

@@ -165,7 +165,8 @@ class CudaPlatform(Platform):
         return torch.cuda.memory_allocated() / 2**20
 
     def empty_cache(self) -> None:
-        """Free the allocator's unused blocks."""
+        """Free the allocator's unused blocks, and those that an engine has looked at and let go of."""
+        torch.cuda.ipc_collect()
         torch.cuda.empty_cache()
 
     def synchronize(self) -> None:

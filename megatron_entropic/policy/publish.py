@@ -1,32 +1,35 @@
 """The policy's half of bringing new weights to the rollout engines.
 
-    ranks of a stage --gather_bucket--> its first tensor rank --broadcast--> workers of all engines    for each bucket
+    ranks of a stage --gather_bucket--> its first tensor rank --send--> workers of all engines    for each bucket
 
-Where the transport lets engines listen to several senders (gloo), every pipeline stage sends its own buckets at the
-same time as the others; otherwise (NCCL) rank 0 sends them all. While bucket k is broadcast, bucket k + 1 is gathered:
-a sending rank holds two. The groups are opened once; the engines join them and then receive every later publication
-through them. What carries the bytes is a `WeightSender`, handed in by whoever knows vLLM.
+Who sends depends on the transport (`SendingRanks`): over gloo every pipeline stage sends its own buckets at the same
+time as the others; over NCCL rank 0 sends them all; through the memory of a GPU that rank and engine share, every rank
+gets every bucket by one more broadcast and sends it to its own engine. While bucket k is sent, bucket k + 1 is
+gathered: a sending rank holds two. The groups are opened once; the engines join them and then receive every later
+publication through them. What carries the bytes is a `WeightSender`, handed in by whoever knows vLLM.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from megatron_entropic.config import PublishMode
 from megatron_entropic.policy.gather import Workspace, gather_bucket, peers, sends_weights, takes_part
 from megatron_entropic.policy.load_weights import named_entries
 from megatron_entropic.policy.parallel import ParallelState
 from megatron_entropic.policy.shared_flats import SharedFlats
+from megatron_entropic.policy.transformer_config import DTYPES
 from megatron_entropic.weights.checksums import checksums
 from megatron_entropic.weights.parameter_map import ParameterMap
 from megatron_entropic.weights.plan import Bucket, PublishPlan
 from megatron_entropic.weights.shared_block import SharedBlock
-from megatron_entropic.weights.transport import FlatContents, GlooSender, WeightSender, named_wait
+from megatron_entropic.weights.transport import FlatContents, GlooSender, SendingRanks, WeightSender, named_wait
 
 BUCKET_BYTES = {"cuda": 512 * 2**20, "cpu": 32 * 2**20}
 """Size of a publish plan's buckets by device; a sending rank and each engine worker hold two or three at a time.
@@ -38,8 +41,7 @@ On a CPU the cost of a collective is small beside that of its bytes, and smaller
 class SenderType(Protocol):
     """What opens a group."""
 
-    parallel_stages: bool
-    """As in `WeightSender`."""
+    sending_ranks: SendingRanks
 
     def __call__(
         self, host: str, receivers: int, timeout_s: float, *, name: str, delta: bool, lent: Sequence[SharedBlock]
@@ -95,27 +97,30 @@ class Publisher:
         self._timeout_s = timeout_s
         self._mode = mode
         self._sender_type = sender_type
-        self._to_first_stage = not sender_type.parallel_stages
+        self._sending_ranks = sender_type.sending_ranks
         self._workspace = Workspace()
         self._sender: WeightSender | None = None
+        self._receivers = 0
 
     def open(self, receivers: int) -> dict[str, Any]:
         """Begin a rendezvous with `receivers` engine workers in all; an earlier group is left.
 
         Returns:
-            On a sending rank its stage and what every engine needs to connect to it, apart from the engine's own
-            `rank_offset`; elsewhere nothing.
+            On a sending rank its stage and what engines need to connect to it, apart from their own `rank_offset`;
+            elsewhere nothing.
         """
         self.close()
         self._share_memory()
+        self._receivers = receivers
         if not self._sends:
             return {}
+        own_receivers = 1 if self._sending_ranks == "each" else receivers
         name = f"policy {self._parallel.describe()}"
         # vLLM keeps the tensors of experts until their layer is complete: those buckets have to be copied anyway.
         dense = self._workspace.shared.get(False)
         self._sender = self._sender_type(
             self._host,
-            receivers,
+            own_receivers,
             self._timeout_s,
             name=name,
             delta=self._mode == "delta",
@@ -126,7 +131,7 @@ class Publisher:
             "stage": self._parallel.pipeline_rank,
             "master_address": host,
             "master_port": port,
-            "world_size": receivers + 1,
+            "world_size": own_receivers + 1,
             "timeout_s": self._timeout_s,
         }
 
@@ -150,8 +155,9 @@ class Publisher:
         Raises:
             PhaseTimeout, PeerDied: naming bucket, rank and peer.
         """
+        assert self._receivers, "open() and accept() come before publish()"
         published = Published()
-        if not sends_weights(self._parallel):
+        if not sends_weights(self._parallel) and self._sending_ranks != "each":
             return published
         values = {
             entry.megatron_name: parameter
@@ -160,18 +166,9 @@ class Publisher:
         with ThreadPoolExecutor(1) as background:
             sending: Future[int] | None = None
             for bucket in self._buckets():
-                flat = gather_bucket(
-                    bucket,
-                    values,
-                    self._parameter_map,
-                    self._parallel,
-                    "publish",
-                    self._workspace,
-                    to_first_stage=self._to_first_stage,
-                )
-                if flat is None:
+                flat = self._bring(bucket, values)
+                if flat is None or self._sender is None:
                     continue
-                assert self._sender is not None, "open() and accept() come before publish()"
                 if sending is not None:
                     published.sent_elements += sending.result()
                 contents = FlatContents.of_bucket(bucket)
@@ -184,6 +181,32 @@ class Publisher:
         if next(iter(values.values())).device.type != "cpu":
             self._workspace.release()  # a CUDA allocator has its own way of keeping memory at hand
         return published
+
+    def _bring(self, bucket: Bucket, values: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """[bucket.elements] where it is sent from, None elsewhere; all ranks with a part in it call this.
+
+        Raises:
+            PhaseTimeout, PeerDied: naming bucket, this rank and its peers.
+        """
+        flat = gather_bucket(
+            bucket,
+            values,
+            self._parameter_map,
+            self._parallel,
+            "publish",
+            self._workspace,
+            to_first_stage=self._sending_ranks == "first",
+        )
+        if self._sending_ranks != "each":
+            return flat
+        if flat is None:
+            device = next(iter(values.values())).device
+            flat = self._workspace.take(f"flat {bucket.index % 2}", bucket.elements, DTYPES[bucket.dtype], device)
+        source = self._parallel.first_rank_of_stage(bucket.owner_stage)
+        where = f"publish: bucket {bucket.index} ({bucket.hf_names[0]} ..) for every rank"
+        with named_wait(where, f"policy {self._parallel.describe()}", f"policy rank {source} and all others"):
+            dist.broadcast(flat, src=source)
+        return flat
 
     def _share_memory(self) -> None:
         """Find out which ranks of this stage can write into one buffer.
@@ -217,11 +240,14 @@ class Publisher:
     @property
     def _sends(self) -> bool:
         """Whether this rank is the sending end of a group."""
-        if self._to_first_stage:
-            return self._parallel.rank == 0
-        return self._parallel.is_first_of_stage
+        if self._sending_ranks == "each":
+            return self._parallel.rank < self._receivers
+        if self._sending_ranks == "first_of_stages":
+            return self._parallel.is_first_of_stage
+        return self._parallel.rank == 0
 
     def _buckets(self) -> list[Bucket]:
-        """Those in whose gathering this rank takes part, in plan order."""
-        stage = self._parallel.pipeline_rank
-        return [b for b in self.plan.buckets if self._to_first_stage or b.owner_stage == stage]
+        """Those that this rank gathers, passes on or is given, in plan order."""
+        if self._sending_ranks == "first_of_stages":
+            return [bucket for bucket in self.plan.buckets if bucket.owner_stage == self._parallel.pipeline_rank]
+        return list(self.plan.buckets)

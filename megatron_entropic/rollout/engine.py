@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_entropic.config import Dtype, RolloutConfig, Sampling, Transport
 from megatron_entropic.rollout.environment import Device, prepare_environment
@@ -24,6 +25,9 @@ from megatron_entropic.weights.dimensions import read_dimensions
 from megatron_entropic.weights.parameter_map import ParameterMap
 from megatron_entropic.weights.plan import PublishPlan
 from megatron_entropic.weights.transport import FlatContents
+
+if TYPE_CHECKING:
+    from megatron_entropic.rollout.ipc_transport import IpcReceiver
 
 _CPU_TOKENS_PER_FORWARD = 4096
 """vLLM's own default for a CPU."""
@@ -83,6 +87,7 @@ class RolloutEngine:
         self._weights_version: int | None = 0 if load_weights else None
         self._refusal = "no weights were published to this engine yet, and it has none of its own"
         self._senders = 0
+        self._receiver: IpcReceiver
         options = _engine_options(dtype, config, device, transport)
         options["enable_sleep_mode"] = sleeps and device == "cuda"
         if max_batched_tokens is not None:
@@ -201,6 +206,11 @@ class RolloutEngine:
 
             ((host, port),) = addresses
             init_info |= {"master_address": host, "master_port": port} | packing_options()[0]
+        elif self._transport == "ipc":
+            from megatron_entropic.rollout.ipc_transport import IpcReceiver, connection_options
+
+            init_info = connection_options()
+            self._receiver = IpcReceiver(*addresses[rank_offset - 1], first["timeout_s"])
         else:
             init_info |= {"addresses": addresses, "timeout_s": first["timeout_s"]}
         self._senders = len(senders)
@@ -218,8 +228,9 @@ class RolloutEngine:
         self._weights_version = None
         self._refusal = "a weight update broke off: the engine's weights are incomplete, publish again"
         self._llm.start_weight_update()
-        for update_info in self._update_infos(plan):
-            self._llm.update_weights({"update_info": update_info})
+        for update in self._updates(plan):
+            with update as update_info:
+                self._llm.update_weights({"update_info": update_info})
         self._finish_update(weights_version)
         # Cached keys and values belong to the old weights, and vLLM keeps them.
         if not self._llm.reset_prefix_cache():
@@ -254,19 +265,21 @@ class RolloutEngine:
             for request in requests
         ]
 
-    def _update_infos(self, plan: PublishPlan) -> list[dict[str, Any]]:
-        """vLLM's update calls: over gloo one for all buckets, over NCCL one for each."""
+    def _updates(self, plan: PublishPlan) -> list[AbstractContextManager[dict[str, Any]]]:
+        """vLLM's update calls, each to be made within its context: over gloo one for all buckets, else one for each."""
         contents = [FlatContents.of_bucket(bucket) for bucket in plan.buckets]
+        if self._transport == "ipc":
+            return [self._receiver.next(bucket) for bucket in contents]
         if self._transport == "nccl":
             from megatron_entropic.rollout.nccl_transport import packing_options
 
-            return [bucket.update_info() | packing_options()[1] for bucket in contents]
+            return [nullcontext(bucket.update_info() | packing_options()[1]) for bucket in contents]
         lists = [bucket.update_info() for bucket in contents]
         together = {key: [value for part in lists for value in part[key]] for key in lists[0]}
         # One sender sends all stages' buckets.
         senders = [bucket.owner_stage if self._senders > 1 else 0 for bucket in plan.buckets]
         together |= {"bucket_tensors": [len(bucket.names) for bucket in contents], "bucket_senders": senders}
-        return [together]
+        return [nullcontext(together)]
 
     def _finish_update(self, version: int) -> None:
         """Finish, and let vLLM keep the version where it can (its LLM class has no version up to 0.24)."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from megatron_entropic.weights.shared_block import SharedBlock
-from megatron_entropic.weights.transport import FlatContents
+from megatron_entropic.weights.transport import FlatContents, SendingRanks
 
 # One broadcast a bucket: larger than any bucket. vLLM allocates what a bucket needs, not this.
 _PACKED = {"packed": True, "packed_buffer_size_bytes": 2**40, "packed_num_buffers": 1}
@@ -34,8 +34,7 @@ class NcclSender:
     NCCL has no time limit of its own here: whoever awaits the policy and the engines sets it.
     """
 
-    # vLLM's receiving engine belongs to one group.
-    parallel_stages = False
+    sending_ranks: ClassVar[SendingRanks] = "first"  # vLLM's receiving engine belongs to one group
 
     def __init__(
         self,
@@ -54,7 +53,7 @@ class NcclSender:
         """
         del timeout_s, name, lent  # host memory plays no part
         if delta:
-            raise ValueError("rollout.publish=delta needs the gloo transport (cluster.device=cpu); on GPUs use full")
+            raise ValueError("rollout.publish=delta needs cluster.transport=gloo; over NCCL use full")
         self._receivers = receivers
         self._group: Any = None
         with socket.create_server((host, 0)) as probe:

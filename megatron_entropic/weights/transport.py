@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
-from typing import Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -118,11 +118,15 @@ class FlatContents:
             yield name, piece.view(shape)
 
 
+SendingRanks = Literal["first", "first_of_stages", "each"]
+"""Which policy ranks send, each through a group of its own: rank 0 all buckets; the first rank of each pipeline stage
+the buckets of that stage, receivers listening to all of them at once; or rank i all buckets, to worker i alone."""
+
+
 class WeightSender(Protocol):
     """A policy rank's end of a transfer group; its other ranks are vLLM workers."""
 
-    parallel_stages: bool
-    """Whether receivers listen to several groups at once, so that each pipeline stage can send its own buckets."""
+    sending_ranks: ClassVar[SendingRanks]
 
     @property
     def address(self) -> tuple[str, int]:
@@ -146,7 +150,7 @@ class WeightSender(Protocol):
 class GlooSender:
     """`WeightSender` through host memory. Listens on `host` only, on a port of the system's choice."""
 
-    parallel_stages = True
+    sending_ranks: ClassVar[SendingRanks] = "first_of_stages"
 
     def __init__(
         self,

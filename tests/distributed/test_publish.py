@@ -82,6 +82,15 @@ def test_every_stage_reports_what_it_sent(reports):
             assert found["checksums"]
 
 
+def test_where_each_rank_serves_its_own_engine_every_rank_sends_everything(reports):
+    for rank, report in enumerate(reports):
+        for case, found in report.items():
+            each, serves = found["each"], rank < 3
+            assert each["differences"] == ([[]] * 6 if rank == 0 else []), case
+            assert each["elements"] == [found["all elements"] if serves else 0] * 2
+            assert each["checksums"] == (found["tensors"] if serves else 0)
+
+
 def test_exports_in_the_background_are_complete_and_failures_are_told_once(reports):
     for report in reports:
         for case in (f"{family} tp2 pp2" for family in FAMILIES):

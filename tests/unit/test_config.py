@@ -261,8 +261,22 @@ def test_sharing_devices_has_conditions(machine: Path) -> None:
     ]
     config = load_config(write(machine), ["cluster.colocate=true", "policy.offload=all", "policy.data_parallel=2"])
     assert config_warnings(config) == ["cluster.colocate=true: 1 of 2 devices stand still during rollouts"]
-    assert config.cluster.transport("cuda") == "gloo"
-    assert Config(model=config.model, data=config.data).cluster.transport("cuda") == "nccl"
+    assert config.cluster.transport_on("cuda") == "ipc"
+    assert config.cluster.transport_on("cpu") == "gloo"
+    assert Config(model=config.model, data=config.data).cluster.transport_on("cuda") == "nccl"
+
+
+def test_a_transport_that_is_asked_for_has_conditions(machine: Path) -> None:
+    path = write(machine)
+    assert problems_of(path, "cluster.transport=ipc") == [
+        "cluster.transport=ipc is for GPUs: set cluster.device=cuda, or cluster.transport=auto",
+        "cluster.transport=ipc hands memory over within one GPU, which needs cluster.colocate=true: use nccl or gloo",
+    ]
+    cluster = ("cluster.device=cuda", "cluster.address=10.0.0.1:6379", "cluster.colocate=true", "policy.offload=all")
+    assert problems_of(path, *cluster, "cluster.transport=nccl") == [
+        "cluster.transport=nccl refuses two processes on one GPU, as cluster.colocate=true has them: use ipc or gloo"
+    ]
+    assert load_config(path, [*cluster, "cluster.transport=gloo"]).cluster.transport_on("cuda") == "gloo"
 
 
 def test_router_replay_needs_routers(machine: Path) -> None:
@@ -467,8 +481,10 @@ def test_feedback_follows_what_was_scored(machine: Path) -> None:
     assert feedback("algorithm.optimizer_steps_per_rollout=2") == "previous_step"
 
 
-def test_deltas_need_the_cpu_transport(machine: Path) -> None:
-    found = problems_of(write(machine), "rollout.publish=delta", "cluster.device=cuda", "cluster.address=10.0.0.1:6379")
-    assert found == [
-        "rollout.publish=delta needs gloo, which carries weights on a CPU; with cluster.device=cuda use full"
+def test_deltas_need_gloo(machine: Path) -> None:
+    asked = ("rollout.publish=delta", "cluster.device=cuda", "cluster.address=10.0.0.1:6379")
+    path = write(machine)
+    assert problems_of(path, *asked) == [
+        "rollout.publish=delta needs gloo, the transport here is nccl: use full or cluster.transport=gloo"
     ]
+    assert load_config(path, [*asked, "cluster.transport=gloo"]).rollout.publish == "delta"

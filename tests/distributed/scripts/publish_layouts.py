@@ -7,7 +7,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -18,12 +18,13 @@ from megatron_entropic.errors import RunError
 from megatron_entropic.policy.load_weights import load_weights
 from megatron_entropic.policy.parallel import ParallelState, destroy_model_parallel, initialise_model_parallel
 from megatron_entropic.policy.platform import Platform, select_platform
+from megatron_entropic.policy.publish import Publisher
 from megatron_entropic.weights.checksums import checksums
 from megatron_entropic.weights.dimensions import read_dimensions
 from megatron_entropic.weights.parameter_map import ParameterMap
 from megatron_entropic.weights.plan import PublishPlan, publish_plan
 from megatron_entropic.weights.receiving import Arrivals
-from megatron_entropic.weights.transport import FlatContents, GlooReceiver
+from megatron_entropic.weights.transport import FlatContents, GlooReceiver, GlooSender, SendingRanks
 
 BUCKET_BYTES = 200_000
 RECEIVERS = 2
@@ -46,14 +47,22 @@ class Counted:
         return call
 
 
-def receive(senders: list[dict[str, Any]], plan: PublishPlan, rank: int) -> list[dict[str, torch.Tensor]]:
+class SenderOfEachRank(GlooSender):
+    """As senders that reach only the engine on their own device do."""
+
+    sending_ranks: ClassVar[SendingRanks] = "each"
+
+
+def receive(
+    senders: list[dict[str, Any]], plan: PublishPlan, rank: int, receivers_of_each: int = RECEIVERS
+) -> list[dict[str, torch.Tensor]]:
     """What arrives in two publications."""
     receivers = [
-        GlooReceiver(sender["master_address"], sender["master_port"], rank, RECEIVERS, sender["timeout_s"])
+        GlooReceiver(sender["master_address"], sender["master_port"], rank, receivers_of_each, sender["timeout_s"])
         for sender in senders
     ]
     contents = [
-        [FlatContents.of_bucket(bucket) for bucket in plan.buckets if bucket.owner_stage == stage]
+        [FlatContents.of_bucket(bucket) for bucket in plan.buckets if len(senders) == 1 or bucket.owner_stage == stage]
         for stage in range(len(senders))
     ]
     received: list[dict[str, torch.Tensor]] = [{}, {}]
@@ -104,11 +113,23 @@ def collect_senders(mine: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted((sender for sender in everyone if sender), key=lambda sender: sender["stage"])
 
 
+def publish_from_each_rank(publisher: Publisher, plan: PublishPlan, rank: int, hf_dir: Path) -> dict[str, Any]:
+    """Worker i receives from rank i, twice; the last rank has none. Rank 0 has all receivers."""
+    workers = dist.get_world_size() - 1
+    with ThreadPoolExecutor(workers) as threads:
+        senders = collect_senders(publisher.open(workers))
+        pending = [threads.submit(receive, [sender], plan, 1, 1) for sender in senders if rank == 0]
+        publisher.accept()
+        sent = [publisher.publish(with_checksums=True) for _ in range(2)]
+        found = [differences(hf_dir, received) for future in pending for received in future.result()]
+    publisher.close()
+    return {"differences": found, "elements": [part.elements for part in sent], "checksums": len(sent[0].checksums)}
+
+
 def publish_layout(
     platform: Platform, policy: PolicyConfig, hf_dir: Path, counted: Counted
 ) -> tuple[ParallelState, dict[str, Any]]:
     from megatron_entropic.policy.model import build_model
-    from megatron_entropic.policy.publish import Publisher
 
     parallel = initialise_model_parallel(policy)
     platform.manual_seed(1)
@@ -147,6 +168,8 @@ def publish_layout(
         )
         found["differences"] = [differences(hf_dir, received) for future in pending for received in future.result()]
     publisher.close()
+    each = Publisher(plan, parameter_map, model, parallel, host="127.0.0.1", timeout_s=60, sender_type=SenderOfEachRank)
+    found["each"] = publish_from_each_rank(each, plan, parallel.rank, hf_dir)
     if policy.pipeline_parallel > 1 and policy.tensor_parallel > 1:
         found["exports"] = exports(model, plan, parameter_map, parallel, hf_dir)
     found["all elements"] = sum(bucket.elements for bucket in plan.buckets)

@@ -1,0 +1,219 @@
+"""CUDA IPC: an engine reads buckets in the memory of the policy rank that shares its GPU; vLLM's own engine receives.
+
+    policy rank i                                                        engine i, on the same GPU
+    IpcSender(host)       listens at once
+    accept()              <-- store: joined ----------------------------  IpcReceiver(address)
+    send(contents, flat)  --- store: bucket/k, where `flat` lies ------>  with receiver.next(contents) as update_info:
+                                                                              vLLM opens, copies and loads it
+                          <-- store: answer/k, an error or nothing -----
+
+No bytes of weights travel, not even to the host. The store carries a CUDA handle as JSON: nothing that comes out of it
+is executed. vLLM's worker waits for its copies before an update call returns, so the answer means that `flat` is free.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_entropic.errors import PeerDied
+from megatron_entropic.weights.shared_block import SharedBlock
+from megatron_entropic.weights.transport import FlatContents, SendingRanks, named_wait
+
+_LOADED = "loaded"
+"""The answer to a bucket that is in the engine; any other is what went wrong there."""
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes on a GPU that another process can open: `rebuild_cuda_tensor`'s arguments for a flat tensor of uint8."""
+
+    gpu: str
+    """UUID, the same in all processes."""
+    first_byte: int
+    """In the storage that is exported."""
+    nbytes: int
+    storage: tuple[Any, ...]
+    """Device number, CUDA handle and counters of the storage, as `reduce_tensor` has them behind the dtype, less
+    `requires_grad`."""
+
+    @classmethod
+    def of(cls, flat: torch.Tensor) -> DeviceMemory:
+        """Export a contiguous CUDA tensor; every call counts for one opening of it."""
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        content = flat.detach().flatten().view(torch.uint8)
+        _, arguments = reduce_tensor(content)
+        gpu = str(torch.cuda.get_device_properties(flat.device).uuid)
+        return cls(gpu, arguments[3], content.numel(), (*arguments[6:10], *arguments[11:]))
+
+    @property
+    def handles(self) -> dict[str, tuple[Any, ...]]:
+        """What vLLM calls `ipc_handles` of a packed buffer."""
+        tensor = (torch.Tensor, torch.Size([self.nbytes]), (1,), self.first_byte, torch.storage.TypedStorage)
+        return {self.gpu: (*tensor, torch.uint8, *self.storage[:4], False, *self.storage[4:])}
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers and text."""
+        storage = [{"base64": base64.b64encode(v).decode()} if isinstance(v, bytes) else v for v in self.storage]
+        return {"gpu": self.gpu, "first_byte": self.first_byte, "nbytes": self.nbytes, "storage": storage}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> DeviceMemory:
+        """Inverse of `to_json`."""
+        storage = (base64.b64decode(v["base64"]) if isinstance(v, dict) else v for v in value.pop("storage"))
+        return cls(storage=tuple(storage), **value)
+
+
+def connection_options() -> dict[str, Any]:
+    """vLLM's connection: buckets come as one buffer each.
+
+    Raises:
+        ValueError: this vLLM cannot do that.
+    """
+    from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferInitInfo
+
+    if "packed" not in {field.name for field in fields(IPCWeightTransferInitInfo)}:
+        raise ValueError("this vLLM has no packed IPC connection: install 0.32 or set cluster.transport=gloo")
+    return {"packed": True}
+
+
+class IpcSender:
+    """`WeightSender` to the one engine on this rank's GPU."""
+
+    sending_ranks: ClassVar[SendingRanks] = "each"
+
+    def __init__(
+        self,
+        host: str,
+        receivers: int,
+        timeout_s: float,
+        *,
+        name: str = "the policy rank",
+        delta: bool = False,
+        lent: Sequence[SharedBlock] = (),
+    ) -> None:
+        """Open the rendezvous; `GlooSender` has the arguments.
+
+        Raises:
+            ValueError: `delta`, which vLLM's receiving engine does not understand, or more than one receiver.
+        """
+        del lent  # host memory plays no part
+        if delta:
+            raise ValueError("rollout.publish=delta needs cluster.transport=gloo; over CUDA IPC use full")
+        if receivers != 1:
+            raise ValueError(f"CUDA IPC reaches the engine worker on the same GPU, not {receivers} of them")
+        self._name = name
+        self._limit = timedelta(seconds=timeout_s)
+        self._sent = 0
+        listener = socket.create_server((host, 0))
+        self._address = (host, int(listener.getsockname()[1]))
+        self._store = dist.TCPStore(
+            *self._address,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=self._limit,
+            master_listen_fd=listener.detach(),  # the store owns the socket from here on
+        )
+        self._store.set("sender", name)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port at which the engine finds this rank."""
+        return self._address
+
+    def accept(self) -> None:
+        """Waits until the engine has joined.
+
+        Raises:
+            PhaseTimeout: it did not come.
+        """
+        host, port = self._address
+        with named_wait(f"publish: rendezvous at {host}:{port}", self._name, "the engine on its GPU"):
+            self._store.wait(["joined"], self._limit)
+
+    def send(self, contents: FlatContents, flat: torch.Tensor) -> int:
+        """Tells the engine where `flat` [contents.elements] lies; returns their number when the engine has them.
+
+        Raises:
+            PhaseTimeout: the engine did not answer.
+            PeerDied: the engine could not take it in; says why.
+        """
+        torch.cuda.current_stream().synchronize()
+        return self.announce(contents, DeviceMemory.of(flat))
+
+    def announce(self, contents: FlatContents, memory: DeviceMemory) -> int:
+        """`send` of memory that is exported and ready."""
+        bucket, answer = f"bucket/{self._sent}", f"answer/{self._sent}"
+        phase = f"publish: buffer {self._sent}, {contents.describe()}"
+        self._sent += 1
+        self._store.set(bucket, json.dumps({"contents": contents.describe(), "memory": memory.to_json()}))
+        with named_wait(phase, self._name, "the engine on its GPU"):
+            told = self._store.get(answer).decode()
+        self._store.delete_key(bucket)
+        self._store.delete_key(answer)
+        if told != _LOADED:
+            raise PeerDied(f"{phase}: {self._name} was told by the engine on its GPU: {told}")
+        return contents.elements
+
+    def close(self) -> None:
+        """Drops the connection; an engine that still waits fails at once."""
+        del self._store
+
+
+class IpcReceiver:
+    """An engine's end, in the process that calls vLLM."""
+
+    def __init__(self, host: str, port: int, timeout_s: float) -> None:
+        """Join the policy rank at `host`:`port`.
+
+        Raises:
+            PhaseTimeout, PeerDied: it is not there.
+        """
+        self._sender = f"the policy rank at {host}:{port}"
+        self._received = 0
+        with named_wait(f"publish: rendezvous at {host}:{port}", "an engine", self._sender):
+            self._store = dist.TCPStore(
+                host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+            )
+            self._sender = f"{self._store.get('sender').decode()} at {host}:{port}"
+            self._store.set("joined", "yes")
+
+    @contextmanager
+    def next(self, contents: FlatContents) -> Iterator[dict[str, Any]]:
+        """vLLM's update call for the next buffer, to be made within this context; its end gives the memory back.
+
+        Raises:
+            PhaseTimeout, PeerDied: the sender did not come or is gone.
+            ValueError: the sender announces something else.
+        """
+        number, self._received = self._received, self._received + 1
+        phase = f"publish: buffer {number}, {contents.describe()}"
+        with named_wait(phase, "an engine", self._sender):
+            announcement = json.loads(self._store.get(f"bucket/{number}"))
+        answer = _LOADED
+        try:
+            if announcement["contents"] != contents.describe():
+                raise ValueError(f"{phase}: {self._sender} announces {announcement['contents']}")
+            yield _update_info(contents, DeviceMemory.from_json(announcement["memory"]))
+        except BaseException as error:
+            answer = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self._store.set(f"answer/{number}", answer)
+
+
+def _update_info(contents: FlatContents, memory: DeviceMemory) -> dict[str, Any]:
+    itemsize = contents.torch_dtype.itemsize
+    sizes = [prod(shape) * itemsize for shape in contents.shapes]
+    return contents.update_info() | {"ipc_handles": memory.handles, "tensor_sizes": sizes}
