@@ -49,17 +49,6 @@ class RewardScorer:
         """The same by the verifier alone, which changes no sample."""
         return self._main.judging(count)
 
-    def judge(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Set the rewards of samples that are all there; see `Scoring.finish`."""
-        with self.scoring(len(samples)) as scoring:
-            for position, sample in enumerate(samples):
-                scoring.add(position, sample)
-            return scoring.finish()
-
-    def verdicts(self, samples: Sequence[Sample]) -> list[Verdict]:
-        """What the verifier alone says of samples that are all there, failures as such; no sample is changed."""
-        return self._main.verdicts([job_of(sample) for sample in samples])
-
     def truth_problems(self, truths: Sequence[Any]) -> list[str | None]:
         """Why the verifier cannot use a ground truth, None where it can; see `ground_truths`."""
         reasons: list[str | None] = [None] * len(truths)

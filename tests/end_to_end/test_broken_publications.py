@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from training_run import ROOT, Run
+from training_run import Run, run_script
 
 SCRIPT = Path(__file__).parent / "scripts" / "broken_publications.py"
 LIMIT_S = 100.0
@@ -28,15 +25,7 @@ def seen(countdown_run: Callable[..., Run]) -> dict[str, Any]:
         f"cluster.publish_timeout_s={LIMIT_S}",
     )
     output = run.directory.with_suffix(".json")
-    finished = subprocess.run(
-        [sys.executable, str(SCRIPT), str(output), *run.arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    finished = run_script(SCRIPT, output, *run.arguments)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     report: dict[str, Any] = json.loads(output.read_text())
     return report

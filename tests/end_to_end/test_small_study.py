@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet
+from training_run import run_script
 
 STUDY = Path(__file__).resolve().parents[2] / "examples/study"
 
 
 def study(output: Path) -> subprocess.CompletedProcess[str]:
     """One call, from another directory than the checkout."""
-    return subprocess.run(
-        [sys.executable, str(STUDY / "run.py"), str(STUDY / "small.yaml"), "--output", str(output)],
-        cwd=output.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=560,
-    )
+    return run_script(STUDY / "run.py", STUDY / "small.yaml", "--output", output, cwd=output.parent)
 
 
 def test_the_small_study_runs_and_is_not_repeated(tmp_path: Path) -> None:

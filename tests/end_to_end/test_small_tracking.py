@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from training_run import run_script
 
 STUDY = Path(__file__).resolve().parents[2] / "examples/study"
 CASES = """
@@ -44,14 +44,7 @@ def study(output: Path) -> subprocess.CompletedProcess[str]:
     """One call, from another directory than the checkout."""
     cases = output.with_suffix(".yaml")
     cases.write_text(CASES, encoding="utf-8")
-    return subprocess.run(
-        [sys.executable, str(STUDY / "tracking.py"), str(cases), "--output", str(output), "--processes", "1"],
-        cwd=output.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=560,
-    )
+    return run_script(STUDY / "tracking.py", cases, "--output", output, "--processes", "1", cwd=output.parent)
 
 
 def test_a_run_goes_on_from_another_with_other_settings(tmp_path: Path) -> None:

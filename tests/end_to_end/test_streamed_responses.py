@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from math_assets import write_model
-from training_run import ROOT
+from training_run import run_script
 
 SCRIPT = Path(__file__).parent / "scripts" / "lost_engine_responses.py"
 
 
 def test_an_engine_lost_while_it_answers_is_replaced_and_no_response_comes_twice(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
-    finished = subprocess.run(
-        [sys.executable, str(SCRIPT), str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    finished = run_script(SCRIPT, tmp_path)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert [(prompt, sample) for prompt, sample, _, _ in seen["whole"]] == [(p, s) for p in range(7) for s in range(4)]

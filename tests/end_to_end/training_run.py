@@ -34,6 +34,19 @@ def countdown_settings(directory: Path, assets: Path) -> list[str]:
     return [str(ROOT / "examples/countdown_cpu.yaml"), *(f"{key}={value}" for key, value in settings.items())]
 
 
+def run_script(script: Path, *arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """A script in a process of its own, one thread each, to its end; what it printed and its status."""
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=560,
+    )
+
+
 @dataclass
 class Run:
     """A training run in a process group of its own."""

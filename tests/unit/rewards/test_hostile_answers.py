@@ -7,6 +7,7 @@ import sys
 import time
 
 import psutil
+import whole_steps
 
 from megatron_entropic.config import RewardConfig
 from megatron_entropic.rewards import RewardScorer
@@ -74,7 +75,7 @@ def sample(text: str, truth: str, number: int) -> Sample:
 
 def judge(scorer: RewardScorer, answers: list[str], truth: str) -> list[tuple[str, float]]:
     samples = [sample(rf"\boxed{{{answer}}}", truth, number) for number, answer in enumerate(answers)]
-    return [(verdict.status, verdict.reward) for verdict in scorer.verdicts(samples)]
+    return [(verdict.status, verdict.reward) for verdict in whole_steps.verdicts(scorer, samples)]
 
 
 def test_hostile_answers_are_wrong_or_counted_and_the_pool_goes_on() -> None:

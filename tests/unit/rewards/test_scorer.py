@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import whole_steps
 
 from megatron_entropic.config import RewardConfig
 from megatron_entropic.rewards import RewardScorer
@@ -82,9 +83,9 @@ def test_every_way_to_fail_is_counted_and_the_rest_is_judged(verifier: str, capl
         RewardScorer(RewardConfig(verifier=verifier, workers=2, timeout_s=1.5)) as scorer,
         caplog.at_level(logging.WARNING),
     ):
-        metrics = scorer.judge(samples)
+        metrics = whole_steps.judge(scorer, samples)
         again = [sample("4"), sample("5", prompt=1)]
-        assert scorer.judge(again) == {"reward/verifier_errors": 0.0, "reward/verifier_timeouts": 0.0}
+        assert whole_steps.judge(scorer, again) == {"reward/verifier_errors": 0.0, "reward/verifier_timeouts": 0.0}
     assert time.monotonic() - begin < 60
     assert metrics == {"reward/verifier_errors": 4.0, "reward/verifier_timeouts": 4.0}
     assert {s.text: s.verifier_status for s in samples} == {
@@ -107,7 +108,7 @@ def test_every_way_to_fail_is_counted_and_the_rest_is_judged(verifier: str, capl
 def test_processes_are_reused_and_run_beside_this_one(verifier: str) -> None:
     with RewardScorer(RewardConfig(verifier=verifier, workers=1)) as scorer:
         samples = [sample("pid", prompt=number) for number in range(20)]
-        scorer.judge(samples)
+        whole_steps.judge(scorer, samples)
     assert len({s.reward for s in samples}) == 1
     assert samples[0].reward != os.getpid()
 
@@ -115,14 +116,14 @@ def test_processes_are_reused_and_run_beside_this_one(verifier: str) -> None:
 def test_a_verifier_may_print_and_sees_extra_info(verifier: str) -> None:
     with RewardScorer(RewardConfig(verifier=verifier, workers=1)) as scorer:
         samples = [sample("print", "print"), sample("4", prompt=1, extra={"bonus": 2})]
-        scorer.judge(samples)
+        whole_steps.judge(scorer, samples)
     assert [s.reward for s in samples] == [1.0, 3.0]
 
 
 def test_a_custom_verifier_in_the_driver(verifier: str) -> None:
     with RewardScorer(RewardConfig(verifier=verifier, workers=0)) as scorer:
         samples = [sample("pid"), sample("raise", prompt=1)]
-        assert scorer.judge(samples)["reward/verifier_errors"] == 1.0
+        assert whole_steps.judge(scorer, samples)["reward/verifier_errors"] == 1.0
     assert samples[0].reward == os.getpid()
 
 
@@ -131,7 +132,7 @@ def test_a_failed_verdict_takes_the_mean_of_its_group(verifier: str) -> None:
     texts = ["4", "5", "raise", "4"], ["5", "5", "5", "raise"], ["raise", "raise", "4", "4"]
     samples = [sample(text, index=index) for group in texts for index, text in enumerate(group)]
     with RewardScorer(RewardConfig(verifier=verifier, workers=0)) as scorer:
-        scorer.judge(samples)
+        whole_steps.judge(scorer, samples)
     rewards = [s.reward for s in samples]
     assert rewards[:4] == pytest.approx([1, 0, 2 / 3, 1])
     assert rewards[4:8] == [0, 0, 0, 0]
@@ -150,7 +151,7 @@ def test_instant_verifiers_start_no_process() -> None:
     before = set(psutil.Process().children(recursive=True))
     with RewardScorer(RewardConfig(verifier="countdown", workers=8)) as scorer:
         samples = [sample("3*7+5", {"numbers": [3, 7, 5], "target": 26})]
-        scorer.judge(samples)
+        whole_steps.judge(scorer, samples)
         assert set(psutil.Process().children(recursive=True)) == before
     assert samples[0].reward == 1.0
 
@@ -160,7 +161,7 @@ def test_math_verify_survives_a_tower_of_powers() -> None:
     texts = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{4.0}", r"\boxed{(10^8)!}", r"\boxed{\frac{8}{2}}", r"\boxed{5}"]
     samples = [sample(text, prompt=number) for number, text in enumerate(texts)]
     with RewardScorer(RewardConfig(verifier="math", workers=2, timeout_s=4)) as scorer:
-        metrics = scorer.judge(samples)
+        metrics = whole_steps.judge(scorer, samples)
     assert samples[0].verifier_status in ("timeout", "error")
     assert [samples[i].reward for i in (1, 3, 4)] == [1.0, 1.0, 0.0]
     assert [samples[i].verifier_status for i in (1, 3, 4)] == ["ok", "ok", "ok"]

@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import whole_steps
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -90,7 +91,7 @@ def test_the_sum_of_several_rewards(module: str) -> None:
         sample("45", "45", index=3, tokens=10),
     ]
     with RewardScorer(config, max_response_tokens=10) as scorer:
-        metrics = scorer.judge(samples)
+        metrics = whole_steps.judge(scorer, samples)
     assert [s.verifier_status for s in samples] == ["ok", "ok", "error", "ok"]
     expected = [1 + 0.5 + 2, 0 + 0.5 - 0.25 * 0.5, 1 - 0.25]
     assert [samples[i].reward for i in (0, 1, 3)] == pytest.approx(expected)
@@ -113,7 +114,7 @@ def test_a_verifier_that_takes_batches(workers: int, module: str) -> None:
     config = RewardConfig(verifier=f"{module}:length", workers=workers, batch_size=2, timeout_s=1)
     texts = ["a", "bb", "raise", "a", "nan", "ccc", "short", "d", "e"] + ["hang", "f", "gg", "hh"] * workers
     with RewardScorer(config) as scorer:
-        verdicts = scorer.verdicts([sample(text, index=number) for number, text in enumerate(texts)])
+        verdicts = whole_steps.verdicts(scorer, [sample(text, index=number) for number, text in enumerate(texts)])
     if workers == 0:
         assert {verdict.status for verdict in verdicts} == {"error"}, "one call for all"
         return
@@ -139,13 +140,13 @@ def test_a_verifier_that_takes_batches(workers: int, module: str) -> None:
 def test_the_default_format_is_a_box_near_the_end() -> None:
     with RewardScorer(RewardConfig(verifier="format", workers=1)) as scorer:
         texts = ["so \\boxed{4}.\n", "\\boxed{\\frac{1}{2}}", "4", "\\boxed{4", "\\boxed{}"]
-        assert [v.reward for v in scorer.verdicts([sample(t) for t in texts])] == [1, 1, 0, 0, 0]
+        assert [v.reward for v in whole_steps.verdicts(scorer, [sample(t) for t in texts])] == [1, 1, 0, 0, 0]
 
 
 def test_a_pattern_that_never_ends_is_a_timeout() -> None:
     config = RewardConfig(verifier="format", format_pattern="(a+)+b", workers=1, cpu_time_s=0.5)
     with RewardScorer(config) as scorer:
-        verdicts = scorer.verdicts([sample("a" * 40), sample("aab")])
+        verdicts = whole_steps.verdicts(scorer, [sample("a" * 40), sample("aab")])
     assert [(v.status, v.reward) for v in verdicts] == [("timeout", 0), ("ok", 1)]
 
 
