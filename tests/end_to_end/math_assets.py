@@ -17,7 +17,7 @@ TEMPLATE = (
 )
 
 
-def write_model(directory: Path) -> Path:
+def write_model(directory: Path, *, tied: bool = True) -> Path:
     """A Hugging Face directory: 400 BPE tokens trained on the problems, a Qwen3 of two layers with random weights."""
     import torch
     from tokenizers import ByteLevelBPETokenizer
@@ -39,7 +39,7 @@ def write_model(directory: Path) -> Path:
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=4096,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         eos_token_id=tokenizer.eos_token_id,
         initializer_range=0.1,
     )
