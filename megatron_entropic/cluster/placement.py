@@ -5,12 +5,12 @@ With cluster.colocate engine i has the room of policy rank i, and each of the tw
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -103,9 +103,9 @@ def _shared(config: Config, device: Device, policy: list[dict[str, float]]) -> P
 def _reserve(wanted: dict[Literal["PACK", "STRICT_SPREAD"], list[dict[str, float]]], config: Config) -> list[Slot]:
     """One slot for each bundle, in order; the groups have one strategy each and are reserved together or not at all."""
     groups = [placement_group(group, strategy=strategy) for strategy, group in wanted.items()]
-    try:
-        ray.get([group.ready() for group in groups], timeout=config.cluster.startup_timeout_s)
-    except GetTimeoutError as error:
+    deadline = time.monotonic() + config.cluster.startup_timeout_s
+    # `ready` would start a process of its own in each group to say so.
+    if not all(group.wait(max(0.0, deadline - time.monotonic())) for group in groups):
         for group in groups:
             remove_placement_group(group)
         spread = config.cluster.policy_ranks_per_node
@@ -114,7 +114,7 @@ def _reserve(wanted: dict[Literal["PACK", "STRICT_SPREAD"], list[dict[str, float
             f"placement: {config.policy.world_size} policy ranks{f' ({spread} on a node)' if spread else ''} and "
             f"{config.rollout.engines} engines need {needed}; the Ray cluster has "
             f"{ray.cluster_resources()} of which {ray.available_resources()} are free"
-        ) from error
+        )
     return [Slot(group, bundle) for group in groups for bundle in range(group.bundle_count)]
 
 
