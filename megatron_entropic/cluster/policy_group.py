@@ -96,7 +96,7 @@ class PolicyGroup:
         """Begin a weight-transfer rendezvous with `receivers` engine workers.
 
         Returns:
-            What they need to connect to each sending rank, in the order of pipeline stages.
+            What they need to connect to each sending rank, in the order of ranks.
         """
         answers = self._on_all("open_transport", self._limits.publish_timeout_s, receivers)
         return sorted((answer for answer in answers if answer), key=lambda sender: sender["stage"])

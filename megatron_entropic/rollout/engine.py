@@ -193,7 +193,7 @@ class RolloutEngine:
         """Join the transfer groups of the policy.
 
         Args:
-            senders: what `Publisher.open` returned on each sending rank, in the order of pipeline stages.
+            senders: what `Publisher.open` returned on each sending rank, in the order of ranks.
             rank_offset: rank of this engine's first worker in every group, whose rank 0 is the sender.
 
         Raises:
