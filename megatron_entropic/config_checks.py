@@ -34,7 +34,7 @@ def violations(config: Config) -> Iterator[Violation]:
     """Combinations that cannot work on any machine."""
     checks = (
         *(_batch, _parallelism, _optimizer, _data, _reward, _policy_loss),
-        *(_entropy_control, _placement, _colocation, _publish, _evaluation),
+        *(_entropy_control, _placement, _colocation, _transport, _publish, _evaluation),
     )
     for check in checks:
         yield from check(config)
@@ -114,7 +114,6 @@ def _parallelism(config: Config) -> Iterator[Violation]:
 
 
 def _publish(config: Config) -> Iterator[Violation]:
-    yield from _transport(config)
     if config.rollout.quantization != "off" and config.cluster.device == "cpu":
         yield Violation(
             ("rollout.quantization", "cluster.device"),
@@ -130,8 +129,7 @@ def _publish(config: Config) -> Iterator[Violation]:
 
 def _transport(config: Config) -> Iterator[Violation]:
     cluster, key = config.cluster, "cluster.transport"
-    needs_gpus = cluster.transport in ("nccl", "ipc")
-    if needs_gpus and cluster.device != "cuda":
+    if cluster.transport in ("nccl", "ipc") and cluster.device != "cuda":
         yield Violation(
             (key, "cluster.device"),
             f"{key}={cluster.transport} is for GPUs: set cluster.device=cuda, or {key}=auto",

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import base64
 import json
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -28,7 +27,7 @@ import torch.distributed as dist
 
 from megatron_entropic.errors import PeerDied
 from megatron_entropic.weights.shared_block import SharedBlock
-from megatron_entropic.weights.transport import FlatContents, SendingRanks, named_wait
+from megatron_entropic.weights.transport import FlatContents, SendingRanks, listening_store, named_wait
 
 _LOADED = "loaded"
 """The answer to a bucket that is in the engine; any other is what went wrong there."""
@@ -44,8 +43,7 @@ class DeviceMemory:
     """In the storage that is exported."""
     nbytes: int
     storage: tuple[Any, ...]
-    """Device number, CUDA handle and counters of the storage, as `reduce_tensor` has them behind the dtype, less
-    `requires_grad`."""
+    """Device number, CUDA handle and counters of the storage: all that `reduce_tensor` has behind the dtype."""
 
     @classmethod
     def of(cls, flat: torch.Tensor) -> DeviceMemory:
@@ -55,13 +53,13 @@ class DeviceMemory:
         content = flat.detach().flatten().view(torch.uint8)
         _, arguments = reduce_tensor(content)
         gpu = str(torch.cuda.get_device_properties(flat.device).uuid)
-        return cls(gpu, arguments[3], content.numel(), (*arguments[6:10], *arguments[11:]))
+        return cls(gpu, arguments[3], content.numel(), arguments[6:])
 
     @property
     def handles(self) -> dict[str, tuple[Any, ...]]:
         """What vLLM calls `ipc_handles` of a packed buffer."""
         tensor = (torch.Tensor, torch.Size([self.nbytes]), (1,), self.first_byte, torch.storage.TypedStorage)
-        return {self.gpu: (*tensor, torch.uint8, *self.storage[:4], False, *self.storage[4:])}
+        return {self.gpu: (*tensor, torch.uint8, *self.storage)}
 
     def to_json(self) -> dict[str, Any]:
         """Numbers and text."""
@@ -71,8 +69,8 @@ class DeviceMemory:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> DeviceMemory:
         """Inverse of `to_json`."""
-        storage = (base64.b64decode(v["base64"]) if isinstance(v, dict) else v for v in value.pop("storage"))
-        return cls(storage=tuple(storage), **value)
+        storage = (base64.b64decode(v["base64"]) if isinstance(v, dict) else v for v in value["storage"])
+        return cls(**{**value, "storage": tuple(storage)})
 
 
 def connection_options() -> dict[str, Any]:
@@ -113,24 +111,16 @@ class IpcSender:
             raise ValueError("rollout.publish=delta needs cluster.transport=gloo; over CUDA IPC use full")
         if receivers != 1:
             raise ValueError(f"CUDA IPC reaches the engine worker on the same GPU, not {receivers} of them")
+        self._host = host
         self._name = name
-        self._limit = timedelta(seconds=timeout_s)
         self._sent = 0
-        listener = socket.create_server((host, 0))
-        self._address = (host, int(listener.getsockname()[1]))
-        self._store = dist.TCPStore(
-            *self._address,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=self._limit,
-            master_listen_fd=listener.detach(),  # the store owns the socket from here on
-        )
+        self._store, self._port = listening_store(host, timeout_s)
         self._store.set("sender", name)
 
     @property
     def address(self) -> tuple[str, int]:
         """Host and port at which the engine finds this rank."""
-        return self._address
+        return self._host, self._port
 
     def accept(self) -> None:
         """Waits until the engine has joined.
@@ -138,9 +128,8 @@ class IpcSender:
         Raises:
             PhaseTimeout: it did not come.
         """
-        host, port = self._address
-        with named_wait(f"publish: rendezvous at {host}:{port}", self._name, "the engine on its GPU"):
-            self._store.wait(["joined"], self._limit)
+        with named_wait(f"publish: rendezvous at {self._host}:{self._port}", self._name, "the engine on its GPU"):
+            self._store.wait(["joined"])
 
     def send(self, contents: FlatContents, flat: torch.Tensor) -> int:
         """Tells the engine where `flat` [contents.elements] lies; returns their number when the engine has them.

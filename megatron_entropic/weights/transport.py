@@ -182,16 +182,7 @@ class GlooSender:
         self._channel: Channel | None = None
         self._block = SharedBlock.create(BLOCK_BYTES)
         self._lent = tuple(lent) if self._block else ()
-        listener = socket.create_server((host, 0))
-        self._port = int(listener.getsockname()[1])
-        self._store = dist.TCPStore(
-            host,
-            self._port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=timeout_s),
-            master_listen_fd=listener.detach(),  # the store owns the socket from here on
-        )
+        self._store, self._port = listening_store(host, timeout_s)
         self._store.set("receivers", str(receivers))
         self._store.set("sender", name)
         self._store.set("delta", str(int(delta)))
@@ -411,6 +402,21 @@ def _gloo_group(store: dist.Store, rank: int, size: int, host: str, timeout_s: f
     options._timeout = timedelta(seconds=timeout_s)
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     return dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, options)
+
+
+def listening_store(host: str, timeout_s: float) -> tuple[dist.TCPStore, int]:
+    """A store that others find on `host`, and its port, of the system's choice; `timeout_s` limits each wait in it."""
+    listener = socket.create_server((host, 0))
+    port = int(listener.getsockname()[1])
+    store = dist.TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listener.detach(),  # the store owns the socket from here on
+    )
+    return store, port
 
 
 def local_address(host: str, port: int) -> str:

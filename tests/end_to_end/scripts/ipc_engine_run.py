@@ -45,7 +45,7 @@ class Buffers:
         """Overwrite the buffer that was used before the last one."""
         content = flat.view(torch.uint8)
         self._buffers[number % 2].fill_(255)[: content.numel()].copy_(content)
-        storage = (0, b"%d" % (number % 2), content.numel(), 0, b"counter", number, b"event", True)
+        storage = (0, b"%d" % (number % 2), content.numel(), 0, False, b"counter", number, b"event", True)
         return DeviceMemory(GPU, 0, content.numel(), storage)
 
     def _open(self, *arguments: Any) -> torch.Tensor:
@@ -75,7 +75,7 @@ def publish(
 def failed_publication(engine: RolloutEngine, sender: IpcSender, plan: PublishPlan) -> list[str]:
     """A handle of another GPU: what the engine, the policy rank, and the engine asked to generate say."""
     bucket: Bucket = plan.buckets[0]
-    foreign = DeviceMemory("GPU-of-another-node", 0, bucket.bytes, (0, b"0", bucket.bytes, 0, b"", 0, b"", True))
+    foreign = DeviceMemory("GPU-of-another-node", 0, bucket.bytes, (0, b"0", bucket.bytes, 0, False, b"", 0, b"", True))
     said = []
     with ThreadPoolExecutor(1) as threads:
         sending = threads.submit(sender.announce, FlatContents.of_bucket(bucket), foreign)

@@ -19,7 +19,7 @@ CONTENTS = FlatContents(("a.weight", "b.bias"), ((2, 3), (5,)), "bfloat16")
 OTHER = FlatContents(("a.weight",), ((2, 3),), "bfloat16")
 # Behind the dtype, torch 2.13's reduce_tensor has: device, handle, bytes and offset of the storage, requires_grad,
 # handle and offset of the counter, handle of the event, whether to wait for it.
-STORAGE = (0, b"\x00\xffhandle", 1024, 512, b"counter\x80", 3, b"event", True)
+STORAGE = (0, b"\x00\xffhandle", 1024, 512, False, b"counter\x80", 3, b"event", True)
 MEMORY = DeviceMemory("GPU-1234", 8, 22, STORAGE)
 
 Background = Callable[..., Future]
@@ -45,9 +45,7 @@ def test_a_handle_survives_as_text_and_becomes_the_arguments_that_torch_takes():
     (arguments,) = memory.handles.values()
     assert arguments == (
         *(torch.Tensor, torch.Size([22]), (1,), 8, torch.storage.TypedStorage, torch.uint8),
-        *STORAGE[:4],
-        False,
-        *STORAGE[4:],
+        *STORAGE,
     )
     parameters = torch.multiprocessing.reductions.rebuild_cuda_tensor.__code__
     assert parameters.co_varnames[: parameters.co_argcount] == (
