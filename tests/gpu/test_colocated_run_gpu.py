@@ -12,22 +12,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Model, tokenizer and data of the Countdown example."""
-    folder = tmp_path_factory.mktemp("countdown") / "assets"
-    command = [sys.executable, str(ROOT / "examples/countdown/prepare.py"), "--output", str(folder)]
-    subprocess.run(command, check=True, timeout=120)
-    return folder
-
-
 @pytest.mark.parametrize("transport", ["ipc", "gloo"])
-def test_every_weight_arrives_in_the_engine_that_shares_the_gpu(assets: Path, tmp_path: Path, transport: str) -> None:
+def test_every_weight_arrives_in_the_engine_that_shares_the_gpu(
+    countdown_dir: Path, tmp_path: Path, transport: str
+) -> None:
     settings = {
         "run.output_dir": tmp_path / "run",
-        "model.hf_dir": assets / "model",
-        "data.train_files": assets / "train.parquet",
-        "warm_start.file": assets / "warm_start.parquet",
+        "model.hf_dir": countdown_dir / "model",
+        "data.train_files": countdown_dir / "train.parquet",
+        "warm_start.file": countdown_dir / "warm_start.parquet",
         "warm_start.steps": 12,
         "warm_start.warmup_steps": 3,
         "rollout.prompts_per_step": 8,

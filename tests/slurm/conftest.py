@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from job import Job
 from private_cluster import PROGRAMS, PrivateCluster
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def _install_slurm() -> None:
@@ -46,18 +43,9 @@ def cluster() -> Iterator[PrivateCluster]:
 
 
 @pytest.fixture(scope="session")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Model, tokenizer and data of the Countdown example."""
-    folder = tmp_path_factory.mktemp("countdown") / "assets"
-    command = [sys.executable, str(ROOT / "examples/countdown/prepare.py"), "--output", str(folder)]
-    subprocess.run(command, check=True, timeout=300)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def finished(cluster: PrivateCluster, assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+def finished(cluster: PrivateCluster, countdown_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """slurm/entropic_8b.sh run to its end without any disturbance."""
-    job = Job(cluster, tmp_path_factory.mktemp("finished"), assets)
+    job = Job(cluster, tmp_path_factory.mktemp("finished"), countdown_dir)
     job.submit()
     job.await_end()
     assert job.state() == "COMPLETED", job.log()

@@ -33,8 +33,10 @@ def test_nothing_is_left_on_the_nodes(finished: Job) -> None:
     assert not (finished.folder / f"slurm-{finished.id}/ray_token").exists()
 
 
-def test_preflight_names_the_node_and_what_it_lacks(cluster: PrivateCluster, assets: Path, tmp_path: Path) -> None:
-    job = Job(cluster, tmp_path, assets, data__train_files=tmp_path / "nowhere.parquet", cluster__device="cuda")
+def test_preflight_names_the_node_and_what_it_lacks(
+    cluster: PrivateCluster, countdown_dir: Path, tmp_path: Path
+) -> None:
+    job = Job(cluster, tmp_path, countdown_dir, data__train_files=tmp_path / "nowhere.parquet", cluster__device="cuda")
     job.submit()
     job.await_end()
     assert job.state() == "FAILED"

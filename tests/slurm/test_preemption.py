@@ -19,9 +19,9 @@ def _await_progress(job: Job, restarts: int) -> None:
 
 @pytest.mark.timeout(2400)
 def test_a_disturbed_job_has_the_metrics_of_an_undisturbed_one(
-    cluster: PrivateCluster, assets: Path, finished: Job, tmp_path: Path
+    cluster: PrivateCluster, countdown_dir: Path, finished: Job, tmp_path: Path
 ) -> None:
-    job = Job(cluster, tmp_path, assets, logging__wandb="offline")
+    job = Job(cluster, tmp_path, countdown_dir, logging__wandb="offline")
     job.submit()
 
     job.await_step(1)
