@@ -16,7 +16,7 @@ from megatron_entropic.cluster.environment import prepare_ray_environment
 from megatron_entropic.config import Config, PolicyConfig
 from megatron_entropic.config_checks import violations
 from megatron_entropic.config_loading import ConfigError, batch_arithmetic, config_warnings, load_config, read_config
-from megatron_entropic.errors import RunError, StopAsked
+from megatron_entropic.errors import RunError, StopAsked, UserError
 from megatron_entropic.evaluate_command import add_evaluate_parser
 from megatron_entropic.export_command import add_export_parser
 from megatron_entropic.replay_command import add_replay_parser
@@ -39,7 +39,7 @@ def main(arguments: Args[str] | None = None) -> int:
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         options.command(options)
-    except (ConfigError, ValueError, FileNotFoundError) as error:
+    except (UserError, FileNotFoundError) as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}")
         return 2
     except StopAsked as error:
@@ -86,7 +86,7 @@ def _preflight(options: argparse.Namespace) -> None:
     reports = preflight.collect_reports(place, required)
     Console(width=160).print(preflight.table(reports))
     if found := preflight.problems(reports, required):
-        raise ValueError("pre-flight:\n  " + "\n  ".join(found))
+        raise UserError("pre-flight:\n  " + "\n  ".join(found))
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -129,7 +129,7 @@ def _score(options: argparse.Namespace) -> None:
     )
     parallel = layout.world_size > 1 or layout.sequence_parallel or layout.expert_parallel > 1
     if options.backend != "megatron" and parallel:
-        raise ValueError(f"--backend {options.backend} runs in one process; parallel layouts need --backend megatron")
+        raise UserError(f"--backend {options.backend} runs in one process; parallel layouts need --backend megatron")
     files = {"hf_dir": options.hf_dir, "tokens_path": options.tokens, "output_path": options.output}
     if options.backend == "megatron":
         from megatron_entropic.policy.score_worker import score_file
@@ -153,7 +153,7 @@ def _report(options: argparse.Namespace) -> None:
     output_dir = options.output or options.run_dirs[0] / "report"
     evaluations = [is_evaluation(directory) for directory in options.run_dirs]
     if any(evaluations) and not all(evaluations):
-        raise ValueError("a report is about runs or about evaluations, not about both at once")
+        raise UserError("a report is about runs or about evaluations, not about both at once")
     write = write_evaluation_page if all(evaluations) else write_report
     Console().print(f"report: {write(options.run_dirs, output_dir)}", soft_wrap=True)
 

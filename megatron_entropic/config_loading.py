@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from megatron_entropic.config import Config
 from megatron_entropic.config_checks import Violation, machine_violations, violations
 from megatron_entropic.config_warnings import config_warnings
+from megatron_entropic.errors import UserError
 
 __all__ = [
     "ConfigError",
@@ -36,7 +37,7 @@ _PLACEHOLDERS: dict[str, Any] = {"model.hf_dir": ".", "data.train_files": ["."]}
 _NEAR_ENOUGH = 0.6
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot run; `violations` holds one message for each thing that is wrong."""
 
     def __init__(self, source: str, problems: list[str]):

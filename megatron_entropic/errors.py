@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 
+class UserError(ValueError):
+    """The person who started the command must change something; the message says what and where. Exit status 2.
+
+    It is a ValueError so that a reader of one row or one value can turn it into a line of a longer list of problems.
+    """
+
+
 class RunError(RuntimeError):
     """A run cannot go on; the message says what happened, where, and what to do."""
 

@@ -17,6 +17,7 @@ from typing import Any
 from megatron_entropic.cluster.engine_group import EngineGroup
 from megatron_entropic.config import Config, DataConfig
 from megatron_entropic.data import PromptDataset
+from megatron_entropic.errors import UserError
 from megatron_entropic.evaluation.generations import Generation, write_generations
 from megatron_entropic.evaluation.store import generations_path, stored_settings, summarise_stored, write_summary
 from megatron_entropic.evaluation.summary import BenchmarkSummary
@@ -37,7 +38,7 @@ class Evaluator:
         """Read every benchmark.
 
         Raises:
-            ValueError: listing every benchmark that cannot be used, with its rows. A problem that is too long or
+            UserError: listing every benchmark that cannot be used, with its rows. A problem that is too long or
                 malformed is an error here whatever `data` says: the numbers would be those of another benchmark.
         """
         self._config = config
@@ -56,7 +57,7 @@ class Evaluator:
             except ValueError as error:
                 refused.append(f"benchmark {name}: {error}")
         if refused:
-            raise ValueError("\n".join(refused))
+            raise UserError("\n".join(refused))
 
     def due(self, step: int) -> bool:
         """Whether the run is to be evaluated after this training step."""
@@ -70,7 +71,7 @@ class Evaluator:
             model: what identifies the weights.
 
         Raises:
-            ValueError: the directory holds responses made with other settings; naming those.
+            UserError: the directory holds responses made with other settings; naming those.
         """
         missing, problems = [], []
         for name in self._benchmarks:
@@ -81,7 +82,7 @@ class Evaluator:
                 changed = sorted(key for key in wanted | present if wanted.get(key) != present.get(key))
                 problems.append(f"  - {name}: {', '.join(changed)}")
         if problems:
-            raise ValueError(
+            raise UserError(
                 f"{directory} holds responses that were made with other settings; choose another directory\n"
                 + "\n".join(problems)
             )

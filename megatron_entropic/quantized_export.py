@@ -19,6 +19,7 @@ from megatron_entropic.data.problems import Problems
 from megatron_entropic.data.prompts import Messages, read_messages
 from megatron_entropic.data.rows import read_rows
 from megatron_entropic.data.tokenizer import load_tokenizer, render_prompts
+from megatron_entropic.errors import UserError
 from megatron_entropic.weights.atomic_directory import appears_when_complete
 from megatron_entropic.weights.hf_io import HfReader
 
@@ -67,7 +68,7 @@ def quantize_export(
         kl_tokens: positions for the KL; their log-probs over the whole vocabulary are held in memory.
 
     Raises:
-        ValueError: one error that lists everything that is wrong, before a model is loaded.
+        UserError: one error that lists everything that is wrong, before a model is loaded.
         ModuleNotFoundError: the extra `quant` is not installed.
         OSError: the output cannot be written.
     """
@@ -102,7 +103,7 @@ def find_hf_dir(source: Path) -> Path:
     """The Hugging Face directory itself, or that of a run: `hf/`, else its newest export.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     if (source / "config.json").is_file():
         return source
@@ -110,7 +111,7 @@ def find_hf_dir(source: Path) -> Path:
     for path in (source / "hf", *reversed(exports)):
         if (path / "config.json").is_file():
             return path
-    raise ValueError(f"{source}: neither a Hugging Face directory nor a run with one in hf/ or exports/")
+    raise UserError(f"{source}: neither a Hugging Face directory nor a run with one in hf/ or exports/")
 
 
 def _checked_prompts(

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from megatron_entropic.config import Config
+from megatron_entropic.errors import UserError
 from megatron_entropic.learning import score_batch, update_policy
 from megatron_entropic.observability.rollouts import RecordedStep, read_rollouts, recorded_steps, rollouts_path
 from megatron_entropic.policy.checkpoint_files import checkpoint_path, complete_checkpoints, verify_checkpoint
@@ -59,7 +60,7 @@ def replay(run_dir: Path, step: int, checkpoint: Path | None = None) -> Replay:
         checkpoint: to start from instead of that of the step before.
 
     Raises:
-        ValueError: the step was not recorded, or there is no state to start from; says which there are.
+        UserError: the step was not recorded, or there is no state to start from; says which there are.
         CheckpointError: the checkpoint is damaged.
     """
     recorded = _read(run_dir, step)
@@ -126,7 +127,7 @@ def _read(run_dir: Path, step: int) -> RecordedStep:
     path = rollouts_path(run_dir, step)
     if not path.exists():
         kept = ", ".join(map(str, recorded_steps(run_dir))) or "none"
-        raise ValueError(
+        raise UserError(
             f"{run_dir}: the rollouts of step {step} were not kept (kept: {kept}); see train.record_steps and "
             "logging.rollouts_every_steps"
         )
@@ -138,7 +139,7 @@ def _config_of_one_rank(run_dir: Path) -> Config:
     try:
         config = Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{run_dir}: not a run directory: {error}") from error
+        raise UserError(f"{run_dir}: not a run directory: {error}") from error
     return config.model_copy(update={"policy": config.policy.model_copy(update=ONE_RANK)})
 
 
@@ -152,7 +153,7 @@ def _state_before(run_dir: Path, step: int, config: Config) -> Path | None:
     if step == 1 and not config.warm_start.steps:
         return None
     names = ", ".join(path.name for path in complete) or "none"
-    raise ValueError(
+    raise UserError(
         f"{run_dir}: no checkpoint of step {step - 1} (there are: {names}); train.record_steps keeps it, --checkpoint "
         "takes another one, from which the numbers will differ"
     )

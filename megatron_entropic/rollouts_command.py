@@ -11,6 +11,7 @@ from rich.style import Style
 from rich.text import Text
 
 from megatron_entropic.data import load_tokenizer
+from megatron_entropic.errors import UserError
 from megatron_entropic.observability.pages import render_page, write_page
 from megatron_entropic.observability.rollout_view import ResponseView, StepView, view_step
 from megatron_entropic.observability.rollouts import read_rollouts, recorded_steps, rollouts_path
@@ -43,10 +44,10 @@ def _rollouts(options: argparse.Namespace) -> None:
     run = load_run(options.run_dir)
     steps = recorded_steps(options.run_dir)
     if not steps:
-        raise ValueError(f"{options.run_dir}: no rollouts are recorded; set logging.rollouts_every_steps")
+        raise UserError(f"{options.run_dir}: no rollouts are recorded; set logging.rollouts_every_steps")
     step = steps[-1] if options.step is None else options.step
     if step not in steps:
-        raise ValueError(f"{options.run_dir}: no rollouts of step {step}; there are {', '.join(map(str, steps[-10:]))}")
+        raise UserError(f"{options.run_dir}: no rollouts of step {step}; there are {', '.join(map(str, steps[-10:]))}")
     path = rollouts_path(options.run_dir, step)
     view = view_step(
         read_rollouts(path),

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from megatron_entropic.algorithms.tuning import Plant, Proposal, identify_plant, propose_gains
+from megatron_entropic.errors import UserError
 from megatron_entropic.observability.summary import Run, load_run
 
 
@@ -52,7 +53,7 @@ def identify_run(run: Run, last: int | None = None) -> tuple[Plant, float]:
         last: look at its last so many steps; None: at all.
 
     Raises:
-        ValueError: see `identify_plant`.
+        UserError: see `identify_plant`.
     """
     rows = [row for row in run.rows if row.get("entropy/mean") is not None and row.get("entropy/alpha") is not None]
     rows = rows[-last:] if last else rows
@@ -76,12 +77,12 @@ def tune_run(run_dir: Path, settling_steps: float, target: float | None = None, 
         last: look at the last so many rollout steps only.
 
     Raises:
-        ValueError: no target, or see `identify_plant` and `propose_gains`.
+        UserError: no target, or see `identify_plant` and `propose_gains`.
     """
     run = load_run(run_dir)
     aim = run.target if target is None else target
     if aim is None:
-        raise ValueError(f"{run_dir}: the run has no target; give one with --target")
+        raise UserError(f"{run_dir}: the run has no target; give one with --target")
     plant, entropy = identify_run(run, last)
     updates = run.setting("algorithm.optimizer_steps_per_rollout", 1) * run.setting("algorithm.epochs_per_rollout", 1)
     return Tuned(plant, propose_gains(plant, entropy, aim, settling_steps * updates), aim)

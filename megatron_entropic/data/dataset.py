@@ -25,6 +25,7 @@ from megatron_entropic.data.prompts import PromptForm, lookup, problem_text, rea
 from megatron_entropic.data.report import DataReport
 from megatron_entropic.data.rows import read_rows
 from megatron_entropic.data.tokenizer import Tokenizer, render_prompts
+from megatron_entropic.errors import UserError
 from megatron_entropic.types import Prompt
 
 TruthCheck = Callable[[list[Any]], list[str | None]]
@@ -55,7 +56,7 @@ class PromptDataset:
             other_columns: a file without any `answer_key` is read as if the key were not set.
 
         Raises:
-            ValueError: listing every file and row that cannot be used: no such file, damaged files, missing columns,
+            UserError: listing every file and row that cannot be used: no such file, damaged files, missing columns,
                 values of the wrong type, empty prompts, ground truths that the verifier cannot read, prompts longer
                 than `max_prompt_tokens` (unless `too_long: drop`); or nothing left after filtering. With
                 `skip_malformed` findings about rows are no error; `report` counts them.
@@ -216,7 +217,7 @@ class PromptDataset:
             members[file_number].append(position)
         empty = [str(file) for file, rows in zip(config.train_files, members, strict=True) if not rows]
         if empty:
-            raise ValueError(f"data.file_weights: no prompt is left of {', '.join(empty)}")
+            raise UserError(f"data.file_weights: no prompt is left of {', '.join(empty)}")
         return MixedOrder(members, config.file_weights, arrange, seed=seed)
 
 

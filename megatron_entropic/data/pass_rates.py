@@ -6,6 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
+from megatron_entropic.errors import UserError
+
 _COLUMNS = ["prompt", "reward"]
 
 
@@ -16,7 +18,7 @@ def read_pass_rates(file: Path) -> dict[str, float]:
         file: NAME.parquet of an evaluation whose benchmark was the training file.
 
     Raises:
-        ValueError: no such file, or not one of an evaluation.
+        UserError: no such file, or not one of an evaluation.
     """
     import pyarrow
     import pyarrow.parquet
@@ -24,7 +26,7 @@ def read_pass_rates(file: Path) -> dict[str, float]:
     try:
         columns = pyarrow.parquet.read_table(file, columns=_COLUMNS).to_pydict()
     except (pyarrow.ArrowException, OSError, KeyError) as error:
-        raise ValueError(f"{file}: not the stored responses of an evaluation: {error}") from error
+        raise UserError(f"{file}: not the stored responses of an evaluation: {error}") from error
     outcomes: dict[str, list[bool]] = defaultdict(list)
     for prompt, reward in zip(columns["prompt"], columns["reward"], strict=True):
         outcomes[prompt].append(reward > 0)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_entropic.errors import UserError
+
 _SHOWN = 10
 
 
@@ -57,7 +59,7 @@ class Problems:
             skip_rows: findings about rows alone are no error.
 
         Raises:
-            ValueError: files first, then each reason with its rows.
+            UserError: files first, then each reason with its rows.
         """
         if not self.messages and (skip_rows or not self._rows):
             return
@@ -65,7 +67,7 @@ class Problems:
         shown = [*self.messages[:_SHOWN], *self.row_lines()]
         more = len(self.messages) - _SHOWN
         tail = f"\n  ... and {more} more files or benchmarks" if more > 0 else ""
-        raise ValueError(f"{what}: {count} problem(s)\n" + "\n".join(f"  - {line}" for line in shown) + tail)
+        raise UserError(f"{what}: {count} problem(s)\n" + "\n".join(f"  - {line}" for line in shown) + tail)
 
 
 def _line(file: Path, unit: str, reason: str, found: list[tuple[int, str]], shown: int) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_entropic.config import DataConfig
 from megatron_entropic.data.problems import Row
+from megatron_entropic.errors import UserError
 
 Messages = list[dict[str, Any]]
 """Each with `role` and `content`, both strings."""
@@ -38,7 +39,7 @@ class PromptForm:
         """The prompt of a row with system prompt and suffix.
 
         Raises:
-            ValueError: there is none, or not one that can be used; saying why.
+            UserError: there is none, or not one that can be used; saying why.
         """
         messages = [dict(message) for message in read_messages(row, self.key)]
         if self.suffix:
@@ -53,22 +54,22 @@ def read_messages(row: Row, key: str) -> Messages:
     """The prompt of a row as messages; a string is one message of the user.
 
     Raises:
-        ValueError: no such column, or something else in it than a string or messages, or nothing.
+        UserError: no such column, or something else in it than a string or messages, or nothing.
     """
     keys = dict.fromkeys((key, *_PLAIN_PROMPT_KEYS))
     name, prompt = next(((k, v) for k in keys if (v := lookup(row.values, k)) is not None), (None, None))
     if name is None:
         columns = ", ".join(sorted(row.values)) or "none"
-        raise ValueError(f"no prompt (looked for {', '.join(keys)}; columns: {columns})")
+        raise UserError(f"no prompt (looked for {', '.join(keys)}; columns: {columns})")
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not all(_is_message(message) for message in prompt):
-        raise ValueError(
+        raise UserError(
             f"the prompt in {name} is of the wrong type ({_kind(prompt)}): expected a string, or messages with role "
             "and content"
         )
     if not any(message["content"].strip() for message in prompt):
-        raise ValueError(f"the prompt in {name} is empty")
+        raise UserError(f"the prompt in {name} is empty")
     return prompt
 
 
@@ -79,7 +80,7 @@ def read_truth(row: Row, key: str | None) -> Any:
         key: column or path; None looks for IFEval's two columns, the verl layout's, then `answer` and `ground_truth`.
 
     Raises:
-        ValueError: there is none, it is empty, or it is no value that could be one.
+        UserError: there is none, it is empty, or it is no value that could be one.
     """
     if key is None and row.values.get(_INSTRUCTIONS):
         return {name: row.values.get(name) for name in (_INSTRUCTIONS, "kwargs")}
@@ -87,13 +88,13 @@ def read_truth(row: Row, key: str | None) -> Any:
     name, truth = next(((k, v) for k in keys if (v := lookup(row.values, k)) is not None), (None, None))
     if name is None:
         columns = ", ".join(sorted(row.values)) or "none"
-        raise ValueError(f"no ground truth (looked for {', '.join(keys)}; columns: {columns})")
+        raise UserError(f"no ground truth (looked for {', '.join(keys)}; columns: {columns})")
     if not isinstance(truth, str | int | float | dict | list) or (
         isinstance(truth, float) and not math.isfinite(truth)
     ):
-        raise ValueError(f"the ground truth in {name} is of the wrong type ({_kind(truth)})")
+        raise UserError(f"the ground truth in {name} is of the wrong type ({_kind(truth)})")
     if isinstance(truth, str | dict | list) and not (truth.strip() if isinstance(truth, str) else truth):
-        raise ValueError(f"the ground truth in {name} is empty")
+        raise UserError(f"the ground truth in {name} is empty")
     return truth
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_entropic.data.problems import Problems, Row
+from megatron_entropic.errors import UserError
 
 __all__ = ["Problems", "Row", "read_rows"]
 
@@ -66,7 +67,7 @@ def _saved_dataset_rows(directory: Path, problems: Problems) -> Iterator[Row]:
         state = json.loads((directory / _SAVED_DATASET).read_text(encoding="utf-8"))
         names = [str(entry["filename"]) for entry in state["_data_files"]]
         if state.get("_indices_files") or state.get("_indices_data_files"):
-            raise ValueError("its rows are reordered by an index file; save it after flatten_indices()")
+            raise UserError("its rows are reordered by an index file; save it after flatten_indices()")
         tables = [_arrow_table(directory / name) for name in names]
     except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         problems.add(f"{directory}: not a directory that datasets' save_to_disk wrote: {error}")

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_entropic.errors import UserError
+
 
 @dataclass(frozen=True)
 class TokenLine:
@@ -36,7 +38,7 @@ def read_token_file(path: Path, vocab_size: int) -> list[TokenLine]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: one error that lists every bad line; or a file without lines.
+        UserError: one error that lists every bad line; or a file without lines.
     """
     lines = []
     problems = []
@@ -48,9 +50,9 @@ def read_token_file(path: Path, vocab_size: int) -> list[TokenLine]:
         except ValueError as error:
             problems.append(f"  - line {number}: {error}")
     if problems:
-        raise ValueError(f"{path}: {len(problems)} lines cannot be scored:\n" + "\n".join(problems))
+        raise UserError(f"{path}: {len(problems)} lines cannot be scored:\n" + "\n".join(problems))
     if not lines:
-        raise ValueError(f"{path}: no lines to score")
+        raise UserError(f"{path}: no lines to score")
     return lines
 
 
@@ -58,17 +60,17 @@ def _parse(text: str, vocab_size: int) -> TokenLine:
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error})") from error
+        raise UserError(f"not JSON ({error})") from error
     if not isinstance(record, dict) or not {"tokens", "prompt_length"} <= record.keys():
-        raise ValueError('expected an object with "tokens" and "prompt_length"')
+        raise UserError('expected an object with "tokens" and "prompt_length"')
     tokens, prompt_length = record["tokens"], record["prompt_length"]
     if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
-        raise ValueError('"tokens" must be a list of integers')
+        raise UserError('"tokens" must be a list of integers')
     outside = [token for token in tokens if not 0 <= token < vocab_size]
     if outside:
-        raise ValueError(f"tokens {outside[:5]} are outside the vocabulary of {vocab_size}")
+        raise UserError(f"tokens {outside[:5]} are outside the vocabulary of {vocab_size}")
     if type(prompt_length) is not int or not 1 <= prompt_length < len(tokens):
-        raise ValueError(
+        raise UserError(
             f"prompt_length {prompt_length!r} must be at least 1 and less than the number of tokens ({len(tokens)})"
         )
     return TokenLine(tokens, prompt_length, record)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_entropic.errors import UserError
+
 Tokenizer = Any
 """transformers.PreTrainedTokenizerBase; not named here, so that importing this file stays quick."""
 
@@ -14,18 +16,18 @@ def load_tokenizer(hf_dir: Path) -> Tokenizer:
     """The tokenizer of a local directory; nothing is downloaded and no code of the directory is run.
 
     Raises:
-        ValueError: no tokenizer in it, an unreadable one, or one without an end-of-sequence token.
+        UserError: no tokenizer in it, an unreadable one, or one without an end-of-sequence token.
     """
     from transformers import AutoTokenizer
 
     if not hf_dir.is_dir():
-        raise ValueError(f"{hf_dir}: no such model directory")
+        raise UserError(f"{hf_dir}: no such model directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"{hf_dir}: its tokenizer cannot be loaded: {error}") from error
+        raise UserError(f"{hf_dir}: its tokenizer cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{hf_dir}: the tokenizer has no end-of-sequence token (eos_token), so no response could end")
+        raise UserError(f"{hf_dir}: the tokenizer has no end-of-sequence token (eos_token), so no response could end")
     return tokenizer
 
 
@@ -39,10 +41,10 @@ def render_prompts(
     beginning-of-sequence token, where the model has one).
 
     Raises:
-        ValueError: the chat template is asked for and the tokenizer has none.
+        UserError: the chat template is asked for and the tokenizer has none.
     """
     if apply_chat_template and not getattr(tokenizer, "chat_template", None):
-        raise ValueError("data.apply_chat_template=true, but the tokenizer has no chat template")
+        raise UserError("data.apply_chat_template=true, but the tokenizer has no chat template")
     texts = [_text(prompt, tokenizer, apply_chat_template) for prompt in prompts]
     if not texts:
         return [], []

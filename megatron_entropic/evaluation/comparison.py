@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.evaluation.statistics import bootstrap_weights, interval, sign_flip_p_value
 from megatron_entropic.evaluation.summary import Estimate, Problem
 
@@ -32,12 +33,12 @@ def compare(name: str, first: Sequence[Problem], second: Sequence[Problem]) -> C
     """Compare pass rates; the number of responses may differ, the problems may not.
 
     Raises:
-        ValueError: the evaluations are not of the same problems.
+        UserError: the evaluations are not of the same problems.
     """
     # Not by their prompts: two models may have different chat templates.
     keys = [[(problem.index, problem.ground_truth) for problem in side] for side in (first, second)]
     if keys[0] != keys[1]:
-        raise ValueError(f"{name}: the two evaluations are not of the same problems (row and ground truth differ)")
+        raise UserError(f"{name}: the two evaluations are not of the same problems (row and ground truth differ)")
     differences = np.array([b.pass_rate - a.pass_rate for a, b in zip(first, second, strict=True)])
     seed = zlib.crc32(name.encode())
     resampled = bootstrap_weights(len(first), seed=seed) @ differences

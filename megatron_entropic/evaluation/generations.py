@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.observability.parquet import write_parquet
 
 _SETTINGS_KEY = b"megatron_entropic.evaluation"
@@ -71,7 +72,7 @@ def read_generations(path: Path) -> tuple[list[Generation], dict[str, Any]]:
     """(responses in the order of problem and sample, settings).
 
     Raises:
-        ValueError: not a file that `write_generations` wrote.
+        UserError: not a file that `write_generations` wrote.
     """
     import pyarrow
     import pyarrow.parquet
@@ -81,5 +82,5 @@ def read_generations(path: Path) -> tuple[list[Generation], dict[str, Any]]:
         settings = json.loads((table.schema.metadata or {})[_SETTINGS_KEY])
         generations = [Generation(**row) for row in table.to_pylist()]
     except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not the stored responses of an evaluation: {error}") from error
+        raise UserError(f"{path}: not the stored responses of an evaluation: {error}") from error
     return sorted(generations, key=lambda generation: (generation.problem, generation.sample)), settings

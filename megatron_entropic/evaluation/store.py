@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.evaluation.generations import read_generations
 from megatron_entropic.evaluation.summary import BenchmarkSummary, Problem, problems_of, summarise
 from megatron_entropic.evaluation.table import in_paper_order, markdown, overall
@@ -48,7 +49,7 @@ def stored_settings(directory: Path, benchmark: str) -> dict[str, Any] | None:
     """The settings of a benchmark's stored responses; None if there are none.
 
     Raises:
-        ValueError: there is something else in the place of the file.
+        UserError: there is something else in the place of the file.
     """
     path = generations_path(directory, benchmark)
     return read_generations(path)[1] if path.exists() else None
@@ -82,14 +83,14 @@ def load_evaluation(directory: Path) -> StoredEvaluation:
     """Read a finished evaluation; the numbers are computed again from the responses.
 
     Raises:
-        ValueError: no finished evaluation there, or damaged files.
+        UserError: no finished evaluation there, or damaged files.
     """
     path = directory / SUMMARY_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         label, names = content["label"], [benchmark["name"] for benchmark in content["benchmarks"]]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{directory}: no finished evaluation there ({error})") from error
+        raise UserError(f"{directory}: no finished evaluation there ({error})") from error
     found = {name: summarise_stored(directory, name) for name in names}
     return StoredEvaluation(
         directory, label, {name: problems for name, (problems, _) in found.items()}, [s for _, s in found.values()]

@@ -10,6 +10,7 @@ from itertools import groupby
 
 import numpy as np
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.evaluation.generations import Generation
 from megatron_entropic.evaluation.statistics import bootstrap_weights, interval, majority_is_correct, pass_at_k
 
@@ -77,7 +78,7 @@ def problems_of(generations: Sequence[Generation]) -> list[Problem]:
         generations: in the order of `read_generations`.
 
     Raises:
-        ValueError: no responses, or problems with different numbers of them.
+        UserError: no responses, or problems with different numbers of them.
     """
     problems = [
         Problem(index, group[0].prompt, group[0].ground_truth, tuple(group))
@@ -86,9 +87,7 @@ def problems_of(generations: Sequence[Generation]) -> list[Problem]:
     ]
     counts = Counter(len(problem.generations) for problem in problems)
     if len(counts) != 1:
-        raise ValueError(
-            f"every problem needs the same number of responses; found {dict(counts)} (responses: problems)"
-        )
+        raise UserError(f"every problem needs the same number of responses; found {dict(counts)} (responses: problems)")
     return problems
 
 

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_entropic.errors import UserError
+
 
 class JsonLinesWriter:
     """Appends objects to a file; each is on disk when `append` returns.
@@ -63,7 +65,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Every object of a file, in order. A torn last line, as a kill leaves it, is left out.
 
     Raises:
-        ValueError: naming file and line of anything else that is not a JSON object.
+        UserError: naming file and line of anything else that is not a JSON object.
         FileNotFoundError: no such file.
     """
     content = path.read_bytes()
@@ -72,9 +74,9 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from error
+            raise UserError(f"{path}, line {number}: not valid JSON: {error}") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+            raise UserError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
         rows.append(row)
     return rows
 

@@ -16,6 +16,7 @@ from types import ModuleType, TracebackType
 from typing import Any, Protocol
 
 from megatron_entropic.config import LoggingConfig
+from megatron_entropic.errors import UserError
 from megatron_entropic.observability.jsonl import JsonLinesWriter, read_json_lines
 
 METRICS_FILE = "metrics.jsonl"
@@ -54,7 +55,7 @@ class MetricsWriter:
             run_config: what W&B shows as the run's configuration (`Config.model_dump(mode="json")`).
 
         Raises:
-            ValueError: a sink is asked for and its library is not installed.
+            UserError: a sink is asked for and its library is not installed.
         """
         if config.tensorboard:
             _optional_import("tensorboard", "logging.tensorboard=false")
@@ -71,7 +72,7 @@ class MetricsWriter:
         """Forget every step after `step`, and open the sinks to go on from there.
 
         Raises:
-            ValueError: `logging.wandb=online`, and W&B does not start.
+            UserError: `logging.wandb=online`, and W&B does not start.
         """
         for sink in self._sinks or ():
             sink.close()
@@ -119,19 +120,19 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl in order of step; a torn last line is left out.
 
     Raises:
-        ValueError: no such file, no step in it, or a damaged line; the message names the run.
+        UserError: no such file, no step in it, or a damaged line; the message names the run.
     """
     path = run_dir / METRICS_FILE
     if not run_dir.is_dir():
-        raise ValueError(f"{run_dir}: no such run directory")
+        raise UserError(f"{run_dir}: no such run directory")
     if not path.is_file():
-        raise ValueError(f"{run_dir}: not a run directory, it has no {METRICS_FILE}")
+        raise UserError(f"{run_dir}: not a run directory, it has no {METRICS_FILE}")
     rows = read_json_lines(path)
     if not rows:
-        raise ValueError(f"{run_dir}: {METRICS_FILE} has no complete step yet")
+        raise UserError(f"{run_dir}: {METRICS_FILE} has no complete step yet")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get("step"), int):
-            raise ValueError(f"{path}, line {number}: no integer 'step'")
+            raise UserError(f"{path}, line {number}: no integer 'step'")
     return rows
 
 
@@ -172,7 +173,7 @@ class _WandbSink:
             self._run = self._start(mode, arguments)
         except self._wandb.Error as error:
             if config.wandb == "online":
-                raise ValueError(f"logging.wandb=online, but W&B does not start: {error}") from error
+                raise UserError(f"logging.wandb=online, but W&B does not start: {error}") from error
             logger.warning("W&B cannot be reached (%s): this run is recorded offline", error)
             self._run = self._start("offline", arguments)
         # The step is a metric like any other, since W&B refuses to write an own step again after a resume.
@@ -202,4 +203,4 @@ def _optional_import(module: str, switch: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(f"the library {module!r} is not installed: install it, or set {switch}") from error
+        raise UserError(f"the library {module!r} is not installed: install it, or set {switch}") from error

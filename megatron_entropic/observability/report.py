@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.observability import plots
 from megatron_entropic.observability.metrics import ENTROPY_BAND
 from megatron_entropic.observability.pages import render_page, write_page
@@ -37,7 +38,7 @@ def write_report(run_dirs: Sequence[Path], output_dir: Path) -> Path:
         run_dirs: one or several run directories; their figures are overlaid.
 
     Raises:
-        ValueError: naming every run that cannot be read, and why.
+        UserError: naming every run that cannot be read, and why.
     """
     runs = _load(run_dirs)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -79,9 +80,9 @@ def _load(run_dirs: Sequence[Path]) -> list[Run]:
         except ValueError as error:
             problems.append(str(error))
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     if not runs:
-        raise ValueError("a report needs at least one run directory")
+        raise UserError("a report needs at least one run directory")
     for name_of in (lambda run: run.name, lambda run: run.path.resolve().name, lambda run: f"{run.name} ({run.path})"):
         names = [name_of(run) for run in runs]
         if len(set(names)) == len(names):

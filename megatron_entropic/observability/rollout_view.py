@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.observability.rollouts import RecordedResponse, RecordedStep
 
 Touch = Literal["", "up", "down"]
@@ -102,14 +103,14 @@ def view_step(
         max_tokens: of a response; from a longer one the middle is left out.
 
     Raises:
-        ValueError: a prompt that is not in the step; naming some that are.
+        UserError: a prompt that is not in the step; naming some that are.
     """
     groups = [(index, list(members)) for index, members in groupby(recorded.responses, lambda r: r.sample.prompt.index)]
     present = [index for index, _ in groups]
     missing = [index for index in prompts if index not in present]
     if missing:
         some = ", ".join(map(str, present[:10]))
-        raise ValueError(f"step {recorded.step} has no prompt {', '.join(map(str, missing))}; it has {some}, ...")
+        raise UserError(f"step {recorded.step} has no prompt {', '.join(map(str, missing))}; it has {some}, ...")
     chosen = [group for group in groups if group[0] in prompts] if prompts else groups[:max_prompts]
     entropies = np.concatenate([response.entropies for response in recorded.responses])
     return StepView(

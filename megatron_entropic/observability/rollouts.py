@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.observability.parquet import write_parquet
 from megatron_entropic.types import Prompt, Sample, Scores
 from megatron_entropic.types import Sequence as TokenSequence
@@ -108,7 +109,7 @@ def read_rollouts(path: Path) -> RecordedStep:
     """Read one file back, responses in the order of the training batch.
 
     Raises:
-        ValueError: no such file, or not one that `write_rollouts` wrote.
+        UserError: no such file, or not one that `write_rollouts` wrote.
     """
     import pyarrow
     import pyarrow.parquet
@@ -119,7 +120,7 @@ def read_rollouts(path: Path) -> RecordedStep:
         responses = [_response(row) for row in table.to_pylist()]
         return RecordedStep(content["step"], content["metrics"], responses)
     except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not the recorded rollouts of a step: {error}") from error
+        raise UserError(f"{path}: not the recorded rollouts of a step: {error}") from error
 
 
 def _response(row: dict[str, Any]) -> RecordedResponse:

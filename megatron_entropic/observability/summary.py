@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.observability.jsonl import read_json_lines
 from megatron_entropic.observability.metrics import ENTROPY_BAND, read_metrics
 from megatron_entropic.observability.samples import SAMPLES_FILE
@@ -105,7 +106,7 @@ def load_run(path: Path) -> Run:
     """Read a run directory.
 
     Raises:
-        ValueError: no metrics, or damaged files; the message names the run.
+        UserError: no metrics, or damaged files; the message names the run.
     """
     rows = read_metrics(path)
     config_path, samples_path = path / CONFIG_FILE, path / SAMPLES_FILE
@@ -113,9 +114,9 @@ def load_run(path: Path) -> Run:
     try:
         config = yaml.safe_load(text) if text else {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{config_path}: not valid YAML: {error}") from error
+        raise UserError(f"{config_path}: not valid YAML: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{config_path}: expected sections, found {type(config).__name__}")
+        raise UserError(f"{config_path}: expected sections, found {type(config).__name__}")
     samples = read_json_lines(samples_path) if samples_path.is_file() else []
     section = config.get("run")
     name = str(section["name"]) if isinstance(section, dict) and section.get("name") else path.resolve().name

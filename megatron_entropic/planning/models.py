@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.weights.dimensions import ModelDimensions, read_dimensions
 from megatron_entropic.weights.experts import ExpertDimensions
 
@@ -43,7 +44,7 @@ def find_model(hf_dir: Path, model_config: Path | None = None) -> PlannedModel:
         model_config: a config.json to take instead.
 
     Raises:
-        ValueError: no such file, no known model of that name, or a model that cannot be planned for.
+        UserError: no such file, no known model of that name, or a model that cannot be planned for.
     """
     if model_config is not None:
         return read_model(model_config, model_config.stem if model_config.stem != "config" else hf_dir.name)
@@ -52,7 +53,7 @@ def find_model(hf_dir: Path, model_config: Path | None = None) -> PlannedModel:
     known = {path.stem: path for path in sorted(KNOWN_MODELS.glob("*.json"))}
     matches = [name for name in known if hf_dir.name.lower().startswith(name.lower())]
     if not matches:
-        raise ValueError(
+        raise UserError(
             f"model.hf_dir={hf_dir}: no config.json in it, and {hf_dir.name!r} is not the name of a known model "
             f"({', '.join(known)}); give its config.json with --model-config"
         )
@@ -63,14 +64,14 @@ def read_model(path: Path, name: str) -> PlannedModel:
     """The model that a config.json describes.
 
     Raises:
-        ValueError: not readable, or a model that cannot be planned for; all reasons in one message.
+        UserError: not readable, or a model that cannot be planned for; all reasons in one message.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from error
+        raise UserError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}")
+        raise UserError(f"{path}: expected a JSON object, found {type(config).__name__}")
     return PlannedModel(name, _dimensions(config, path), str(path))
 
 
@@ -82,4 +83,4 @@ def _dimensions(config: dict[str, Any], path: Path) -> ModelDimensions:
         try:
             return read_dimensions(copy.parent)
         except ValueError as error:
-            raise ValueError(str(error).replace(str(copy), str(path))) from error
+            raise UserError(str(error).replace(str(copy), str(path))) from error

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_entropic.algorithms import PolicyLoss, find_policy_loss, importance_ratios, importance_weights
 from megatron_entropic.config import Config
 from megatron_entropic.config_algorithm import AlgorithmConfig
+from megatron_entropic.errors import UserError
 from megatron_entropic.types import Sequence
 
 
@@ -42,7 +43,7 @@ class LossSettings:
         """Collect them.
 
         Raises:
-            ValueError: there is no such policy loss.
+            UserError: there is no such policy loss.
         """
         control = config.entropy_control
         return cls(
@@ -96,7 +97,7 @@ def token_fields(
         marks: of each sequence, for a policy loss with a plan.
 
     Raises:
-        ValueError: a sequence lacks a field that the configured loss needs, or a field is not [R].
+        UserError: a sequence lacks a field that the configured loss needs, or a field is not [R].
     """
     return TokenFields(
         lengths=torch.tensor([sequence.response_length for sequence in sequences], dtype=torch.int64, device=device),
@@ -126,6 +127,6 @@ def _column(sequences: Seq[Sequence], name: str, device: torch.device) -> Tensor
         part = getattr(sequence, name)
         if part is None or part.shape != (sequence.response_length,):
             found = "nothing" if part is None else f"shape {tuple(part.shape)}"
-            raise ValueError(f"sequence {index}: {name} needs [{sequence.response_length}], got {found}")
+            raise UserError(f"sequence {index}: {name} needs [{sequence.response_length}], got {found}")
         parts.append(part.to(dtype=torch.float32))
     return torch.cat(parts).to(device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from megatron_entropic.config import PolicyConfig
+from megatron_entropic.errors import UserError
 from megatron_entropic.policy.context_cut import ContextCut
 from megatron_entropic.policy.microbatch import PackingRules
 
@@ -125,13 +126,13 @@ def initialise_model_parallel(policy: PolicyConfig) -> ParallelState:
     """Creates megatron-core's process groups for this layout; torch.distributed must be initialised.
 
     Raises:
-        ValueError: the layout is not supported or does not fit the number of ranks (all reasons in one message).
+        UserError: the layout is not supported or does not fit the number of ranks (all reasons in one message).
     """
     from megatron.core import parallel_state
 
     problems = layout_problems(policy, dist.get_world_size())
     if problems:
-        raise ValueError("the policy cannot be laid out as asked:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise UserError("the policy cannot be laid out as asked:\n" + "\n".join(f"  - {p}" for p in problems))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=policy.tensor_parallel,
         pipeline_model_parallel_size=policy.pipeline_parallel,

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from megatron_entropic.errors import PhaseTimeout
+from megatron_entropic.errors import PhaseTimeout, UserError
 from megatron_entropic.policy.cpu_patches import apply_cpu_patches
 from megatron_entropic.policy.megatron_versions import check_megatron_version, installed_megatron_version
 from megatron_entropic.policy.noise import silence_known_noise
@@ -182,11 +182,11 @@ def select_platform(device: Device = "auto") -> Platform:
         device: "auto" takes CUDA where torch finds a GPU.
 
     Raises:
-        ValueError: CUDA asked for where there is none, or megatron-core missing or of an unknown version.
+        UserError: CUDA asked for where there is none, or megatron-core missing or of an unknown version.
     """
     version = check_megatron_version(installed_megatron_version())
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but torch finds no GPU (cluster.device=cpu runs without one)")
+        raise UserError("device cuda was asked for, but torch finds no GPU (cluster.device=cpu runs without one)")
     silence_known_noise()
     # One hardware queue keeps megatron-core's communication ahead of the computation it overlaps with; it insists.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

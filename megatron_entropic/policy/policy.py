@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_entropic.config import Config
+from megatron_entropic.errors import UserError
 from megatron_entropic.policy import checkpoint
 from megatron_entropic.policy.background_export import BackgroundExport
 from megatron_entropic.policy.checkpoint_writer import CheckpointWriter
@@ -61,7 +62,7 @@ class Policy:
     chunks of this rank's stage, not wrapped), `plan` (buckets of its parameters), `optimizer`.
 
     Raises:
-        ValueError: the model directory or the layout does not work; all reasons in one message.
+        UserError: the model directory or the layout does not work; all reasons in one message.
         PhaseTimeout: not all ranks joined in time.
     """
 
@@ -149,12 +150,12 @@ class Policy:
             On one rank of each replica (`parallel.reports`) statistics in the caller's order, else None.
 
         Raises:
-            ValueError: the reference is asked for, but algorithm.kl.coefficient is 0.
+            UserError: the reference is asked for, but algorithm.kl.coefficient is 0.
         """
         self._memory.restore(["parameters"])
         model = self._reference if reference else self._machinery.model
         if model is None:
-            raise ValueError("no reference model: algorithm.kl.coefficient is 0")
+            raise UserError("no reference model: algorithm.kl.coefficient is 0")
         scores = score_sequences(
             model,
             sequences,
@@ -174,11 +175,11 @@ class Policy:
             Metrics, equal on all ranks; see `PolicyUpdate.step`.
 
         Raises:
-            ValueError: a sequence lacks what the loss reads, nothing was scored yet, or the warm start has not ended.
+            UserError: a sequence lacks what the loss reads, nothing was scored yet, or the warm start has not ended.
             RuntimeError: the controller's replicas differ between ranks.
         """
         if self._warming_up:
-            raise ValueError("the warm start has not ended: begin_reinforcement_learning() comes before update()")
+            raise UserError("the warm start has not ended: begin_reinforcement_learning() comes before update()")
         self._memory.restore(PARTS)
         metrics = self._update.step(minibatch, self.optimizer, freshly_scored=self._freshly_scored)
         if not metrics["optimizer/skipped"]:
@@ -328,7 +329,7 @@ class Policy:
         if reference_dir is None:
             model = self._load(self.config.model.hf_dir, self.config.model.megatron_dir)
         elif read_dimensions(reference_dir) != self.parameter_map.dimensions:
-            raise ValueError(f"algorithm.kl.reference_hf_dir={reference_dir} is not of the policy's architecture")
+            raise UserError(f"algorithm.kl.reference_hf_dir={reference_dir} is not of the policy's architecture")
         else:
             model = self._load(reference_dir)
         model.requires_grad_(False)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.policy.microbatch import MicroBatch
 from megatron_entropic.policy.parallel import ParallelState
 
@@ -82,12 +83,12 @@ def check_hook() -> None:
     """Refuse a megatron-core whose routers cannot be told what to choose.
 
     Raises:
-        ValueError: it lacks the hook.
+        UserError: it lacks the hook.
     """
     from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 
     if "router_replay" not in inspect.signature(topk_routing_with_score_function).parameters:
-        raise ValueError(
+        raise UserError(
             "policy.moe_router_replay needs a megatron-core whose routers take `router_replay`, such as 0.16.1"
         )
 
@@ -102,13 +103,13 @@ def with_choices(micro_batch: MicroBatch, parallel: ParallelState) -> MicroBatch
     """The micro-batch with the experts of its sequences laid out for this rank.
 
     Raises:
-        ValueError: a sequence without `experts`.
+        UserError: a sequence without `experts`.
     """
     if not micro_batch.sequences:
         return micro_batch
     experts = [sequence.experts for sequence in micro_batch.sequences if sequence.experts is not None]
     if len(experts) < len(micro_batch.sequences):
-        raise ValueError("router replay: a sequence lacks the experts that the score pass chose")
+        raise UserError("router replay: a sequence lacks the experts that the score pass chose")
     first = experts[0]
     # Padding has no choice.
     whole = first.new_full((_tokens(micro_batch), *first.shape[1:]), no_choice(first.dtype))

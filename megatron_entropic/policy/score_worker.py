@@ -20,6 +20,7 @@ import torch
 
 from megatron_entropic.config import Dtype, PolicyConfig
 from megatron_entropic.data.token_file import TokenLine, read_token_file, write_scored_file
+from megatron_entropic.errors import UserError
 from megatron_entropic.policy.alignment import pack_alike
 from megatron_entropic.policy.data_parallel import attention_weight, data_parallel_shards, sequence_costs
 from megatron_entropic.policy.load_weights import load_weights
@@ -73,7 +74,7 @@ def score_file(
     if policy.data_parallel > len(lines):
         problems.append(f"data_parallel={policy.data_parallel}, but there are {len(lines)} sequences")
     if problems:
-        raise ValueError(f"{hf_dir} cannot be scored as asked:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise UserError(f"{hf_dir} cannot be scored as asked:\n" + "\n".join(f"  - {p}" for p in problems))
     job = _Job(
         hf_dir=str(Path(hf_dir).absolute()),
         policy=policy.model_dump(),

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_entropic.config import Dtype, PolicyConfig
+from megatron_entropic.errors import UserError
 from megatron_entropic.policy.parallel import ParallelState
 from megatron_entropic.policy.platform import Platform
 from megatron_entropic.weights.dimensions import ModelDimensions
@@ -25,13 +26,13 @@ def build_transformer_config(
     """The configuration every module of this rank's model shares.
 
     Raises:
-        ValueError: the layout does not divide the model, or this platform lacks what the configuration asks for.
+        UserError: the layout does not divide the model, or this platform lacks what the configuration asks for.
     """
     from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
     problems = dimensions.layout_problems(policy)
     if problems:
-        raise ValueError("the policy cannot be laid out as asked:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise UserError("the policy cannot be laid out as asked:\n" + "\n".join(f"  - {p}" for p in problems))
     params_dtype = DTYPES[dtype]
     config_class = TransformerConfig if dimensions.latent is None else MLATransformerConfig
     return config_class(
@@ -172,7 +173,7 @@ def _fp8(policy: PolicyConfig, platform: Platform) -> dict[str, Any]:
     if policy.fp8 == "off":
         return {}
     if not platform.transformer_engine:
-        raise ValueError(
+        raise UserError(
             f"policy.fp8={policy.fp8} needs a GPU and Transformer Engine, which is not installed here "
             "(pip install 'megatron_entropic[gpu]')"
         )

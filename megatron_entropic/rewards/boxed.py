@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from megatron_entropic.errors import UserError
+
 
 def last_boxed(text: str) -> str | None:
     r"""What stands in the last \boxed{} of a text, braces balanced; None without one or if it is not closed."""
@@ -24,12 +26,12 @@ def gold_answer(ground_truth: Any) -> str:
     r"""The answer in a ground truth: LaTeX or a number, with or without \boxed{}; a dictionary's `answer` or `target`.
 
     Raises:
-        ValueError: it is empty.
+        UserError: it is empty.
     """
     if isinstance(ground_truth, dict):
         ground_truth = ground_truth.get("answer", ground_truth.get("target"))
     if ground_truth is None or not str(ground_truth).strip():
-        raise ValueError("the ground truth is empty")
+        raise UserError("the ground truth is empty")
     text = str(ground_truth).strip()
     boxed = last_boxed(text)
     return text if boxed is None else boxed

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_entropic.errors import UserError
+
 _NUMBER = r"[0-9]{1,9}"
 _EXPRESSION = re.compile(rf"{_NUMBER}(?:[+\-*]{_NUMBER})*")
 _MAX_CHARACTERS = 1000
@@ -22,7 +24,7 @@ def countdown(response: str, ground_truth: Any, extra_info: Mapping[str, Any]) -
         ground_truth: {"numbers": [...], "target": n}, or the same as a JSON string.
 
     Raises:
-        ValueError: a ground truth that is not of this form.
+        UserError: a ground truth that is not of this form.
     """
     numbers, target = _problem(ground_truth)
     expression = "".join(response.split())
@@ -38,7 +40,7 @@ def _problem(ground_truth: Any) -> tuple[list[int], int]:
     try:
         return [int(number) for number in problem["numbers"]], int(problem["target"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"expected a ground truth with numbers and target, found {ground_truth!r}") from error
+        raise UserError(f"expected a ground truth with numbers and target, found {ground_truth!r}") from error
 
 
 def _value(expression: str) -> int:

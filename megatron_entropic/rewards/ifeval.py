@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.rewards.instruction_checks import CHECKS
 
 
@@ -17,7 +18,7 @@ def ifeval(response: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> f
             Arguments that are None are as good as absent.
 
     Raises:
-        ValueError: a ground truth that is not of this form, an unknown instruction, or one that lacks an argument.
+        UserError: a ground truth that is not of this form, an unknown instruction, or one that lacks an argument.
     """
     # All of them are looked at, so that a ground truth with a mistake in it is found whatever the response.
     followed = [_followed(response, name, given) for name, given in _instructions(ground_truth)]
@@ -27,12 +28,12 @@ def ifeval(response: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> f
 def _instructions(ground_truth: Any) -> list[tuple[str, dict[str, Any]]]:
     truth = json.loads(ground_truth) if isinstance(ground_truth, str) else ground_truth
     if not isinstance(truth, dict) or not truth.get("instruction_id_list"):
-        raise ValueError(f"expected a ground truth with instruction_id_list and kwargs, found {ground_truth!r:.200}")
+        raise UserError(f"expected a ground truth with instruction_id_list and kwargs, found {ground_truth!r:.200}")
     names = list(truth["instruction_id_list"])
     given = list(truth.get("kwargs") or [{}] * len(names))
     unknown = [name for name in names if name not in CHECKS]
     if unknown or len(given) != len(names):
-        raise ValueError(
+        raise UserError(
             f"unknown instructions: {', '.join(map(str, unknown))}" if unknown else "kwargs is not as long as its ids"
         )
     return [
@@ -45,5 +46,5 @@ def _followed(response: str, name: str, given: dict[str, Any]) -> bool:
     try:
         follows = CHECKS[name](response, given)
     except KeyError as error:
-        raise ValueError(f"the instruction {name} lacks the argument {error}") from error
+        raise UserError(f"the instruction {name} lacks the argument {error}") from error
     return bool(response.strip()) and follows

@@ -13,6 +13,7 @@ from typing import Any
 
 from math_verify import parse, verify
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.rewards.boxed import gold_answer, last_boxed
 
 _ANSWER_CHARACTERS = 300
@@ -33,7 +34,7 @@ def math_answer(response: str, ground_truth: Any, extra_info: Mapping[str, Any])
         ground_truth: LaTeX or a number, with or without \boxed{}; or a dictionary with `answer` or `target`.
 
     Raises:
-        ValueError: a ground truth that cannot be read.
+        UserError: a ground truth that cannot be read.
     """
     gold, answer = gold_answer(ground_truth), last_boxed(response)
     if answer is None or len(answer) > max(_ANSWER_CHARACTERS, 2 * len(gold)):
@@ -42,7 +43,7 @@ def math_answer(response: str, ground_truth: Any, extra_info: Mapping[str, Any])
         return 1.0
     parsed_gold = _parse(gold)
     if not parsed_gold:
-        raise ValueError(f"the ground truth {gold!r} cannot be read as mathematics")
+        raise UserError(f"the ground truth {gold!r} cannot be read as mathematics")
     return float(verify(parsed_gold, _parse(answer), timeout_seconds=None, raise_on_error=True))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.rewards.verifiers import BatchVerifier, Verifier, takes_batches
 
 Job = tuple[str, Any, Mapping[str, Any]]
@@ -41,7 +42,7 @@ def _judge_together(verifier: Any, jobs: Sequence[Job]) -> list[Verdict]:
     try:
         rewards = list(verifier(responses, truths, extras))
         if len(rewards) != len(jobs):
-            raise ValueError(f"the verifier returned {len(rewards)} rewards for {len(jobs)} responses")
+            raise UserError(f"the verifier returned {len(rewards)} rewards for {len(jobs)} responses")
         return [_verdict(reward) for reward in rewards]
     except (Exception, SystemExit) as error:  # noqa: BLE001  as above
         return [_failure(error)] * len(jobs)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from megatron_entropic.errors import UserError
+
 Verifier = Callable[[str, Any, Mapping[str, Any]], float]
 """(response text, ground truth, extra_info of the row) -> reward. What it raises is counted as a verifier error."""
 
@@ -40,21 +42,21 @@ def build_verifier(name: str, format_pattern: str = "") -> Verifier | BatchVerif
         format_pattern: `reward.format_pattern`, which `format` needs.
 
     Raises:
-        ValueError: no such verifier, or its module does not import.
+        UserError: no such verifier, or its module does not import.
     """
     target = BUILT_IN.get(name, name)
     module_name, separator, function_name = target.partition(":")
     if not separator:
-        raise ValueError(f"no verifier {name!r}: expected one of {', '.join(BUILT_IN)}, or module:function")
+        raise UserError(f"no verifier {name!r}: expected one of {', '.join(BUILT_IN)}, or module:function")
     # An installed command does not look into the current directory; people keep their own verifiers there.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ValueError(f"verifier {name!r}: {error}") from error
+        raise UserError(f"verifier {name!r}: {error}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise ValueError(f"verifier {name!r}: the module {module_name} has no function {function_name!r}")
+        raise UserError(f"verifier {name!r}: the module {module_name} has no function {function_name!r}")
     verifier: Verifier | BatchVerifier = function
     return partial(function, re.compile(format_pattern, re.DOTALL)) if name == "format" else verifier

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_entropic.config import Dtype, RolloutConfig, Sampling, Transport
+from megatron_entropic.errors import UserError
 from megatron_entropic.rollout.environment import Device, prepare_environment
 from megatron_entropic.rollout.noise import silence_known_noise
 from megatron_entropic.types import GenerationRequest, Sample
@@ -65,11 +66,11 @@ class RolloutEngine:
             load_weights: False: only the configuration is read, and nothing can be sampled before `receive`.
 
         Raises:
-            ValueError: an architecture that the weight map does not know, a limit that vLLM refuses, or quantisation on
+            UserError: an architecture that the weight map does not know, a limit that vLLM refuses, or quantisation on
                 a CPU.
         """
         if config.quantization != "off" and device == "cpu":
-            raise ValueError(
+            raise UserError(
                 f"rollout.quantization={config.quantization} needs a GPU: vLLM has no 8-bit products on a CPU"
             )
         prepare_environment(device)
@@ -126,7 +127,7 @@ class RolloutEngine:
             sampling: None: that of the configuration.
 
         Raises:
-            ValueError: a prompt that leaves no room for max_response_tokens.
+            UserError: a prompt that leaves no room for max_response_tokens.
             RuntimeError: the weights are incomplete.
         """
         from vllm import TokensPrompt
@@ -161,7 +162,7 @@ class RolloutEngine:
             For each sequence its L - prompt_length log-probs, in the caller's order.
 
         Raises:
-            ValueError: vLLM has no room for a sequence and one token more.
+            UserError: vLLM has no room for a sequence and one token more.
             RuntimeError: the weights are incomplete.
         """
         _ = self.weights_version  # refuses incomplete weights
@@ -220,7 +221,7 @@ class RolloutEngine:
         """Take in all buckets of `plan` while the policy publishes them; the weights are then `weights_version`.
 
         Raises:
-            ValueError: the plan does not hold exactly this model's tensors; nothing has been received.
+            UserError: the plan does not hold exactly this model's tensors; nothing has been received.
             PhaseTimeout, PeerDied: naming bucket, worker and peer.
             RuntimeError: the prefix cache could not be emptied, or vLLM reports another version afterwards.
         """
@@ -296,7 +297,7 @@ class RolloutEngine:
         too_long = [r.prompt for r in requests if len(r.prompt.tokens) > room]
         if too_long:
             worst = max(too_long, key=lambda prompt: len(prompt.tokens))
-            raise ValueError(
+            raise UserError(
                 f"{len(too_long)} prompts are longer than the {room} tokens that max_response_tokens="
                 f"{response_tokens} leaves of {self._max_model_tokens}; the longest is prompt "
                 f"{worst.index} with {len(worst.tokens)}"
@@ -309,7 +310,7 @@ def check_complete(buckets: Sequence[FlatContents], hf_tensors: dict[str, tuple[
     vLLM keeps the old values of tensors that an update leaves out, without a word.
 
     Raises:
-        ValueError: listing every difference.
+        UserError: listing every difference.
     """
     sent = [pair for contents in buckets for pair in zip(contents.names, contents.shapes, strict=True)]
     times_sent = Counter(name for name, _ in sent)
@@ -321,7 +322,7 @@ def check_complete(buckets: Sequence[FlatContents], hf_tensors: dict[str, tuple[
         elif tuple(shape) != tuple(hf_tensors[name]):
             problems.append(f"{name}: shape {tuple(shape)}, the model has {tuple(hf_tensors[name])}")
     if problems:
-        raise ValueError("publish: the update does not fit the engine's model:\n  " + "\n  ".join(problems))
+        raise UserError("publish: the update does not fit the engine's model:\n  " + "\n  ".join(problems))
 
 
 def stop_token_ids(hf_dir: Path) -> list[int]:

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
-from megatron_entropic.errors import PeerDied
+from megatron_entropic.errors import PeerDied, UserError
 from megatron_entropic.weights.shared_block import SharedBlock
 from megatron_entropic.weights.transport import FlatContents, SendingRanks, listening_store, named_wait
 
@@ -77,12 +77,12 @@ def connection_options() -> dict[str, Any]:
     """vLLM's connection: buckets come as one buffer each.
 
     Raises:
-        ValueError: this vLLM cannot do that.
+        UserError: this vLLM cannot do that.
     """
     from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferInitInfo
 
     if "packed" not in {field.name for field in fields(IPCWeightTransferInitInfo)}:
-        raise ValueError("this vLLM has no packed IPC connection: install 0.32 or set cluster.transport=gloo")
+        raise UserError("this vLLM has no packed IPC connection: install 0.32 or set cluster.transport=gloo")
     return {"packed": True}
 
 
@@ -104,13 +104,13 @@ class IpcSender:
         """Open the rendezvous; `GlooSender` has the arguments.
 
         Raises:
-            ValueError: `delta`, which vLLM's receiving engine does not understand, or more than one receiver.
+            UserError: `delta`, which vLLM's receiving engine does not understand, or more than one receiver.
         """
         del lent  # host memory plays no part
         if delta:
-            raise ValueError("rollout.publish=delta needs cluster.transport=gloo; over CUDA IPC use full")
+            raise UserError("rollout.publish=delta needs cluster.transport=gloo; over CUDA IPC use full")
         if receivers != 1:
-            raise ValueError(f"CUDA IPC reaches the engine worker on the same GPU, not {receivers} of them")
+            raise UserError(f"CUDA IPC reaches the engine worker on the same GPU, not {receivers} of them")
         self._host = host
         self._name = name
         self._sent = 0
@@ -184,7 +184,7 @@ class IpcReceiver:
 
         Raises:
             PhaseTimeout, PeerDied: the sender did not come or is gone.
-            ValueError: the sender announces something else.
+            UserError: the sender announces something else.
         """
         number, self._received = self._received, self._received + 1
         phase = f"publish: buffer {number}, {contents.describe()}"
@@ -193,7 +193,7 @@ class IpcReceiver:
         answer = _LOADED
         try:
             if announcement["contents"] != contents.describe():
-                raise ValueError(f"{phase}: {self._sender} announces {announcement['contents']}")
+                raise UserError(f"{phase}: {self._sender} announces {announcement['contents']}")
             yield _update_info(contents, DeviceMemory.from_json(announcement["memory"]))
         except BaseException as error:
             answer = f"{type(error).__name__}: {error}"

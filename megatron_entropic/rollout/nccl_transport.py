@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.weights.shared_block import SharedBlock
 from megatron_entropic.weights.transport import FlatContents, SendingRanks
 
@@ -49,11 +50,11 @@ class NcclSender:
         """Choose a port for the rendezvous of `receivers` workers; `accept` opens it.
 
         Raises:
-            ValueError: `delta`, which vLLM's receiving engine does not understand.
+            UserError: `delta`, which vLLM's receiving engine does not understand.
         """
         del timeout_s, name, lent  # host memory plays no part
         if delta:
-            raise ValueError("rollout.publish=delta needs cluster.transport=gloo; over NCCL use full")
+            raise UserError("rollout.publish=delta needs cluster.transport=gloo; over NCCL use full")
         self._receivers = receivers
         self._group: Any = None
         with socket.create_server((host, 0)) as probe:

@@ -9,6 +9,7 @@ import torch
 
 from megatron_entropic.config import Dtype, RolloutConfig
 from megatron_entropic.data.token_file import read_token_file, write_scored_file
+from megatron_entropic.errors import UserError
 from megatron_entropic.rollout.engine import RolloutEngine
 from megatron_entropic.weights.dimensions import ModelDimensions, read_dimensions
 
@@ -29,10 +30,10 @@ def score_file(hf_dir: Path, tokens_path: Path, output_path: Path, dtype: Dtype,
 
     Raises:
         FileNotFoundError: no such file or directory.
-        ValueError: bad lines, a sequence as long as the model's context, or a temperature other than 1.
+        UserError: bad lines, a sequence as long as the model's context, or a temperature other than 1.
     """
     if temperature != 1.0:
-        raise ValueError(
+        raise UserError(
             f"--temperature {temperature:g}: vLLM reports log-probs of given tokens at temperature 1 only; "
             "use --backend megatron or transformers for another"
         )
@@ -40,7 +41,7 @@ def score_file(hf_dir: Path, tokens_path: Path, output_path: Path, dtype: Dtype,
     lines = read_token_file(tokens_path, dimensions.vocab_size)
     longest = max(len(line.tokens) for line in lines)
     if longest >= dimensions.max_position_embeddings:
-        raise ValueError(
+        raise UserError(
             f"{tokens_path}: the longest line has {longest} tokens; vLLM needs room for one more within the model's "
             f"{dimensions.max_position_embeddings}"
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.weights.atomic_directory import appears_when_complete, output_problems
 from megatron_entropic.weights.dimensions import read_dimensions
 from megatron_entropic.weights.hf_io import HfReader, Problems, copy_companions, create_weight_files
@@ -59,7 +60,7 @@ def hf_to_megatron(
         report: called with progress.
 
     Raises:
-        ValueError: from `HfReader`, or one error that lists why nothing can be written; or tensors hold NaN.
+        UserError: from `HfReader`, or one error that lists why nothing can be written; or tensors hold NaN.
         OSError: the output could not be written.
     """
     reader = HfReader(hf_dir)
@@ -97,7 +98,7 @@ def megatron_to_hf(
         max_shard_bytes, workers, begin, report: as `hf_to_megatron` and `write_hf_directory`.
 
     Raises:
-        ValueError: from `read_dimensions` or `MegatronCheckpoint`, or one error that lists why nothing can be written;
+        UserError: from `read_dimensions` or `MegatronCheckpoint`, or one error that lists why nothing can be written;
             or tensors hold NaN.
         OSError: the output could not be written.
     """
@@ -125,11 +126,11 @@ def read_template(megatron_dir: Path, template_dir: Path | None) -> tuple[Path, 
     """The directory that describes the model of a checkpoint, and the model's parameters.
 
     Raises:
-        ValueError: from `read_dimensions`; or there is no such description, and the message asks for one.
+        UserError: from `read_dimensions`; or there is no such description, and the message asks for one.
     """
     directory = Path(template_dir or megatron_dir)
     if template_dir is None and not (directory / "config.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"{directory}: no config.json beside the checkpoint; name a Hugging Face directory of the same model "
             "as template"
         )
@@ -235,7 +236,7 @@ def _only_dtype(dtypes: Mapping[str, torch.dtype], source: Path, advice: str = "
     """The dtype that all tensors share, by name.
 
     Raises:
-        ValueError: they have several, or one in which no weights are written; lists the tensors that stand out.
+        UserError: they have several, or one in which no weights are written; lists the tensors that stand out.
     """
     usual, count = Counter(dtypes.values()).most_common(1)[0]
     if count == len(dtypes) and usual in DTYPE_NAMES:
@@ -255,7 +256,7 @@ def _too_small(**numbers: int) -> list[str]:
 
 def _refuse(problems: list[str]) -> None:
     if problems:
-        raise ValueError("nothing was written:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        raise UserError("nothing was written:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
 def _nobody(_nbytes: int) -> None:

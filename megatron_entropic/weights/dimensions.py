@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_entropic.config import PolicyConfig
+from megatron_entropic.errors import UserError
 from megatron_entropic.weights.architectures import ARCHITECTURES, Architecture
 from megatron_entropic.weights.experts import ExpertDimensions, expert_problems, read_experts
 from megatron_entropic.weights.latent_attention import LatentAttention, latent_problems, read_latent
@@ -186,7 +187,7 @@ class ModelDimensions:
         """Refuse a layout.
 
         Raises:
-            ValueError: listing everything `parallel_problems` finds.
+            UserError: listing everything `parallel_problems` finds.
         """
         problems = self.parallel_problems(
             tensor_parallel,
@@ -196,20 +197,20 @@ class ModelDimensions:
             expert_tensor_parallel=expert_tensor_parallel,
         )
         if problems:
-            raise ValueError("this model cannot be laid out as asked:\n" + "\n".join(f"  - {p}" for p in problems))
+            raise UserError("this model cannot be laid out as asked:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
 def read_dimensions(hf_dir: Path) -> ModelDimensions:
     """Read config.json of a Hugging Face directory (as transformers 4 or 5 wrote it).
 
     Raises:
-        ValueError: no directory, no readable config.json, or a model the project cannot train; one error lists
+        UserError: no directory, no readable config.json, or a model the project cannot train; one error lists
             everything that is wrong.
     """
     config = _read_config(Path(hf_dir))
     architecture, problems = _architecture_of(config)
     if architecture is None:
-        raise ValueError(_problem_list(hf_dir, problems))
+        raise UserError(_problem_list(hf_dir, problems))
     problems += _unsupported_features(config)
     rope_theta, rope_scaling, rope_problems = read_rope(config, latent=architecture.latent)
     problems += rope_problems + _bad_sizes(config)
@@ -220,11 +221,11 @@ def read_dimensions(hf_dir: Path) -> ModelDimensions:
     if architecture.always_windowed and config.get("sliding_window") is not None:
         problems.append(f"sliding-window attention is in use (sliding_window={config['sliding_window']})")
     if problems:
-        raise ValueError(_problem_list(hf_dir, problems))
+        raise UserError(_problem_list(hf_dir, problems))
     dimensions = _dimensions(config, architecture, rope_theta, rope_scaling)
     if dimensions.num_attention_heads % dimensions.num_query_groups:
         problem = f"{dimensions.num_attention_heads} heads cannot share {dimensions.num_query_groups} key/value heads"
-        raise ValueError(_problem_list(hf_dir, [problem]))
+        raise UserError(_problem_list(hf_dir, [problem]))
     return dimensions
 
 
@@ -262,16 +263,16 @@ def _dimensions(
 
 def _read_config(hf_dir: Path) -> dict[str, Any]:
     if not hf_dir.is_dir():
-        raise ValueError(f"{hf_dir}: no such model directory")
+        raise UserError(f"{hf_dir}: no such model directory")
     path = hf_dir / "config.json"
     if not path.is_file():
-        raise ValueError(f"{hf_dir}: no config.json, so this is not a Hugging Face model directory")
+        raise UserError(f"{hf_dir}: no config.json, so this is not a Hugging Face model directory")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from error
+        raise UserError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}")
+        raise UserError(f"{path}: expected a JSON object, found {type(config).__name__}")
     return config
 
 

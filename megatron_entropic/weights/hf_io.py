@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.weights.architectures.rows import HF_LAYER
 from megatron_entropic.weights.atomic_directory import appears_when_complete
 from megatron_entropic.weights.dimensions import read_dimensions
@@ -74,7 +75,7 @@ class Problems:
             lines += [f"    - {detail}" for detail in details[:_LISTED_PER_KIND]]
             if len(details) > _LISTED_PER_KIND:
                 lines.append(f"    - and {len(details) - _LISTED_PER_KIND} more")
-        raise ValueError("\n".join(lines))
+        raise UserError("\n".join(lines))
 
 
 class HfReader(Mapping[str, Tensor]):
@@ -85,7 +86,7 @@ class HfReader(Mapping[str, Tensor]):
     Tensors are views of the map: copy them, never write to them.
 
     Raises:
-        ValueError: from `read_dimensions`, or one error that lists every missing, unexpected or wrongly shaped
+        UserError: from `read_dimensions`, or one error that lists every missing, unexpected or wrongly shaped
             tensor and every missing or truncated file.
     """
 
@@ -158,7 +159,7 @@ def _weight_files(hf_dir: Path, expected: Mapping[str, Shape], problems: Problem
     """Weight files and the tensors each should hold.
 
     Raises:
-        ValueError: there are none, or the index cannot be read (nothing else can be said then).
+        UserError: there are none, or the index cannot be read (nothing else can be said then).
     """
     if (hf_dir / SINGLE_FILE).is_file():
         return {hf_dir / SINGLE_FILE: set(expected)}
@@ -166,14 +167,14 @@ def _weight_files(hf_dir: Path, expected: Mapping[str, Shape], problems: Problem
     if not index.is_file():
         others = sorted(path.name for pattern in ("*.safetensors", "*.bin", "*.pt") for path in hf_dir.glob(pattern))
         found = f"; found {', '.join(others[:5])}, which cannot be read without it" if others else ""
-        raise ValueError(f"{hf_dir}: neither {SINGLE_FILE} nor {INDEX_FILE} exists{found}")
+        raise UserError(f"{hf_dir}: neither {SINGLE_FILE} nor {INDEX_FILE} exists{found}")
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files: dict[Path, set[str]] = {}
         for name, file_name in sorted(weight_map.items(), key=lambda item: (item[1], item[0])):
             files.setdefault(hf_dir / file_name, set()).add(name)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index}: not a safetensors index ({type(error).__name__}: {error})") from error
+        raise UserError(f"{index}: not a safetensors index ({type(error).__name__}: {error})") from error
     return files
 
 
@@ -221,16 +222,16 @@ def write_hf_directory(
     `.NAME.replaced` until the new one is in place.
 
     Raises:
-        ValueError: `output_dir` exists and is not empty (with `overwrite`: and is not a model), or one error that
+        UserError: `output_dir` exists and is not empty (with `overwrite`: and is not a model), or one error that
             lists every missing, unexpected, repeated, wrongly shaped or wrongly typed tensor.
         OSError: the disk is full or not writable.
     """
     output_dir, template_dir = Path(output_dir).absolute(), Path(template_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         if not overwrite:
-            raise ValueError(f"{output_dir}: exists and is not empty; a model is not written over it")
+            raise UserError(f"{output_dir}: exists and is not empty; a model is not written over it")
         if not (output_dir / "config.json").is_file():
-            raise ValueError(f"{output_dir}: exists and is not a model directory; only a model is replaced")
+            raise UserError(f"{output_dir}: exists and is not a model directory; only a model is replaced")
     parameter_map = ParameterMap(read_dimensions(template_dir))
     with appears_when_complete(output_dir) as partial:
         dtype = _write_weights(partial, tensors, parameter_map, max_shard_bytes, output_dir)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.weights.dimensions import read_dimensions
 from megatron_entropic.weights.hf_io import HfReader, Problems
 from megatron_entropic.weights.layouts import VocabularyShard
@@ -30,7 +31,7 @@ class MegatronCheckpoint:
     names may stand behind a common prefix such as `model.`; the vocabulary may be padded.
 
     Raises:
-        ValueError: from `TorchDistReader`, or one error that lists every missing, unexpected or wrongly shaped tensor.
+        UserError: from `TorchDistReader`, or one error that lists every missing, unexpected or wrongly shaped tensor.
     """
 
     def __init__(self, directory: Path, parameter_map: ParameterMap) -> None:
@@ -58,7 +59,7 @@ class MegatronCheckpoint:
         it, never write to it.
 
         Raises:
-            ValueError: the file is damaged where they lie.
+            UserError: the file is damaged where they lie.
         """
         parts = []
         places = self._places[entry.megatron_name]
@@ -84,7 +85,7 @@ class MegatronCheckpoint:
         )
         if len(prefixes) != 1:
             found = f"several times (behind {', '.join(map(repr, prefixes))})" if prefixes else "nowhere"
-            raise ValueError(f"{self.directory}: not a checkpoint of one GPT model: {_EMBEDDING} is {found} in it")
+            raise UserError(f"{self.directory}: not a checkpoint of one GPT model: {_EMBEDDING} is {found} in it")
         return prefixes[0]
 
     def _find(self, entry: Entry, problems: Problems) -> set[str]:
@@ -154,7 +155,7 @@ def open_weights(hf_dir: Path, megatron_dir: Path | None = None) -> HfReader | M
         megatron_dir: distributed checkpoint from which its weights are taken instead.
 
     Raises:
-        ValueError: from `read_dimensions`, `HfReader` or `MegatronCheckpoint`: the weights are not those of the model.
+        UserError: from `read_dimensions`, `HfReader` or `MegatronCheckpoint`: the weights are not those of the model.
     """
     if megatron_dir is None:
         return HfReader(hf_dir)

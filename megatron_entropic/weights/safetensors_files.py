@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.weights.layouts import Shape
 
 ITEM_BYTES = {
@@ -32,24 +33,24 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
     """Header of a safetensors file without its metadata, and what is wrong with the file's size (None: nothing).
 
     Raises:
-        ValueError: there is no readable header.
+        UserError: there is no readable header.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if 8 + length > size:
-            raise ValueError(f"truncated inside its header, or not a safetensors file ({size} bytes)")
+            raise UserError(f"truncated inside its header, or not a safetensors file ({size} bytes)")
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
-            raise ValueError("not a safetensors file (its header is not JSON)") from error
+            raise UserError("not a safetensors file (its header is not JSON)") from error
     if not isinstance(header, dict):
-        raise ValueError("not a safetensors file (its header is not a JSON object)")
+        raise UserError("not a safetensors file (its header is not a JSON object)")
     header.pop("__metadata__", None)
     problem = _header_problem(header)
     if problem:
-        raise ValueError(f"damaged header: {problem}")
+        raise UserError(f"damaged header: {problem}")
     expected = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
     if size != expected:
         word = "truncated" if size < expected else "too long"
@@ -87,11 +88,11 @@ class SafetensorsWriter:
         """Create the file with its header; `shapes` fixes names and order, `dtypes` may know more names.
 
         Raises:
-            ValueError: a dtype that Hugging Face checkpoints of these models do not use.
+            UserError: a dtype that Hugging Face checkpoints of these models do not use.
         """
         for dtype in {dtypes[name] for name in shapes}:
             if dtype not in DTYPE_NAMES:
-                raise ValueError(f"cannot write tensors of {dtype}; supported: {', '.join(map(str, DTYPE_NAMES))}")
+                raise UserError(f"cannot write tensors of {dtype}; supported: {', '.join(map(str, DTYPE_NAMES))}")
         self.path = path
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.weights.layouts import Shape
 
 _LOCAL_HEADER_BYTES = 30
@@ -99,17 +100,17 @@ def _open_archive(data: mmap.mmap, start: int, length: int) -> tuple[int, _Descr
         description = next((name for name in names if name.endswith("/data.pkl")), "data.pkl")
         values = archive.getinfo(description.removesuffix("data.pkl") + "data/0")
         if values.compress_type != zipfile.ZIP_STORED:
-            raise ValueError("its values are compressed")
+            raise UserError("its values are compressed")
         tensor = _TensorUnpickler(io.BytesIO(archive.read(description))).load()
     if not isinstance(tensor, _Description):
-        raise ValueError("it is not a tensor")
+        raise UserError("it is not a tensor")
     header = start + values.header_offset
     name_bytes, extra_bytes = struct.unpack_from("<HH", data, header + _LOCAL_HEADER_BYTES - 4)
     position = header + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
     if position + values.file_size > start + length:
-        raise ValueError("its values end behind it")
+        raise UserError("its values end behind it")
     if (tensor.offset + prod(tensor.size)) * tensor.dtype.itemsize > values.file_size:
-        raise ValueError("it has fewer values than its shape calls for")
+        raise UserError("it has fewer values than its shape calls for")
     return position, tensor
 
 
@@ -137,7 +138,7 @@ class _Slice(io.RawIOBase):
         """As of any file."""
         self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
         if self._position < 0:
-            raise ValueError("seek before the start")
+            raise UserError("seek before the start")
         return self._position
 
     def read(self, size: int | None = -1) -> bytes:

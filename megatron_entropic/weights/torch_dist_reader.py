@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.weights.layouts import Shape
 from megatron_entropic.weights.saved_tensor import DamagedTensor, find_values
 
@@ -66,7 +67,7 @@ class TorchDistReader:
     """The tensors of a distributed checkpoint by name. Opening it reads metadata and looks at the sizes of files.
 
     Raises:
-        ValueError: not such a checkpoint, or one error that lists every missing or truncated file and every tensor that
+        UserError: not such a checkpoint, or one error that lists every missing or truncated file and every tensor that
             is not completely there.
     """
 
@@ -79,18 +80,16 @@ class TorchDistReader:
             self._find_tensors(metadata)
             problems = [*self._file_problems(), *self._coverage_problems()]
         except _DAMAGE as error:
-            raise ValueError(f"{self.directory / '.metadata'}: damaged: {error!r}") from error
+            raise UserError(f"{self.directory / '.metadata'}: damaged: {error!r}") from error
         if problems:
-            raise ValueError(
-                f"{self.directory}: the checkpoint is damaged:\n" + "\n".join(f"  - {p}" for p in problems)
-            )
+            raise UserError(f"{self.directory}: the checkpoint is damaged:\n" + "\n".join(f"  - {p}" for p in problems))
 
     def read(self, name: str, offsets: Shape, sizes: Shape) -> Tensor:
         """A block of a tensor: a view of the map (copy it, never write to it), or a copy where several chunks meet.
 
         Raises:
             KeyError: no such tensor.
-            ValueError: a chunk is not what the metadata says.
+            UserError: a chunk is not what the metadata says.
         """
         stored = self.tensors[name]
         result: Tensor | None = None
@@ -125,7 +124,7 @@ class TorchDistReader:
                 raise DamagedTensor(f"its values are {dtype}, its metadata says {stored.dtype}")
         except DamagedTensor as error:
             path = self.directory / chunk.file
-            raise ValueError(f"{path}: {name} at byte {chunk.start} is damaged: {error}") from error
+            raise UserError(f"{path}: {name} at byte {chunk.start} is damaged: {error}") from error
         return torch.frombuffer(self._maps[chunk.file], dtype=dtype, count=prod(chunk.sizes), offset=values).view(
             chunk.sizes
         )
@@ -188,26 +187,26 @@ def _read_metadata(directory: Path) -> Metadata:
     """The `.metadata` file of a torch_dist checkpoint.
 
     Raises:
-        ValueError: there is none, or it cannot be understood.
+        UserError: there is none, or it cannot be understood.
     """
     path = directory / ".metadata"
     if not path.is_file():
-        raise ValueError(f"{directory}: not a distributed checkpoint (no .metadata){_others(directory)}")
+        raise UserError(f"{directory}: not a distributed checkpoint (no .metadata){_others(directory)}")
     form = directory / "metadata.json"
     if form.is_file():
         try:
             backend = json.loads(form.read_text(encoding="utf-8"))["sharded_backend"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{form}: not megatron-core's description of a checkpoint: {error!r}") from error
+            raise UserError(f"{form}: not megatron-core's description of a checkpoint: {error!r}") from error
         if backend != "torch_dist":
-            raise ValueError(f"{directory}: a checkpoint of format {backend!r}; only torch_dist can be read")
+            raise UserError(f"{directory}: a checkpoint of format {backend!r}; only torch_dist can be read")
     try:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
     except (*_DAMAGE, ValueError) as error:
-        raise ValueError(f"{path}: damaged, or of an unknown kind: {error!r}") from error
+        raise UserError(f"{path}: damaged, or of an unknown kind: {error!r}") from error
     if not isinstance(metadata, Metadata) or metadata.storage_data is None:
-        raise ValueError(f"{path}: not the metadata of a checkpoint")
+        raise UserError(f"{path}: not the metadata of a checkpoint")
     return metadata
 
 
