@@ -46,7 +46,7 @@ class JudgedRollouts:
         self._judged = []
         rollout = self.config.rollout
         asked = self.prompts.at_step(step, rollout.prompts_per_step)
-        groups = self._answered(step, asked)
+        groups = self._answered(step, asked, first_place=0)
         rewards = [sample.verifier_reward for group in groups for sample in group]
         seen = {prompt.index for prompt in asked}
         rounds = replaced = 0
@@ -54,9 +54,10 @@ class JudgedRollouts:
             fresh = self.prompts.replacements(step, rounds, len(alike), seen)
             if not fresh:
                 break
+            answered = self._answered(step, fresh, first_place=len(asked) + replaced)
             rounds, replaced = rounds + 1, replaced + len(fresh)
             seen |= {prompt.index for prompt in fresh}
-            for place, group in zip(alike, self._answered(step, fresh), strict=False):
+            for place, group in zip(alike, answered, strict=False):
                 groups[place] = group
                 rewards += [sample.verifier_reward for sample in group]
         metrics = _merged(self._judged)
@@ -69,13 +70,19 @@ class JudgedRollouts:
             }
         return [sample for group in groups for sample in group], metrics
 
-    def _answered(self, step: int, prompts: list[Prompt]) -> list[list[Sample]]:
-        """Generate and judge one round; no prompt comes in two rounds of a step, so no seed does."""
+    def _answered(self, step: int, prompts: list[Prompt], *, first_place: int) -> list[list[Sample]]:
+        """Generate and judge one round; places count on from round to round, so that no seed comes twice."""
         per_prompt = self.config.rollout.samples_per_prompt
         with self.scorer.scoring(len(prompts) * per_prompt) as scoring:
             arrived = on_arrival(self.run.tokenizer, scoring.add)
             with self.run.phase("generate"):
-                samples = self.engines.generate(prompts, step, arrived=arrived, while_waiting=self.stop.raise_if_asked)
+                samples = self.engines.generate(
+                    prompts,
+                    step,
+                    first_place=first_place,
+                    arrived=arrived,
+                    while_waiting=self.stop.raise_if_asked,
+                )
             with self.run.phase("reward"):
                 self._judged.append((len(samples), scoring.finish()))
         return prompt_groups(samples, per_prompt)

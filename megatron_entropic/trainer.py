@@ -11,7 +11,7 @@
                                    1F1B, EntroPIC loss, optimizer step
 
 Step k samples from weights version k - 1 and ends by publishing version k. Everything random in it is a function of
-(seed, step, prompt, sample), so a run that was stopped anywhere continues as if it had not been.
+(seed, step, place in the step, sample), so a run that was stopped anywhere continues as if it had not been.
 """
 
 from __future__ import annotations

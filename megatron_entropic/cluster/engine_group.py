@@ -69,20 +69,25 @@ class EngineGroup:
         prompts: list[Prompt],
         step: int,
         *,
+        first_place: int = 0,
         arrived: Arrived = lambda _: None,
         while_waiting: Callable[[], None] = lambda: None,
     ) -> list[Sample]:
         """`samples_per_prompt` responses to each prompt, grouped by prompt, in the caller's order.
 
-        Every response has a seed of its own, made from run, step, prompt and sample: what is sampled depends neither
-        on the number of engines nor on restarts. `arrived` gets every response once, with its position in what is
-        returned; `while_waiting` is called at least about once a second and may raise.
+        Every response has a seed of its own, made from run, step, the prompt's place in the step, and sample: what is
+        sampled depends neither on the number of engines nor on restarts, and a prompt that comes twice is sampled
+        anew. `arrived` gets every response once, with its position in what is returned; `while_waiting` is called at
+        least about once a second and may raise.
+
+        Args:
+            first_place: place of the first prompt among all that the step asks, replacements included.
         """
         seed = self._config.run.seed
         return self._sample(
             prompts,
             self._config.rollout.samples_per_prompt,
-            lambda prompt, sample: sample_seed(seed, step, prompt.index, sample),
+            lambda place, sample: sample_seed(seed, step, first_place + place, sample),
             self._config.rollout.sampling,
             arrived,
             phase=f"generate (step {step})",
@@ -99,7 +104,7 @@ class EngineGroup:
         return self._sample(
             problems,
             evaluation.samples(name),
-            lambda problem, sample: sample_seed("evaluation", evaluation.seed, name, problem.index, sample),
+            lambda place, sample: sample_seed("evaluation", evaluation.seed, name, problems[place].index, sample),
             self._config.evaluation_sampling,
             arrived,
             phase=f"evaluate ({name})",
@@ -109,7 +114,7 @@ class EngineGroup:
         self,
         prompts: list[Prompt],
         count: int,
-        seed_of: Callable[[Prompt, int], int],
+        seed_of: Callable[[int, int], int],
         sampling: Sampling,
         arrived: Arrived,
         *,
@@ -118,6 +123,7 @@ class EngineGroup:
     ) -> list[Sample]:
         """`count` responses to each prompt; whole groups are dealt to the engines in turn.
 
+        `seed_of` is a function of the position in `prompts` and the number of the sample.
         What a lost engine had is asked of its successor, all of it: in another batch the last bits of log-probs could
         differ. What had come from the lost one already is the same and comes no second time.
         """
@@ -126,7 +132,7 @@ class EngineGroup:
         for i, prompt in enumerate(prompts):
             name = self._name(i % len(self._actors))
             requests.setdefault(name, []).extend(
-                GenerationRequest(prompt, sample, seed_of(prompt, sample)) for sample in range(count)
+                GenerationRequest(prompt, sample, seed_of(i, sample)) for sample in range(count)
             )
             positions.setdefault(name, []).extend(range(i * count, (i + 1) * count))
         samples: dict[int, Sample] = {}

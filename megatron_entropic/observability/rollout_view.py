@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -105,7 +104,7 @@ def view_step(
     Raises:
         UserError: a prompt that is not in the step; naming some that are.
     """
-    groups = [(index, list(members)) for index, members in groupby(recorded.responses, lambda r: r.sample.prompt.index)]
+    groups = [(members[0].sample.prompt.index, members) for members in _groups(recorded.responses)]
     present = [index for index, _ in groups]
     missing = [index for index in prompts if index not in present]
     if missing:
@@ -129,6 +128,19 @@ def view_step(
             for index, members in chosen
         ],
     )
+
+
+def _groups(responses: Sequence[RecordedResponse]) -> list[list[RecordedResponse]]:
+    """The responses to each prompt. A prompt that comes twice in a row is two groups: its sample_index starts anew."""
+    groups: list[list[RecordedResponse]] = []
+    for response in responses:
+        last = groups[-1][-1].sample if groups else None
+        sample = response.sample
+        if last and sample.prompt.index == last.prompt.index and sample.sample_index > last.sample_index:
+            groups[-1].append(response)
+        else:
+            groups.append([response])
+    return groups
 
 
 def token_texts(tokens: Sequence[int], tokenizer: Any) -> list[str]:

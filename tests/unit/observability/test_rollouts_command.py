@@ -117,3 +117,11 @@ def test_what_is_not_there_is_said(run: Path, tmp_path: Path, capsys: pytest.Cap
     rollouts_path(run, 3).unlink()
     assert main(["rollouts", str(run)]) == 2
     assert "set logging.rollouts_every_steps" in capsys.readouterr().err
+
+
+def test_a_prompt_that_comes_twice_in_a_row_is_shown_as_two_groups(run: Path, tokenizer: Any) -> None:
+    recorded = read_rollouts(rollouts_path(run, 3))
+    for response in recorded.responses:
+        response.sample.prompt.index = 10
+    view = view_step(recorded, tokenizer, lambda text: "4", tau=0.95, max_prompts=9)
+    assert [(group.index, len(group.responses)) for group in view.groups] == [(10, 2)] * 3
