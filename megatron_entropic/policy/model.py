@@ -91,6 +91,11 @@ class PolicyModel(GPTModel):
         self, *, hidden_states: torch.Tensor, context: tuple[MicroBatch, OutputOptions], **_unused: Any
     ) -> Output:
         """What the last stage does in place of GPTModel's logits over all T positions."""
+        # Two of three heads read the output layer's weight without calling the layer. megatron-core waits for the
+        # gather of a weight that the optimizer has stepped in a hook of the call (`overlap_param_gather`), and without
+        # it nobody would wait: the second step dies of an assertion, or trains and publishes the weights of before.
+        for wait_for_weight in self.output_layer._forward_pre_hooks.values():
+            wait_for_weight(self.output_layer, ())
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         return self._output_head.run(hidden_states, weight, *context)

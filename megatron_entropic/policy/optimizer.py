@@ -116,6 +116,7 @@ class PolicyOptimizer:
             self._chunks,
             use_gloo_process_groups=False,
         )
+        self._stale = False
         self._create_state()
         self.scheduler = self._build_scheduler(total_steps)
 
@@ -148,18 +149,27 @@ class PolicyOptimizer:
         if self.config.gradient_clip > 0:
             self._clip(norm)
         self.scheduler.step(1)
+        for gathered in self._overlapped():
+            _finish_gather(gathered)  # reads what is stepped now
+            gathered.param_gather_dispatched = False
         self.megatron.step_with_ready_grads()
+        self._stale = True
         return StepOutcome(stepped=True, gradient_norm=norm)
 
     def synchronize_parameters(self) -> None:
         """Complete the parameters of every rank after a step whose parameter gather overlaps with the next forward.
 
         Whoever reads parameters without a forward pass (publishing, export, checkpoint) needs it: without, each rank
-        has the new values of its own shard only. Costs nothing when there is no such overlap.
+        has the new values of its own shard only. Costs nothing when there is no such overlap, or no step since.
         """
-        for chunk in self._chunks:
-            if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
+        if not self._stale:
+            return
+        for gathered in self._overlapped():
+            # megatron-core's start_param_sync(force_sync=True) waits for a gather that is under way, whatever the
+            # values it began with, and then gathers nothing.
+            _finish_gather(gathered)
+            gathered.start_param_sync(force_sync=True)
+        self._stale = False
 
     def state_tensors(self) -> Iterator[torch.Tensor]:
         """Adam's moments and the parameters that it steps, float32; shards where the optimizer is distributed."""
@@ -237,6 +247,19 @@ class PolicyOptimizer:
         for part in self._parts():
             clip_grad_by_total_norm_fp32(part.get_parameters(), self.config.gradient_clip, norm)
 
+    def _overlapped(self) -> Iterator[Any]:
+        """Groups of megatron-core's buckets whose parameters are gathered during the forward pass after a step."""
+        for chunk in self._chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                yield from chunk.bucket_groups + chunk.expert_parallel_bucket_groups
+
     def _parts(self) -> list[Any]:
         """The optimizers of dense and of expert parameters that hold something on this rank."""
         return [part for part in self.megatron.chained_optimizers if not part.is_stub_optimizer]
+
+
+def _finish_gather(bucket_group: Any) -> None:
+    """Wait for a gather of parameters that is under way, if there is one."""
+    if bucket_group.param_gather_handle is not None:
+        bucket_group.param_gather_handle.wait()
+        bucket_group.param_gather_handle = None

@@ -1,6 +1,6 @@
 """Silent traps of the optimizer: what happens with and without what the project does about each.
 
-Usage: optimizer_traps.py WORK_DIR, which holds model/ and tied/
+Usage: optimizer_traps.py WORK_DIR, which holds model/
 """
 
 from __future__ import annotations
@@ -12,15 +12,9 @@ from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
-from policy_ranks import WORLD_SIZE, Rendezvous, replica_part
+from policy_ranks import Rendezvous, replica_part
 
-from megatron_entropic.config import OptimizerConfig, PolicyConfig
 from megatron_entropic.policy.checkpoint import checkpoint_path
-from megatron_entropic.policy.forward import HeadName
-from megatron_entropic.policy.gradient_step import GradientStep
-from megatron_entropic.policy.load_weights import load_weights
-from megatron_entropic.policy.optimizer import PolicyOptimizer, wrap_data_parallel
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.policy.warm_start import warm_start_step
 from megatron_entropic.types import Sequence
@@ -111,61 +105,11 @@ def weight_decay(work: Path, rendezvous: Rendezvous, distributed: bool) -> dict[
     return {"factors": factors, "vectors": [n for n, v in before.items() if v.dim() == 1], "upstream": upstream}
 
 
-def overlapped(hf_dir: Path, rendezvous: Rendezvous) -> dict[str, Any]:
-    """Steps with gradient and parameter communication overlapped, as on CUDA, beside steps without."""
-    report: dict[str, Any] = {}
-    with rendezvous.policy(hf_dir) as policy:
-        plain = three_steps(policy, hf_dir, overlap=False, head="logits")
-        # With overlap, megatron-core refuses a weight whose gradient hook fires twice in a step, or not at all.
-        recomputed = three_steps(policy, hf_dir, overlap=True, head="recompute")
-        overlap = three_steps(policy, hf_dir, overlap=True, head="fused_loss")
-    report["metrics"] = [plain["metrics"], overlap["metrics"], recomputed["metrics"]]
-    report["stale before"] = [plain["stale"], overlap["stale"]]
-    report["stale after"] = [plain["synchronised"], overlap["synchronised"]]
-    report["distance"] = max(
-        float((a - b).abs().max()) for a, b in zip(plain["values"], overlap["values"], strict=True)
-    )
-    return report
-
-
-def three_steps(policy: Policy, hf_dir: Path, *, overlap: bool, head: HeadName) -> dict[str, Any]:
-    from megatron_entropic.policy.model import build_model
-
-    dimensions, layout = policy.parameter_map.dimensions, PolicyConfig(data_parallel=WORLD_SIZE)
-    model = build_model(dimensions, layout, "float32", policy.parallel, policy.platform)
-    load_weights(model, hf_dir, policy.parallel)
-    chunks = wrap_data_parallel(model, distributed_optimizer=True, overlap=overlap)
-    config = OptimizerConfig(learning_rate=1e-3, epsilon=1e-5)
-    optimizer = PolicyOptimizer(chunks, config, total_steps=9, dtype=torch.float32)
-    machinery = GradientStep(chunks, policy.parallel, policy.platform.device, 40)
-    part = replica_part(policy, batch())
-    metrics = [exact(warm_start_step(machinery, part, optimizer, head)) for _ in range(3)]
-    stale = largest_difference_between_ranks(model)
-    optimizer.synchronize_parameters()
-    synchronised = largest_difference_between_ranks(model)
-    metrics.append(exact(warm_start_step(machinery, part, optimizer, head)))
-    optimizer.synchronize_parameters()
-    return {
-        "metrics": metrics,
-        "stale": stale,
-        "synchronised": synchronised,
-        "values": [parameter.detach().clone() for parameter in model.parameters()],
-    }
-
-
-def largest_difference_between_ranks(model: torch.nn.Module) -> float:
-    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-    other = [torch.empty_like(flat) for _ in range(WORLD_SIZE)]
-    dist.all_gather(other, flat)
-    return float((other[0] - other[1]).abs().max())
-
-
 def main(work: Path) -> None:
     rendezvous = Rendezvous()
     report = {
         "shared step": shared_step(work, rendezvous),
         "weight decay": [weight_decay(work, rendezvous, distributed) for distributed in (False, True)],
-        "overlapped": {name: overlapped(work / name, rendezvous) for name in ("model", "tied")},
     }
     sys.stdout.write(json.dumps(report))
 
