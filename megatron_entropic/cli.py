@@ -16,19 +16,25 @@ from megatron_entropic.cluster.environment import prepare_ray_environment
 from megatron_entropic.config import Config, PolicyConfig
 from megatron_entropic.config_checks import violations
 from megatron_entropic.config_loading import ConfigError, batch_arithmetic, config_warnings, load_config, read_config
-from megatron_entropic.errors import RunError, StopAsked, UserError
+from megatron_entropic.errors import RunError, StopAsked, UserError, explained
 from megatron_entropic.evaluate_command import add_evaluate_parser
 from megatron_entropic.export_command import add_export_parser
 from megatron_entropic.replay_command import add_replay_parser
 from megatron_entropic.rollouts_command import add_rollouts_parser
 from megatron_entropic.tune_command import add_tune_parser
 
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command continues."""
 
 
 def main(arguments: Args[str] | None = None) -> int:
-    """Entry point of `megatron-entropic`. Returns 0, 1 (the work failed), 2 (bad input) or 75 (asked to stop)."""
+    """Entry point of `megatron-entropic`.
+
+    Returns:
+        0, 1 (the work failed), 2 (bad input), 75 (asked to stop) or 130 (interrupted). What is none of `errors` is a
+        bug of ours: it goes on as it is, and Python prints its traceback and ends with 1.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse gives up on overrides that come after an option.
@@ -39,18 +45,18 @@ def main(arguments: Args[str] | None = None) -> int:
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         options.command(options)
-    except (UserError, FileNotFoundError) as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}")
-        return 2
     except StopAsked as error:
         errors.print(f"[bold yellow]stopped:[/] {escape(str(error))}")
         return STOPPED
-    except (RunError, OSError, ModuleNotFoundError) as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}")
-        return 1
+    except (UserError, RunError, OSError) as error:
+        told = explained(error) if isinstance(error, OSError) else error
+        if told is None:
+            raise
+        errors.print(f"[bold red]error:[/] {escape(str(told))}")
+        return BAD_INPUT if isinstance(told, UserError) else FAILED
     except KeyboardInterrupt:
         errors.print("interrupted; the same command continues from the last checkpoint")
-        return 130
+        return INTERRUPTED
     return 0
 
 
@@ -78,6 +84,8 @@ def _preflight(options: argparse.Namespace) -> None:
     config, broken = read_config(options.config, options.overrides, check_machine=False)
     if broken:
         raise ConfigError(str(options.config), broken)
+    if options.token_file is None:
+        raise UserError("pre-flight: no secret to mark the reports with: give --token-file, or set RAY_AUTH_TOKEN_PATH")
     place = preflight.MeetingPlace(options.address, options.port, options.timeout_s, Path(options.token_file))
     required = preflight.requirements(config, options.nodes.split(","), options.gpus_per_node)
     if options.node != required.nodes[0]:

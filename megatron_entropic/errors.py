@@ -1,6 +1,18 @@
-"""Failures with a message meant for the person who started the run."""
+"""Failures with a message meant for the person who started the run, and the exit status of each kind.
+
+UserError   2    the person must change something: configuration, files, options
+RunError    1    the run ended: what happened, where, what to do. A scheduler may try again
+StopAsked   75   a signal asked for it; the state is saved
+others      1    a bug of ours, with its traceback
+"""
 
 from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -11,7 +23,7 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run cannot go on; the message says what happened, where, and what to do."""
+    """A run cannot go on; the message says what happened, where, and what to do. Exit status 1."""
 
 
 class PeerDied(RunError):
@@ -19,8 +31,62 @@ class PeerDied(RunError):
 
 
 class StopAsked(RunError):
-    """A signal asked the run to end: its state is saved and the same command continues."""
+    """A signal asked the run to end: its state is saved and the same command continues. Exit status 75."""
 
 
 class PhaseTimeout(RunError):
     """A wait between processes passed its limit: the message names the phase and who is missing."""
+
+
+_PATHS = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EEXIST}
+"""A path that somebody gave is not what it has to be."""
+
+_CURES = {
+    errno.ENOSPC: "make room there, or choose another folder",
+    errno.EDQUOT: "the quota is used up: make room there, or choose another folder",
+    errno.EFBIG: "a limit of file sizes (ulimit -f) is in the way",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: "the user who runs this needs the right to it",
+    errno.EPERM: "the user who runs this needs the right to it",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "the machine has no more open files to give",
+    errno.ENOMEM: "the machine, or a limit of memory (ulimit -v), has no more to give",
+    errno.EAGAIN: "raise the limit of processes (ulimit -u)",
+    errno.EADDRINUSE: "another process listens there",
+    errno.EIO: "the disk or the network file system failed",
+    errno.ESTALE: "the network file system failed",
+    errno.ENOTCONN: "the network file system is gone",
+}
+"""What the machine refused, and what a person can do about it."""
+
+_OUTAGES = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""Says nothing about the file: the same command may succeed later or elsewhere."""
+
+
+def explained(error: OSError) -> UserError | RunError | None:
+    """What an error of the operating system means to the person who started the command; None: it is a bug of ours."""
+    what = error.strerror or str(error)
+    if error.filename is not None:
+        what = f"{os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}: {what}"
+    if error.errno in _PATHS:
+        return UserError(what)
+    if error.errno in _CURES:
+        return RunError(f"{what}; {_CURES[error.errno]}")
+    return None
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """The block reads a file that the user named.
+
+    Raises:
+        UserError: it is missing, may not be read, is something else than a file, or is not text where text is read.
+        RunError: the disk or the machine failed meanwhile.
+    """
+    try:
+        yield
+    except OSError as error:
+        kind = RunError if error.errno in _OUTAGES else UserError
+        raise kind(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text: {error}") from error

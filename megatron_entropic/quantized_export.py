@@ -144,7 +144,7 @@ def _checked_prompts(
         if reader.parameter_map.dimensions.experts is not None:
             problems.add(f"{hf_dir}: the model has experts, which modelopt cannot export as transformers 5 holds them")
         _, tokens = render_prompts(prompts, load_tokenizer(hf_dir), apply_chat_template=apply_chat_template)
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         problems.add(str(error))
     problems.raise_if_any("the policy cannot be quantised")
     return [ids[:max_tokens] for ids in tokens if ids]
@@ -154,7 +154,7 @@ def _modelopt() -> Any:
     try:
         import modelopt.torch.quantization as modelopt
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise UserError(
             f"--quantize needs nvidia-modelopt ({error}): install megatron_entropic with its extra `quant`"
         ) from error
     return modelopt

@@ -30,7 +30,7 @@ from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.config import Config
 from megatron_entropic.config_loading import dump_config
 from megatron_entropic.data import load_tokenizer
-from megatron_entropic.errors import RunError
+from megatron_entropic.errors import RunError, UserError
 from megatron_entropic.observability.jsonl import JsonLinesWriter
 from megatron_entropic.observability.metrics import MetricsWriter
 from megatron_entropic.observability.progress import Progress
@@ -53,7 +53,8 @@ class RunDirectory:
     """Files of one run, held by one process at a time; a context manager.
 
     Raises (on entry):
-        RunError: another process holds the directory, or `run.resume=never` and there is a checkpoint.
+        RunError: another process holds the directory.
+        UserError: `run.resume=never` and there is a checkpoint.
     """
 
     def __init__(self, config: Config) -> None:
@@ -72,7 +73,9 @@ class RunDirectory:
             files.enter_context(self._lock())
             self._newest = latest_checkpoint(self._checkpoints)
             if self._newest is not None and config.run.resume == "never":
-                raise RunError(f"{self._newest} exists and run.resume=never; change run.output_dir, or use resume=auto")
+                raise UserError(
+                    f"{self._newest} exists and run.resume=never; change run.output_dir, or use resume=auto"
+                )
             dump_config(config, self.path / "config.yaml")
             self.tokenizer = load_tokenizer(config.model.hf_dir)
             self._metrics = files.enter_context(

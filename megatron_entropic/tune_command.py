@@ -83,9 +83,13 @@ def tune_run(run_dir: Path, settling_steps: float, target: float | None = None, 
     aim = run.target if target is None else target
     if aim is None:
         raise UserError(f"{run_dir}: the run has no target; give one with --target")
-    plant, entropy = identify_run(run, last)
     updates = run.setting("algorithm.optimizer_steps_per_rollout", 1) * run.setting("algorithm.epochs_per_rollout", 1)
-    return Tuned(plant, propose_gains(plant, entropy, aim, settling_steps * updates), aim)
+    try:
+        plant, entropy = identify_run(run, last)
+        proposal = propose_gains(plant, entropy, aim, settling_steps * updates)
+    except ValueError as error:  # what `algorithms` says about numbers is here about the user's run
+        raise UserError(f"{run_dir}: {error}") from error
+    return Tuned(plant, proposal, aim)
 
 
 def add_tune_parser(commands: Any) -> None:

@@ -156,7 +156,7 @@ requeue() {
 failures=$ME_JOB_DIR/failures
 case $status in
   0) say "finished" ;;
-  2) ;;
+  2 | 130) ;; # bad input, and an interrupt by hand: the same would happen again
   "$stopped") requeue "stopped on request" || true ;;
   *)
     echo "$(date +%FT%T) status $status" >>"$failures"

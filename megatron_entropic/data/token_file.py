@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_entropic.errors import UserError
+from megatron_entropic.errors import UserError, reading
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,13 @@ def read_token_file(path: Path, vocab_size: int) -> list[TokenLine]:
         vocab_size: Token ids must lie in [0, vocab_size).
 
     Raises:
-        FileNotFoundError: no such file.
-        UserError: one error that lists every bad line; or a file without lines.
+        UserError: no such file, a file without lines, or one error that lists every bad line.
     """
     lines = []
     problems = []
-    for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    with reading(path):
+        content = Path(path).read_text(encoding="utf-8")
+    for number, text in enumerate(content.splitlines(), start=1):
         if not text.strip():
             continue
         try:

@@ -8,8 +8,6 @@ from math import comb
 
 import numpy as np
 
-from megatron_entropic.errors import UserError
-
 RESAMPLES = 10_000
 _COVERAGE = 0.95
 
@@ -20,10 +18,10 @@ def pass_at_k(responses: int, correct: int, k: int) -> float:
     1 - C(n - c, k) / C(n, k), the unbiased estimator of pass@k (Chen et al. 2021, arXiv 2107.03374), exact integers.
 
     Raises:
-        UserError: k outside [1, responses].
+        ValueError: k outside [1, responses].
     """
     if not 1 <= k <= responses:
-        raise UserError(f"pass@{k} needs at least {k} responses and k >= 1; there are {responses}")
+        raise ValueError(f"pass@{k} needs at least {k} responses and k >= 1; there are {responses}")
     return 1.0 - comb(responses - correct, k) / comb(responses, k)
 
 

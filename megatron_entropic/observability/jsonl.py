@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_entropic.errors import UserError
+from megatron_entropic.errors import UserError, reading
 
 
 class JsonLinesWriter:
@@ -65,10 +65,10 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Every object of a file, in order. A torn last line, as a kill leaves it, is left out.
 
     Raises:
-        UserError: naming file and line of anything else that is not a JSON object.
-        FileNotFoundError: no such file.
+        UserError: no such file, or naming file and line of anything else that is not a JSON object.
     """
-    content = path.read_bytes()
+    with reading(path):
+        content = path.read_bytes()
     rows = []
     for number, line in enumerate(content[: _end_of_last_whole_line(content)].splitlines(), start=1):
         try:

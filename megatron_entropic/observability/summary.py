@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from megatron_entropic.errors import UserError
+from megatron_entropic.errors import UserError, reading
 from megatron_entropic.observability.jsonl import read_json_lines
 from megatron_entropic.observability.metrics import ENTROPY_BAND, read_metrics
 from megatron_entropic.observability.samples import SAMPLES_FILE
@@ -110,7 +110,8 @@ def load_run(path: Path) -> Run:
     """
     rows = read_metrics(path)
     config_path, samples_path = path / CONFIG_FILE, path / SAMPLES_FILE
-    text = config_path.read_text(encoding="utf-8") if config_path.is_file() else ""
+    with reading(config_path):
+        text = config_path.read_text(encoding="utf-8") if config_path.is_file() else ""
     try:
         config = yaml.safe_load(text) if text else {}
     except yaml.YAMLError as error:

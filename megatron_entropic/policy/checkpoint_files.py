@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_entropic.errors import RunError, UserError
+from megatron_entropic.errors import RunError
 
 MANIFEST = "COMPLETE"
 STATE = "state.json"
@@ -108,10 +108,10 @@ def prune_checkpoints(root: Path, keep_last: int, keep_every: int = 0, keep_step
     Checkpoints of steps in `keep_steps`, or that `keep_every` divides, stay; 0 keeps none for that reason.
 
     Raises:
-        UserError: keep_last < 1.
+        ValueError: keep_last < 1.
     """
     if keep_last < 1:
-        raise UserError(f"checkpoint.keep_last must be at least 1, not {keep_last}")
+        raise ValueError(f"checkpoint.keep_last must be at least 1, not {keep_last}")
     leftovers = [path for pattern in (".step_*.partial", ".step_*.old") for path in root.glob(pattern)]
     old = complete_checkpoints(root)[:-keep_last]
     step_of = {path: int(path.name.removeprefix("step_")) for path in old}

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from megatron_entropic.algorithms import MicrobatchLocalController, Steering, build_controller
 from megatron_entropic.config import Config
 from megatron_entropic.config_algorithm import EntropyControlConfig
-from megatron_entropic.errors import UserError
 from megatron_entropic.policy.collectives import verify_equal
 from megatron_entropic.policy.parallel import ParallelState
 
@@ -72,11 +71,11 @@ class EntropyControl:
         """Fix what the coming optimizer step does, after checking that every rank holds the same state.
 
         Raises:
-            UserError: nothing was measured yet, or what was measured is not finite.
+            ValueError: nothing was measured yet, or what was measured is not finite.
             RuntimeError: the replicas differ; names the ranks.
         """
         if self._feedback is None:
-            raise UserError("entropy control has no measurement yet: score the batch before the first update")
+            raise ValueError("entropy control has no measurement yet: score the batch before the first update")
         measured = {"entropy_sum": self._feedback.entropy_sum, "token_count": self._feedback.token_count}
         verify_equal(
             {**self.controller.state_dict(), **measured}, "entropy controller state", self._parallel, self._device

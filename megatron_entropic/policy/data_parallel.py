@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_entropic.errors import UserError
-
 if TYPE_CHECKING:
     from megatron_entropic.weights.dimensions import ModelDimensions
 
@@ -65,10 +63,10 @@ def data_parallel_shards(costs: Sequence[float], data_parallel: int) -> list[lis
         max(costs) more than the emptiest.
 
     Raises:
-        UserError: data_parallel < 1.
+        ValueError: data_parallel < 1.
     """
     if data_parallel < 1:
-        raise UserError(f"data_parallel must be at least 1, not {data_parallel}")
+        raise ValueError(f"data_parallel must be at least 1, not {data_parallel}")
     return [sorted(shard) for shard in spread(costs, data_parallel)]
 
 

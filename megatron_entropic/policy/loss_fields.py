@@ -46,9 +46,13 @@ class LossSettings:
             UserError: there is no such policy loss.
         """
         control = config.entropy_control
+        try:
+            loss = find_policy_loss(config.algorithm.policy_loss)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         return cls(
             algorithm=config.algorithm,
-            loss=find_policy_loss(config.algorithm.policy_loss),
+            loss=loss,
             max_response_tokens=config.rollout.max_response_tokens,
             correction=config.rollout.importance_correction,
             correction_level=config.rollout.importance_level,
@@ -97,7 +101,7 @@ def token_fields(
         marks: of each sequence, for a policy loss with a plan.
 
     Raises:
-        UserError: a sequence lacks a field that the configured loss needs, or a field is not [R].
+        ValueError: a sequence lacks a field that the configured loss needs, or a field is not [R].
     """
     return TokenFields(
         lengths=torch.tensor([sequence.response_length for sequence in sequences], dtype=torch.int64, device=device),
@@ -127,6 +131,6 @@ def _column(sequences: Seq[Sequence], name: str, device: torch.device) -> Tensor
         part = getattr(sequence, name)
         if part is None or part.shape != (sequence.response_length,):
             found = "nothing" if part is None else f"shape {tuple(part.shape)}"
-            raise UserError(f"sequence {index}: {name} needs [{sequence.response_length}], got {found}")
+            raise ValueError(f"sequence {index}: {name} needs [{sequence.response_length}], got {found}")
         parts.append(part.to(dtype=torch.float32))
     return torch.cat(parts).to(device)

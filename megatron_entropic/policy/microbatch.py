@@ -18,7 +18,6 @@ from itertools import accumulate
 
 import torch
 
-from megatron_entropic.errors import UserError
 from megatron_entropic.policy.context_cut import WHOLE, ContextCut
 from megatron_entropic.policy.data_parallel import spread
 from megatron_entropic.policy.segments import SegmentPlan, plan_segments
@@ -116,7 +115,7 @@ def pack(
             for which there is no sequence left hold padding only and R = 0.
 
     Raises:
-        UserError: a sequence without prompt or response.
+        ValueError: a sequence without prompt or response.
     """
     lengths = [_rounded_up(sequence.tokens.numel(), rules.cut.segment_multiple) for sequence in sequences]
     groups = first_fit_decreasing(lengths, tokens_per_microbatch)
@@ -177,11 +176,11 @@ def pack_one(
         at_least_tokens: T is padded to this, and to at least 1.
 
     Raises:
-        UserError: a sequence without prompt or response.
+        ValueError: a sequence without prompt or response.
     """
     bad = [i for i, s in zip(indices, sequences, strict=True) if s.prompt_length < 1 or s.response_length < 1]
     if bad:
-        raise UserError(f"sequences {bad} lack a prompt or a response token, so they have nothing to score")
+        raise ValueError(f"sequences {bad} lack a prompt or a response token, so they have nothing to score")
     cut = rules.cut
     segments = _segments([sequence.tokens.numel() for sequence in sequences], rules, at_least_tokens)
     starts = [0, *accumulate(segments)]

@@ -150,12 +150,12 @@ class Policy:
             On one rank of each replica (`parallel.reports`) statistics in the caller's order, else None.
 
         Raises:
-            UserError: the reference is asked for, but algorithm.kl.coefficient is 0.
+            ValueError: the reference is asked for, but algorithm.kl.coefficient is 0.
         """
         self._memory.restore(["parameters"])
         model = self._reference if reference else self._machinery.model
         if model is None:
-            raise UserError("no reference model: algorithm.kl.coefficient is 0")
+            raise ValueError("no reference model: algorithm.kl.coefficient is 0")
         scores = score_sequences(
             model,
             sequences,
@@ -175,11 +175,11 @@ class Policy:
             Metrics, equal on all ranks; see `PolicyUpdate.step`.
 
         Raises:
-            UserError: a sequence lacks what the loss reads, nothing was scored yet, or the warm start has not ended.
+            ValueError: a sequence lacks what the loss reads, nothing was scored yet, or the warm start has not ended.
             RuntimeError: the controller's replicas differ between ranks.
         """
         if self._warming_up:
-            raise UserError("the warm start has not ended: begin_reinforcement_learning() comes before update()")
+            raise ValueError("the warm start has not ended: begin_reinforcement_learning() comes before update()")
         self._memory.restore(PARTS)
         metrics = self._update.step(minibatch, self.optimizer, freshly_scored=self._freshly_scored)
         if not metrics["optimizer/skipped"]:

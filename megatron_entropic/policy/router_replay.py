@@ -103,13 +103,13 @@ def with_choices(micro_batch: MicroBatch, parallel: ParallelState) -> MicroBatch
     """The micro-batch with the experts of its sequences laid out for this rank.
 
     Raises:
-        UserError: a sequence without `experts`.
+        ValueError: a sequence without `experts`.
     """
     if not micro_batch.sequences:
         return micro_batch
     experts = [sequence.experts for sequence in micro_batch.sequences if sequence.experts is not None]
     if len(experts) < len(micro_batch.sequences):
-        raise UserError("router replay: a sequence lacks the experts that the score pass chose")
+        raise ValueError("router replay: a sequence lacks the experts that the score pass chose")
     first = experts[0]
     # Padding has no choice.
     whole = first.new_full((_tokens(micro_batch), *first.shape[1:]), no_choice(first.dtype))

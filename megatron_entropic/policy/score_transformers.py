@@ -17,7 +17,7 @@ def score_file(hf_dir: Path, tokens_path: Path, output_path: Path, temperature: 
     """Scores every line of a token file on the CPU, or on a GPU where torch finds one.
 
     Raises:
-        FileNotFoundError, ValueError: bad input, before the model is loaded.
+        UserError: bad input, before the model is loaded.
     """
     import transformers
 

@@ -60,7 +60,7 @@ def score_file(
     """Scores every line of a token file with a policy laid out over `policy.world_size` processes of this machine.
 
     Raises:
-        FileNotFoundError, ValueError: bad input (model, layout or lines), before any process starts.
+        UserError: bad input (model, layout or lines), before any process starts.
         PeerDied, PhaseTimeout: a rank failed or all stood still for `policy.distributed_timeout_s`.
     """
     dimensions = HfReader(hf_dir).parameter_map.dimensions

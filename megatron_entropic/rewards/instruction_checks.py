@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_entropic.errors import UserError
 from megatron_entropic.rewards.languages import guess_language
 
 Check = Callable[[str, Mapping[str, Any]], bool]
@@ -24,7 +23,7 @@ _ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
 def _relation(count: int, bound: Any, relation: Any) -> bool:
     if relation not in ("less than", "at least"):
-        raise UserError(f"unknown relation {relation!r}")
+        raise ValueError(f"unknown relation {relation!r}")
     return count < int(bound) if relation == "less than" else count >= int(bound)
 
 

@@ -310,7 +310,7 @@ def check_complete(buckets: Sequence[FlatContents], hf_tensors: dict[str, tuple[
     vLLM keeps the old values of tensors that an update leaves out, without a word.
 
     Raises:
-        UserError: listing every difference.
+        ValueError: listing every difference.
     """
     sent = [pair for contents in buckets for pair in zip(contents.names, contents.shapes, strict=True)]
     times_sent = Counter(name for name, _ in sent)
@@ -322,7 +322,7 @@ def check_complete(buckets: Sequence[FlatContents], hf_tensors: dict[str, tuple[
         elif tuple(shape) != tuple(hf_tensors[name]):
             problems.append(f"{name}: shape {tuple(shape)}, the model has {tuple(hf_tensors[name])}")
     if problems:
-        raise UserError("publish: the update does not fit the engine's model:\n  " + "\n  ".join(problems))
+        raise ValueError("publish: the update does not fit the engine's model:\n  " + "\n  ".join(problems))
 
 
 def stop_token_ids(hf_dir: Path) -> list[int]:

@@ -104,13 +104,14 @@ class IpcSender:
         """Open the rendezvous; `GlooSender` has the arguments.
 
         Raises:
-            UserError: `delta`, which vLLM's receiving engine does not understand, or more than one receiver.
+            UserError: `delta`, which vLLM's receiving engine does not understand.
+            ValueError: more than one receiver.
         """
         del lent  # host memory plays no part
         if delta:
             raise UserError("rollout.publish=delta needs cluster.transport=gloo; over CUDA IPC use full")
         if receivers != 1:
-            raise UserError(f"CUDA IPC reaches the engine worker on the same GPU, not {receivers} of them")
+            raise ValueError(f"CUDA IPC reaches the engine worker on the same GPU, not {receivers} of them")
         self._host = host
         self._name = name
         self._sent = 0
@@ -184,7 +185,7 @@ class IpcReceiver:
 
         Raises:
             PhaseTimeout, PeerDied: the sender did not come or is gone.
-            UserError: the sender announces something else.
+            ValueError: the sender announces something else.
         """
         number, self._received = self._received, self._received + 1
         phase = f"publish: buffer {number}, {contents.describe()}"
@@ -193,7 +194,7 @@ class IpcReceiver:
         answer = _LOADED
         try:
             if announcement["contents"] != contents.describe():
-                raise UserError(f"{phase}: {self._sender} announces {announcement['contents']}")
+                raise ValueError(f"{phase}: {self._sender} announces {announcement['contents']}")
             yield _update_info(contents, DeviceMemory.from_json(announcement["memory"]))
         except BaseException as error:
             answer = f"{type(error).__name__}: {error}"

@@ -29,7 +29,6 @@ def score_file(hf_dir: Path, tokens_path: Path, output_path: Path, dtype: Dtype,
         temperature: must be 1.
 
     Raises:
-        FileNotFoundError: no such file or directory.
         UserError: bad lines, a sequence as long as the model's context, or a temperature other than 1.
     """
     if temperature != 1.0:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from math import prod
 
 from megatron_entropic.config import Dtype
-from megatron_entropic.errors import UserError
 from megatron_entropic.weights.layouts import Shape
 from megatron_entropic.weights.parameter_map import Entry, ParameterMap
 
@@ -191,7 +190,8 @@ def publish_plan(
         expert_tensor_parallel: None: `tensor_parallel`.
 
     Raises:
-        UserError: a layout that the model does not allow, or bucket_bytes < 1.
+        UserError: a layout that the model does not allow.
+        ValueError: bucket_bytes < 1.
     """
     expert_tensor = expert_tensor_parallel or tensor_parallel
     parameter_map.dimensions.check_parallel(
@@ -202,7 +202,7 @@ def publish_plan(
         expert_tensor_parallel=expert_tensor_parallel,
     )
     if bucket_bytes < 1:
-        raise UserError(f"bucket_bytes must be positive, not {bucket_bytes}")
+        raise ValueError(f"bucket_bytes must be positive, not {bucket_bytes}")
     buckets: list[Bucket] = []
     for stage in range(pipeline_parallel):
         held = parameter_map.entries_of_stage(stage, pipeline_parallel, virtual_pipeline_parallel)

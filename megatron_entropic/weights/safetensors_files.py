@@ -88,11 +88,11 @@ class SafetensorsWriter:
         """Create the file with its header; `shapes` fixes names and order, `dtypes` may know more names.
 
         Raises:
-            UserError: a dtype that Hugging Face checkpoints of these models do not use.
+            ValueError: a dtype that Hugging Face checkpoints of these models do not use.
         """
         for dtype in {dtypes[name] for name in shapes}:
             if dtype not in DTYPE_NAMES:
-                raise UserError(f"cannot write tensors of {dtype}; supported: {', '.join(map(str, DTYPE_NAMES))}")
+                raise ValueError(f"cannot write tensors of {dtype}; supported: {', '.join(map(str, DTYPE_NAMES))}")
         self.path = path
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0

@@ -138,7 +138,7 @@ class _Slice(io.RawIOBase):
         """As of any file."""
         self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
         if self._position < 0:
-            raise UserError("seek before the start")
+            raise ValueError("seek before the start")
         return self._position
 
     def read(self, size: int | None = -1) -> bytes:

@@ -30,7 +30,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 import torch.distributed as dist
 
-from megatron_entropic.errors import PeerDied, PhaseTimeout, UserError
+from megatron_entropic.errors import PeerDied, PhaseTimeout
 from megatron_entropic.weights.channel import BLOCK_BYTES, Channel
 from megatron_entropic.weights.delta import Delta, bitmap_bytes
 from megatron_entropic.weights.flat_memory import FlatMemory
@@ -68,14 +68,14 @@ class FlatContents:
         """Contents from the parallel lists that vLLM's update calls carry.
 
         Raises:
-            UserError: no tensors, lists of different lengths or more than one dtype.
+            ValueError: no tensors, lists of different lengths or more than one dtype.
         """
         if not names or not len(names) == len(dtypes) == len(shapes):
-            raise UserError(
+            raise ValueError(
                 f"{len(names)} names, {len(dtypes)} dtypes and {len(shapes)} shapes: one of each per tensor"
             )
         if len(set(dtypes)) > 1:
-            raise UserError(f"a flat buffer holds one dtype, not {sorted(set(dtypes))}")
+            raise ValueError(f"a flat buffer holds one dtype, not {sorted(set(dtypes))}")
         return cls(tuple(names), tuple(tuple(shape) for shape in shapes), dtypes[0])
 
     def update_info(self) -> dict[str, list]:
@@ -96,11 +96,11 @@ class FlatContents:
         """The dtype itself.
 
         Raises:
-            UserError: torch has no such dtype.
+            ValueError: torch has no such dtype.
         """
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype):
-            raise UserError(f"{self.dtype}: not a torch dtype")
+            raise ValueError(f"{self.dtype}: not a torch dtype")
         return dtype
 
     def describe(self) -> str:
@@ -286,7 +286,7 @@ class GlooReceiver:
 
         Raises:
             PhaseTimeout: the sender or another receiver did not come.
-            UserError: the sender counts another number of receivers.
+            ValueError: the sender counts another number of receivers.
         """
         self._name = f"engine worker {rank}"
         self._sender = f"the sending policy rank at {host}:{port}"
@@ -302,7 +302,7 @@ class GlooReceiver:
             delta = self._store.get("delta") == b"1"
         self._last: dict[FlatContents, torch.Tensor] | None = {} if delta else None
         if expected != receivers or not 1 <= rank <= receivers:
-            raise UserError(f"{phase}: the sender expects {expected} engine workers, this is {rank} of {receivers}")
+            raise ValueError(f"{phase}: the sender expects {expected} engine workers, this is {rank} of {receivers}")
         self._store.set(f"asked/{rank}", "0")
         blocks = self._open_blocks()
         self._lent = blocks[1:]
@@ -332,7 +332,7 @@ class GlooReceiver:
 
         Raises:
             PhaseTimeout, PeerDied: the sender did not come or is gone.
-            UserError: the sender announces something else.
+            ValueError: the sender announces something else.
         """
         phase = f"publish: broadcast {self._received}, {contents.describe()}"
         with named_wait(phase, self._name, self._sender):
@@ -342,7 +342,7 @@ class GlooReceiver:
         announced, _, lent = announcement.partition(_LENT)
         announced, _, changed = announced.partition(_CHANGED)
         if announced != contents.describe():
-            raise UserError(f"{phase}: {self._name} expected this, but the sender announces {announced}")
+            raise ValueError(f"{phase}: {self._name} expected this, but the sender announces {announced}")
         self._received += 1
         if lent:
             flat = self._lent[int(lent)].tensor(contents.elements, contents.torch_dtype)
