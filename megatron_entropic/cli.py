@@ -19,6 +19,7 @@ from megatron_entropic.config_loading import ConfigError, batch_arithmetic, conf
 from megatron_entropic.errors import RunError, StopAsked, UserError, explained
 from megatron_entropic.evaluate_command import add_evaluate_parser
 from megatron_entropic.export_command import add_export_parser
+from megatron_entropic.observability.text import printable
 from megatron_entropic.replay_command import add_replay_parser
 from megatron_entropic.rollouts_command import add_rollouts_parser
 from megatron_entropic.tune_command import add_tune_parser
@@ -44,15 +45,16 @@ def main(arguments: Args[str] | None = None) -> int:
         options.overrides += rest
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
+        _look_for_modules_here()
         options.command(options)
     except StopAsked as error:
-        errors.print(f"[bold yellow]stopped:[/] {escape(str(error))}")
+        errors.print(f"[bold yellow]stopped:[/] {escape(printable(str(error)))}")
         return STOPPED
     except (UserError, RunError, OSError) as error:
         told = explained(error) if isinstance(error, OSError) else error
         if told is None:
             raise
-        errors.print(f"[bold red]error:[/] {escape(str(told))}")
+        errors.print(f"[bold red]error:[/] {escape(printable(str(told)))}")
         return BAD_INPUT if isinstance(told, UserError) else FAILED
     except KeyboardInterrupt:
         errors.print("interrupted; the same command continues from the last checkpoint")
@@ -60,22 +62,36 @@ def main(arguments: Args[str] | None = None) -> int:
     return 0
 
 
+def _look_for_modules_here() -> None:
+    """Let every command find `module:function` of the configuration in the current directory.
+
+    An installed command does not look there, while Ray's workers and the verifier processes of a run do: without this
+    rule `replay` would not find the loss that `train` had found.
+    """
+    try:
+        here = os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the current directory does not exist any more: change to another one") from error
+    if here not in sys.path:
+        sys.path.append(here)
+
+
 def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     console = Console()
     table = Table(title=f"{config.run.name}: what one step means", title_justify="left", show_header=False)
     for name, value in batch_arithmetic(config):
-        table.add_row(escape(name), escape(value))
+        table.add_row(escape(name), escape(printable(value)))
     console.print(table)
     for warning in config_warnings(config):
-        console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+        console.print(f"[yellow]warning:[/] {escape(printable(warning))}", soft_wrap=True)
     if options.check:
         return
     # Ray reads its settings when the trainer imports it.
     prepare_ray_environment(config.cluster)
     from megatron_entropic.trainer import train
 
-    console.print(f"done: {train(config)}", soft_wrap=True)
+    console.print(printable(f"done: {train(config)}"), markup=False, soft_wrap=True)
 
 
 def _preflight(options: argparse.Namespace) -> None:
@@ -163,7 +179,8 @@ def _report(options: argparse.Namespace) -> None:
     if any(evaluations) and not all(evaluations):
         raise UserError("a report is about runs or about evaluations, not about both at once")
     write = write_evaluation_page if all(evaluations) else write_report
-    Console().print(f"report: {write(options.run_dirs, output_dir)}", soft_wrap=True)
+    page = write(options.run_dirs, output_dir)
+    Console().print(printable(f"report: {page}"), markup=False, soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:

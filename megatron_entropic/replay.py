@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from pydantic import ValidationError
 
 from megatron_entropic.config import Config
 from megatron_entropic.errors import UserError
@@ -138,8 +139,10 @@ def _config_of_one_rank(run_dir: Path) -> Config:
     path = run_dir / "config.yaml"
     try:
         config = Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{run_dir}: not a run directory: {error}") from error
+    except ValidationError as error:
+        raise UserError(f"{path}: not the configuration of a run of this version: {error}") from error
     return config.model_copy(update={"policy": config.policy.model_copy(update=ONE_RANK)})
 
 

@@ -6,6 +6,7 @@ import importlib
 
 from megatron_entropic.algorithms.losses import batch_losses, token_losses
 from megatron_entropic.algorithms.losses.interface import PolicyLoss
+from megatron_entropic.errors import UserError
 
 POLICY_LOSSES: dict[str, PolicyLoss] = {
     "clipped": PolicyLoss(token_losses.clipped),
@@ -25,15 +26,15 @@ def find_policy_loss(name: str) -> PolicyLoss:
     A function from outside may look at whole sequences: it gets their lengths.
 
     Raises:
-        ValueError: there is no such loss, or the module cannot be imported.
+        UserError: there is no such loss, or the module cannot be imported.
     """
     if name in POLICY_LOSSES:
         return POLICY_LOSSES[name]
     module, separator, attribute = name.partition(":")
     if not separator:
-        raise ValueError(f"algorithm.policy_loss={name!r}: expected {', '.join(POLICY_LOSSES)}, or module:function")
+        raise UserError(f"algorithm.policy_loss={name!r}: expected {', '.join(POLICY_LOSSES)}, or module:function")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"algorithm.policy_loss={name!r}: {error}") from error
+        raise UserError(f"algorithm.policy_loss={name!r}: {error}") from error
     return found if isinstance(found, PolicyLoss) else PolicyLoss(found, whole_sequences=True)
