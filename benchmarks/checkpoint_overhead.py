@@ -95,7 +95,7 @@ def _train(assets: Path, run_dir: Path, steps: int, asynchronous: bool, timeout_
 
 
 def _figures(run_dir: Path) -> list[str]:
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
     rows: list[dict[str, Any]] = [row for row in map(json.loads, lines) if row["step"] > WARM_UP_STEPS]
     after = [row for row in rows if row["step"] % 2 == 1]
     others = [row for row in rows if row["step"] % 2 == 0]

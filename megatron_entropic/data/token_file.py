@@ -43,7 +43,8 @@ def read_token_file(path: Path, vocab_size: int) -> list[TokenLine]:
     problems = []
     with reading(path):
         content = Path(path).read_text(encoding="utf-8")
-    for number, text in enumerate(content.splitlines(), start=1):
+    # Not splitlines: U+2028 and its like are allowed inside a JSON string and end no line.
+    for number, text in enumerate(content.split("\n"), start=1):
         if not text.strip():
             continue
         try:
@@ -60,7 +61,7 @@ def read_token_file(path: Path, vocab_size: int) -> list[TokenLine]:
 def _parse(text: str, vocab_size: int) -> TokenLine:
     try:
         record = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON ({error})") from error
     if not isinstance(record, dict) or not {"tokens", "prompt_length"} <= record.keys():
         raise UserError('expected an object with "tokens" and "prompt_length"')

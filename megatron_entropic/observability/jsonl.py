@@ -50,10 +50,10 @@ class JsonLinesWriter:
     def truncate_after(self, step: int) -> None:
         """Drop every row from the first whose `step` is greater than `step`."""
         offset = 0
-        for line in self.path.read_bytes().splitlines(keepends=True):
+        for line in _lines(self.path.read_bytes()):
             if json.loads(line)["step"] > step:
                 break
-            offset += len(line)
+            offset += len(line) + 1
         _cut(self.path, offset)
 
     def close(self) -> None:
@@ -70,15 +70,20 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     with reading(path):
         content = path.read_bytes()
     rows = []
-    for number, line in enumerate(content[: _end_of_last_whole_line(content)].splitlines(), start=1):
+    for number, line in enumerate(_lines(content[: _end_of_last_whole_line(content)]), start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not valid JSON: {error}") from error
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
         rows.append(row)
     return rows
+
+
+def _lines(content: bytes) -> list[bytes]:
+    """The lines of a content that ends in a newline. Only a newline ends one: others may stand inside an object."""
+    return content.split(b"\n")[:-1]
 
 
 def _end_of_last_whole_line(content: bytes) -> int:
@@ -92,7 +97,7 @@ def _end_of_last_whole_line(content: bytes) -> int:
         return 0
     try:
         json.loads(content[start:end])
-    except ValueError:
+    except (ValueError, RecursionError):
         return start
     return end
 

@@ -117,3 +117,14 @@ def test_a_full_disk_loses_nothing_that_was_written(tmp_path: Path) -> None:
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=120)
     assert read_json_lines(path) == [{"step": 1}, {"step": 3}]
+
+
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    """JSON allows a carriage return between values, and U+2028 inside a string."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"step": 1,\r "a": "\xe2\x80\xa8"}\n{"step": 2}\n')
+    assert read_json_lines(path) == [{"step": 1, "a": "\u2028"}, {"step": 2}]
+    writer = JsonLinesWriter(path)
+    writer.truncate_after(1)
+    writer.close()
+    assert read_json_lines(path) == [{"step": 1, "a": "\u2028"}]
