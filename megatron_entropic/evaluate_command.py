@@ -21,6 +21,7 @@ from megatron_entropic.config import (
 )
 from megatron_entropic.config_checks import evaluation_violations
 from megatron_entropic.config_loading import ConfigError
+from megatron_entropic.observability.text import printable
 
 
 def add_evaluate_parser(commands: Any) -> None:
@@ -74,8 +75,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     label = options.label or options.model.absolute().name
     evaluate(config, config.run.output_dir, label)
     console = Console(highlight=False)
-    console.print((config.run.output_dir / TABLE_FILE).read_text(encoding="utf-8"), markup=False, soft_wrap=True)
-    console.print(f"responses and numbers: {config.run.output_dir / SUMMARY_FILE}", soft_wrap=True)
+    table = (config.run.output_dir / TABLE_FILE).read_text(encoding="utf-8")
+    for text in (table, f"responses and numbers: {config.run.output_dir / SUMMARY_FILE}"):
+        console.print(printable(text), markup=False, soft_wrap=True)
 
 
 def evaluation_config(options: argparse.Namespace) -> Config:

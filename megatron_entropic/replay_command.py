@@ -8,6 +8,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from megatron_entropic.observability.text import printable
 
 
 def add_replay_parser(commands: Any) -> None:
@@ -23,11 +26,11 @@ def _replay(options: argparse.Namespace) -> None:
     from megatron_entropic.replay import replay
 
     found = replay(options.run_dir, options.step, options.checkpoint)
-    table = Table(title=f"step {found.step}, from {found.state}", title_justify="left")
+    table = Table(title=Text(printable(f"step {found.step}, from {found.state}")), title_justify="left")
     for column in ("metric", "recorded", "replayed", "difference"):
         table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
     for name, (before, now) in found.metrics.items():
-        table.add_row(name, f"{before:.9g}", f"{now:.9g}", f"{now - before:.2e}")
+        table.add_row(Text(printable(name)), f"{before:.9g}", f"{now:.9g}", f"{now - before:.2e}")
     for name, largest in found.largest_difference.items():
         table.add_row(f"{name}, largest over tokens", "", "", f"{largest:.2e}")
     Console(width=160, highlight=False).print(table)

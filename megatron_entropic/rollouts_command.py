@@ -16,7 +16,9 @@ from megatron_entropic.observability.pages import render_page, write_page
 from megatron_entropic.observability.rollout_view import ResponseView, StepView, view_step
 from megatron_entropic.observability.rollouts import read_rollouts, recorded_steps, rollouts_path
 from megatron_entropic.observability.summary import Run, load_run
+from megatron_entropic.observability.text import printable
 from megatron_entropic.rewards import build_reader
+from megatron_entropic.rewards.readings import Reader
 
 _TOUCH_COLOURS = {"up": "green", "down": "red"}
 _LEAST_SHADE = 0.05
@@ -49,22 +51,41 @@ def _rollouts(options: argparse.Namespace) -> None:
     if step not in steps:
         raise UserError(f"{options.run_dir}: no rollouts of step {step}; there are {', '.join(map(str, steps[-10:]))}")
     path = rollouts_path(options.run_dir, step)
+    console = Console(highlight=False)
     view = view_step(
         read_rollouts(path),
-        load_tokenizer(options.tokenizer or Path(run.setting("model.hf_dir", "."))),
-        build_reader(run.setting("reward.verifier", "math")),
+        _tokenizer(options.tokenizer, run),
+        _reader(run, console),
         tau=_tau(run),
         prompts=options.prompt,
         max_prompts=options.prompts,
         max_tokens=options.max_tokens,
     )
-    console = Console(highlight=False)
     if options.html is None:
         show(view, console)
         return
     template = Path(__file__).parent / "observability" / "rollouts.html.jinja"
     page = render_page(template, title=f"{run.name}, step {step}", view=view, path=path)
-    console.print(f"rollouts: {write_page(options.html, page)}", soft_wrap=True)
+    console.print(printable(f"rollouts: {write_page(options.html, page)}"), markup=False, soft_wrap=True)
+
+
+def _tokenizer(given: Path | None, run: Run) -> Any:
+    configured = run.setting("model.hf_dir")
+    if given is None and not isinstance(configured, str):
+        raise UserError(f"{run.path}: its config.yaml names no model.hf_dir; give a tokenizer with --tokenizer DIR")
+    try:
+        return load_tokenizer(given or Path(configured))
+    except UserError as error:
+        raise UserError(f"{error}; --tokenizer DIR takes another one") from error
+
+
+def _reader(run: Run, console: Console) -> Reader:
+    """What the run's verifier takes for an answer. Responses can be looked at without it."""
+    try:
+        return build_reader(str(run.setting("reward.verifier", "math")))
+    except UserError as error:
+        console.print(printable(f"answers are not read: {error}"), style="yellow", markup=False, soft_wrap=True)
+        return lambda response: None
 
 
 def show(view: StepView, console: Console) -> None:
@@ -81,8 +102,8 @@ def show(view: StepView, console: Console) -> None:
     console.print(legend)
     for group in view.groups:
         console.rule(f"prompt {group.index}")
-        console.print(Text(group.prompt, style="dim"))
-        console.print(Text(f"ground truth: {group.ground_truth}"))
+        console.print(Text(printable(group.prompt), style="dim"))
+        console.print(Text(printable(f"ground truth: {group.ground_truth}")))
         for response in group.responses:
             console.print(_heading(response))
             console.print(_coloured(response, view.entropy_scale))
@@ -93,13 +114,13 @@ def _heading(response: ResponseView) -> Text:
     reward = "none" if sample.reward is None else f"{sample.reward:g}"
     text = Text(f"\n[{sample.sample_index}] ")
     text.append(f"reward {reward}", "bold green" if sample.correct else "bold red")
-    answer = "none" if response.answer is None else response.answer
+    answer = "none" if response.answer is None else printable(response.answer)
     text.append(f"  answer read: {answer}  A {response.advantage:+.3f}  {len(sample.response_tokens)} tokens")
     text.append(f"  entropy {response.mean_entropy:.3f}")
     if sample.finish_reason == "length":
         text.append("  cut off at the limit")
     if sample.verifier_status != "ok":
-        text.append(f"  verifier: {sample.verifier_status}", "bold yellow")
+        text.append(printable(f"  verifier: {sample.verifier_status}"), "bold yellow")
     return text
 
 
@@ -115,7 +136,7 @@ def _coloured(response: ResponseView, scale: float) -> Text:
             color=_TOUCH_COLOURS.get(token.touch, "white" if shaded else None),
             underline=token.touch != "",
         )
-        text.append(token.text, style)
+        text.append(printable(token.text), style)
     return text
 
 
@@ -128,4 +149,4 @@ def _colour(share: float) -> str:
 def _tau(run: Run) -> float | None:
     if run.setting("entropy_control.controller", "pi") not in _CONTROLLERS_WITH_TAU:
         return None
-    return float(run.setting("entropy_control.tau", 0.95))
+    return run.number("entropy_control.tau", 0.95)

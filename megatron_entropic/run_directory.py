@@ -36,6 +36,7 @@ from megatron_entropic.observability.metrics import MetricsWriter
 from megatron_entropic.observability.progress import Progress
 from megatron_entropic.observability.rollouts import rollouts_path, write_rollouts
 from megatron_entropic.observability.samples import SampleLog
+from megatron_entropic.observability.text import printable
 from megatron_entropic.observability.timing import PhaseClock
 from megatron_entropic.policy.checkpoint_files import (
     CheckpointError,
@@ -136,8 +137,9 @@ class RunDirectory:
 
     def report_data(self, lines: list[str]) -> None:
         """Show what became of the rows of the training files, and keep it."""
-        (self.path / "data_report.txt").write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
-        self.progress.log("\n".join(lines))
+        text = printable("\n".join(lines))
+        (self.path / "data_report.txt").write_text(text + "\n", encoding="utf-8")
+        self.progress.log(text)
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         """Write one step's metrics and show them; after an attempt's first one, how long it took to get there."""

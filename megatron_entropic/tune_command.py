@@ -19,6 +19,7 @@ from rich.markup import escape
 from megatron_entropic.algorithms.tuning import Plant, Proposal, identify_plant, propose_gains
 from megatron_entropic.errors import UserError
 from megatron_entropic.observability.summary import Run, load_run
+from megatron_entropic.observability.text import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +56,13 @@ def identify_run(run: Run, last: int | None = None) -> tuple[Plant, float]:
     Raises:
         UserError: see `identify_plant`.
     """
-    rows = [row for row in run.rows if row.get("entropy/mean") is not None and row.get("entropy/alpha") is not None]
+    measured = zip(*map(run.series, ("entropy/mean", "entropy/rollout", "entropy/alpha")), strict=True)
+    rows = [row for row in measured if math.isfinite(row[0]) and math.isfinite(row[2])]
     rows = rows[-last:] if last else rows
-    parts = run.setting("algorithm.optimizer_steps_per_rollout", 1)
-    updates = parts * run.setting("algorithm.epochs_per_rollout", 1)
-    name = "entropy/rollout" if all("entropy/rollout" in row for row in rows) else "entropy/mean"
-    entropies = [row[name] for row in rows]
-    plant = identify_plant(entropies, [row["entropy/alpha"] for row in rows], updates)
+    parts = run.number("algorithm.optimizer_steps_per_rollout", 1)
+    name = "entropy/rollout" if rows and all(math.isfinite(rollout) for _, rollout, _ in rows) else "entropy/mean"
+    entropies = [rollout if name == "entropy/rollout" else mean for mean, rollout, _ in rows]
+    plant = identify_plant(entropies, [alpha for _, _, alpha in rows], _updates(run))
     if name == "entropy/rollout":
         plant = replace(plant, noise=plant.noise * math.sqrt(parts))
     return plant, entropies[-1]
@@ -83,13 +84,20 @@ def tune_run(run_dir: Path, settling_steps: float, target: float | None = None, 
     aim = run.target if target is None else target
     if aim is None:
         raise UserError(f"{run_dir}: the run has no target; give one with --target")
-    updates = run.setting("algorithm.optimizer_steps_per_rollout", 1) * run.setting("algorithm.epochs_per_rollout", 1)
+    if last is not None and last < 1:
+        raise UserError(f"--last {last}: expected a number of steps, at least 1")
     try:
         plant, entropy = identify_run(run, last)
-        proposal = propose_gains(plant, entropy, aim, settling_steps * updates)
+        proposal = propose_gains(plant, entropy, aim, settling_steps * _updates(run))
     except ValueError as error:  # what `algorithms` says about numbers is here about the user's run
         raise UserError(f"{run_dir}: {error}") from error
     return Tuned(plant, proposal, aim)
+
+
+def _updates(run: Run) -> int:
+    """Optimizer steps of one rollout."""
+    keys = ("algorithm.optimizer_steps_per_rollout", "algorithm.epochs_per_rollout")
+    return math.prod(int(run.number(key, 1)) for key in keys)
 
 
 def add_tune_parser(commands: Any) -> None:
@@ -106,6 +114,6 @@ def _tune(options: argparse.Namespace) -> None:
     tuned = tune_run(options.run_dir, options.settling_steps, options.target, options.last)
     console = Console(highlight=False)
     for line in tuned.proposal.reasoning:
-        console.print(f"- {escape(line)}", soft_wrap=True)
+        console.print(f"- {escape(printable(line))}", soft_wrap=True)
     words = (f"{key}={value if isinstance(value, str) else f'{value:g}'}" for key, value in tuned.overrides.items())
     console.print(" ".join(words), soft_wrap=True)

@@ -24,6 +24,9 @@ WANDB_ID_FILE = "wandb_run_id"
 ENTROPY_BAND = 0.1
 """Entropy within this fraction of its target counts as on target, wherever it is shown."""
 
+_MOST_STEPS = 10**12
+"""What a figure can still count; a larger step is a damaged line."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -117,7 +120,7 @@ class MetricsWriter:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl in order of step; a torn last line is left out.
+    """The rows of a run's metrics.jsonl in order of step, the last of each step; a torn last line is left out.
 
     Raises:
         UserError: no such file, no step in it, or a damaged line; the message names the run.
@@ -131,9 +134,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"{run_dir}: {METRICS_FILE} has no complete step yet")
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row.get("step"), int):
-            raise UserError(f"{path}, line {number}: no integer 'step'")
-    return rows
+        step = row.get("step")
+        if type(step) is not int or not 0 <= step <= _MOST_STEPS:
+            raise UserError(f"{path}, line {number}: no integer 'step' of 0 to {_MOST_STEPS:,}")
+    of_step = {row["step"]: row for row in rows}
+    return [of_step[step] for step in sorted(of_step)]
 
 
 class _TensorBoardSink:

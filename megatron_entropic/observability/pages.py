@@ -8,13 +8,19 @@ from typing import Any
 
 import jinja2
 
+from megatron_entropic.observability.text import printable
+
 
 def render_page(template: Path, **values: Any) -> str:
-    """Fill in a template; everything in `values` is escaped, and a name that is missing is an error."""
+    """Fill in a template; everything in `values` is escaped, and a name that is missing is an error.
+
+    Control characters, which HTML does not allow and a terminal would obey, are shown as signs.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: printable(value) if isinstance(value, str) else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )

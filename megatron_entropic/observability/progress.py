@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_entropic.observability.metrics import ENTROPY_BAND
+from megatron_entropic.observability.text import printable
 
 _HISTORY = 40
 _BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
@@ -72,7 +73,7 @@ class Progress:
 
     def log(self, message: str) -> None:
         """Show a message above the panel, or as a plain line."""
-        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(message), markup=False, highlight=False, soft_wrap=True)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a finished step. Names are those of metrics.jsonl; what is missing is not shown."""

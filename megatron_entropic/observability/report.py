@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +14,13 @@ from megatron_entropic.observability import plots
 from megatron_entropic.observability.metrics import ENTROPY_BAND
 from megatron_entropic.observability.pages import render_page, write_page
 from megatron_entropic.observability.progress import duration
-from megatron_entropic.observability.summary import LAST_STEPS, Run, Summary, load_run, summarise
+from megatron_entropic.observability.summary import LAST_STEPS, Run, Summary, as_number, load_run, summarise
 from megatron_entropic.observability.verdicts import verdicts
 
 REPORT_FILE = "report.html"
 _SAMPLES_SHOWN = 6
+_LONGEST_VALUE = 60
+"""Characters shown of a metric that is no number."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,20 @@ def _cards(summary: Summary) -> Iterator[Card]:
 
 def _samples(run: Run) -> list[dict[str, Any]]:
     """The responses of the last step that has some."""
-    last = max((row.get("step", 0) for row in run.samples), default=0)
-    return [row for row in run.samples if row.get("step", 0) == last][:_SAMPLES_SHOWN]
+    steps = [int(as_number(row.get("step"), 0)) for row in run.samples]
+    last = max(steps, default=0)
+    chosen = [row for row, step in zip(run.samples, steps, strict=True) if step == last and "response" in row]
+    return [_sample(row, last) for row in chosen[:_SAMPLES_SHOWN]]
+
+
+def _sample(row: dict[str, Any], step: int) -> dict[str, Any]:
+    """What is shown of a response: a file of another version, or a damaged one, may lack some of it."""
+    reward = as_number(row.get("reward"), math.nan)
+    return {
+        "step": step,
+        "reward": None if math.isnan(reward) else reward,
+        **{key: row.get(key) for key in ("prompt", "response", "response_tokens", "finish_reason", "verifier_status")},
+    }
 
 
 def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -175,8 +190,8 @@ def _number(value: Any) -> str:
     """A metric for reading: 4 significant digits, thousands separated; a dash where there is none."""
     if value is None:
         return "\u2013"
-    if not isinstance(value, int | float):
-        return str(value)
+    if math.isnan(as_number(value, math.nan)):
+        return str(value)[:_LONGEST_VALUE]
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_entropic.errors import UserError
 from megatron_entropic.observability.rollouts import RecordedResponse, RecordedStep
+from megatron_entropic.observability.summary import as_number
 
 Touch = Literal["", "up", "down"]
 """Whether pi > tau and A != 0, and the sign of A: "" where either is not so, up for A > 0, down for A < 0."""
@@ -114,7 +115,7 @@ def view_step(
     entropies = np.concatenate([response.entropies for response in recorded.responses])
     return StepView(
         step=recorded.step,
-        alpha=recorded.metrics.get("entropy/alpha"),
+        alpha=as_number(recorded.metrics.get("entropy/alpha"), None),
         tau=tau,
         entropy_scale=max(float(np.quantile(entropies, 0.99)) if entropies.size else 0.0, 1e-6),
         prompts=len(groups),

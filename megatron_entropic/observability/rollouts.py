@@ -145,6 +145,10 @@ def _response(row: dict[str, Any]) -> RecordedResponse:
         verifier_reward=row["verifier_reward"],
     )
     reference = row["reference_logprobs"]
+    count = len(sample.response_tokens)
+    lists = ("rollout_logprobs", "advantages", "old_logprobs", "entropies")
+    if unequal := [name for name in lists if len(row[name]) != count]:
+        raise UserError(f"a response of {count} tokens has other numbers of {', '.join(unequal)}")
     return RecordedResponse(
         sample=sample,
         advantages=np.array(row["advantages"], np.float32),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -19,6 +19,9 @@ from megatron_entropic.observability.samples import SAMPLES_FILE
 
 CONFIG_FILE = "config.yaml"
 LAST_STEPS = 20
+Default = TypeVar("Default")
+_LARGEST = 1e100
+"""Axes are computed with products of values, which must stay finite."""
 _PHASE = re.compile(r"time/\w+_s")
 
 
@@ -41,8 +44,8 @@ class Run:
         return [row["step"] for row in self.rows]
 
     def series(self, name: str) -> list[float]:
-        """The values of a metric, one for each row; NaN where it is missing or was not finite."""
-        return [float("nan") if row.get(name) is None else float(row[name]) for row in self.rows]
+        """The values of a metric, one for each row; NaN where it is missing, not finite or no number."""
+        return [as_number(row.get(name), math.nan) for row in self.rows]
 
     def finite(self, name: str) -> list[float]:
         """The finite values of a metric."""
@@ -55,20 +58,35 @@ class Run:
             value = value.get(part) if isinstance(value, dict) else None
         return default if value is None else value
 
+    def number(self, key: str, default: float) -> float:
+        """A number of the configuration by its dotted key; the default also where something else stands there."""
+        return as_number(self.setting(key), default)
+
     @cached_property
     def target(self) -> float | None:
         """The entropy target in nats; None where nothing was controlled."""
         if self.setting("entropy_control.controller") == "off":
             return None
         logged = self.finite("entropy/target")
-        configured = self.setting("entropy_control.target")
-        return logged[-1] if logged else configured if isinstance(configured, int | float) else None
+        configured = self.number("entropy_control.target", math.nan)
+        return logged[-1] if logged else configured if math.isfinite(configured) else None
 
     @property
     def phases(self) -> list[str]:
         """Names of the phases that were timed, in order of first appearance."""
         names = {key: None for row in self.rows for key in row if _PHASE.fullmatch(key) and key != "time/step_s"}
         return [name.removeprefix("time/").removesuffix("_s") for name in names]
+
+
+def as_number(value: Any, default: Default) -> float | Default:
+    """A value of a file as a number; the default where it is none, such as text, not finite or beyond all figures."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return default
+    try:
+        number = float(value)
+    except OverflowError:
+        return default
+    return number if abs(number) <= _LARGEST else default
 
 
 @dataclass(frozen=True)
@@ -113,8 +131,8 @@ def load_run(path: Path) -> Run:
     with reading(config_path):
         text = config_path.read_text(encoding="utf-8") if config_path.is_file() else ""
     try:
-        config = yaml.safe_load(text) if text else {}
-    except yaml.YAMLError as error:
+        config = (yaml.safe_load(text) or {}) if text else {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{config_path}: not valid YAML: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{config_path}: expected sections, found {type(config).__name__}")
@@ -140,7 +158,7 @@ def summarise(run: Run) -> Summary:
     feedback = run.setting("entropy_control.controller", "pi") in ("p", "pi")
     return Summary(
         steps=run.steps[-1],
-        planned_steps=run.setting("train.steps"),
+        planned_steps=int(run.number("train.steps", 0)) or None,
         reward=fmean(rewards[-LAST_STEPS:]) if rewards else None,
         reward_start=fmean(rewards[:LAST_STEPS]) if len(rewards) >= 2 * LAST_STEPS else None,
         entropy=fmean(entropy) if entropy else None,

@@ -29,13 +29,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return tokenizer
 
 
-def write_run(directory: Path, tokenizer: Any, model: Path) -> Path:
+def write_run(directory: Path, tokenizer: Any, model: Path, question: str = "Question") -> Path:
     """Three prompts of two responses; the first token is sure, and only the first response has A > 0."""
     samples, batch, logprobs, entropies = [], [], [], []
     for number in range(6):
         tokens = [*tokenizer(TEXT, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         count = len(tokens)
-        prompt = Prompt(10 + number // 2, [1], f"Question {number // 2} & more", "4")
+        prompt = Prompt(10 + number // 2, [1], f"{question} {number // 2} & more", "4")
         right = number % 2 == 0
         samples.append(
             Sample(prompt, number % 2, tokens, [-0.5] * count, "stop", 0, TEXT, float(right), "ok", float(right))
@@ -125,3 +125,28 @@ def test_a_prompt_that_comes_twice_in_a_row_is_shown_as_two_groups(run: Path, to
         response.sample.prompt.index = 10
     view = view_step(recorded, tokenizer, lambda text: "4", tau=0.95, max_prompts=9)
     assert [(group.index, len(group.responses)) for group in view.groups] == [(10, 2)] * 3
+
+
+def test_escape_sequences_of_a_model_do_not_reach_the_terminal(
+    tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A response may hold what would clear the screen, set the title or hide the rest."""
+    tokenizer.save_pretrained(tmp_path / "model")
+    run = write_run(tmp_path / "run", tokenizer, tmp_path / "model", "Clear\x1b[2J \x9b1m\r&")
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("math", "nowhere:at_all"))
+    assert main(["rollouts", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "\x9b" not in shown
+    assert "\r" not in shown
+    assert "Clear\u241b[2J \\u009b1m\u240d& 0" in shown
+    assert "answers are not read: verifier 'nowhere:at_all'" in shown
+
+
+def test_a_run_whose_model_is_gone_is_shown_with_another_tokenizer(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").rename(tmp_path / "moved")
+    assert main(["rollouts", str(run)]) == 2
+    assert "no such model directory; --tokenizer DIR takes another one" in capsys.readouterr().err
+    assert main(["rollouts", str(run), "--tokenizer", str(tmp_path / "moved")]) == 0
