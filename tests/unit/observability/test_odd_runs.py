@@ -110,6 +110,6 @@ def test_other_commands_say_what_is_missing_of_an_odd_run(
 
 
 def test_text_keeps_what_does_not_act() -> None:
-    kept = "tab\tline\nü 漢 🙂 ␛ \u2028 \u00a0"
+    kept = "tab\tline\n\u00fc \u6f22 \U0001f642 \u241b \u2028 \u00a0"
     assert printable(kept) == kept
     assert printable("\x1b[0m\r\x00\x7f\x85\u202e\udc80") == "\u241b[0m\u240d\u2400\u2421\\u0085\\u202e\\udc80"
