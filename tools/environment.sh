@@ -2,7 +2,13 @@
 # Builds or refreshes the Python environment of this checkout, `.venv`, from the locked versions in requirements/.
 #
 #   bash tools/environment.sh          CPU environment (Python 3.11)
-#   bash tools/environment.sh gpu      CUDA environment (Python 3.12)
+#   bash tools/environment.sh gpu      CUDA environment (Python 3.12); needs no GPU
+#
+# Variables:
+#   PYTHON=FOLDER/python3.12   the interpreter, where it is not on PATH
+#   ME_VENV=FOLDER             another folder than .venv, such as a CUDA environment beside the CPU one
+#   MAX_JOBS=4                 processes that compile Transformer Engine's torch extension at a time (about 3 GB each)
+#   ME_WITHOUT_TE=1            leave Transformer Engine out: policies then use megatron-core's own layers
 #
 # Needs a Python interpreter of that version and, once, a package index. Neither root nor an installed pip is required.
 # A second call finds the stamp of the first and returns at once; an interrupted call is simply repeated.
@@ -18,7 +24,8 @@ esac
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd "$checkout"
 lock=requirements/$platform.txt
-stamp=.venv/.environment_stamp
+venv=${ME_VENV:-.venv}
+stamp=$venv/.environment_stamp
 uv_folder=.uv
 # The first release with `pip install --torch-backend` is much older; this is the one the lock was made with.
 uv_requirement='uv>=0.8,<1'
@@ -28,9 +35,9 @@ fail() { say "$*"; exit 1; }
 
 # What the environment depends on: a change of any of these makes the stamp stale.
 wanted_stamp() {
-  echo "$platform $checkout"
+  echo "$platform $checkout ${ME_WITHOUT_TE:-}"
   sha256sum "$lock" setup.py tools/environment.sh
-  .venv/bin/python -c 'import sys; print(sys.version)' 2>/dev/null || echo "no interpreter"
+  "$venv/bin/python" -c 'import sys; print(sys.version)' 2>/dev/null || echo "no interpreter"
 }
 
 find_python() {
@@ -92,14 +99,46 @@ find_uv() {
 # start is enough: the dynamic linker then knows the name.
 provide_libnuma() {
   local library
-  .venv/bin/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null && return
-  say "this system has no libnuma; taking Debian's into .venv"
+  "$venv/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null && return
+  say "this system has no libnuma; taking Debian's into $venv"
   unpack_debian_package libnuma1 || fail "vLLM needs libnuma.so.1 and apt-get could not download libnuma1." \
     "Have the package libnuma1 (numactl-libs elsewhere) installed and run this again"
   library=$(find "$scratch/libnuma1" -name libnuma.so.1)
-  cp -L "$library" .venv/lib/libnuma.so.1
+  cp -L "$library" "$venv/lib/libnuma.so.1"
   echo 'import ctypes, sys; ctypes.CDLL(sys.prefix + "/lib/libnuma.so.1")' \
-    >".venv/lib/python$python_version/site-packages/libnuma.pth"
+    >"$venv/lib/python$python_version/site-packages/libnuma.pth"
+}
+
+# Transformer Engine's Python, its kernels (wheels) and its torch extension (source only, hence compiled here). Whatever
+# keeps the extension from being built, the rest of the environment works without it, and half of it must not stay:
+# megatron-core cannot be imported beside a Transformer Engine that lacks its extension.
+install_transformer_engine() {
+  local packages torch log=$checkout/$venv/transformer_engine_build.log reason=""
+  mapfile -t packages < <(grep '^transformer-engine' "$lock")
+  torch=$(grep '^torch==' "$lock")
+  if [ -n "${ME_WITHOUT_TE:-}" ]; then
+    reason="ME_WITHOUT_TE is set"
+  elif ! command -v "${CXX:-c++}" >/dev/null; then
+    reason="its torch extension must be compiled and there is no C++ compiler ('${CXX:-c++}'). Install g++ (apt-get \
+install g++) or name one with CXX, and run this again"
+  else
+    say "compiling Transformer Engine's torch extension with ${MAX_JOBS:=4} processes; log: $log"
+    # Without isolation it is compiled with this environment's torch, the one it will run with; isolated it would take
+    # the newest. uv may have a build from another torch in its cache, hence the setting: the cache goes by it.
+    # NVTE_BUILD_USE_NVIDIA_WHEELS: a toolkit on PATH rarely has NCCL and cuDNN, the wheels do.
+    # NVTE_PYTORCH_FORCE_BUILD: do not ask the internet for a build first.
+    env PATH="$checkout/$venv/bin:$PATH" MAX_JOBS="$MAX_JOBS" NVTE_FRAMEWORK=pytorch \
+      NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE \
+      "$uv" pip install --verbose --compile-bytecode --no-deps --python "$venv" --build-constraints "$lock" \
+      --no-build-isolation-package transformer-engine-torch \
+      --config-settings-package "transformer-engine-torch:built-for=$torch" "${packages[@]}" >"$log" 2>&1 ||
+      reason="compiling its torch extension failed; last lines of $log:
+$(grep -E 'error|Error' "$log" | tail -n 5)"
+  fi
+  [ -n "$reason" ] || return 0
+  "$uv" pip uninstall --quiet --python "$venv" "${packages[@]%%==*}" 2>/dev/null || true
+  say "WITHOUT Transformer Engine: $reason"
+  say "policies will use megatron-core's own layers: no fp8, no context parallelism on GPUs, slower"
 }
 
 # uv reads its own variables only; whoever told pip where packages come from has said it once already.
@@ -133,22 +172,25 @@ take_pip_settings "$python"
 export UV_INDEX_STRATEGY=unsafe-best-match UV_PYTHON_DOWNLOADS=never
 unset VIRTUAL_ENV CONDA_PREFIX
 
-if ! .venv/bin/python -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$python_version')" 2>/dev/null; then
-  say "creating .venv with $("$python" --version)"
-  "$uv" venv --quiet --clear --python "$python" .venv
+if ! "$venv/bin/python" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$python_version')" 2>/dev/null; then
+  say "creating $venv with $("$python" --version)"
+  "$uv" venv --quiet --clear --python "$python" "$venv"
 fi
 rm -f "$stamp"
 
 say "installing $(grep -c '==' "$lock") locked packages"
 if [ "$platform" = cpu ]; then
   torch=$(grep '^torch==' "$lock")
-  if ! "$uv" pip install --quiet --python .venv --dry-run --no-deps "$torch" 2>/dev/null; then
+  if ! "$uv" pip install --quiet --python "$venv" --dry-run --no-deps "$torch" 2>/dev/null; then
     say "the configured indexes have no $torch; taking it from PyTorch's own CPU index"
-    "$uv" pip install --quiet --python .venv --no-deps --torch-backend cpu "$torch"
+    "$uv" pip install --quiet --python "$venv" --no-deps --torch-backend cpu "$torch"
   fi
 fi
+# Transformer Engine comes second: its torch extension is compiled here, with the torch and the headers of the first.
+grep -v '^transformer-engine' "$lock" >"$scratch/lock.txt"
 # Compiling now, on all cores, keeps the first start of a dozen processes from doing it one import at a time.
-"$uv" pip sync --quiet --compile-bytecode --python .venv "$lock" requirements/project.txt
-[ "$platform" = gpu ] || provide_libnuma
+"$uv" pip sync --quiet --compile-bytecode --python "$venv" "$scratch/lock.txt" requirements/project.txt
+if [ "$platform" = gpu ]; then install_transformer_engine; else provide_libnuma; fi
+"$venv/bin/python" tools/check_environment.py || fail "$venv is not fit for use, see above"
 wanted_stamp >"$stamp"
-say ".venv is ready after $((SECONDS - started)) s"
+say "$venv is ready after $((SECONDS - started)) s"

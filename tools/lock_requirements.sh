@@ -4,7 +4,7 @@
 #   bash tools/lock_requirements.sh cpu|gpu [uv pip compile options, such as --upgrade]
 #
 # Needs uv: on PATH, or the one tools/environment.sh left in .uv. Versions already locked are kept unless --upgrade or
-# --upgrade-package NAME says otherwise. Where the configured indexes have no CPU build of torch, add --torch-backend cpu.
+# --upgrade-package NAME says otherwise; a conflict with one of them is an error that names it. Where the configured indexes have no CPU build of torch, add --torch-backend cpu.
 set -euo pipefail
 platform=${1:?usage: tools/lock_requirements.sh cpu|gpu [options]}
 shift
@@ -19,6 +19,23 @@ case $platform in
   gpu) options=(--python-version 3.12 --python-platform x86_64-manylinux_2_28) ;;
   *) echo "lock_requirements: unknown platform '$platform', choose cpu or gpu" >&2; exit 2 ;;
 esac
-exec "$uv" pip compile "requirements/$platform.in" --output-file "requirements/$platform.txt" --quiet \
-  --index-strategy unsafe-best-match --no-header --no-annotate --no-emit-package megatron-entropic \
-  "${options[@]}" "$@"
+# The locked versions are handed over as constraints, and not as what uv finds in its output file: for those it looks
+# at one of several indexes only, and gives up where that has the version for another Python ("no wheels with a
+# matching Python ABI tag", uv 0.13.9).
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+lock=requirements/$platform.txt
+cp "$lock" "$scratch/locked.txt" 2>/dev/null || touch "$scratch/locked.txt"
+previous=""
+for argument in "$@"; do
+  case $argument in
+    --upgrade | -U) : >"$scratch/locked.txt" ;;
+    --upgrade-package=*) sed -i "/^${argument#*=}==/d" "$scratch/locked.txt" ;;
+  esac
+  case $previous in --upgrade-package | -P) sed -i "/^$argument==/d" "$scratch/locked.txt" ;; esac
+  previous=$argument
+done
+"$uv" pip compile "requirements/$platform.in" --output-file "$scratch/new.txt" --quiet \
+  --constraints "$scratch/locked.txt" --index-strategy unsafe-best-match --no-header --no-annotate \
+  --no-emit-package megatron-entropic "${options[@]}" "$@"
+mv "$scratch/new.txt" "$lock"

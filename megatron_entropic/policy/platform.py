@@ -7,7 +7,9 @@ on a CPU, patches what assumes CUDA.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+import logging
 import os
 import resource
 import socket
@@ -25,6 +27,8 @@ from megatron_entropic.policy.megatron_versions import check_megatron_version, i
 from megatron_entropic.policy.noise import silence_known_noise
 
 Device = Literal["auto", "cpu", "cuda"]
+
+log = logging.getLogger(__name__)
 
 
 class Platform(ABC):
@@ -146,7 +150,7 @@ class CudaPlatform(Platform):
     fused_kernels = True
 
     def __init__(self) -> None:
-        self.transformer_engine = importlib.util.find_spec("transformer_engine") is not None
+        self.transformer_engine = transformer_engine_is_usable()
         self.fused_weight_gradients = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
         # A launcher that gives each process its own GPU makes it device 0; torchrun numbers them.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -172,6 +176,33 @@ class CudaPlatform(Platform):
     def synchronize(self) -> None:
         """Wait for the current stream."""
         torch.cuda.current_stream().synchronize()
+
+
+@functools.cache
+def transformer_engine_is_usable() -> bool:
+    """Whether policies are built of Transformer Engine's layers: it is installed, all of it, and imports.
+
+    Logs the reason where it does not, since megatron-core's own layers are slower and know no fp8.
+
+    Raises:
+        UserError: what is installed is broken in a way that megatron-core cannot be imported beside.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        log.info("Transformer Engine is not installed: the policy uses megatron-core's own layers")
+        return False
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except ImportError as error:
+        # megatron-core expects this one and does without Transformer Engine too.
+        log.warning("Transformer Engine is installed but not usable, megatron-core's own layers are used: %s", error)
+        return False
+    except (OSError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"Transformer Engine is installed but broken ({type(error).__name__}: {error}), and megatron-core cannot "
+            "be imported beside it. Build it again for this torch (bash tools/environment.sh gpu) or remove it "
+            "(pip uninstall transformer-engine transformer-engine-cu13 transformer-engine-torch)"
+        ) from error
+    return True
 
 
 @functools.cache

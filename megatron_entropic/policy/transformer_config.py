@@ -174,7 +174,7 @@ def _fp8(policy: PolicyConfig, platform: Platform) -> dict[str, Any]:
         return {}
     if not platform.transformer_engine:
         raise UserError(
-            f"policy.fp8={policy.fp8} needs a GPU and Transformer Engine, which is not installed here "
-            "(pip install 'megatron_entropic[gpu]')"
+            f"policy.fp8={policy.fp8} needs a GPU and Transformer Engine, which is not usable here "
+            "(bash tools/environment.sh gpu builds it; the log says what is wrong with it)"
         )
     return {"fp8": policy.fp8, "fp8_recipe": policy.fp8_recipe}
