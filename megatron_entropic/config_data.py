@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +24,11 @@ class DataConfig(Section):
     too_long: Literal["error", "drop"] = Field("error", description="What to do with prompts over max_prompt_tokens.")
     skip_malformed: bool = Field(False, description="Leave out rows that cannot be used instead of refusing to start.")
     apply_chat_template: bool = Field(False, description="Format prompts with the tokenizer's chat template.")
+    template_date: date | None = Field(
+        None,
+        description="Day (YYYY-MM-DD) for chat templates that ask for the date. None: such a template is refused, as "
+        "prompts would change from day to day.",
+    )
     system_prompt: str | None = Field(None, description="System message of prompts that have none.")
     prompt_suffix: str = Field("", description="Text after each problem.")
     prompt_key: str = Field("prompt", description="Column of messages, or of a string; dots lead into nested columns.")

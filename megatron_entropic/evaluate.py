@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_entropic.cluster.launch import launch_engines
 from megatron_entropic.config import Config
-from megatron_entropic.data import load_tokenizer
+from megatron_entropic.data import load_checked_tokenizer
 from megatron_entropic.evaluation.summary import BenchmarkSummary
 from megatron_entropic.evaluator import Evaluator, model_identity
 from megatron_entropic.rewards import RewardScorer
@@ -31,7 +31,7 @@ def evaluate(config: Config, directory: Path, label: str) -> list[BenchmarkSumma
         RunError: engines or verifier could not start or died.
     """
     model = model_identity(config.model.hf_dir)
-    evaluator = Evaluator(config, load_tokenizer(config.model.hf_dir))
+    evaluator = Evaluator(config, load_checked_tokenizer(config.model.hf_dir))
     pending = evaluator.pending(directory, model)
     if pending:
         directory.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ KL(policy || quantised policy) is measured token by token on the same prompts, b
 
 from __future__ import annotations
 
+import datetime
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from megatron_entropic.data.problems import Problems
 from megatron_entropic.data.prompts import Messages, read_messages
-from megatron_entropic.data.rows import read_rows
+from megatron_entropic.data.rows import Row, read_rows
 from megatron_entropic.data.tokenizer import load_tokenizer, render_prompts
 from megatron_entropic.errors import UserError
 from megatron_entropic.weights.atomic_directory import appears_when_complete
@@ -80,7 +81,9 @@ def quantize_export(
 
     hf_dir = find_hf_dir(source)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = transformers.AutoModelForCausalLM.from_pretrained(hf_dir, dtype="auto", local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        hf_dir, dtype="auto", local_files_only=True, trust_remote_code=False
+    )
     model = model.to(device).eval()
     compared = _first_tokens(prompts, kl_tokens)
     reference = [_logprobs(model, tokens) for tokens in compared]
@@ -132,9 +135,11 @@ def _checked_prompts(
         problems.add(f"{output_dir}: exists and is not empty; a model is not written over it")
     rows = read_rows([calibration], problems)[:max_prompts]
     prompts: list[Messages] = []
+    usable: list[Row] = []
     for row in rows:
         try:
             prompts.append(read_messages(row, prompt_key))
+            usable.append(row)
         except ValueError as error:
             problems.add_row(row, str(error))
     tokens: list[list[int]] = []
@@ -143,7 +148,17 @@ def _checked_prompts(
         reader = HfReader(hf_dir)  # every tensor is there and whole
         if reader.parameter_map.dimensions.experts is not None:
             problems.add(f"{hf_dir}: the model has experts, which modelopt cannot export as transformers 5 holds them")
-        _, tokens = render_prompts(prompts, load_tokenizer(hf_dir), apply_chat_template=apply_chat_template)
+        rendered = render_prompts(
+            prompts,
+            load_tokenizer(hf_dir),
+            apply_chat_template=apply_chat_template,
+            # Of no consequence for the ranges that are measured.
+            template_date=datetime.date.today(),
+        )
+        for row, one in zip(usable, rendered, strict=True):
+            if one.problem:
+                problems.add_row(row, f"the prompt cannot be used: {one.problem}", one.detail)
+        tokens = [one.tokens for one in rendered]
     except ValueError as error:
         problems.add(str(error))
     problems.raise_if_any("the policy cannot be quantised")

@@ -29,7 +29,7 @@ from typing import Any
 from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.config import Config
 from megatron_entropic.config_loading import dump_config
-from megatron_entropic.data import load_tokenizer
+from megatron_entropic.data import load_checked_tokenizer
 from megatron_entropic.errors import RunError, UserError
 from megatron_entropic.observability.jsonl import JsonLinesWriter
 from megatron_entropic.observability.metrics import MetricsWriter
@@ -78,7 +78,7 @@ class RunDirectory:
                     f"{self._newest} exists and run.resume=never; change run.output_dir, or use resume=auto"
                 )
             dump_config(config, self.path / "config.yaml")
-            self.tokenizer = load_tokenizer(config.model.hf_dir)
+            self.tokenizer = load_checked_tokenizer(config.model.hf_dir)
             self._metrics = files.enter_context(
                 MetricsWriter(
                     self.path, config.logging, run_name=config.run.name, run_config=config.model_dump(mode="json")

@@ -24,7 +24,7 @@ from megatron_entropic.data.problems import Problems, Row
 from megatron_entropic.data.prompts import PromptForm, lookup, problem_text, read_truth
 from megatron_entropic.data.report import DataReport
 from megatron_entropic.data.rows import read_rows
-from megatron_entropic.data.tokenizer import Tokenizer, render_prompts
+from megatron_entropic.data.tokenizer import RenderedPrompt, Tokenizer, appended_tokens
 from megatron_entropic.errors import UserError
 from megatron_entropic.types import Prompt
 
@@ -62,6 +62,8 @@ class PromptDataset:
                 `skip_malformed` findings about rows are no error; `report` counts them.
         """
         self.report = DataReport()
+        if not config.apply_chat_template and (appended := appended_tokens(tokenizer)):
+            self.report.left_off = str(tokenizer.decode(appended))
         self._config, self._seed, self._other_columns = config, seed, other_columns
         problems = Problems()
         self._read(tokenizer, check_truths, problems)
@@ -136,20 +138,23 @@ class PromptDataset:
                 if found is not None:
                     usable.append((row, index, file_number, *found))
                 index += 1
-        texts, tokens = _rendered([messages for *_, messages, _ in usable], tokenizer, form, problems)
+        prompts = _rendered([messages for *_, messages, _ in usable], tokenizer, form, problems)
         reasons = check_truths([truth for *_, truth in usable]) if check_truths else [None] * len(usable)
         self._prompts: list[Prompt] = []
         self._problems: list[str] = []
         self._file_numbers: list[int] = []
-        for (row, index, file_number, messages, truth), text, ids, reason in zip(
-            usable, texts, tokens, reasons, strict=True
-        ):
+        for (row, index, file_number, messages, truth), prompt, reason in zip(usable, prompts, reasons, strict=True):
+            ids = prompt.tokens
             if reason is not None:
                 problems.add_row(row, "the verifier cannot use the ground truth", reason)
+            if prompt.problem:
+                problems.add_row(row, f"the prompt cannot be used: {prompt.problem}", prompt.detail)
+            elif reason is not None:
+                continue
             elif not ids:
                 problems.add_row(row, "the prompt has no tokens")
             elif len(ids) <= config.max_prompt_tokens:
-                self._prompts.append(_prompt(index, row, text, ids, truth))
+                self._prompts.append(_prompt(index, row, prompt.text, ids, truth))
                 self._problems.append(problem_text(messages))
                 self._file_numbers.append(file_number)
             elif config.too_long == "drop":
@@ -240,22 +245,23 @@ def _messages_and_truth(
 
 def _rendered(
     prompts: list[list[dict[str, Any]]], tokenizer: Tokenizer, form: PromptForm, problems: Problems
-) -> tuple[list[str], list[list[int]]]:
-    """Texts and tokens. A tokenizer that cannot render them is one more problem, and nothing hides the others."""
+) -> list[RenderedPrompt]:
+    """Texts and tokens. A tokenizer without a template is one more problem, and nothing hides the others."""
     try:
-        return render_prompts(prompts, tokenizer, apply_chat_template=form.apply_chat_template)
+        return form.render(prompts, tokenizer)
     except ValueError as error:
         problems.add(str(error))
-        return [""] * len(prompts), [[0]] * len(prompts)
+        return [RenderedPrompt(tokens=[0])] * len(prompts)
 
 
 def _prompt(index: int, row: Row, text: str, tokens: list[int], truth: Any) -> Prompt:
-    extra = row.values.get("extra_info")
+    extra, source = row.values.get("extra_info"), str(row.values.get("data_source") or Path(row.file).stem)
     return Prompt(
         index=index,
         tokens=tokens,
         text=text,
         ground_truth=truth,
-        data_source=str(row.values.get("data_source") or Path(row.file).stem),
+        # Nothing but a label: half of a character becomes its escape, since it goes into files that hold UTF-8.
+        data_source=source.encode("utf-8", "backslashreplace").decode(),
         extra_info=extra if isinstance(extra, dict) else {},
     )

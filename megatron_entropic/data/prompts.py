@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_entropic.config import DataConfig
 from megatron_entropic.data.problems import Row
+from megatron_entropic.data.tokenizer import RenderedPrompt, Tokenizer, lone_surrogate, render_prompts
 from megatron_entropic.errors import UserError
 
 Messages = list[dict[str, Any]]
@@ -29,11 +32,19 @@ class PromptForm:
     suffix: str = ""
     """Text after the last user message."""
     apply_chat_template: bool = False
+    template_date: datetime.date | None = None
+    """What a chat template that asks for the date gets."""
 
     @classmethod
     def of(cls, config: DataConfig) -> PromptForm:
         """As the configuration has it."""
-        return cls(config.prompt_key, config.system_prompt, config.prompt_suffix, config.apply_chat_template)
+        return cls(
+            config.prompt_key,
+            config.system_prompt,
+            config.prompt_suffix,
+            config.apply_chat_template,
+            config.template_date,
+        )
 
     def messages(self, row: Row) -> Messages:
         """The prompt of a row with system prompt and suffix.
@@ -49,6 +60,12 @@ class PromptForm:
             messages.insert(0, {"role": "system", "content": self.system})
         return messages
 
+    def render(self, prompts: Sequence[Messages], tokenizer: Tokenizer) -> list[RenderedPrompt]:
+        """Texts and tokens of prompts; see `render_prompts`."""
+        return render_prompts(
+            prompts, tokenizer, apply_chat_template=self.apply_chat_template, template_date=self.template_date
+        )
+
 
 def read_messages(row: Row, key: str) -> Messages:
     """The prompt of a row as messages; a string is one message of the user.
@@ -63,14 +80,14 @@ def read_messages(row: Row, key: str) -> Messages:
         raise UserError(f"no prompt (looked for {', '.join(keys)}; columns: {columns})")
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not all(_is_message(message) for message in prompt):
-        raise UserError(
-            f"the prompt in {name} is of the wrong type ({_kind(prompt)}): expected a string, or messages with role "
-            "and content"
-        )
-    if not any(message["content"].strip() for message in prompt):
+    if not isinstance(prompt, list):
+        raise _wrong_type(name, prompt)
+    messages = [_message(message, name, prompt, columnar=row.unit == "row") for message in prompt]
+    if not any(message["content"].strip() for message in messages):
         raise UserError(f"the prompt in {name} is empty")
-    return prompt
+    if half := lone_surrogate(_texts(messages)):
+        raise UserError(f"the prompt in {name} has half of a character, which is no Unicode ({half})")
+    return messages
 
 
 def read_truth(row: Row, key: str | None) -> Any:
@@ -95,6 +112,8 @@ def read_truth(row: Row, key: str | None) -> Any:
         raise UserError(f"the ground truth in {name} is of the wrong type ({_kind(truth)})")
     if isinstance(truth, str | dict | list) and not (truth.strip() if isinstance(truth, str) else truth):
         raise UserError(f"the ground truth in {name} is empty")
+    if half := lone_surrogate(_texts(truth)):
+        raise UserError(f"the ground truth in {name} has half of a character, which is no Unicode ({half})")
     return truth
 
 
@@ -113,8 +132,58 @@ def problem_text(messages: Messages) -> str:
     return "\n\n".join(message["content"] for message in messages if message["role"] != "system")
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+def _message(value: Any, name: str, prompt: Any, *, columnar: bool) -> dict[str, Any]:
+    """A message with text as its content.
+
+    A column of parquet or Arrow gives every message the fields that any row's messages have, null where the row has
+    none: these are no fields of the message, and chat templates ask whether a field is there.
+    """
+    if not isinstance(value, dict):
+        raise _wrong_type(name, prompt)
+    message: dict[str, Any] = _without_nulls(value) if columnar else {k: v for k, v in value.items() if v is not None}
+    content = message.get("content", "" if message.get("tool_calls") else None)
+    if isinstance(content, list) and content:
+        content = _joined_parts(content, name)
+    if not isinstance(message.get("role"), str) or not isinstance(content, str):
+        raise _wrong_type(name, prompt)
+    return message | {"content": content}
+
+
+def _joined_parts(parts: list[Any], name: str) -> str:
+    """Content given as parts; the models here read text alone."""
+    kinds = {str(part.get("type")) if isinstance(part, dict) else _kind(part) for part in parts}
+    if kinds != {"text"} or not all(isinstance(part.get("text"), str) for part in parts):
+        raise UserError(
+            f"the prompt in {name} has content in parts ({', '.join(sorted(kinds))}): only text is understood, "
+            '{"type": "text", "text": ...}'
+        )
+    return "".join(part["text"] for part in parts)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a nested value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(key)
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _wrong_type(name: str, prompt: Any) -> UserError:
+    return UserError(
+        f"the prompt in {name} is of the wrong type ({_kind(prompt)}): expected a string, or messages with role and "
+        "content"
+    )
 
 
 def _kind(value: Any) -> str:

@@ -28,6 +28,8 @@ class DataReport:
     """(place, tokens) of prompts over the limit."""
     pass_rates: tuple[int, int] | None = None
     """Prompts with a recorded rate, and those of them that were left out."""
+    left_off: str = ""
+    """What the tokenizer puts behind every text, which is left off prompts."""
     copies: list[str] = field(default_factory=list)
     """Findings about duplicates and benchmark problems."""
 
@@ -73,6 +75,8 @@ class DataReport:
                 f"dropped as longer than data.max_prompt_tokens: {len(self.too_long):,} (the longest has {longest:,} "
                 "tokens): " + _some([f"{place} ({tokens:,})" for place, tokens in self.too_long])
             )
+        if self.left_off:
+            yield f"the tokenizer appends {self.left_off!r} to every text: left off, for nothing could follow it"
         yield from self.copies
         if self.pass_rates is not None:
             known, outside = self.pass_rates

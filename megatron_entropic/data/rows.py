@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,24 @@ from typing import Any
 from megatron_entropic.data.problems import Problems, Row
 from megatron_entropic.errors import UserError
 
-__all__ = ["Problems", "Row", "read_rows"]
+__all__ = ["Problems", "Row", "content_digest", "read_rows", "what_stands_there"]
 
 _SAVED_DATASET = "state.json"
 _SAVED_SPLITS = "dataset_dict.json"
+_JSON_ERRORS = (ValueError, RecursionError)
+# pyarrow's own exceptions are ValueError, OSError, TypeError, KeyError, NotImplementedError and so on as well.
+_ARROW_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    OverflowError,
+    RecursionError,
+    RuntimeError,
+    MemoryError,
+)
 
 
 def read_rows(files: Iterable[Path], problems: Problems) -> list[Row]:
@@ -35,7 +51,7 @@ def _rows(file: Path, problems: Problems) -> Iterator[Row]:
     if file.is_dir():
         yield from _saved_dataset_rows(file, problems)
     elif not file.is_file():
-        problems.add(f"{file}: no such file")
+        problems.add(f"{file}: {what_stands_there(file)}")
     elif file.suffix == ".parquet":
         yield from _parquet_rows(file, problems)
     else:
@@ -47,36 +63,42 @@ def _parquet_rows(file: Path, problems: Problems) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        problems.add(f"{file}: not a readable parquet file: {error}")
+        # Without partitioning: a folder called key=value is no column.
+        table = pyarrow.parquet.read_table(file, partitioning=None)
+        rows = table.to_pylist()
+    except _ARROW_ERRORS as error:
+        problems.add(f"{file}: not a readable parquet file: {_first_line(error)}{_content_hint(file, '.parquet')}")
         return
-    for number, values in enumerate(table.to_pylist()):
+    for number, values in enumerate(rows):
         yield Row(file, number, values)
 
 
 def _saved_dataset_rows(directory: Path, problems: Problems) -> Iterator[Row]:
     """The Arrow streams that the directory's state.json names; the library `datasets` is not needed for that."""
-    import pyarrow
-
     if (directory / _SAVED_SPLITS).is_file():
         splits = sorted(path.parent.name for path in directory.glob(f"*/{_SAVED_DATASET}"))
         problems.add(f"{directory}: a data set with the splits {', '.join(splits)}: name the folder of one of them")
         return
     try:
-        state = json.loads((directory / _SAVED_DATASET).read_text(encoding="utf-8"))
-        names = [str(entry["filename"]) for entry in state["_data_files"]]
-        if state.get("_indices_files") or state.get("_indices_data_files"):
-            raise UserError("its rows are reordered by an index file; save it after flatten_indices()")
-        tables = [_arrow_table(directory / name) for name in names]
-    except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        problems.add(f"{directory}: not a directory that datasets' save_to_disk wrote: {error}")
+        rows = [values for file in _saved_tables(directory) for values in _arrow_table(file).to_pylist()]
+    except (*_ARROW_ERRORS, KeyError) as error:
+        problems.add(f"{directory}: not a directory that datasets' save_to_disk wrote: {_first_line(error)}")
         return
-    number = 0
-    for table in tables:
-        for values in table.to_pylist():
-            yield Row(directory, number, values)
-            number += 1
+    for number, values in enumerate(rows):
+        yield Row(directory, number, values)
+
+
+def _saved_tables(directory: Path) -> list[Path]:
+    """The Arrow streams of a saved data set, in order.
+
+    Raises:
+        UserError: its rows are not in the order of its files.
+        OSError, KeyError, TypeError, ValueError, RecursionError: state.json is not there, or not what datasets writes.
+    """
+    state = json.loads((directory / _SAVED_DATASET).read_text(encoding="utf-8"))
+    if state.get("_indices_files") or state.get("_indices_data_files"):
+        raise UserError("its rows are reordered by an index file; save it after flatten_indices()")
+    return [directory / str(entry["filename"]) for entry in state["_data_files"]]
 
 
 def _arrow_table(file: Path) -> Any:
@@ -89,9 +111,13 @@ def _arrow_table(file: Path) -> Any:
 def _json_rows(file: Path, problems: Problems) -> Iterator[Row]:
     """JSON lines; a file that is one JSON array is taken too."""
     try:
-        text = file.read_text(encoding="utf-8")
+        # With a byte-order mark, as some editors put one, or without.
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        problems.add(f"{file}: not UTF-8 text: {error}")
+        problems.add(f"{file}: not UTF-8 text: {error}{_content_hint(file, file.suffix)}")
+        return
+    except OSError as error:
+        problems.add(f"{file}: cannot be read: {error.strerror}")
         return
     if text.lstrip().startswith("["):
         yield from _array_rows(file, text, problems)
@@ -101,21 +127,35 @@ def _json_rows(file: Path, problems: Problems) -> Iterator[Row]:
             continue
         row = Row(file, number, {}, "line")
         try:
-            values = json.loads(line)
-        except ValueError as error:
-            problems.add_row(row, "not valid JSON", str(error))
+            values = _parsed(line)
+        except _JSON_ERRORS as error:
+            problems.add_row(row, "not valid JSON", _first_line(error))
             continue
         yield from _object(row, values, problems)
 
 
 def _array_rows(file: Path, text: str, problems: Problems) -> Iterator[Row]:
     try:
-        array = json.loads(text)
-    except ValueError as error:
-        problems.add(f"{file}: not a valid JSON array: {error}")
+        array = _parsed(text)
+    except _JSON_ERRORS as error:
+        problems.add(f"{file}: not a valid JSON array: {_first_line(error)}")
         return
     for number, values in enumerate(array, start=1):
         yield from _object(Row(file, number, {}, "item"), values, problems)
+
+
+def _parsed(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_unique_keys)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Which of two values of the same key is meant nobody can know; Python would take the last."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = ", ".join(repr(key) for key in values if keys.count(key) > 1)
+        raise UserError(f"the key {twice} comes twice in one object")
+    return values
 
 
 def _object(row: Row, values: Any, problems: Problems) -> Iterator[Row]:
@@ -124,3 +164,47 @@ def _object(row: Row, values: Any, problems: Problems) -> Iterator[Row]:
         yield row
     else:
         problems.add_row(row, f"expected a JSON object, found {type(values).__name__}")
+
+
+def what_stands_there(path: Path) -> str:
+    """Why a path that is no regular file cannot be read, in words."""
+    if path.is_dir():
+        return "a folder, not a file"
+    if path.is_symlink() and not path.exists():
+        return f"a symbolic link that leads nowhere ({os.readlink(path)})"
+    if path.is_fifo():
+        return "a pipe, not a file: data are read more than once"
+    return "a device or socket, not a file" if path.exists() else "no such file"
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 of what rows are read from: a file, or the Arrow files of a saved data set, in order.
+
+    Raises:
+        OSError, KeyError, TypeError, ValueError: a directory that datasets did not write.
+    """
+    digest = hashlib.sha256()
+    for file in _saved_tables(path) if path.is_dir() else [path]:
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _content_hint(file: Path, suffix: str) -> str:
+    """What the first bytes say that the file is, where that is something else than its name says."""
+    with file.open("rb") as content:
+        start = content.read(4)
+    kinds = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zX": "xz"}
+    for magic, kind in kinds.items():
+        if start.startswith(magic):
+            return f" (it is compressed: {kind}; unpack it)"
+    if start == b"PAR1" and suffix != ".parquet":
+        return " (it is a parquet file: call it .parquet)"
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

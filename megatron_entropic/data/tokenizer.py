@@ -1,8 +1,15 @@
-"""The tokenizer of a Hugging Face directory, and how a prompt becomes tokens with it."""
+"""The tokenizer of a Hugging Face directory, and how a prompt becomes tokens with it.
+
+messages --chat template--> text --tokenizer--> tokens: all of them in the embedding, none after the text's own
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import datetime
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,51 +18,222 @@ from megatron_entropic.errors import UserError
 Tokenizer = Any
 """transformers.PreTrainedTokenizerBase; not named here, so that importing this file stays quick."""
 
+_NO_TEMPLATE = "data.apply_chat_template=true, but the tokenizer has no chat template"
+_TEMPLATE_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken")
+
+
+@dataclass(slots=True)
+class RenderedPrompt:
+    """A prompt as the model sees it, or the reason why it cannot be made."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    problem: str = ""
+    """What is wrong, the same words for every prompt of which the same is wrong; empty if nothing is."""
+    detail: str = ""
+
 
 def load_tokenizer(hf_dir: Path) -> Tokenizer:
     """The tokenizer of a local directory; nothing is downloaded and no code of the directory is run.
 
     Raises:
-        UserError: no tokenizer in it, an unreadable one, or one without an end-of-sequence token.
+        UserError: no tokenizer in it, an unreadable one, one that is code of its directory, or one without an
+            end-of-sequence token.
     """
     from transformers import AutoTokenizer
 
     if not hf_dir.is_dir():
         raise UserError(f"{hf_dir}: no such model directory")
+    if own_class := _class_in_the_directory(hf_dir):
+        raise UserError(
+            f"{hf_dir}: its tokenizer {own_class} is Python code of that directory (tokenizer_config.json, auto_map), "
+            "which is never run here: look at the code, load the tokenizer with transformers elsewhere, save it as a "
+            "tokenizer.json, and take auto_map and tokenizer_class out of tokenizer_config.json"
+        )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{hf_dir}: its tokenizer cannot be loaded: {error}") from error
+        # False and not None: with None transformers asks on a terminal whether it may run the directory's code.
+        tokenizer = AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        # A damaged tokenizer.json raises plain Exception in tokenizers.
+        raise UserError(f"{hf_dir}: its tokenizer cannot be loaded: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{hf_dir}: the tokenizer has no end-of-sequence token (eos_token), so no response could end")
     return tokenizer
 
 
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """SHA-256 over the tokenizer's files, without the chat template that `tokenizer_config.json` may hold."""
+    directory, digest = Path(tokenizer.name_or_path), hashlib.sha256()
+    for path in sorted({path for pattern in _TEMPLATE_FILES for path in directory.glob(pattern) if path.is_file()}):
+        content = path.read_bytes()
+        if path.name == "tokenizer_config.json":
+            settings = json.loads(content)
+            settings.pop("chat_template", None)
+            content = json.dumps(settings, sort_keys=True).encode()
+        digest.update(f"{path.name}/{len(content)}/".encode() + content)
+    return digest.hexdigest()
+
+
+def template_digest(tokenizer: Tokenizer) -> str | None:
+    """SHA-256 of the chat template; None without one."""
+    template = getattr(tokenizer, "chat_template", None)
+    return hashlib.sha256(str(template).encode("utf-8", "backslashreplace")).hexdigest() if template else None
+
+
+def embedding_rows(tokenizer: Tokenizer) -> int | None:
+    """Tokens that the model beside the tokenizer has an embedding for; None where its directory does not say."""
+    try:
+        config = json.loads((Path(tokenizer.name_or_path) / "config.json").read_text(encoding="utf-8"))
+        rows = config.get("vocab_size")
+    except (OSError, AttributeError, ValueError, RecursionError):
+        # No model beside it, as in tests and tools; one that cannot be read is refused by whoever opens the model.
+        return None
+    return rows if type(rows) is int else None
+
+
 def render_prompts(
-    prompts: Sequence[str | Sequence[Mapping[str, Any]]], tokenizer: Tokenizer, *, apply_chat_template: bool
-) -> tuple[list[str], list[list[int]]]:
-    """Texts and tokens of prompts, each a string or a list of messages with role and content.
+    prompts: Sequence[str | Sequence[Mapping[str, Any]]],
+    tokenizer: Tokenizer,
+    *,
+    apply_chat_template: bool,
+    template_date: datetime.date | None = None,
+) -> list[RenderedPrompt]:
+    """Each prompt, a string or a list of messages with role and content, as text and tokens.
 
     With the chat template a string is a single user message, and the text ends where the assistant begins. Without
-    it the contents of the messages are joined by blank lines, and the tokenizer adds its own special tokens (a
-    beginning-of-sequence token, where the model has one).
+    it the contents of the messages are joined by blank lines, and the tokenizer adds its own special tokens before
+    them (a beginning-of-sequence token, where the model has one). What it would add behind them is left off: after an
+    end-of-sequence token there is nothing to answer.
+
+    Args:
+        template_date: the day for chat templates that ask for it. None: such a template cannot be used, since the
+            prompts of a run would depend on the day it was started.
 
     Raises:
         UserError: the chat template is asked for and the tokenizer has none.
     """
     if apply_chat_template and not getattr(tokenizer, "chat_template", None):
-        raise UserError("data.apply_chat_template=true, but the tokenizer has no chat template")
-    texts = [_text(prompt, tokenizer, apply_chat_template) for prompt in prompts]
-    if not texts:
-        return [], []
+        raise UserError(_NO_TEMPLATE)
+    rendered = [_text(prompt, tokenizer, apply_chat_template, template_date) for prompt in prompts]
+    usable = [one for one in rendered if not one.problem]
     # The template writes the special tokens itself; adding them again would double the first one.
-    encoded = tokenizer(texts, add_special_tokens=not apply_chat_template, return_attention_mask=False)
-    return texts, encoded["input_ids"]
+    encode(usable, tokenizer, special_tokens=not apply_chat_template)
+    return rendered
 
 
-def _text(prompt: str | Sequence[Mapping[str, Any]], tokenizer: Tokenizer, apply_chat_template: bool) -> str:
-    if not apply_chat_template:
-        return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+def encode(texts: Sequence[RenderedPrompt], tokenizer: Tokenizer, *, special_tokens: bool) -> None:
+    """Set the tokens, or the problem, of each text; `special_tokens` as the tokenizer puts them before a text."""
+    if not texts:
+        return
+    appended = len(appended_tokens(tokenizer)) if special_tokens else 0
+    rows = embedding_rows(tokenizer)
+    options = {"add_special_tokens": special_tokens, "return_attention_mask": False}
+    try:
+        found: list[Any] = list(tokenizer([one.text for one in texts], **options)["input_ids"])
+    except Exception:  # noqa: BLE001  tokenizers raises plain Exception: which text it was shows one by one
+        found = [_encoded(one.text, tokenizer, options) for one in texts]
+    for one, ids in zip(texts, found, strict=True):
+        if isinstance(ids, str):
+            one.problem, one.detail = "the tokenizer cannot read it", ids
+            continue
+        one.tokens = ids[: len(ids) - appended]
+        beyond = sorted({token for token in one.tokens if rows is not None and token >= rows})
+        if beyond:
+            one.problem = (
+                f"a token is beyond the model's embedding of {rows} rows: the tokenizer got tokens that the model does "
+                "not have (enlarge the embedding, or take them out of tokenizer.json)"
+            )
+            named = tokenizer.convert_ids_to_tokens(beyond[:3])
+            one.detail = ", ".join(f"{token} {name!r}" for token, name in zip(beyond, named, strict=False))
+
+
+def appended_tokens(tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer puts behind every text by itself, such as an end-of-sequence token; mostly nothing."""
+    try:
+        plain, whole = (tokenizer("1", add_special_tokens=special)["input_ids"] for special in (False, True))
+    except Exception:  # noqa: BLE001  a vocabulary without the digit: the texts themselves will tell
+        return []
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return list(whole[start + len(plain) :])
+    return []
+
+
+def lone_surrogate(values: Iterable[str]) -> str:
+    """What half a character stands in one of the texts, with its place; empty if all of them are whole Unicode."""
+    for text in values:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return f"\\u{ord(text[error.start]):04x} at character {error.start}"
+    return ""
+
+
+def _class_in_the_directory(hf_dir: Path) -> str:
+    """Name of the tokenizer's class if only code of the directory defines it; empty otherwise.
+
+    transformers would take the class of the model's family instead, which reads tokenizer.json in its own way.
+    """
+    import transformers
+
+    try:
+        settings = json.loads((hf_dir / "tokenizer_config.json").read_text(encoding="utf-8"))
+        name, own = str(settings.get("tokenizer_class") or ""), settings.get("auto_map") or {}
+    except (OSError, AttributeError, ValueError, RecursionError):
+        return ""  # loading it says what is wrong with it
+    named = own.get("AutoTokenizer") if isinstance(own, dict) else own
+    return name or "(unnamed)" if named and not hasattr(transformers, name) else ""
+
+
+def _encoded(text: str, tokenizer: Tokenizer, options: dict[str, Any]) -> list[int] | str:
+    try:
+        return list(tokenizer(text, **options)["input_ids"])
+    except Exception as error:  # noqa: BLE001  as above
+        return _first_line(error)
+
+
+def _text(
+    prompt: str | Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    apply_chat_template: bool,
+    template_date: datetime.date | None,
+) -> RenderedPrompt:
+    try:
+        text = _rendered(prompt, tokenizer, template_date) if apply_chat_template else _joined(prompt)
+    except UserError as error:
+        return RenderedPrompt(problem=str(error))
+    except Exception as error:  # noqa: BLE001  a template is a program of the model's: it can raise anything
+        return RenderedPrompt(problem="the chat template does not take it", detail=_first_line(error))
+    half = lone_surrogate([text])
+    return (
+        RenderedPrompt(text, problem="half of a character, which is no Unicode", detail=half)
+        if half
+        else RenderedPrompt(text)
+    )
+
+
+def _joined(prompt: str | Sequence[Mapping[str, Any]]) -> str:
+    return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+
+
+def _rendered(
+    prompt: str | Sequence[Mapping[str, Any]], tokenizer: Tokenizer, template_date: datetime.date | None
+) -> str:
+    def strftime_now(form: str) -> str:
+        if template_date is None:
+            raise UserError(
+                "the chat template asks for today's date, so that prompts would change from day to day: give it a day "
+                f"with data.template_date={datetime.date.today()} (evaluate: --template-date)"
+            )
+        return template_date.strftime(form)
+
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text: str = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, strftime_now=strftime_now
+    )
     return text
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

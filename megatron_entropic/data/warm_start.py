@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_entropic.data.problems import Problems
 from megatron_entropic.data.prompts import PromptForm
 from megatron_entropic.data.rows import read_rows
-from megatron_entropic.data.tokenizer import Tokenizer, render_prompts
+from megatron_entropic.data.tokenizer import RenderedPrompt, Tokenizer, encode, lone_surrogate
 
 
 class WarmStartPairs:
@@ -32,7 +32,7 @@ class WarmStartPairs:
             form: of the prompts, as training has it (default: `PromptForm()`).
 
         Raises:
-            ValueError: listing every row that cannot be used, too long ones included.
+            UserError: listing every row that cannot be used, too long ones included.
         """
         what = "the warm-start data cannot be used"
         form = form or PromptForm()
@@ -43,18 +43,25 @@ class WarmStartPairs:
             if not isinstance(response, str) or not response:
                 problems.add_row(row, "needs a non-empty string in the column 'response'")
                 continue
+            if half := lone_surrogate([response]):
+                problems.add_row(row, "the response has half of a character, which is no Unicode", half)
+                continue
             try:
                 prompts.append(form.messages(row))
             except ValueError as error:
                 problems.add_row(row, str(error))
                 continue
-            responses.append(response)
+            responses.append(RenderedPrompt(response))
             rows.append(row)
         problems.raise_if_any(what)
-        _, prompt_tokens = render_prompts(prompts, tokenizer, apply_chat_template=form.apply_chat_template)
-        response_tokens = tokenizer(responses, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        rendered = form.render(prompts, tokenizer)
+        encode(responses, tokenizer, special_tokens=False)
         self._pairs: list[tuple[list[int], list[int]]] = []
-        for row, before, after in zip(rows, prompt_tokens, response_tokens, strict=True):
+        for row, prompt, response in zip(rows, rendered, responses, strict=True):
+            for name, one in (("prompt", prompt), ("response", response)):
+                if one.problem:
+                    problems.add_row(row, f"the {name} cannot be used: {one.problem}", one.detail)
+            before, after = prompt.tokens, response.tokens
             if after[-1:] != [tokenizer.eos_token_id]:
                 after = [*after, tokenizer.eos_token_id]
             if len(before) + len(after) > max_sequence_tokens:

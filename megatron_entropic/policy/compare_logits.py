@@ -50,7 +50,7 @@ def _by_transformers(hf_dir: Path, sequences: list[Sequence]) -> Scores:
 
     # Experts one after the other: transformers' grouped product refuses sizes that are no multiples of 16 bytes.
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        hf_dir, dtype=torch.float32, experts_implementation="eager"
+        hf_dir, dtype=torch.float32, experts_implementation="eager", local_files_only=True, trust_remote_code=False
     ).eval()
     scores = Scores([], [])
     for sequence in sequences:

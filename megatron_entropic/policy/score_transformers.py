@@ -23,7 +23,13 @@ def score_file(hf_dir: Path, tokens_path: Path, output_path: Path, temperature: 
 
     lines = read_token_file(tokens_path, read_dimensions(hf_dir).vocab_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = transformers.AutoModelForCausalLM.from_pretrained(hf_dir, dtype=getattr(torch, dtype)).to(device).eval()
+    model = (
+        transformers.AutoModelForCausalLM.from_pretrained(
+            hf_dir, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
+        )
+        .to(device)
+        .eval()
+    )
     statistics = functools.partial(logprob_and_entropy, temperature=temperature)
     logprobs, entropies = [], []
     for line in lines:

@@ -9,7 +9,6 @@ process, so the same calls in a fresh process give the same tokens and the same 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_entropic.config import Dtype, RolloutConfig, Sampling, Transport
+from megatron_entropic.data.model_files import stop_token_ids
 from megatron_entropic.errors import UserError
 from megatron_entropic.rollout.environment import Device, prepare_environment
 from megatron_entropic.rollout.noise import silence_known_noise
@@ -325,17 +325,6 @@ def check_complete(buckets: Sequence[FlatContents], hf_tensors: dict[str, tuple[
         raise ValueError("publish: the update does not fit the engine's model:\n  " + "\n  ".join(problems))
 
 
-def stop_token_ids(hf_dir: Path) -> list[int]:
-    """End-of-sequence ids of generation_config.json and config.json, ascending; empty if neither names one."""
-    found: set[int] = set()
-    for file in ("generation_config.json", "config.json"):
-        path = hf_dir / file
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
-        if value is not None:
-            found |= set(value) if isinstance(value, list) else {value}
-    return sorted(found)
-
-
 def _engine_options(dtype: Dtype, config: RolloutConfig, device: Device, transport: Transport) -> dict[str, Any]:
     """Arguments of vLLM's LLM that follow from the configuration alone."""
     from vllm.config import WeightTransferConfig
@@ -350,6 +339,8 @@ def _engine_options(dtype: Dtype, config: RolloutConfig, device: Device, transpo
         "dtype": dtype,
         "quantization": None if config.quantization == "off" else config.quantization,
         "skip_tokenizer_init": True,
+        # Code of a model's directory is never run, whatever becomes vLLM's default.
+        "trust_remote_code": False,
         "use_tqdm_on_load": False,
         # What the policy's log-probs at the rollout temperature are compared with.
         "logprobs_mode": "processed_logprobs",

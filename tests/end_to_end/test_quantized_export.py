@@ -73,7 +73,8 @@ def kl_of_the_files(countdown_dir: Path, output: Path, quantization: str, tokens
     quantized = read_with_modelopt(countdown_dir / "model", output, quantization)
     rows = read_rows([countdown_dir / "train.parquet"], Problems())[:32]
     prompts = [read_messages(row, "prompt") for row in rows]
-    _, encoded = render_prompts(prompts, load_tokenizer(countdown_dir / "model"), apply_chat_template=False)
+    rendered = render_prompts(prompts, load_tokenizer(countdown_dir / "model"), apply_chat_template=False)
+    encoded = [one.tokens for one in rendered]
     distances: list[torch.Tensor] = []
     for ids in encoded:
         if sum(map(len, distances)) == tokens:

@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from megatron_entropic.config import RolloutConfig
-from megatron_entropic.rollout.engine import RolloutEngine, check_complete, stop_token_ids
+from megatron_entropic.data.model_files import stop_token_ids
+from megatron_entropic.rollout.engine import RolloutEngine, check_complete
 from megatron_entropic.rollout.environment import prepare_environment
 from megatron_entropic.rollout.score_backend import score_file
 from megatron_entropic.weights.transport import FlatContents
