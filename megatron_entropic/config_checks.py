@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_entropic.config import Config
 from megatron_entropic.config_algorithm import LOSSES_OF_WHOLE_BATCHES, LOSSES_OF_WHOLE_SEQUENCES, POLICY_LOSSES
+from megatron_entropic.errors import missing_model
 from megatron_entropic.rewards.verifiers import BUILT_IN
 
 DATA_SUFFIXES = (".parquet", ".jsonl", ".json")
@@ -338,7 +339,7 @@ def _model_directory(config: Config) -> Iterator[Violation]:
 
     path, key = config.model.hf_dir, "model.hf_dir"
     if not path.is_dir():
-        yield Violation((key,), f"model.hf_dir={path}: no such directory")
+        yield Violation((key,), f"model.hf_dir={missing_model(path)}")
         return
     yield from _weight_files(config)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
@@ -402,7 +403,7 @@ def _weight_files(config: Config) -> Iterator[Violation]:
 def _reference(config: Config) -> Iterator[Violation]:
     kl = config.algorithm.kl
     if kl.coefficient > 0 and kl.reference_hf_dir is not None and not kl.reference_hf_dir.is_dir():
-        yield Violation(("algorithm.kl",), f"algorithm.kl.reference_hf_dir={kl.reference_hf_dir}: no such directory")
+        yield Violation(("algorithm.kl",), f"algorithm.kl.reference_hf_dir={missing_model(kl.reference_hf_dir)}")
 
 
 def _data_files(config: Config) -> Iterator[Violation]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,28 @@ def explained(error: OSError) -> UserError | RunError | None:
     if error.errno in _CURES:
         return RunError(f"{what}; {_CURES[error.errno]}")
     return None
+
+
+def missing_model(hf_dir: Path) -> str:
+    """Words for a model directory that is not there; a name of the Hugging Face hub gets the command that fetches it.
+
+    Args:
+        hf_dir: as it was given, or made absolute from the current directory.
+    """
+    words = f"{hf_dir}: no such model directory"
+    given = hf_dir
+    if hf_dir.is_absolute() and hf_dir.is_relative_to(Path.cwd()):
+        given = hf_dir.relative_to(Path.cwd())
+    if _HUB_NAME.fullmatch(str(given)):
+        words += (
+            f"; models are local directories, nothing is downloaded here. If {given} is a name on the Hugging Face "
+            f"hub, fetch it once: hf download {given} --local-dir {given}"
+        )
+    return words
+
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+"""owner/name, which is also how a relative path can look."""
 
 
 @contextmanager

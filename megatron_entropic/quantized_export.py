@@ -20,7 +20,7 @@ from megatron_entropic.data.problems import Problems
 from megatron_entropic.data.prompts import Messages, read_messages
 from megatron_entropic.data.rows import Row, read_rows
 from megatron_entropic.data.tokenizer import load_tokenizer, render_prompts
-from megatron_entropic.errors import UserError
+from megatron_entropic.errors import UserError, missing_model
 from megatron_entropic.weights.atomic_directory import appears_when_complete
 from megatron_entropic.weights.hf_io import HfReader
 
@@ -110,6 +110,8 @@ def find_hf_dir(source: Path) -> Path:
     """
     if (source / "config.json").is_file():
         return source
+    if not source.exists():
+        raise UserError(missing_model(source))
     exports = sorted(path for path in (source / "exports").glob("step_*") if (path / "config.json").is_file())
     for path in (source / "hf", *reversed(exports)):
         if (path / "config.json").is_file():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_entropic.errors import UserError
+from megatron_entropic.errors import UserError, missing_model
 
 Tokenizer = Any
 """transformers.PreTrainedTokenizerBase; not named here, so that importing this file stays quick."""
@@ -43,7 +43,7 @@ def load_tokenizer(hf_dir: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     if not hf_dir.is_dir():
-        raise UserError(f"{hf_dir}: no such model directory")
+        raise UserError(missing_model(hf_dir))
     if own_class := _class_in_the_directory(hf_dir):
         raise UserError(
             f"{hf_dir}: its tokenizer {own_class} is Python code of that directory (tokenizer_config.json, auto_map), "

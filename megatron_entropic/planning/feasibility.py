@@ -10,8 +10,14 @@ from megatron_entropic.planning.models import PlannedModel
 
 
 def gpus_of(config: Config) -> tuple[int, int]:
-    """(policy GPUs, rollout GPUs), different ones, as the cluster places them today; colocation would start here."""
+    """(policy GPUs, rollout GPUs); with `cluster.colocate` the second are some of the first, see `gpus_in_use`."""
     return config.policy.world_size, config.rollout.engines * config.rollout.tensor_parallel
+
+
+def gpus_in_use(config: Config) -> int:
+    """GPUs that the run takes; an engine that shares the GPU of a policy rank takes none of its own."""
+    policy_gpus, rollout_gpus = gpus_of(config)
+    return max(policy_gpus, rollout_gpus) if config.cluster.colocate else policy_gpus + rollout_gpus
 
 
 def layout_problems(config: Config, model: PlannedModel, gpus: int) -> Iterator[str]:
@@ -30,11 +36,13 @@ def layout_problems(config: Config, model: PlannedModel, gpus: int) -> Iterator[
             f"model's positions end at {dimensions.max_position_embeddings}"
         )
     policy_gpus, rollout_gpus = gpus_of(config)
-    if policy_gpus + rollout_gpus != gpus:
+    used = gpus_in_use(config)
+    if used != gpus:
+        together = "on the same GPUs (cluster.colocate) are" if config.cluster.colocate else "are"
         yield (
             f"{policy_gpus} policy GPUs (tensor {policy.tensor_parallel} x pipeline {policy.pipeline_parallel} x "
             f"context {policy.context_parallel} x data {policy.data_parallel}) and {rollout_gpus} rollout GPUs "
-            f"({rollout.engines} engines x {rollout.tensor_parallel}) are {policy_gpus + rollout_gpus}, not {gpus}"
+            f"({rollout.engines} engines x {rollout.tensor_parallel}) {together} {used}, not {gpus}"
         )
 
 

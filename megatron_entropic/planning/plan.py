@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_entropic.config import Config
 from megatron_entropic.planning.communication import Traffic, gradient_traffic, microbatch_traffic
-from megatron_entropic.planning.feasibility import gpus_of, layout_problems, memory_problems
+from megatron_entropic.planning.feasibility import gpus_in_use, layout_problems, memory_problems
 from megatron_entropic.planning.hardware import Hardware, hardware_of
 from megatron_entropic.planning.memory import GIB, RolloutMemory, StageMemory, rollout_memory, stage_memory
 from megatron_entropic.planning.parameters import ParameterTable, StageParameters
@@ -63,7 +63,7 @@ def make_plan(
         known_problems: what the checks of the configuration alone have found.
     """
     hardware = hardware_of(gpu_memory_gb)
-    gpus = sum(gpus_of(config)) if gpus is None else gpus
+    gpus = gpus_in_use(config) if gpus is None else gpus
     problems = [*known_problems, *layout_problems(config, table.model, gpus)]
     numbers = None
     if divides(config, table):
@@ -79,7 +79,7 @@ def divides(config: Config, table: ParameterTable) -> bool:
 
 def publication_time_s(config: Config, published: Publication, hardware: Hardware) -> float:
     """Seconds of a publication, over the network if the GPUs are more than a node's."""
-    return published.time_s(hardware, across_nodes=sum(gpus_of(config)) > hardware.gpus_per_node)
+    return published.time_s(hardware, across_nodes=gpus_in_use(config) > hardware.gpus_per_node)
 
 
 def _numbers(config: Config, table: ParameterTable, hardware: Hardware, gpu_memory_gb: float) -> Numbers:

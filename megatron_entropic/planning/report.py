@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_entropic.planning.communication import Traffic
-from megatron_entropic.planning.feasibility import gpus_of
+from megatron_entropic.planning.feasibility import gpus_in_use, gpus_of
 from megatron_entropic.planning.memory import GIB, MEMORY_KINDS, sequences_that_fit
 from megatron_entropic.planning.plan import Numbers, Plan
 from megatron_entropic.planning.schedule import MEAN_PROMPT_SHARE, MEAN_RESPONSE_SHARE, Schedule, in_flight
@@ -109,11 +109,12 @@ def _subject(plan: Plan) -> Section:
     size = f"{plan.table.elements:,} parameters"
     if model.experts is not None:
         size += f", {plan.table.active_elements:,} active for a token ({model.experts.count} experts)"
+    shared = "of the same GPUs" if config.cluster.colocate else "GPUs"
     rows = [
         ("model", f"{model.name}, {size}, {config.model.dtype}"),
         ("dimensions from", model.source.rpartition("megatron_entropic/")[2]),
         ("policy", f"{policy_gpus} GPUs: {layout_name(config.policy)}"),
-        ("rollout", f"{rollout_gpus} GPUs: {config.rollout.engines} engines of {config.rollout.tensor_parallel}"),
+        ("rollout", f"{rollout_gpus} {shared}: {config.rollout.engines} engines of {config.rollout.tensor_parallel}"),
         ("GPUs", f"{plan.gpus} of {plan.gpu_memory_gb:g} GB"),
     ]
     return Section(f"plan of {config.run.name}", (), tuple(rows))
@@ -246,11 +247,18 @@ def _time(plan: Plan, numbers: Numbers) -> Section:
     rows = tuple((name, f"{seconds:,.1f}", f"{100 * seconds / time.total_s:.0f} %") for name, seconds in phases)
     total = ("total", f"{time.total_s:,.1f}", "")
     steps = plan.config.train.steps
-    hours = time.total_s * steps / 3600
-    run = (
-        f"{steps:,} steps: {hours:,.0f} hours, {hours * plan.gpus:,.0f} GPU-hours, without evaluations and checkpoints"
-    )
-    return Section("expected seconds of one training step", ("", "s", "share"), (*rows, total), (run,))
+    hours, used = time.total_s * steps / 3600, gpus_in_use(plan.config)
+    notes = [f"{steps:,} steps: {hours:,.0f} hours, {hours * used:,.0f} GPU-hours, without evaluations and checkpoints"]
+    if used < plan.gpus:
+        notes.append(
+            f"on {used} GPUs; {plan.gpus - used} of the {plan.gpus} would stand still, all are "
+            f"{hours * plan.gpus:,.0f} GPU-hours"
+        )
+    if used > plan.gpus:
+        notes.append(f"on {used} GPUs, as this layout needs them; --suggest lays it out on {plan.gpus}")
+    if plan.config.cluster.colocate:
+        notes.append("moving the policy's state off its GPUs and back, once a step, is not counted")
+    return Section("expected seconds of one training step", ("", "s", "share"), (*rows, total), tuple(notes))
 
 
 def _assumptions(plan: Plan) -> Section:

@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any
 
 from megatron_entropic.config import Config, PolicyConfig
-from megatron_entropic.planning.feasibility import layout_problems, memory_problems
+from megatron_entropic.planning.feasibility import gpus_in_use, layout_problems, memory_problems
 from megatron_entropic.planning.hardware import Hardware, hardware_of
 from megatron_entropic.planning.memory import GIB, rollout_memory, stage_memory
 from megatron_entropic.planning.parameters import ParameterTable
@@ -91,7 +91,8 @@ def suggest(
     engines = _fastest_engines(config, table, gpus, gpu_memory_gb, hardware)
     pairs: list[tuple[float, _Half, _Half]] = []
     for policy_gpus, rollout in engines.items():
-        for policy in _policies(config, table, policy_gpus, gpu_memory_gb, hardware, accepts):
+        laid_out = _changed(config, {}, rollout.changes)
+        for policy in _policies(laid_out, table, policy_gpus, gpu_memory_gb, hardware, accepts):
             pairs.append((policy.time_s + rollout.time_s, policy, rollout))
     found: dict[tuple[int, ...], Suggestion] = {}
     for _, policy, rollout in sorted(pairs, key=lambda pair: pair[0]):
@@ -130,7 +131,10 @@ def _overrides(policy: dict[str, Any], rollout: dict[str, Any]) -> tuple[str, ..
 def _fastest_engines(
     config: Config, table: ParameterTable, gpus: int, gpu_memory_gb: float, hardware: Hardware
 ) -> dict[int, _Half]:
-    """For each number of policy GPUs that is tried, the fastest engines on the others."""
+    """For each number of policy GPUs that is tried, the fastest engines on the others; colocated, one on each GPU."""
+    if config.cluster.colocate:
+        shared = _engines(config, table, gpus, 1, gpu_memory_gb, hardware)
+        return {} if shared is None else {gpus: shared}
     fastest: dict[int, _Half] = {}
     for policy_gpus in range(max(1, gpus // SPLITS), gpus, max(1, gpus // SPLITS)):
         rest = gpus - policy_gpus
@@ -216,8 +220,11 @@ def _expert_sizes(table: ParameterTable, replicas: int) -> list[int]:
 
 def _own_problems(config: Config, table: ParameterTable) -> Iterator[str]:
     """Problems of the layout itself, whatever number of GPUs there is."""
-    gpus = config.policy.world_size + config.rollout.engines * config.rollout.tensor_parallel
-    yield from (problem for problem in layout_problems(config, table.model, gpus) if problem.startswith("policy."))
+    yield from (
+        problem
+        for problem in layout_problems(config, table.model, gpus_in_use(config))
+        if problem.startswith("policy.")
+    )
 
 
 def _policy_time_s(config: Config, table: ParameterTable, gpu_memory_gb: float, hardware: Hardware) -> float | None:

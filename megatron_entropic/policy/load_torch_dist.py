@@ -19,7 +19,7 @@ def load_torch_dist(model: torch.nn.ModuleList, directory: Path) -> None:
 
     Args:
         model: the chunks of this rank's stage, not wrapped.
-        directory: such as `tools/checkpoint_convert/hf_to_megatron.py` writes.
+        directory: such as `megatron-entropic convert hf-to-megatron` writes.
 
     Raises:
         RunError: the checkpoint does not fit the model.

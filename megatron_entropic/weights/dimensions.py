@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_entropic.config import PolicyConfig
-from megatron_entropic.errors import UserError
+from megatron_entropic.errors import UserError, missing_model
 from megatron_entropic.weights.architectures import ARCHITECTURES, Architecture
 from megatron_entropic.weights.experts import ExpertDimensions, expert_problems, read_experts
 from megatron_entropic.weights.latent_attention import LatentAttention, latent_problems, read_latent
@@ -263,7 +263,7 @@ def _dimensions(
 
 def _read_config(hf_dir: Path) -> dict[str, Any]:
     if not hf_dir.is_dir():
-        raise UserError(f"{hf_dir}: no such model directory")
+        raise UserError(missing_model(hf_dir))
     path = hf_dir / "config.json"
     if not path.is_file():
         raise UserError(f"{hf_dir}: no config.json, so this is not a Hugging Face model directory")

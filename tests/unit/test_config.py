@@ -143,7 +143,7 @@ def test_every_problem_of_every_kind_in_one_error(machine: Path) -> None:
         "policy.sequence_parallel=true needs policy.tensor_parallel > 1",
         "optimizer.min_learning_rate=0.001 is above optimizer.learning_rate=1e-06",
         "reward.verifier='maths': expected one of countdown, exact, format, ifeval, math, or module:function; did you",
-        f"model.hf_dir={machine / 'nowhere'}: no such directory",
+        f"model.hf_dir={machine / 'nowhere'}: no such model directory",
         f"data.train_files: {machine / 'missing.parquet'}: no such file",
     ]
     assert len(found) == len(expected), found

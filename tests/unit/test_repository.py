@@ -37,7 +37,7 @@ FACE = {
     "training_batch",
     "warm_start",
 }
-FACE |= {"export_command", "quantized_export"}
+FACE |= {"convert_command", "export_command", "quantized_export", "__main__"}
 FACE |= {"evaluate", "evaluate_command", "evaluator", "rollouts_command"}
 FACE |= {"restarts", "stopping", "judged_rollouts"}
 FACE |= {"learning", "replay", "replay_command", "tune_command"}

@@ -163,3 +163,52 @@ def test_suggestions_are_printed_with_their_overrides(capsys: pytest.CaptureFixt
 def test_no_layout_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(EXAMPLES / "qwen3_8b.yaml"), "--gpus", "2", "--suggest"]) == 2
     assert "none: no layout fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("gpus", "words"),
+    [
+        ([], "hours, 9,363 GPU-hours"),
+        (["--gpus", "32"], "on 16 GPUs; 16 of the 32 would stand still, all are 18,727 GPU-hours"),
+        (["--gpus", "8"], "on 16 GPUs, as this layout needs them; --suggest lays it out on 8"),
+    ],
+)
+def test_gpu_hours_are_those_of_the_gpus_in_use(
+    gpus: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["plan", str(EXAMPLES / "qwen3_8b.yaml"), *gpus])
+    printed = capsys.readouterr().out
+    assert "585 hours, 9,363 GPU-hours" in printed
+    assert words in printed
+
+
+COLOCATED = ["cluster.colocate=true", "policy.offload=all"]
+
+
+def test_engines_that_share_gpus_are_not_added_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(EXAMPLES / "qwen3_8b.yaml"), *COLOCATED, "--gpus", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "8 of the same GPUs: 8 engines of 1" in printed
+    assert "moving the policy's state off its GPUs and back, once a step, is not counted" in printed
+    assert main(["plan", str(EXAMPLES / "qwen3_8b.yaml"), *COLOCATED, "--gpus", "16"]) == 2
+    assert "on the same GPUs (cluster.colocate) are 8, not 16" in capsys.readouterr().err
+
+
+def test_colocated_suggestions_have_an_engine_on_each_gpu() -> None:
+    config = example("nemotron_1_5b", *COLOCATED)
+    model = known("OpenReasoning-Nemotron-1.5B")
+    found = suggest(config, model, gpus=8, gpu_memory_gb=80, accepts=accepts, count=2)
+    assert len(found) == 2
+    for suggestion in found:
+        changed = suggestion.plan.config
+        assert (changed.policy.world_size, changed.rollout.engines, changed.rollout.tensor_parallel) == (8, 8, 1)
+
+
+def test_a_suggestion_is_an_answer_whatever_is_wrong_as_written(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", str(EXAMPLES / "nemotron_1_5b.yaml"), "--gpus", "4", "--suggest"]
+    assert main(command) == 0
+    output = capsys.readouterr()
+    assert "1: policy.tensor_parallel=" in output.out
+    assert "as it is written, " in output.err
+    assert "are 8, not 4" in output.err
+    assert main([*command, "rollout.engines=many"]) == 2

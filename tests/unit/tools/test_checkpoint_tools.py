@@ -92,8 +92,8 @@ def test_another_dtype_and_a_template(call: Call, hf_dir: Path, tmp_path: Path) 
     assert call("hf_to_megatron", "--hf-dir", hf_dir, "--output-dir", there, "--dtype", "bfloat16")[0] == 0
     (there / "config.json").unlink()
     status, _, errors = call("megatron_to_hf", "--megatron-dir", there, "--output-dir", back)
-    assert status == 1
-    assert errors.startswith("megatron_to_hf: ")
+    assert status == 2
+    assert errors.startswith("error: ")
     assert "name a Hugging Face directory of the same model" in errors
     options = ("--megatron-dir", there, "--output-dir", back, "--hf-template", hf_dir)
     assert call("megatron_to_hf", *options)[0] == 0
@@ -108,12 +108,12 @@ def test_a_refusal_lists_everything_and_writes_nothing(call: Call, hf_dir: Path,
     tensors["extra"] = tensors.pop(GATE)
     save_file(tensors, damaged / "model.safetensors")
     status, output, errors = call("hf_to_megatron", "--hf-dir", damaged, "--output-dir", tmp_path / "out")
-    assert (status, output) == (1, "")
+    assert (status, output) == (2, "")
     assert f"missing tensors (1):\n    - {GATE}" in errors
     assert "unexpected tensors (1):\n    - extra" in errors
     occupied = ("--hf-dir", hf_dir, "--output-dir", damaged, "--workers", 0)
     status, _, errors = call("hf_to_megatron", *occupied)
-    assert status == 1
+    assert status == 2
     assert "workers must be at least 1, not 0" in errors
     assert "exists and is not empty" in errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
@@ -143,7 +143,7 @@ def test_verify_tells_equal_different_and_not_comparable_apart(
     assert "0.25" in output
     status, _, errors = call("verify", "--hf-dir", hf_dir, "--megatron-dir", tmp_path)
     assert status == 2
-    assert "verify: " in errors
+    assert "error: " in errors
     assert "not a distributed checkpoint" in errors
 
 
