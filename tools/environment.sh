@@ -3,15 +3,18 @@
 #
 #   bash tools/environment.sh          CPU environment (Python 3.11)
 #   bash tools/environment.sh gpu      CUDA environment (Python 3.12); needs no GPU
+#   bash tools/environment.sh cpu which   says only which Python it would take, and why
 #
 # Variables:
-#   PYTHON=FOLDER/python3.12   the interpreter, where it is not on PATH
+#   PYTHON=FOLDER/python3.12   the interpreter, if not the one it would take
 #   ME_VENV=FOLDER             another folder than .venv, such as a CUDA environment beside the CPU one
 #   MAX_JOBS=4                 processes that compile Transformer Engine's torch extension at a time (about 3 GB each)
 #   ME_WITHOUT_TE=1            leave Transformer Engine out: policies then use megatron-core's own layers
 #
 # Needs a Python interpreter of that version and, once, a package index. Neither root nor an installed pip is required.
-# A second call finds the stamp of the first and returns at once; an interrupted call is simply repeated.
+# The system's own interpreter is taken where there is one, so that everybody on a distribution has the same; then the
+# first on the PATH. An environment of a different interpreter is built anew. A second call finds the stamp of the first
+# and returns at once; an interrupted call is simply repeated.
 set -euo pipefail
 
 platform=${1:-cpu}
@@ -37,21 +40,41 @@ fail() { say "$*"; exit 1; }
 wanted_stamp() {
   echo "$platform $checkout ${ME_WITHOUT_TE:-}"
   sha256sum "$lock" setup.py tools/environment.sh
-  "$venv/bin/python" -c 'import sys; print(sys.version)' 2>/dev/null || echo "no interpreter"
+  identity "$venv/bin/python" || echo "no interpreter"
 }
 
-find_python() {
+# What an interpreter is: its file, behind links, shims and virtual environments, and its full version.
+identity() {
+  "$1" -c 'import os, sys; print(os.path.realpath(sys._base_executable), " ".join(sys.version.split()))' 2>/dev/null
+}
+
+# Sets `python` to the interpreter to use and `reason` to why it is this one.
+choose_python() {
   local candidate
-  for candidate in "${PYTHON:-}" "python$python_version" python3 "/usr/bin/python$python_version" /usr/bin/python3; do
-    [ -n "$candidate" ] || continue
-    # A version manager's shim may exist for an interpreter that does not start, hence the question to itself.
-    "$candidate" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$python_version')" 2>/dev/null || continue
-    "$candidate" -c 'import sys; print(sys.executable)'
+  if [ -n "${PYTHON:-}" ]; then
+    is_wanted_version "$PYTHON" || fail "PYTHON=$PYTHON is not a Python $python_version that starts. Name one that" \
+      "is, or unset PYTHON to have one looked for"
+    reason="PYTHON names it"
+    python=$("$PYTHON" -c 'import sys; print(sys.executable)')
+    return
+  fi
+  for candidate in "/usr/bin/python$python_version" "python$python_version" python3 /usr/bin/python3; do
+    is_wanted_version "$candidate" || continue
+    case $candidate in
+      /*) reason="the system's own" ;;
+      *) reason="the first on the PATH; the system has no /usr/bin/python$python_version" ;;
+    esac
+    python=$("$candidate" -c 'import sys; print(sys.executable)')
     return
   done
   fail "no Python $python_version found. Install it (apt-get install python$python_version where the distribution has" \
     "it; without root: uv python install $python_version, conda or pyenv), or name one that is elsewhere:" \
     "PYTHON=FOLDER/python$python_version bash tools/environment.sh $platform"
+}
+
+# A version manager's shim may exist for an interpreter that does not start, hence the question to itself.
+is_wanted_version() {
+  "$1" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$python_version')" 2>/dev/null
 }
 
 # Unpacks one Debian package into $scratch/NAME. Downloading needs no root as long as apt's state lies in a folder of
@@ -148,7 +171,18 @@ take_pip_settings() {
   eval "$settings"
 }
 
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted_stamp)" ]; then
+has_chosen_python() {
+  [ -x "$venv/bin/python" ] && [ "$(identity "$venv/bin/python")" = "$(identity "$python")" ]
+}
+
+is_ready() {
+  [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted_stamp)" ] && has_chosen_python
+}
+
+choose_python
+say "Python $("$python" -c 'import platform; print(platform.python_version())') at $python ($reason)"
+[ "${2:-}" != which ] || exit 0
+if is_ready; then
   exit 0
 fi
 [ -f "$lock" ] || fail "$lock is missing; tools/lock_requirements.sh $platform makes it"
@@ -157,7 +191,7 @@ fi
 if command -v flock >/dev/null; then
   exec 9>.environment_lock
   flock --wait 900 9 || fail "another call has been building the environment for 15 minutes; end it and run this again"
-  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted_stamp)" ]; then
+  if is_ready; then
     exit 0
   fi
 fi
@@ -165,14 +199,14 @@ fi
 started=$SECONDS
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-python=$(find_python)
 uv=$(find_uv "$python")
 take_pip_settings "$python"
 # With several indexes uv would stop at the first that knows a name; pip considers all of them.
 export UV_INDEX_STRATEGY=unsafe-best-match UV_PYTHON_DOWNLOADS=never
 unset VIRTUAL_ENV CONDA_PREFIX
 
-if ! "$venv/bin/python" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$python_version')" 2>/dev/null; then
+if ! has_chosen_python; then
+  [ ! -e "$venv" ] || say "$venv is of another: $(identity "$venv/bin/python" || echo "one that does not start")"
   say "creating $venv with $("$python" --version)"
   "$uv" venv --quiet --clear --python "$python" "$venv"
 fi
