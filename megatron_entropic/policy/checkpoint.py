@@ -24,6 +24,7 @@ from megatron_entropic.policy.checkpoint_files import (
     read_state,
 )
 from megatron_entropic.policy.checkpoint_patches import apply_checkpoint_patches
+from megatron_entropic.policy.checkpoint_trust import check_only_data
 from megatron_entropic.policy.optimizer import PolicyOptimizer
 
 __all__ = [
@@ -50,7 +51,7 @@ def load_checkpoint(directory: Path, model: torch.nn.ModuleList, optimizer: Poli
         The state given to `CheckpointWriter.save`.
 
     Raises:
-        CheckpointError: not a complete checkpoint, or it does not fit the model.
+        CheckpointError: not a complete checkpoint, one that holds more than data, or it does not fit the model.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -58,6 +59,7 @@ def load_checkpoint(directory: Path, model: torch.nn.ModuleList, optimizer: Poli
 
     apply_checkpoint_patches()
     saved = read_state(directory)
+    check_only_data(directory)
     same_ranks = saved["ranks"] == dist.get_world_size()
     request = sharded_state(model, optimizer, loading=True)
     if not same_ranks:

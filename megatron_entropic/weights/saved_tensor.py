@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_entropic.errors import UserError
+from megatron_entropic.weights.checkpoint_pickle import UNREADABLE
 from megatron_entropic.weights.layouts import Shape
 
 _LOCAL_HEADER_BYTES = 30
@@ -42,6 +42,13 @@ class _Description:
     offset: int
     size: Shape
     strides: Shape
+
+    @property
+    def is_plausible(self) -> bool:
+        """Whether everything is of its type; a damaged pickle may have put anything in any place."""
+        numbers = (self.offset, *self.size, *self.strides)
+        counts = all(type(n) is int and n >= 0 for n in numbers) and len(self.size) == len(self.strides)
+        return counts and isinstance(self.dtype, torch.dtype)
 
     def fits(self, sizes: Sequence[int]) -> bool:
         """Whether this is a contiguous tensor of these sizes."""
@@ -86,8 +93,8 @@ def find_values(data: mmap.mmap, start: int, length: int, sizes: Shape) -> tuple
     """
     try:
         position, tensor = _open_archive(data, start, length)
-    except (ValueError, zipfile.BadZipFile, pickle.UnpicklingError, KeyError, struct.error, EOFError) as error:
-        raise DamagedTensor(str(error)) from error
+    except (*UNREADABLE, zipfile.BadZipFile, struct.error) as error:
+        raise DamagedTensor(str(error) or repr(error)) from error
     if not tensor.fits(sizes):
         raise DamagedTensor(f"it holds {list(tensor.size)}, its metadata says {list(sizes)}")
     return position + tensor.offset * tensor.dtype.itemsize, tensor.dtype
@@ -99,18 +106,18 @@ def _open_archive(data: mmap.mmap, start: int, length: int) -> tuple[int, _Descr
         names = archive.namelist()
         description = next((name for name in names if name.endswith("/data.pkl")), "data.pkl")
         values = archive.getinfo(description.removesuffix("data.pkl") + "data/0")
-        if values.compress_type != zipfile.ZIP_STORED:
-            raise UserError("its values are compressed")
+        if {values.compress_type, archive.getinfo(description).compress_type} != {zipfile.ZIP_STORED}:
+            raise DamagedTensor("it is compressed")
         tensor = _TensorUnpickler(io.BytesIO(archive.read(description))).load()
-    if not isinstance(tensor, _Description):
-        raise UserError("it is not a tensor")
+    if not isinstance(tensor, _Description) or not tensor.is_plausible:
+        raise DamagedTensor("it is not a tensor")
     header = start + values.header_offset
     name_bytes, extra_bytes = struct.unpack_from("<HH", data, header + _LOCAL_HEADER_BYTES - 4)
     position = header + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
     if position + values.file_size > start + length:
-        raise UserError("its values end behind it")
+        raise DamagedTensor("its values end behind it")
     if (tensor.offset + prod(tensor.size)) * tensor.dtype.itemsize > values.file_size:
-        raise UserError("it has fewer values than its shape calls for")
+        raise DamagedTensor("it has fewer values than its shape calls for")
     return position, tensor
 
 

@@ -1,39 +1,28 @@
 """Distributed checkpoints (torch_dist) read through memory maps, as megatron-core or `torch_dist_writer` wrote them.
 
-Values stay in the map until they are used, so reading a checkpoint takes no memory of its own. Of pickles only the few
-classes that describe tensors are made; nothing else in them is ever called.
+Values stay in the map until they are used, so reading a checkpoint takes no memory of its own. What is pickled in it is
+read by `checkpoint_pickle` and `saved_tensor`, which call nothing that it names.
 """
 
 from __future__ import annotations
 
 import json
 import mmap
-import pickle
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from megatron_entropic.errors import UserError
+from megatron_entropic.weights.checkpoint_pickle import UNREADABLE, CheckpointMetadata, read_checkpoint_metadata
 from megatron_entropic.weights.layouts import Shape
 from megatron_entropic.weights.saved_tensor import DamagedTensor, find_values
 
-_DESCRIBING = (
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-)
-
-_DAMAGE = (
-    *(ArithmeticError, AttributeError, EOFError, ImportError, LookupError, MemoryError, RuntimeError, TypeError),
-    pickle.UnpicklingError,
-)
-"""What a pickle with wrong bytes in it raises when it is read, or its objects when they are used."""
+_FORMAT_VERSION = 1
+"""Of megatron-core's torch_dist format, in metadata.json."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +68,7 @@ class TorchDistReader:
         try:
             self._find_tensors(metadata)
             problems = [*self._file_problems(), *self._coverage_problems()]
-        except _DAMAGE as error:
+        except UNREADABLE as error:
             raise UserError(f"{self.directory / '.metadata'}: damaged: {error!r}") from error
         if problems:
             raise UserError(f"{self.directory}: the checkpoint is damaged:\n" + "\n".join(f"  - {p}" for p in problems))
@@ -129,27 +118,16 @@ class TorchDistReader:
             chunk.sizes
         )
 
-    def _find_tensors(self, metadata: Metadata) -> None:
+    def _find_tensors(self, metadata: CheckpointMetadata) -> None:
         """Note all tensors, and sort the places of all chunks to them."""
-        described = metadata.state_dict_metadata
-        self.tensors |= {
-            name: StoredTensor(tuple(stored.size), stored.properties.dtype)
-            for name, stored in described.items()
-            if isinstance(stored, TensorStorageMetadata)
-        }
-        objects = {name for name, stored in described.items() if isinstance(stored, BytesStorageMetadata)}
-        sizes = {
-            (name, tuple(chunk.offsets)): tuple(chunk.sizes)
-            for name, stored in described.items()
-            if isinstance(stored, TensorStorageMetadata)
-            for chunk in stored.chunks
-        }
-        for index, place in metadata.storage_data.items():
-            if index.fqn in objects:
+        self.tensors |= {name: StoredTensor(tensor.shape, tensor.dtype) for name, tensor in metadata.tensors.items()}
+        for place in metadata.places:
+            if place.name in metadata.objects:
                 continue
-            offsets = tuple(index.offset) if index.offset is not None else (0,) * len(self.tensors[index.fqn].shape)
-            chunk = _Chunk(offsets, sizes[index.fqn, offsets], place.relative_path, place.offset, place.length)
-            self.tensors[index.fqn].chunks.append(chunk)
+            described = metadata.tensors[place.name]
+            offsets = place.offsets if place.offsets is not None else (0,) * len(described.shape)
+            chunk = _Chunk(offsets, described.chunks[offsets], place.file, place.start, place.length)
+            self.tensors[place.name].chunks.append(chunk)
         for stored in self.tensors.values():
             stored.chunks.sort(key=lambda chunk: chunk.offsets)
 
@@ -183,7 +161,7 @@ def _intersection(chunk: _Chunk, offsets: Shape, sizes: Shape) -> tuple[Shape, S
     return (begin, extent) if all(length > 0 for length in extent) else None
 
 
-def _read_metadata(directory: Path) -> Metadata:
+def _read_metadata(directory: Path) -> CheckpointMetadata:
     """The `.metadata` file of a torch_dist checkpoint.
 
     Raises:
@@ -195,19 +173,18 @@ def _read_metadata(directory: Path) -> Metadata:
     form = directory / "metadata.json"
     if form.is_file():
         try:
-            backend = json.loads(form.read_text(encoding="utf-8"))["sharded_backend"]
-        except (ValueError, KeyError, TypeError) as error:
+            described = json.loads(form.read_text(encoding="utf-8"))
+            backend, version = described["sharded_backend"], described.get("sharded_backend_version", _FORMAT_VERSION)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{form}: not megatron-core's description of a checkpoint: {error!r}") from error
         if backend != "torch_dist":
             raise UserError(f"{directory}: a checkpoint of format {backend!r}; only torch_dist can be read")
-    try:
-        with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except (*_DAMAGE, ValueError) as error:
-        raise UserError(f"{path}: damaged, or of an unknown kind: {error!r}") from error
-    if not isinstance(metadata, Metadata) or metadata.storage_data is None:
-        raise UserError(f"{path}: not the metadata of a checkpoint")
-    return metadata
+        if version != _FORMAT_VERSION:
+            raise UserError(
+                f"{form}: torch_dist of version {version!r}; this version of megatron_entropic reads "
+                f"{_FORMAT_VERSION}. Save the checkpoint with an older megatron-core, or update megatron_entropic"
+            )
+    return read_checkpoint_metadata(path)
 
 
 def _others(directory: Path) -> str:
@@ -216,27 +193,3 @@ def _others(directory: Path) -> str:
         return "; there is no such directory"
     found = sorted(path.parent for pattern in ("*/.metadata", "*/*/.metadata") for path in directory.glob(pattern))
     return f"; below it are {', '.join(str(path) for path in found[:8])}" if found else ""
-
-
-class _Ignored(dict):
-    """Stands for any object that reading tensors has no use for, such as megatron-core's copies of save plans."""
-
-    def __init__(self, *_arguments: Any, **_named: Any) -> None:
-        super().__init__()
-
-    def __setstate__(self, _state: Any) -> None:
-        """Forgets what was saved of it."""
-
-    __hash__ = object.__hash__  # type: ignore[assignment]
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Makes the classes that describe tensors and their places, and nothing else of what a pickle names."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """One of those classes, or `_Ignored`."""
-        if module == "torch.distributed.checkpoint.metadata" or (module, name) in _DESCRIBING:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        return _Ignored
