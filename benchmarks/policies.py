@@ -50,13 +50,20 @@ def write_model(size: ModelSize, directory: Path) -> None:
         "tie_word_embeddings": False,
     }
     (directory / "config.json").write_text(json.dumps(entries))
-    generator = torch.Generator().manual_seed(0)
+    random_weights(directory, torch.float32, torch.device("cpu"))
+
+
+def random_weights(directory: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """`model.safetensors` for the config.json of a directory, drawn on `device`: matrices normal, vectors one."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(shape: tuple[int, ...]) -> torch.Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=dtype)
+        return (torch.randn(shape, generator=generator, device=device) * shape[-1] ** -0.5).to("cpu", dtype)
+
     shapes = ParameterMap(read_dimensions(directory)).hf_tensors
-    tensors = {
-        name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-        for name, shape in shapes.items()
-    }
-    save_file(tensors, directory / "model.safetensors")
+    save_file({name: draw(shape) for name, shape in shapes.items()}, directory / "model.safetensors")
 
 
 def free_port() -> int:
@@ -77,9 +84,9 @@ def policy(rank: int, ranks: int, port: int, hf_dir: Path, **sections: dict[str,
         made.close()
 
 
-def batch(sequences: int, tokens: int, vocab: int) -> list[Sequence]:
+def batch(sequences: int, tokens: int, vocab: int, *, seed: int = 1) -> list[Sequence]:
     """Sequences of so many tokens, all but the first of which are response, with every field a loss reads."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     response = tokens - 1
     return [
         Sequence(

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,14 +32,12 @@ from benchmarks.contenders import (
     head_contenders,
     logits_contenders,
 )
+from benchmarks.gpu.rates import WARM_UP, copy_rate, product_rate
 from benchmarks.machine import cpu_model
-from benchmarks.measure import Stopwatch
 from benchmarks.problems import Case
 from benchmarks.ranks import tensor_parallel_group
 from benchmarks.tables import LOGITS_COLUMNS, Ratios, environment, table
 from benchmarks.trials import Trial, run_case
-
-WARM_UP = 3
 
 
 @dataclass(frozen=True)
@@ -102,33 +99,6 @@ def _run(case: Case, group: dist.ProcessGroup, device: torch.device) -> list[Tri
     contenders = logits_contenders(case, device) if case.hidden is None else head_contenders(device)
     run_case(replace(case, repetitions=WARM_UP), contenders, group, device)
     return run_case(case, contenders, group, device)
-
-
-def copy_rate(size: int, device: torch.device, repetitions: int) -> float:
-    """Bytes read plus written per second when `size` bytes are copied within the device's memory."""
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / _best_seconds(lambda: target.copy_(source), device, repetitions)
-
-
-def product_rate(size: int, device: torch.device, repetitions: int) -> float:
-    """Floating point operations per second of a product of two bfloat16 matrices [size, size]."""
-    a, b = torch.randn(2, size, size, device=device).to(torch.bfloat16)
-    out = torch.empty_like(a)
-    return 2 * size**3 / _best_seconds(lambda: torch.mm(a, b, out=out), device, repetitions)
-
-
-def _best_seconds(work: Callable[[], object], device: torch.device, repetitions: int) -> float:
-    for _ in range(WARM_UP):
-        work()
-    taken = []
-    for _ in range(repetitions):
-        watch = Stopwatch(device)
-        watch.mark()
-        work()
-        watch.mark()
-        taken.append(watch.since_first()[0].wall)
-    return min(taken)
 
 
 def _cases(sizes: Sizes, repetitions: int) -> list[Case]:

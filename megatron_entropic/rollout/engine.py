@@ -208,9 +208,9 @@ class RolloutEngine:
             ((host, port),) = addresses
             init_info |= {"master_address": host, "master_port": port} | packing_options()[0]
         elif self._transport == "ipc":
-            from megatron_entropic.rollout.ipc_transport import IpcReceiver, connection_options
+            from megatron_entropic.rollout.ipc_transport import IpcReceiver, packing_options
 
-            init_info = connection_options()
+            init_info = packing_options()[0]
             self._receiver = IpcReceiver(*addresses[rank_offset - 1], first["timeout_s"])
         else:
             init_info |= {"addresses": addresses, "timeout_s": first["timeout_s"]}

@@ -73,17 +73,21 @@ class DeviceMemory:
         return cls(**{**value, "storage": tuple(storage)})
 
 
-def connection_options() -> dict[str, Any]:
-    """vLLM's connection: buckets come as one buffer each.
+def packing_options() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields that say buckets come as one buffer each: of vLLM's connection, and of each of its updates.
+
+    Up to 0.24 they travel with every update, later they are part of the connection.
 
     Raises:
-        UserError: this vLLM cannot do that.
+        UserError: this vLLM takes tensors one by one only.
     """
-    from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferInitInfo
+    from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferInitInfo, IPCWeightTransferUpdateInfo
 
-    if "packed" not in {field.name for field in fields(IPCWeightTransferInitInfo)}:
-        raise UserError("this vLLM has no packed IPC connection: install 0.32 or set cluster.transport=gloo")
-    return {"packed": True}
+    if "packed" in {field.name for field in fields(IPCWeightTransferInitInfo)}:
+        return {"packed": True}, {}
+    if "packed" in {field.name for field in fields(IPCWeightTransferUpdateInfo)}:
+        return {}, {"packed": True}
+    raise UserError("this vLLM has no packed IPC connection: install 0.24 or later, or set cluster.transport=gloo")
 
 
 class IpcSender:
@@ -206,4 +210,4 @@ class IpcReceiver:
 def _update_info(contents: FlatContents, memory: DeviceMemory) -> dict[str, Any]:
     itemsize = contents.torch_dtype.itemsize
     sizes = [prod(shape) * itemsize for shape in contents.shapes]
-    return contents.update_info() | {"ipc_handles": memory.handles, "tensor_sizes": sizes}
+    return contents.update_info() | packing_options()[1] | {"ipc_handles": memory.handles, "tensor_sizes": sizes}

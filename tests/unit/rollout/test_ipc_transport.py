@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_entropic.errors import PeerDied, PhaseTimeout
-from megatron_entropic.rollout.ipc_transport import DeviceMemory, IpcReceiver, IpcSender, connection_options
+from megatron_entropic.rollout.ipc_transport import DeviceMemory, IpcReceiver, IpcSender, packing_options
 from megatron_entropic.weights.transport import FlatContents
 
 HOST = "127.0.0.1"
@@ -58,7 +58,7 @@ def test_a_handle_survives_as_text_and_becomes_the_arguments_that_torch_takes():
 def test_the_engine_gets_calls_that_vllm_takes_and_the_sender_waits_for_each(background):
     from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferInitInfo, IPCWeightTransferUpdateInfo
 
-    assert IPCWeightTransferInitInfo(**connection_options()).packed
+    assert IPCWeightTransferInitInfo(**packing_options()[0]).packed
     sender, receiver = connected(background)
     for turn in range(3):
         sending = background(sender.announce, CONTENTS, MEMORY)
