@@ -14,7 +14,7 @@
 # they are missing they fail and say so. Nothing is downloaded: what the machine's python3 lacks lies in --site, a
 # folder made elsewhere with `pip install --no-deps --target DIR -r tests/gpu/first_light.txt`.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 
 output=runs/first_light site=
 while [[ ${1:-} == --* ]]; do
@@ -32,25 +32,22 @@ python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${site:+:$site} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 FIRST_LIGHT_OUTPUT=$output
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 
-machine() {
-  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv && "$python" tests/gpu/machine.py
-}
-kernels() { "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_triton_gpu.py tests/gpu/test_fused_heads_gpu.py; }
-heads() { "$python" benchmarks/gpu/vocab_parallel_gpu.py --output-dir "$output" --repetitions 10; }
-policy() { "$python" benchmarks/gpu/policy_gpu.py --output-dir "$output"; }
-colocated() { "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_colocated_run_gpu.py -k "shares and ipc"; }
-large() { "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_colocated_run_gpu.py -k large; }
-declare -A limit_s=([machine]=60 [kernels]=110 [heads]=80 [policy]=120 [colocated]=130 [large]=150)
-
+tests=("$python" -m pytest -q -p no:cacheprovider)
 failed=0
 printf '%-10s %-8s %s\n' part status seconds >"$output/summary.txt"
 for part in "${parts[@]}"; do
-  [ -n "${limit_s[$part]:-}" ] || { echo "first light: unknown part $part" >&2; exit 2; }
-  echo "== $part (at most ${limit_s[$part]} s)"
+  case $part in
+    machine) limit_s=60 command=("$python" tests/gpu/machine.py) ;;
+    kernels) limit_s=110 command=("${tests[@]}" tests/gpu/test_triton_gpu.py tests/gpu/test_fused_heads_gpu.py) ;;
+    heads) limit_s=80 command=("$python" benchmarks/gpu/vocab_parallel_gpu.py --output-dir "$output" --repetitions 10) ;;
+    policy) limit_s=120 command=("$python" benchmarks/gpu/policy_gpu.py --output-dir "$output") ;;
+    colocated) limit_s=130 command=("${tests[@]}" tests/gpu/test_colocated_run_gpu.py -k "shares and ipc") ;;
+    large) limit_s=150 command=("${tests[@]}" tests/gpu/test_colocated_run_gpu.py -k large) ;;
+    *) echo "first light: unknown part $part" >&2; exit 2 ;;
+  esac
+  echo "== $part (at most $limit_s s)"
   started=$SECONDS
-  # A shell of its own, so that the limit reaches every process of the part.
-  export -f "$part"
-  python=$python output=$output timeout --kill-after=10 "${limit_s[$part]}" bash -c "$part" >"$output/$part.log" 2>&1
+  timeout --kill-after=10 "$limit_s" "${command[@]}" >"$output/$part.log" 2>&1
   status=$?
   [ $status = 0 ] || failed=1
   case $status in 0) word=passed ;; 124 | 137) word=timeout ;; *) word=failed ;; esac

@@ -1,36 +1,37 @@
-"""Prints which versions are here and where they lie, and whether the compiled parts of each can be loaded."""
+"""Prints the driver, which versions are here and where they lie, and whether the compiled parts of each load."""
 
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 
-PACKAGES = {
-    "torch": "",
-    "triton": "",
-    "transformers": "",
-    "megatron.core": "",
-    "ray": "",
+COMPILED = {
+    "torch": "torch",
+    "triton": "triton",
+    "transformers": "transformers",
+    "megatron.core": "megatron.core",
+    "ray": "ray",
     "vllm": "vllm._C_stable_libtorch",
+    "transformer_engine": "transformer_engine.pytorch",
+    "apex": "amp_C",
+    "flashinfer": "flashinfer",
 }
-PACKAGES |= {"transformer_engine": "transformer_engine.pytorch", "apex": "amp_C", "flashinfer": ""}
+"""By package, a module of it that needs its libraries."""
 
 
 def main() -> int:
-    """Looks at every package; what is missing is no failure here."""
-    for name, compiled in PACKAGES.items():
+    """Looks at every package; a missing one is told, and is no failure here. Returns nvidia-smi's exit status."""
+    for name, compiled in COMPILED.items():
         try:
             module = importlib.import_module(name)
+            importlib.import_module(compiled)
         except ImportError as error:
             sys.stdout.write(f"{name}: {error}\n")
             continue
         sys.stdout.write(f"{name} {getattr(module, '__version__', '')} {module.__path__[0]}\n")
-        if compiled:
-            try:
-                importlib.import_module(compiled)
-            except ImportError as error:
-                sys.stdout.write(f"  {compiled}: {error}\n")
-    return 0
+    query = "--query-gpu=name,driver_version,memory.total"
+    return subprocess.run(["nvidia-smi", query, "--format=csv"], check=False).returncode
 
 
 if __name__ == "__main__":
