@@ -13,8 +13,8 @@
 # Each part has a limit of its own and is reported whatever became of the others. The last two need vLLM and Ray, where
 # they are missing they fail and say so. Nothing is downloaded: what the machine's python3 lacks lies in --site, a
 # folder made elsewhere with `pip install --no-deps --target DIR -r tests/gpu/first_light.txt`.
-set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 output=runs/first_light site=
 while [[ ${1:-} == --* ]]; do
@@ -47,9 +47,8 @@ for part in "${parts[@]}"; do
   esac
   echo "== $part (at most $limit_s s)"
   started=$SECONDS
-  timeout --kill-after=10 "$limit_s" "${command[@]}" >"$output/$part.log" 2>&1
-  status=$?
-  [ $status = 0 ] || failed=1
+  status=0
+  timeout --kill-after=10 "$limit_s" "${command[@]}" >"$output/$part.log" 2>&1 || { status=$? && failed=1; }
   case $status in 0) word=passed ;; 124 | 137) word=timeout ;; *) word=failed ;; esac
   printf '%-10s %-8s %d\n' "$part" $word $((SECONDS - started)) | tee -a "$output/summary.txt"
   [ $word = passed ] || tail -n 25 "$output/$part.log"
