@@ -10,20 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from megatron_entropic.config_algorithm import (
     LOSSES_OF_WHOLE_SEQUENCES,
     AlgorithmConfig,
     EntropyControlConfig,
 )
-from megatron_entropic.config_base import Section, off_is_a_word
+from megatron_entropic.config_base import LARGEST, Count, Ranks, Seconds, Section, off_is_a_word, one_line
 from megatron_entropic.config_data import DataConfig, RewardConfig
 
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
 PublishMode = Literal["full", "delta"]
 Transport = Literal["gloo", "nccl", "ipc"]
+
+
+def _ray_address(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if value not in ("local", "auto") and not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise ValueError(f"expected local, auto, or host:port with a port up to 65535, not {value!r}")
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +46,9 @@ class Sampling:
 class RunConfig(Section):
     """Identity of a run and where its files go."""
 
-    name: str = "run"
+    name: Annotated[str, AfterValidator(one_line)] = Field("run", max_length=128)
     output_dir: Path = Field(Path("runs/run"), description="Everything a run writes lies below this folder.")
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, le=LARGEST)
     resume: Literal["auto", "never"] = Field(
         "auto",
         description="auto: continue from the newest complete checkpoint in output_dir; never: refuse if one exists.",
@@ -64,24 +71,22 @@ class ModelConfig(Section):
 class PolicyConfig(Section):
     """How the megatron-core policy is laid out over ranks and micro-batches."""
 
-    tensor_parallel: int = Field(1, ge=1)
-    pipeline_parallel: int = Field(1, ge=1)
-    virtual_pipeline_parallel: int = Field(
+    tensor_parallel: Ranks = 1
+    pipeline_parallel: Ranks = 1
+    virtual_pipeline_parallel: Ranks = Field(
         1,
-        ge=1,
         description="Chunks of layers on each stage (interleaved 1F1B): a smaller bubble, more traffic.",
     )
-    data_parallel: int = Field(1, ge=1)
-    context_parallel: int = Field(
+    data_parallel: Ranks = 1
+    context_parallel: Ranks = Field(
         1,
-        ge=1,
         description="Ranks that share each sequence's tokens; tokens_per_microbatch counts those of all of them.",
     )
-    expert_parallel: int = Field(
-        1, ge=1, description="Ranks that share out the experts of a layer; taken from data and context parallelism."
+    expert_parallel: Ranks = Field(
+        1, description="Ranks that share out the experts of a layer; taken from data and context parallelism."
     )
-    expert_tensor_parallel: int | None = Field(
-        None, ge=1, description="Tensor parallel size of experts. None: tensor_parallel."
+    expert_tensor_parallel: Ranks | None = Field(
+        None, description="Tensor parallel size of experts. None: tensor_parallel."
     )
     moe_aux_loss_coefficient: float = Field(
         0.0, ge=0, description="Weight of the load-balancing loss of layers with experts; 0 switches it off."
@@ -93,7 +98,7 @@ class PolicyConfig(Section):
     )
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
-    tokens_per_microbatch: int = Field(
+    tokens_per_microbatch: Count = Field(
         16384, ge=1, description="Packed tokens of one forward; a longer sequence goes alone."
     )
     output_head: Literal["auto", "logits", "recompute", "fused_loss"] = Field(
@@ -116,7 +121,7 @@ class PolicyConfig(Section):
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = Field(
         "tensorwise", description="How values are scaled into 8 bits; mxfp8 needs Blackwell."
     )
-    distributed_timeout_s: float = Field(600.0, gt=0, description="Limit of every collective between policy ranks.")
+    distributed_timeout_s: Seconds = Field(600.0, description="Limit of every collective between policy ranks.")
 
     @property
     def offloaded_parts(self) -> tuple[str, ...]:
@@ -154,35 +159,37 @@ class PolicyConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
-    learning_rate: float = Field(1e-6, gt=0)
-    min_learning_rate: float = Field(0.0, ge=0)
+    learning_rate: float = Field(1e-6, gt=0, le=1)
+    min_learning_rate: float = Field(0.0, ge=0, le=1)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
+    warmup_steps: Count = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
     weight_decay: float = Field(0.01, ge=0, description="Not applied to norms and biases.")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
+    epsilon: float = Field(1e-8, gt=0, le=1)
     gradient_clip: float = Field(1.0, ge=0, description="Global norm; 0 switches clipping off.")
 
 
 class RolloutConfig(Section):
     """Sampling from vLLM engines."""
 
-    engines: int = Field(1, ge=1)
-    tensor_parallel: int = Field(1, ge=1, description="vLLM tensor parallel size of each engine.")
-    prompts_per_step: int = Field(512, ge=1)
-    samples_per_prompt: int = Field(8, ge=1)
+    engines: Ranks = 1
+    tensor_parallel: Ranks = Field(1, description="vLLM tensor parallel size of each engine.")
+    prompts_per_step: Count = Field(512, ge=1)
+    samples_per_prompt: Count = Field(8, ge=1)
     max_resamples: int = Field(
         0,
         ge=0,
         lt=1000,
         description="DAPO's dynamic sampling: replace groups all right or all wrong, so often a step at most.",
     )
-    max_response_tokens: int = Field(8192, ge=1)
-    temperature: float = Field(1.0, gt=0)
+    max_response_tokens: Count = Field(8192, ge=1)
+    temperature: float = Field(
+        1.0, ge=0.01, le=100, description="Of training's samples. vLLM takes what is below 0.01 for 0.01."
+    )
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(-1, ge=-1)
-    max_concurrent_sequences: int = Field(256, ge=1, description="vLLM max_num_seqs per engine.")
+    max_concurrent_sequences: Count = Field(256, ge=1, description="vLLM max_num_seqs per engine.")
     kv_cache_gb: float = Field(1.0, gt=0, description="KV cache on CPU; on GPU gpu_memory_fraction decides.")
     gpu_memory_fraction: float = Field(0.85, gt=0, lt=1)
     enforce_eager: bool | None = Field(None, description="None: eager on CPU, compiled with CUDA graphs on GPU.")
@@ -220,11 +227,11 @@ class RolloutConfig(Section):
 class WarmStartConfig(Section):
     """A short supervised run on (prompt, response) pairs before reinforcement learning; 0 steps switches it off."""
 
-    steps: int = Field(0, ge=0)
+    steps: Count = Field(0, ge=0)
     file: Path | None = Field(None, description="Parquet or JSON lines with the columns prompt and response.")
-    sequences_per_step: int = Field(256, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    warmup_steps: int = Field(10, ge=0)
+    sequences_per_step: Count = Field(256, ge=1)
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    warmup_steps: Count = Field(10, ge=0)
 
     @model_validator(mode="after")
     def _needs_a_file(self) -> WarmStartConfig:
@@ -236,13 +243,13 @@ class WarmStartConfig(Section):
 class TrainConfig(Section):
     """Length of the run."""
 
-    steps: int = Field(2000, ge=0, description="Rollout steps.")
+    steps: Count = Field(2000, ge=0, description="Rollout steps.")
     record_steps: list[Annotated[int, Field(ge=1)]] = Field(
         [],
         description="Steps of which the rollouts and the checkpoint before are kept, for `replay`. Rollouts of steps "
         "with an update that was skipped are kept anyway.",
     )
-    max_skipped_steps: int = Field(
+    max_skipped_steps: Count = Field(
         10, ge=1, description="The run ends when so many steps in a row had an update skipped for not being finite."
     )
 
@@ -253,14 +260,14 @@ class EvaluationConfig(Section):
     benchmarks: dict[str, Path] = Field(
         {}, description="Name: file, in a layout of data.train_files. Names and order of the table's columns."
     )
-    every_steps: int = Field(0, ge=0, description="Evaluate after every so many training steps; 0: never.")
-    samples_per_prompt: int = Field(8, ge=1, description="N of avg@N, pass@N and maj@N.")
+    every_steps: Count = Field(0, ge=0, description="Evaluate after every so many training steps; 0: never.")
+    samples_per_prompt: Count = Field(8, ge=1, description="N of avg@N, pass@N and maj@N.")
     samples_of: dict[str, int] = Field({}, description="Name: N of the benchmarks with an N of their own.")
     temperature: float | None = Field(None, ge=0, description="None: rollout.temperature. 0: greedy.")
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(-1, ge=-1)
-    max_response_tokens: int | None = Field(None, ge=1, description="None: rollout.max_response_tokens.")
-    seed: int = Field(1, ge=0, description="Of the responses; the same at every evaluation of a run.")
+    max_response_tokens: Count | None = Field(None, ge=1, description="None: rollout.max_response_tokens.")
+    seed: int = Field(1, ge=0, le=LARGEST, description="Of the responses; the same at every evaluation of a run.")
 
     def samples(self, benchmark: str) -> int:
         """N of one benchmark."""
@@ -270,16 +277,16 @@ class EvaluationConfig(Section):
 class CheckpointConfig(Section):
     """Resumable state: model, optimizer, controller, RNG, data position."""
 
-    every_steps: int = Field(50, ge=0, description="0: only at the end.")
+    every_steps: Count = Field(50, ge=0, description="0: only at the end.")
     asynchronous: bool = Field(
         True, description="Write beside the next steps, from a copy of the state in host memory; false: wait for it."
     )
     keep_last: int = Field(2, ge=1, description="Of checkpoints, and of the exports of export_every_steps.")
-    keep_every: int = Field(0, ge=0, description="Checkpoints of steps it divides stay for ever; 0: none.")
+    keep_every: Count = Field(0, ge=0, description="Checkpoints of steps it divides stay for ever; 0: none.")
     accept_unverified: bool = Field(
         False, description="Resume from a checkpoint of an older version, which has no checksums to compare with."
     )
-    export_every_steps: int = Field(
+    export_every_steps: Count = Field(
         0,
         ge=0,
         description="Write the policy to exports/ as a Hugging Face directory while training goes on; 0: never.",
@@ -296,7 +303,7 @@ class LoggingConfig(Section):
     )
     wandb_project: str = "megatron_entropic"
     samples_per_step: int = Field(4, ge=0, description="Responses written to samples.jsonl each step.")
-    rollouts_every_steps: int = Field(
+    rollouts_every_steps: Count = Field(
         0, ge=0, description="Keep all rollouts of every so many steps in rollouts/, token by token; 0: never."
     )
 
@@ -304,10 +311,10 @@ class LoggingConfig(Section):
 class ClusterConfig(Section):
     """Ray, placement and the limits of every wait between processes."""
 
-    address: str = Field(
+    address: Annotated[str, AfterValidator(_ray_address)] = Field(
         "local", description="local starts Ray on loopback; auto or host:port joins a running cluster."
     )
-    nodes: list[str] = Field(
+    nodes: list[Annotated[str, Field(pattern=r"^[\w.:-]+$")]] = Field(
         [], description="Names or addresses of the Ray nodes that must have joined before the run starts."
     )
     policy_ranks_per_node: int | None = Field(
@@ -330,15 +337,15 @@ class ClusterConfig(Section):
         description="What carries weights to the engines. auto: nccl on GPUs, ipc with colocate, gloo on a CPU. gloo "
         "goes through host memory and works everywhere.",
     )
-    startup_timeout_s: float = Field(600.0, gt=0)
-    generate_timeout_s: float = Field(3600.0, gt=0)
-    score_timeout_s: float = Field(1800.0, gt=0)
-    update_timeout_s: float = Field(3600.0, gt=0)
-    publish_timeout_s: float = Field(600.0, gt=0)
+    startup_timeout_s: Seconds = 600.0
+    generate_timeout_s: Seconds = 3600.0
+    score_timeout_s: Seconds = 1800.0
+    update_timeout_s: Seconds = 3600.0
+    publish_timeout_s: Seconds = 600.0
     check_weights: bool = Field(
         False, description="After every publication compare a checksum of each tensor inside the engines; costs time."
     )
-    checkpoint_timeout_s: float = Field(1800.0, gt=0)
+    checkpoint_timeout_s: Seconds = 1800.0
 
     def transport_on(self, device: Device) -> Transport:
         """What carries weights to the engines. NCCL refuses two processes on one GPU."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from megatron_entropic.config_base import Section, off_is_a_word
+from megatron_entropic.config_base import Count, Section, off_is_a_word
 
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
@@ -72,8 +72,8 @@ class AlgorithmConfig(Section):
         3.0, gt=1, description="Lower bound c of the dual clip for A < 0; null switches it off."
     )
     aggregation: Aggregation = "token-mean"
-    optimizer_steps_per_rollout: int = Field(1, ge=1, description="Mini-batches into which a rollout is split.")
-    epochs_per_rollout: int = Field(1, ge=1, description="How often each rollout is used, in a new order each time.")
+    optimizer_steps_per_rollout: Count = Field(1, ge=1, description="Mini-batches into which a rollout is split.")
+    epochs_per_rollout: Count = Field(1, ge=1, description="How often each rollout is used, in a new order each time.")
     proximal_logprobs: Literal["score_pass", "each_epoch"] = Field(
         "score_pass",
         description="Which policy the ratio compares with: the one before the first update of a rollout, or "
@@ -92,7 +92,7 @@ class TargetScheduleConfig(Section):
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
     end: Entropy = Field(0.1, description="Reached after `steps`: nats, or a multiple of the first measured entropy.")
-    steps: int = Field(1000, ge=1)
+    steps: Count = Field(1000, ge=1)
 
 
 class GainScheduleConfig(Section):
@@ -100,7 +100,7 @@ class GainScheduleConfig(Section):
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
     end: float = Field(1.0, ge=0, description="The factor after `steps`.")
-    steps: int = Field(1000, ge=1)
+    steps: Count = Field(1000, ge=1)
 
 
 class RivalsConfig(Section):
@@ -108,7 +108,7 @@ class RivalsConfig(Section):
 
     alpha: float = Field(0.0, ge=-1, le=1, description="constant: the alpha that never changes; probe: its mean.")
     probe_amplitude: float = Field(0.7, gt=0, le=1, description="probe: how far alpha goes to either side of `alpha`.")
-    probe_half_period: int = Field(10, ge=1, description="probe: optimizer steps on one side.")
+    probe_half_period: Count = Field(10, ge=1, description="probe: optimizer steps on one side.")
     bonus: float = Field(0.001, description="entropy_bonus: coefficient c of -c H in the loss.")
     aec_step: float = Field(1e-4, ge=0, description="aec: how far the coefficient moves each optimizer step.")
     aec_limit: float = Field(0.005, ge=0, description="aec: largest coefficient.")
@@ -118,7 +118,7 @@ class RivalsConfig(Section):
     entrocraft_lower: tuple[float, float] = Field(
         (0.6, 0.4), description="entrocraft: entropy below which only negative samples count, at first and at last."
     )
-    entrocraft_steps: int = Field(1000, ge=1, description="entrocraft: optimizer steps of the linear anneal.")
+    entrocraft_steps: Count = Field(1000, ge=1, description="entrocraft: optimizer steps of the linear anneal.")
     dmmpt_probability: float = Field(
         0.99, gt=0, le=1, description="dmmpt: positive tokens at least this likely are dropped while H < target."
     )

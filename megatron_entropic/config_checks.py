@@ -1,7 +1,7 @@
-"""What a single value cannot tell: combinations that cannot work, and what this machine lacks for them.
+"""What a single value cannot tell: combinations that cannot work on any machine.
 
 Each check yields `Violation`s and names the keys it used, so that a verdict drawn from an unreadable value can be
-dropped. Nothing is allocated here, and the checks of `violations` do not touch the disk.
+dropped. Nothing here looks at the disk; `config_machine` does.
 """
 
 from __future__ import annotations
@@ -10,16 +10,10 @@ import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_entropic.config import Config
 from megatron_entropic.config_algorithm import LOSSES_OF_WHOLE_BATCHES, LOSSES_OF_WHOLE_SEQUENCES, POLICY_LOSSES
-from megatron_entropic.errors import missing_model
 from megatron_entropic.rewards.verifiers import BUILT_IN
-
-DATA_SUFFIXES = (".parquet", ".jsonl", ".json")
-CPU_LATENT_SIZES = (512, 64)
-"""kv_lora_rank and qk_rope_head_dim of the published models, the only ones that vLLM 0.32 attends with on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +28,10 @@ class Violation:
 def violations(config: Config) -> Iterator[Violation]:
     """Combinations that cannot work on any machine."""
     checks = (
-        *(_batch, _parallelism, _optimizer, _data, _reward, _policy_loss),
-        *(_entropy_control, _placement, _colocation, _transport, _publish, _evaluation),
+        *(_batch, _parallelism, _optimizer, _data, reward_violations, _policy_loss),
+        *(_entropy_control, _placement, _colocation, _transport, _publish, benchmark_violations),
     )
     for check in checks:
-        yield from check(config)
-
-
-def machine_violations(config: Config) -> Iterator[Violation]:
-    """What is missing or does not fit on this machine: model directory, data files, output folder, GPUs."""
-    for check in (_model_directory, _reference, _data_files, _benchmark_files, _output_dir, _devices):
-        yield from check(config)
-
-
-def evaluation_violations(config: Config) -> Iterator[Violation]:
-    """What keeps a configuration without a policy from evaluating, on this machine."""
-    for check in (_reward, _evaluation, _model_directory, _benchmark_files, _output_dir):
         yield from check(config)
 
 
@@ -244,7 +226,8 @@ def _data(config: Config) -> Iterator[Violation]:
         )
 
 
-def _reward(config: Config) -> Iterator[Violation]:
+def reward_violations(config: Config) -> Iterator[Violation]:
+    """Verifiers that do not exist, and rewards that do not go together."""
     reward = config.reward
     for key, name in (("reward.verifier", reward.verifier), *(("reward.added", name) for name in reward.added)):
         module, separator, function = name.partition(":")
@@ -308,7 +291,8 @@ def _colocation(config: Config) -> Iterator[Violation]:
         )
 
 
-def _evaluation(config: Config) -> Iterator[Violation]:
+def benchmark_violations(config: Config) -> Iterator[Violation]:
+    """Benchmarks that cannot be named or sampled so."""
     evaluation = config.evaluation
     key = "evaluation.benchmarks"
     for name in evaluation.benchmarks:
@@ -330,130 +314,4 @@ def _evaluation(config: Config) -> Iterator[Violation]:
     if greedy and any(evaluation.samples(name) > 1 for name in evaluation.benchmarks):
         yield Violation(
             ("evaluation",), "evaluation.temperature=0 gives the same response every time: use 1 sample per prompt"
-        )
-
-
-def _model_directory(config: Config) -> Iterator[Violation]:
-    """The directory is complete, the project can train the model, and the layouts and lengths fit it."""
-    from megatron_entropic.weights.dimensions import read_dimensions
-
-    path, key = config.model.hf_dir, "model.hf_dir"
-    if not path.is_dir():
-        yield Violation((key,), f"model.hf_dir={missing_model(path)}")
-        return
-    yield from _weight_files(config)
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        yield Violation((key,), f"model.hf_dir={path}: no tokenizer in it (tokenizer.json, tokenizer_config.json)")
-    try:
-        dimensions = read_dimensions(path)
-    except ValueError as error:
-        yield Violation((key,), f"model.hf_dir: {error}")
-        return
-    policy, rollout = config.policy, config.rollout
-    if policy.moe_router_replay != "off" and dimensions.experts is None:
-        yield Violation(
-            (key, "policy.moe_router_replay"),
-            f"policy.moe_router_replay={policy.moe_router_replay} needs a model with experts, and {path} has none",
-        )
-    latent = dimensions.latent
-    if config.cluster.device == "cpu" and latent is not None:
-        sizes = (latent.key_value_rank, latent.rotary_head_dim)
-        if sizes != CPU_LATENT_SIZES:
-            yield Violation(
-                (key, "cluster.device"),
-                f"cluster.device=cpu: vLLM's kernel for latent attention on a CPU knows kv_lora_rank, qk_rope_head_dim "
-                f"= {CPU_LATENT_SIZES} only, the model has {sizes}",
-            )
-    layout_keys = (key, "policy.tensor_parallel", "policy.pipeline_parallel")
-    for problem in dimensions.layout_problems(policy):
-        yield Violation(layout_keys, f"policy.{problem}")
-    if dimensions.num_attention_heads % rollout.tensor_parallel:
-        yield Violation(
-            (key, "rollout.tensor_parallel"),
-            f"rollout.tensor_parallel={rollout.tensor_parallel} does not divide the attention heads "
-            f"({dimensions.num_attention_heads})",
-        )
-    if config.max_engine_tokens > dimensions.max_position_embeddings:
-        longest = config.max_engine_tokens - config.data.max_prompt_tokens
-        name = "rollout" if longest == rollout.max_response_tokens else "evaluation"
-        yield Violation(
-            (key, "data.max_prompt_tokens", f"{name}.max_response_tokens"),
-            f"data.max_prompt_tokens={config.data.max_prompt_tokens} + "
-            f"{name}.max_response_tokens={longest} = {config.max_engine_tokens} tokens, but the "
-            f"model's positions end at {dimensions.max_position_embeddings} (max_position_embeddings)",
-        )
-
-
-def _weight_files(config: Config) -> Iterator[Violation]:
-    """Whether there are weights where the configuration says; what is in them is read when the run starts."""
-    path, megatron_dir = config.model.hf_dir, config.model.megatron_dir
-    if megatron_dir is not None:
-        if not (megatron_dir / ".metadata").is_file():
-            yield Violation(
-                ("model.megatron_dir",),
-                f"model.megatron_dir={megatron_dir}: not a distributed checkpoint, there is no .metadata in it",
-            )
-    elif not any(path.glob("*.safetensors")):
-        hint = ""
-        if (path / ".metadata").is_file():
-            hint = "; it is a distributed checkpoint: name it as model.megatron_dir too, or convert it to safetensors"
-        yield Violation(("model",), f"model.hf_dir={path}: no *.safetensors file in it{hint}")
-
-
-def _reference(config: Config) -> Iterator[Violation]:
-    kl = config.algorithm.kl
-    if kl.coefficient > 0 and kl.reference_hf_dir is not None and not kl.reference_hf_dir.is_dir():
-        yield Violation(("algorithm.kl",), f"algorithm.kl.reference_hf_dir={missing_model(kl.reference_hf_dir)}")
-
-
-def _data_files(config: Config) -> Iterator[Violation]:
-    files = [("data.train_files", path) for path in config.data.train_files]
-    if config.warm_start.steps and config.warm_start.file is not None:
-        files.append(("warm_start.file", config.warm_start.file))
-    if config.data.pass_rates is not None:
-        files.append(("data.pass_rates", config.data.pass_rates))
-    for key, path in files:
-        problem = _file_problem(path)
-        if problem:
-            yield Violation((key,), f"{key}: {path}: {problem}")
-
-
-def _benchmark_files(config: Config) -> Iterator[Violation]:
-    for name, path in config.evaluation.benchmarks.items():
-        problem = _file_problem(path)
-        if problem:
-            yield Violation(("evaluation.benchmarks",), f"evaluation.benchmarks: {name}: {path}: {problem}")
-
-
-def _file_problem(path: Path) -> str | None:
-    if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        return None
-    if not path.is_file():
-        return "no such file"
-    if path.suffix not in DATA_SUFFIXES:
-        return f"expected one of {', '.join(DATA_SUFFIXES)}, or a directory that datasets' save_to_disk wrote"
-    return "the file is empty" if path.stat().st_size == 0 else None
-
-
-def _output_dir(config: Config) -> Iterator[Violation]:
-    path = config.run.output_dir
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not existing.is_dir():
-        yield Violation(("run.output_dir",), f"run.output_dir={path}: {existing} is a file, not a directory")
-
-
-def _devices(config: Config) -> Iterator[Violation]:
-    """A run of this machine alone needs a GPU for each rank; a cluster's GPUs cannot be counted from here."""
-    if config.cluster.device != "cuda" or config.cluster.address != "local":
-        return
-    import torch
-
-    engines = 0 if config.cluster.colocate else config.rollout.engines * config.rollout.tensor_parallel
-    needed = config.policy.world_size + engines
-    present = torch.cuda.device_count()
-    if present < needed:
-        yield Violation(
-            ("cluster", "policy", "rollout"),
-            f"cluster.device=cuda: {config.policy.world_size} policy ranks and {needed - config.policy.world_size} "
-            f"rollout ranks need {needed} GPUs, this machine has {present}",
         )

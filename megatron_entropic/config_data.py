@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from megatron_entropic.config_base import Section, one_is_a_list
+from megatron_entropic.config_base import Count, Seconds, Section, one_is_a_list
 
 
 class DataConfig(Section):
@@ -20,7 +20,7 @@ class DataConfig(Section):
     file_weights: list[Annotated[float, Field(gt=0)]] | None = Field(
         None, description="Share of each train file in every stretch of prompts. None: every row counts alike."
     )
-    max_prompt_tokens: int = Field(1024, ge=1)
+    max_prompt_tokens: Count = Field(1024, ge=1)
     too_long: Literal["error", "drop"] = Field("error", description="What to do with prompts over max_prompt_tokens.")
     skip_malformed: bool = Field(False, description="Leave out rows that cannot be used instead of refusing to start.")
     apply_chat_template: bool = Field(False, description="Format prompts with the tokenizer's chat template.")
@@ -31,9 +31,13 @@ class DataConfig(Section):
     )
     system_prompt: str | None = Field(None, description="System message of prompts that have none.")
     prompt_suffix: str = Field("", description="Text after each problem.")
-    prompt_key: str = Field("prompt", description="Column of messages, or of a string; dots lead into nested columns.")
+    prompt_key: str = Field(
+        "prompt", min_length=1, description="Column of messages, or of a string; dots lead into nested columns."
+    )
     answer_key: str | None = Field(
-        None, description="Column of the ground truth. None: reward_model.ground_truth, answer or ground_truth."
+        None,
+        min_length=1,
+        description="Column of the ground truth. None: reward_model.ground_truth, answer or ground_truth.",
     )
     duplicates: Literal["keep", "drop"] = Field("keep", description="Later copies of a problem; reported either way.")
     benchmark_overlap: Literal["keep", "drop"] = Field(
@@ -65,17 +69,17 @@ class RewardConfig(Section):
         r".*\\boxed\{.+\}[^{}]*",
         description="What the whole response must match for `format` (a dot is any character).",
     )
-    overlong_buffer_tokens: int = Field(
+    overlong_buffer_tokens: Count = Field(
         0, ge=0, description="DAPO's soft punishment over the last so many tokens before max_response_tokens; 0: none."
     )
     overlong_weight: float = Field(1.0, ge=0, description="Punishment of a response of max_response_tokens.")
     batch_size: int = Field(64, ge=1, description="Responses of one call of a verifier that takes batches.")
-    workers: int = Field(1, ge=0, description="Verifier processes; 0 judges in the driver.")
-    timeout_s: float = Field(
-        30.0, gt=0, description="Wall time of one response or batch; a process that passes it is killed."
+    workers: int = Field(1, ge=0, le=1024, description="Verifier processes; 0 judges in the driver.")
+    timeout_s: Seconds = Field(
+        30.0, description="Wall time of one response or batch; a process that passes it is killed."
     )
-    cpu_time_s: float = Field(
-        5.0, gt=0, description="CPU time of one response: what a busy machine does not use up. Ends in a timeout too."
+    cpu_time_s: Seconds = Field(
+        5.0, description="CPU time of one response: what a busy machine does not use up. Ends in a timeout too."
     )
     memory_limit_gb: float = Field(
         4.0, gt=0, description="Address space of each process of a built-in verifier; module:function has no limit."

@@ -8,17 +8,19 @@ need several values (`config_checks`) still run on the rest.
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_entropic.config import Config
-from megatron_entropic.config_checks import Violation, machine_violations, violations
+from megatron_entropic.config_checks import Violation, violations
+from megatron_entropic.config_machine import machine_violations
+from megatron_entropic.config_reading import Reading, Unreadable, apply_override, read_file, section_type
 from megatron_entropic.config_warnings import config_warnings
 from megatron_entropic.errors import UserError
 
@@ -33,7 +35,12 @@ __all__ = [
 ]
 
 # Stand-ins for required values, so that the checks of everything else can run when one is missing.
-_PLACEHOLDERS: dict[str, Any] = {"model.hf_dir": ".", "data.train_files": ["."]}
+_PLACEHOLDERS: dict[str, Any] = {
+    "model": {"hf_dir": "."},
+    "model.hf_dir": ".",
+    "data": {"train_files": ["."]},
+    "data.train_files": ["."],
+}
 _NEAR_ENOUGH = 0.6
 
 
@@ -78,12 +85,13 @@ def read_config(
     Raises:
         ConfigError: the file cannot be read at all.
     """
-    problems: list[str] = []
-    raw = _read_yaml(Path(path))
+    try:
+        reading = read_file(Path(path), Config)
+    except Unreadable as error:
+        raise ConfigError(str(path), [str(error)]) from error
     for override in overrides:
-        problems += _apply_override(raw, override)
-    config, type_problems, broken = _validate(raw)
-    problems += type_problems
+        apply_override(reading, override, Config)
+    config, problems, broken = _validate(reading)
     _resolve_paths(config)
     found = [*violations(config), *(machine_violations(config) if check_machine else ())]
     problems += [violation.message for violation in found if not _touches(violation, broken)]
@@ -164,78 +172,47 @@ def key_names(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[s
     """Every dotted key of the tree, sections before their keys."""
     for name, field in section.model_fields.items():
         yield prefix + name
-        inner = _section_type(field.annotation)
+        inner = section_type(field.annotation)
         if inner is not None:
             yield from key_names(inner, f"{prefix}{name}.")
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A key given twice is a mistake; PyYAML alone would keep the last one silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        # A key such as 1 or 2024-01-01 is as unknown as any other, and is to be named in the same way.
-        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except FileNotFoundError as error:
-        raise ConfigError(str(path), ["no such file"]) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), [f"not readable: {error}"]) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(str(path), [f"not valid YAML: {error}"]) from error
-    if raw is None:
-        raw = {}
-    if not isinstance(raw, dict):
-        raise ConfigError(str(path), [f"expected sections such as 'model:', found {type(raw).__name__}"])
-    # An empty section ("reward:" and nothing below it) means its defaults.
-    return {key: {} if value is None else value for key, value in raw.items()}
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> list[str]:
-    """Put one `dotted.key=value` into the tree; problems are returned, not raised."""
-    key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts):
-        return [f"override {override!r}: expected dotted.key=value"]
-    try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        return [f"override {override!r}: the value is not valid YAML: {error}"]
-    target = raw
-    for part in parts[:-1]:
-        if not isinstance(target.get(part), dict):
-            target[part] = {}
-        target = target[part]
-    target[parts[-1]] = value
-    return []
-
-
-def _validate(raw: dict[str, Any]) -> tuple[Config, list[str], set[str]]:
+def _validate(reading: Reading) -> tuple[Config, list[str], set[str]]:
     """A `Config` of what is readable, the problems, and the dotted keys that could not be read."""
-    problems: list[str] = []
-    broken: set[str] = set()
-    raw.setdefault("model", {})
-    raw.setdefault("data", {})
+    raw, problems, broken = reading.values, list(reading.problems), set(reading.misread)
+    for section in ("model", "data"):
+        if section in broken:
+            _repair(raw, (section,))
+        raw.setdefault(section, {})
     while True:
         try:
             return Config.model_validate(raw), problems, broken
         except ValidationError as error:
             for item in error.errors():
-                path = tuple(part for part in item["loc"] if isinstance(part, str))
+                path, shown = _names_of(tuple(part for part in item["loc"] if isinstance(part, str)))
                 key = ".".join(path)
-                problems.append(_describe(key, item))
-                if key not in broken:
+                problem = _describe(shown, item) + reading.place(key)
+                if problem not in problems and not (key in reading.misread and item["type"] == "missing"):
+                    problems.append(problem)
+                if key not in broken or item["type"] == "missing":
                     broken.add(key)
                     _repair(raw, path)
+
+
+def _names_of(path: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
+    """The key of a problem's place, and the name to show, which has a table's row too.
+
+    Pydantic adds names of its own: which member of a union it tried, which function it called.
+    """
+    section: type[BaseModel] | None = Config
+    depth, annotation = 0, None
+    while section is not None and depth < len(path):
+        known = section.model_fields.get(path[depth])
+        annotation = None if known is None else known.annotation
+        section = section_type(annotation)
+        depth += 1
+    rows = int(get_origin(annotation) is dict)
+    return path[:depth], ".".join(path[: depth + rows])
 
 
 def _repair(raw: dict[str, Any], path: tuple[str, ...]) -> None:
@@ -246,7 +223,7 @@ def _repair(raw: dict[str, Any], path: tuple[str, ...]) -> None:
         target = target[part]
     target.pop(last, None)
     if ".".join(path) in _PLACEHOLDERS:
-        target[last] = _PLACEHOLDERS[".".join(path)]
+        target[last] = copy.deepcopy(_PLACEHOLDERS[".".join(path)])
 
 
 def _describe(key: str, item: Any) -> str:
@@ -261,9 +238,14 @@ def _describe(key: str, item: Any) -> str:
         return f"{key} is required"
     if kind == "value_error":
         return message if message.startswith(key) else f"{key}: {message}"
+    if kind == "string_unicode":
+        return f"{key}={item['input']!r}: not valid Unicode, there is half a character in it"
     if kind in ("model_type", "model_attributes_type"):
         return f"{key}={item['input']!r}: is a section, and needs keys of its own"
-    message = message.replace("Input should be", "should be")
+    message = message.replace("Input should be", "should be").replace("Input is not a valid path", "should be a path")
+    message = message.removesuffix(" for <class 'pathlib.Path'>")
+    if item["input"] is None:
+        return f"{key} is empty: {message[:1].lower()}{message[1:]}"
     position = "".join(f"[{part}]" for part in item["loc"] if isinstance(part, int))
     return f"{key}{position}={item['input']!r}: {message[:1].lower()}{message[1:]}"
 
@@ -282,13 +264,6 @@ def _nearest_key(unknown: str) -> str | None:
 
     best = max(key_names(), key=likeness)
     return best if likeness(best) >= _NEAR_ENOUGH else None
-
-
-def _section_type(annotation: Any) -> type[BaseModel] | None:
-    """The section class of a field, if it is one."""
-    if get_origin(annotation) in (Union, UnionType):
-        return next((found for option in get_args(annotation) if (found := _section_type(option))), None)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _touches(violation: Violation, broken: set[str]) -> bool:

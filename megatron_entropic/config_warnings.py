@@ -23,6 +23,13 @@ def config_warnings(config: Config) -> list[str]:
             "rollout.top_p or rollout.top_k cuts the sampling distribution: the engine's log-probs are those of the "
             "cut distribution, so mismatch/* and the importance ratios compare different things"
         )
+    if control.enabled and "target" not in control.model_fields_set:
+        found.append(
+            f"entropy_control.target is not set: {control.target:g} nats is what the paper took for its models; a "
+            "multiple of the entropy that is measured first fits any, such as 0.7x"
+        )
+    if late := [step for step in config.train.record_steps if step > config.train.steps]:
+        found.append(f"train.record_steps: {late} come after the last step, {config.train.steps}")
     if control.controller == "pi" and control.kp == 0 and control.ki == 0:
         found.append("entropy_control.kp and ki are both 0: the controller does nothing")
     if control.enabled and config.feedback == "score_pass" and config.algorithm.updates_per_rollout > 1:

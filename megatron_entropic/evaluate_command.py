@@ -19,8 +19,8 @@ from megatron_entropic.config import (
     RolloutConfig,
     RunConfig,
 )
-from megatron_entropic.config_checks import evaluation_violations
 from megatron_entropic.config_loading import ConfigError
+from megatron_entropic.config_machine import evaluation_violations
 from megatron_entropic.observability.text import printable
 
 

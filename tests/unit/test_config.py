@@ -52,6 +52,7 @@ def write(folder: Path, **sections: Any) -> Path:
         "model": {"hf_dir": "model"},
         "data": {"train_files": ["train.jsonl"], "max_prompt_tokens": 16},
         "rollout": {"prompts_per_step": 8, "samples_per_prompt": 4, "max_response_tokens": 16},
+        "entropy_control": {"target": 0.1},
     }
     for name, section in sections.items():
         tree[name] = tree.get(name, {}) | section
@@ -154,7 +155,7 @@ def test_every_problem_of_every_kind_in_one_error(machine: Path) -> None:
 def test_an_unreadable_value_is_reported_once_and_not_judged_further(machine: Path) -> None:
     assert problems_of(
         write(machine, rollout={"prompts_per_step": "many"}), "algorithm.optimizer_steps_per_rollout=7"
-    ) == ["rollout.prompts_per_step='many': should be a valid integer, unable to parse string as an integer"]
+    ) == ["rollout.prompts_per_step='many': should be a valid integer, unable to parse string as an integer (line 11)"]
 
 
 def test_required_keys_are_named(tmp_path: Path) -> None:
@@ -167,24 +168,24 @@ def test_required_keys_are_named(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("model: [1, 2", "not valid YAML"),
-        ("- a list", "expected sections such as 'model:', found list"),
+        ("- a list", "expected sections such as 'model:', found a list"),
         ("train: {steps: 1}\ntrain: {steps: 2}", "key 'train' is given twice"),
     ],
 )
 def test_files_that_are_no_configuration(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    (problem,) = problems_of(path)
-    assert message in problem
+    assert message in problems_of(path)[0]
 
 
 def test_strange_keys_are_unknown_keys(machine: Path) -> None:
     path = write(machine)
     path.write_text(path.read_text() + "1: 2\n2024-01-01: {}\nrollout.temperature: 0.6\n")
     assert problems_of(path) == [
-        "unknown key 1",
-        "unknown key 2024-01-01",
-        "unknown key 'rollout.temperature': in a file, sections are nested (only overrides are written with dots)",
+        "unknown key 1 (line 13)",
+        "unknown key 2024-01-01 (line 14)",
+        "unknown key 'rollout.temperature': in a file, sections are nested (only overrides are written with dots) "
+        "(line 15)",
     ]
 
 
@@ -417,7 +418,12 @@ def test_warnings_speak_only_when_something_is_odd(machine: Path) -> None:
     assert config_warnings(load_config(write(machine))) == []
     odd = load_config(
         write(machine),
-        ["policy.tokens_per_microbatch=8", "rollout.top_p=0.9", "reward.workers=0", "entropy_control={kp: 0, ki: 0}"],
+        [
+            "policy.tokens_per_microbatch=8",
+            "rollout.top_p=0.9",
+            "reward.workers=0",
+            "entropy_control={target: 0.1, kp: 0, ki: 0}",
+        ],
     )
     assert len(config_warnings(odd)) == 4
 

@@ -17,7 +17,7 @@ MAX_LINES = 500
 
 # docs/architecture.md: a room may import itself and rooms of lower rows, nothing beside or above it.
 ROWS = [
-    {"config", "config_base", "config_algorithm", "config_data", "types", "errors"},
+    {"config", "config_base", "config_algorithm", "config_data", "files", "types", "errors"},
     {"observability"},
     {"tensor_parallel", "algorithms", "rewards", "data", "evaluation"},
     {"weights"},
@@ -32,6 +32,8 @@ FACE = {
     "trainer",
     "config_loading",
     "config_checks",
+    "config_machine",
+    "config_reading",
     "config_warnings",
     "run_directory",
     "training_batch",
