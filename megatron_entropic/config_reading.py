@@ -142,7 +142,7 @@ class _Kind:
         return None if known is None else known.annotation
 
 
-_SCALARS = {str: "text", Path: "path", bool: "flag", int: "whole", float: "real"}
+_SCALARS = {Path: "path", bool: "flag", int: "whole", float: "real"}
 
 
 def _kind_of(annotation: Any) -> _Kind:
@@ -169,7 +169,7 @@ def _kind_of(annotation: Any) -> _Kind:
         return _Kind(frozenset({"table"}), item=arguments[1])
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return _Kind(frozenset({"section"}), section=annotation)
-    return _Kind(frozenset({_SCALARS[annotation]}))
+    return _Kind(frozenset({_SCALARS.get(annotation, "text")}))
 
 
 def _override_value(text: str, annotation: Any, key: str, reading: Reading) -> Any:
