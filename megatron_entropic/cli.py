@@ -18,7 +18,7 @@ from megatron_entropic.config import Config, PolicyConfig
 from megatron_entropic.config_checks import violations
 from megatron_entropic.config_loading import ConfigError, batch_arithmetic, config_warnings, load_config, read_config
 from megatron_entropic.convert_command import add_convert_parsers
-from megatron_entropic.errors import RunError, StopAsked, UserError, explained
+from megatron_entropic.errors import Interrupted, RunError, StopAsked, UserError, explained
 from megatron_entropic.evaluate_command import add_evaluate_parser
 from megatron_entropic.export_command import add_export_parser
 from megatron_entropic.observability.text import printable
@@ -51,7 +51,7 @@ def main(arguments: Args[str] | None = None) -> int:
         return options.command(options) or 0
     except StopAsked as error:
         errors.print(f"[bold yellow]stopped:[/] {escape(printable(str(error)))}")
-        return STOPPED
+        return INTERRUPTED if isinstance(error, Interrupted) else STOPPED
     except (UserError, RunError, OSError) as error:
         told = explained(error) if isinstance(error, OSError) else error
         if told is None:
@@ -59,7 +59,7 @@ def main(arguments: Args[str] | None = None) -> int:
         errors.print(f"[bold red]error:[/] {escape(printable(str(told)))}")
         return BAD_INPUT if isinstance(told, UserError) else FAILED
     except KeyboardInterrupt:
-        errors.print("interrupted; the same command continues from the last checkpoint")
+        errors.print("[bold yellow]interrupted[/]: ended at once; train and evaluate continue from what they saved")
         return INTERRUPTED
 
 
@@ -104,7 +104,11 @@ def _preflight(options: argparse.Namespace) -> None:
     if options.token_file is None:
         raise UserError("pre-flight: no secret to mark the reports with: give --token-file, or set RAY_AUTH_TOKEN_PATH")
     place = preflight.MeetingPlace(options.address, options.port, options.timeout_s, Path(options.token_file))
-    required = preflight.requirements(config, options.nodes.split(","), options.gpus_per_node)
+    try:
+        gpus_per_node = preflight.gpu_count(options.gpus_per_node)
+    except ValueError as error:
+        raise UserError(f"--gpus-per-node={options.gpus_per_node}: expected such as 8 or h100:8") from error
+    required = preflight.requirements(config, options.nodes.split(","), gpus_per_node)
     if options.node != required.nodes[0]:
         preflight.report_to(place, options.node, required.paths)
         return
@@ -211,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--address", required=True, help="of the first node, as the others reach it")
     look.add_argument("--port", type=int, required=True)
     look.add_argument("--token-file", default=os.environ.get("RAY_AUTH_TOKEN_PATH"), help="(default: Ray's)")
-    look.add_argument("--gpus-per-node", type=int, default=0)
+    look.add_argument("--gpus-per-node", default="0", metavar="N", help="as Slurm says it, such as 8 or h100:8")
     look.add_argument("--timeout-s", type=float, default=300.0)
     look.set_defaults(command=_preflight)
 

@@ -299,7 +299,7 @@ class LoggingConfig(Section):
 
     tensorboard: bool = True
     wandb: Annotated[Literal["off", "auto", "offline", "online"], BeforeValidator(off_is_a_word)] = Field(
-        "auto", description="auto: online with WANDB_API_KEY, else offline."
+        "auto", description="auto: as WANDB_MODE says; without it online with WANDB_API_KEY, else offline."
     )
     wandb_project: str = "megatron_entropic"
     samples_per_step: int = Field(4, ge=0, description="Responses written to samples.jsonl each step.")

@@ -3,6 +3,7 @@
 UserError   2    the person must change something: configuration, files, options
 RunError    1    the run ended: what happened, where, what to do. A scheduler may try again
 StopAsked   75   a signal asked for it; the state is saved
+Interrupted 130  the same by Ctrl-C
 others      1    a bug of ours, with its traceback
 """
 
@@ -33,6 +34,10 @@ class PeerDied(RunError):
 
 class StopAsked(RunError):
     """A signal asked the run to end: its state is saved and the same command continues. Exit status 75."""
+
+
+class Interrupted(StopAsked):
+    """Ctrl-C asked the run to end, by a person who does not want it started again by a scheduler. Exit status 130."""
 
 
 class PhaseTimeout(RunError):

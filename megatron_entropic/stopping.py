@@ -2,21 +2,23 @@
 
 A signal sets a flag, the loop saves at its next safe point and ends with a status of its own.
 
-A launcher that hears of preemption or of the end of its time sends SIGUSR1 or SIGTERM. Safe points are the end of a
-step and every moment of generation, during which the policy stands still. So the run ends within the time of one score,
-update and publish phase and one checkpoint.
+A launcher that hears of preemption or of the end of its time sends SIGUSR1 or SIGTERM, a person presses Ctrl-C. Safe
+points are the end of a step and every moment of generation, during which the policy stands still. So the run ends
+within the time of one score, update and publish phase and one checkpoint. Ctrl-C again ends it at once.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
-from megatron_entropic.errors import RunError, StopAsked
+from megatron_entropic.errors import Interrupted, RunError, StopAsked
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_INTERRUPTED = b"\ninterrupted: the run ends when its state is saved; Ctrl-C again ends it at once\n"
 
 
 class StopRequest:
@@ -38,12 +40,14 @@ class StopRequest:
             signal.signal(number, handler)
         # Whoever ends a job may end its other processes at the same time: their loss is part of the request.
         if self.asked and isinstance(error, RunError) and not isinstance(error, StopAsked):
-            raise StopAsked(f"{self._reason()}, and processes of the run were ended too: {error}") from error
+            raise self._kind()(f"{self._reason()}, and processes of the run were ended too: {error}") from error
 
     def listen(self) -> None:
         """Take the signals; again, after something else (such as Ray when it starts) took them for itself."""
         for number in SIGNALS:
-            signal.signal(number, self._receive)
+            # A shell starts what runs in the background with Ctrl-C ignored: it is meant for somebody else.
+            if number != signal.SIGINT or self._former[number] != signal.SIG_IGN:
+                signal.signal(number, self._receive)
 
     @property
     def asked(self) -> bool:
@@ -57,10 +61,20 @@ class StopRequest:
             StopAsked: a signal has come.
         """
         if self.asked:
-            raise StopAsked(self._reason())
+            raise self._kind()(self._reason())
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._received == signal.SIGINT:
+                # What cleans up after this can be interrupted as usual.
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                raise KeyboardInterrupt
+            # Not through `sys.stderr` or the progress display, in the middle of whose work the signal may have come.
+            os.write(2, _INTERRUPTED)
         self._received = signal.Signals(number)
+
+    def _kind(self) -> type[StopAsked]:
+        return Interrupted if self._received == signal.SIGINT else StopAsked
 
     def _reason(self) -> str:
         assert self._received is not None

@@ -17,5 +17,6 @@
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 # Slurm runs a copy of this file; the job knows where the original lies.
-submitted=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
+submitted=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')
+submitted=${submitted%%.sh *} # newer Slurm prints the arguments, too; the path may have blanks
 exec bash "${ME_CHECKOUT:-$(dirname "$submitted")/..}/slurm/launch.sh" examples/qwen3_8b.yaml "$@"

@@ -90,7 +90,8 @@ if [ -n "$ME_CONTAINER" ]; then
     pyxis) on_nodes+=(--container-image="$ME_CONTAINER" --container-mounts="$mounts" --no-container-mount-home) ;;
     enroot)
       inside=(enroot start)
-      for mount in ${mounts//,/ }; do inside+=(--mount "$mount"); done
+      IFS=, read -ra mounted <<<"$mounts"
+      for mount in "${mounted[@]}"; do inside+=(--mount "$mount"); done
       inside+=("$ME_CONTAINER")
       ;;
     apptainer) inside=(apptainer exec --nv --bind "$mounts" "$ME_CONTAINER") ;;
@@ -107,7 +108,7 @@ say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, nodes $node_list, Ray
 # ---- pre-flight ----
 "${on_nodes[@]}" "${everywhere[@]}" --job-name=preflight --kill-on-bad-exit=0 "${program[@]}" preflight "$config" \
   "${overrides[@]}" \
-  --nodes "$node_list" --address "$address" --port "$ME_PORT" --gpus-per-node "${SLURM_GPUS_PER_NODE:-0}" \
+  --nodes "$node_list" --address "$address" --port "$ME_PORT" --gpus-per-node "${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}" \
   --timeout-s "$ME_PREFLIGHT_TIMEOUT_S" &
 status_of $!
 status=$(<"$ME_JOB_DIR/status")

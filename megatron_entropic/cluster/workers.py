@@ -6,6 +6,7 @@ megatron-core, and the driver loads neither.
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -30,17 +31,31 @@ if TYPE_CHECKING:
     from megatron_entropic.rollout.engine import RolloutEngine
 
 
-def worker_environment(config: Config, device: Device) -> dict[str, str]:
-    """Environment of every actor; it must be there before the process imports torch or vLLM."""
+def engine_environment(config: Config, device: Device) -> dict[str, str]:
+    """Environment of an engine's actor; it must be there before the process imports torch or vLLM."""
     environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    # Libraries open their own text files without naming an encoding, which fails where the locale is C.
+    environment["PYTHONUTF8"] = "1"
     if device == "cpu":
         # Ranks and engines share the cores. Threads that spin while they wait made generation ten times slower.
         environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    else:
-        # Megatron-core's overlap of communication and computation relies on one hardware queue.
-        environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     if config.cluster.address == "local" and config.cluster.transport_on(device) == "gloo":
         environment["GLOO_SOCKET_IFNAME"] = "lo"
+    return environment
+
+
+def policy_environment(config: Config, device: Device) -> dict[str, str]:
+    """Environment of a policy rank's actor; as above."""
+    environment = engine_environment(config, device)
+    if device == "cpu":
+        return environment
+    # Megatron-core's overlap of communication and computation relies on one hardware queue.
+    environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    # Every micro-batch has another length, which leaves holes between blocks of a fixed size. CUDA IPC hands out such
+    # blocks, and takes no others.
+    chosen_by_user = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    if config.cluster.transport_on(device) != "ipc" and not chosen_by_user:
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return environment
 
 

@@ -62,7 +62,8 @@ class MetricsWriter:
         """
         if config.tensorboard:
             _optional_import("tensorboard", "logging.tensorboard=false")
-        if config.wandb != "off":
+        self._wandb_mode = wandb_mode(config.wandb)
+        if self._wandb_mode != "off":
             _optional_import("wandb", "logging.wandb=off")
         self._output_dir = output_dir
         self._config = config
@@ -114,8 +115,9 @@ class MetricsWriter:
         sinks: list[_Sink] = []
         if self._config.tensorboard:
             sinks.append(_TensorBoardSink(self._output_dir / "tensorboard", first_step))
-        if self._config.wandb != "off":
-            sinks.append(_WandbSink(self._output_dir, self._config, self._run_name, self._run_config))
+        if self._wandb_mode != "off":
+            named = {"project": self._config.wandb_project, "name": self._run_name, "config": self._run_config}
+            sinks.append(_WandbSink(self._output_dir, self._wandb_mode, self._config.wandb == "online", named))
         return sinks
 
 
@@ -141,6 +143,24 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [of_step[step] for step in sorted(of_step)]
 
 
+def wandb_mode(setting: str) -> str:
+    """off, online or offline: what `logging.wandb` says, or where it is auto WANDB_MODE, or whether there is a key.
+
+    Raises:
+        UserError: WANDB_MODE is none of W&B's words.
+    """
+    if setting != "auto":
+        return setting
+    word = os.environ.get("WANDB_MODE", "").strip().lower()
+    if not word:
+        return "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    modes = {"online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline"}
+    modes["disabled"] = "off"
+    if word not in modes:
+        raise UserError(f"WANDB_MODE={word} in the environment: expected {', '.join(modes)}; or set logging.wandb")
+    return modes[word]
+
+
 class _TensorBoardSink:
     """Scalars in RUN_DIR/tensorboard."""
 
@@ -162,22 +182,21 @@ class _TensorBoardSink:
 class _WandbSink:
     """One W&B run for one run directory: its id is kept there, so that a resumed run goes on in the same charts."""
 
-    def __init__(self, output_dir: Path, config: LoggingConfig, run_name: str, run_config: dict[str, Any]):
+    def __init__(self, output_dir: Path, mode: str, required: bool, named: dict[str, Any]):
+        """Start it.
+
+        Args:
+            output_dir: the run's.
+            mode: online or offline.
+            required: without W&B's server there is no run; otherwise it is recorded offline.
+            named: project, name and config.
+        """
         self._wandb = _optional_import("wandb", "logging.wandb=off")
-        mode = config.wandb
-        if mode == "auto":
-            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-        arguments = {
-            "project": config.wandb_project,
-            "name": run_name,
-            "id": self._run_id(output_dir / WANDB_ID_FILE),
-            "dir": str(output_dir),
-            "config": run_config,
-        }
+        arguments = {**named, "id": self._run_id(output_dir / WANDB_ID_FILE), "dir": str(output_dir)}
         try:
             self._run = self._start(mode, arguments)
         except self._wandb.Error as error:
-            if config.wandb == "online":
+            if required:
                 raise UserError(f"logging.wandb=online, but W&B does not start: {error}") from error
             logger.warning("W&B cannot be reached (%s): this run is recorded offline", error)
             self._run = self._start("offline", arguments)

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from megatron_entropic import cli
-from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError, StopAsked, UserError, explained, reading
+from megatron_entropic.errors import (
+    Interrupted,
+    PeerDied,
+    PhaseTimeout,
+    RunError,
+    StopAsked,
+    UserError,
+    explained,
+    reading,
+)
 
 Raises = Callable[[BaseException], int]
 
@@ -39,6 +48,7 @@ def raises(monkeypatch: pytest.MonkeyPatch) -> Raises:
         (PeerDied("engine 1 died"), 1, "error: engine 1 died"),
         (PhaseTimeout("score: no answer"), 1, "error: score: no answer"),
         (StopAsked("asked to stop by SIGTERM"), 75, "stopped: asked to stop by SIGTERM"),
+        (Interrupted("asked to stop by SIGINT"), 130, "stopped: asked to stop by SIGINT"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(errno.ENOSPC, "No space left on device", "/runs/a"), 1, "/runs/a: No space left on device; make room"),
         (PermissionError(errno.EACCES, "Permission denied", "/runs/a"), 1, "/runs/a: Permission denied; the user"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError, StopAsked
+from megatron_entropic.errors import Interrupted, PeerDied, PhaseTimeout, RunError, StopAsked
 from megatron_entropic.restarts import with_restarts
 from megatron_entropic.stopping import SkipLimit, StopRequest
 
@@ -35,7 +35,7 @@ def attempts(*outcomes: RunError | None) -> Callable[[], None]:
     return attempt
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_is_heard_and_the_former_handler_comes_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopRequest() as stop:
@@ -45,6 +45,27 @@ def test_a_signal_is_heard_and_the_former_handler_comes_back(number: signal.Sign
         with pytest.raises(StopAsked, match=f"asked to stop by {number.name}"):
             stop.raise_if_asked()
     assert signal.getsignal(number) == before
+
+
+def test_ctrl_c_saves_and_ctrl_c_again_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert "Ctrl-C again ends it at once" in capfd.readouterr().err
+        with pytest.raises(Interrupted, match="asked to stop by SIGINT"):
+            stop.raise_if_asked()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_a_run_in_the_background_of_a_script_does_not_hear_ctrl_c() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def signalled_run(run: Any, number: signal.Signals, outcome: RunError) -> None:

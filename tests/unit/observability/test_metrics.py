@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from megatron_entropic.config import LoggingConfig
-from megatron_entropic.observability.metrics import MetricsWriter, read_metrics
+from megatron_entropic.errors import UserError
+from megatron_entropic.observability.metrics import MetricsWriter, read_metrics, wandb_mode
 
 PLAIN = LoggingConfig(tensorboard=False, wandb="off")
 
@@ -98,6 +99,22 @@ def test_a_library_that_is_not_installed(
     config = LoggingConfig(tensorboard=library == "tensorboard", wandb="offline" if library == "wandb" else "off")
     with pytest.raises(ValueError, match=f"'{library}' is not installed: install it, or set {switch}"):
         MetricsWriter(tmp_path, config)
+
+
+def test_wandb_mode_of_the_environment_is_followed_unless_the_run_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    for word, mode in (("", "online"), ("offline", "offline"), ("dryrun", "offline"), ("disabled", "off")):
+        monkeypatch.setenv("WANDB_MODE", word)
+        assert wandb_mode("auto") == mode
+        assert wandb_mode("online") == "online"
+    with MetricsWriter(tmp_path, LoggingConfig(tensorboard=False, wandb="auto")) as writer:
+        writer.write(1, {"reward/mean": 1.0})
+    assert not (tmp_path / "wandb").exists(), "disabled"
+    monkeypatch.setenv("WANDB_MODE", "onlin")
+    with pytest.raises(UserError, match="WANDB_MODE=onlin"):
+        wandb_mode("auto")
 
 
 def test_wandb_offline_without_a_key_and_resumed_by_id(tmp_path: Path) -> None:

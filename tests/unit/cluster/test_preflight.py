@@ -1,0 +1,115 @@
+"""The look at every node before a job: strangers on its port, typed GPUs, drivers and compilers."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_entropic.cluster.node_report import NodeReport, look_at_this_node
+from megatron_entropic.cluster.preflight import (
+    MeetingPlace,
+    Requirements,
+    collect_reports,
+    gpu_count,
+    problems,
+    report_to,
+)
+from megatron_entropic.errors import RunError
+
+GPU = ("NVIDIA H100 80GB HBM3", 81000, 81559)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> MeetingPlace:
+    token = tmp_path / "token"
+    token.write_text("secret")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    return MeetingPlace("127.0.0.1", port, timeout_s=60, token_file=token)
+
+
+def connect(place: MeetingPlace) -> socket.socket:
+    """As soon as somebody listens there."""
+    while True:
+        try:
+            return socket.create_connection((place.host, place.port), timeout=5)
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+
+
+def test_strangers_on_the_port_neither_end_the_preflight_nor_fill_its_memory(
+    place: MeetingPlace, tmp_path: Path
+) -> None:
+    required = Requirements(["a", "b"], gpus_per_node=0, paths=[tmp_path])
+    with ThreadPoolExecutor() as beside:
+        collecting = beside.submit(collect_reports, place, required)
+        silent = [connect(place) for _ in range(100)]
+        with connect(place) as reset:
+            reset.sendall(b"s")
+            reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        with connect(place) as deep:
+            deep.sendall(b"secret\n" + b"[" * 200_000)
+        with connect(place) as foreign:
+            foreign.sendall(b'other\n{"node": "b"}')
+        for endless in (b"x" * 2**20, b"secret\n" + b"x" * 2**20):
+            # It is cut off, and not after 64 MiB.
+            with connect(place) as flood, pytest.raises(OSError):
+                flood.sendall(endless * 64)
+        report_to(place, "b", required.paths)
+        reports = collecting.result(timeout=30)
+    for connection in silent:
+        connection.close()
+    assert [report.node for report in reports] == ["a", "b"]
+    assert problems(reports, required) == []
+
+
+def test_a_node_that_reports_to_somebody_else_says_so(place: MeetingPlace, tmp_path: Path) -> None:
+    with (
+        socket.create_server((place.host, place.port)),
+        pytest.raises(RunError, match=r"b cannot reach .* set ME_PORT"),
+    ):
+        report_to(replace(place, timeout_s=0.5), "b", [tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [("8", 8), ("h100:8", 8), ("gpu:8", 8), ("gpu:h100:4,gpu:a100:2", 6), ("gpu:h100:8(S:0-1)", 8), ("0", 0)],
+)
+def test_gpus_are_counted_as_slurm_says_them(words: str, count: int) -> None:
+    assert gpu_count(words) == count
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> NodeReport:
+    seen = look_at_this_node("a", [tmp_path])
+    versions = seen.versions | {"cuda": "13.0.96"}
+    return replace(seen, gpus=[GPU], missing_tools=[], versions=versions, driver="580.65.06", driver_cuda=13)
+
+
+def test_a_driver_older_than_the_packages_is_refused(report: NodeReport) -> None:
+    required = Requirements(["a"], gpus_per_node=1, paths=[])
+    assert problems([report], required) == []
+    old = replace(report, driver="550.54.15", driver_cuda=12)
+    assert problems([old], required) == [
+        "a: driver 550.54.15 serves CUDA 12, but the installed packages are built for CUDA 13: it needs driver 580 or "
+        "newer, or NVIDIA's cuda-compat"
+    ]
+    assert problems([old], replace(required, gpus_per_node=0)) == [], "a run on CPUs does not care"
+
+
+def test_a_node_without_compiler_or_headers_is_refused_where_kernels_are_built(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, report: NodeReport
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    bare = replace(report, missing_tools=look_at_this_node("a", []).missing_tools)
+    found = problems([bare], Requirements(["a"], gpus_per_node=1, paths=[]))
+    assert [line.split(",")[0] for line in found] == ["a: no C compiler (gcc or clang", f"a: no {tmp_path}/Python.h"]
+    assert problems([bare], Requirements(["a"], gpus_per_node=0, paths=[])) == []

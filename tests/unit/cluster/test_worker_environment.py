@@ -1,0 +1,44 @@
+"""Environment of ranks and engines, by device and transport."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_entropic.cluster.workers import engine_environment, policy_environment
+from megatron_entropic.config import Config, Transport
+
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
+
+
+def with_transport(transport: Transport) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"hf_dir": "/model"},
+            "data": {"train_files": [Path("/train.parquet")]},
+            "cluster": {"transport": transport},
+            "run": {"output_dir": "/run"},
+        }
+    )
+
+
+def test_only_policy_ranks_on_gpus_have_one_hardware_queue() -> None:
+    config = with_transport("nccl")
+    assert policy_environment(config, "cuda")["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in engine_environment(config, "cuda")
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in policy_environment(config, "cpu")
+
+
+def test_memory_of_policy_ranks_grows_in_place_unless_cuda_ipc_hands_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert policy_environment(with_transport("nccl"), "cuda")[ALLOCATOR] == "expandable_segments:True"
+    assert ALLOCATOR not in policy_environment(with_transport("ipc"), "cuda")
+    assert ALLOCATOR not in engine_environment(with_transport("nccl"), "cuda")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    assert ALLOCATOR not in policy_environment(with_transport("nccl"), "cuda"), "the user's own is kept"
+
+
+def test_libraries_read_their_files_where_the_locale_is_c() -> None:
+    assert engine_environment(with_transport("gloo"), "cpu")["PYTHONUTF8"] == "1"
