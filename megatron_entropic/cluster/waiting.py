@@ -8,8 +8,10 @@ from typing import Any
 
 import ray
 from ray import ObjectRefGenerator
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
+from megatron_entropic.cluster.head_watch import HeadWatch
+from megatron_entropic.cluster.ray_errors import LOST, translated
 from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError, UserError
 
 POLL_S = 1.0
@@ -48,7 +50,13 @@ def gather(
     peer_of = {reference: peer for peer, reference in calls.items()}
     pending = list(peer_of)
     results: dict[str, Any] = {}
-    for reference in _as_they_end(pending, timeout_s, while_waiting):
+    head = HeadWatch(phase)
+
+    def watch() -> None:
+        head.check()
+        while_waiting()
+
+    for reference in _as_they_end(pending, timeout_s, watch):
         try:
             results[peer_of[reference]] = _result(reference, peer_of[reference], phase)
         except RunError as error:
@@ -86,7 +94,9 @@ def receive_streams(
     pending = list(peer_of)
     lost: dict[str, RunError] = {}
     deadline = time.monotonic() + timeout_s
+    head = HeadWatch(phase)
     while pending and (left_s := deadline - time.monotonic()) > 0:
+        head.check()
         while_waiting()
         ready, _ = ray.wait(pending, num_returns=1, timeout=min(POLL_S, left_s))
         for stream in ready:
@@ -126,7 +136,7 @@ def dead_peers(pings: Mapping[str, ray.ObjectRef]) -> list[str]:
         if reference in ready:
             try:
                 ray.get(reference, timeout=60)
-            except RayActorError:
+            except LOST:
                 dead.append(peer)
     return dead
 
@@ -153,7 +163,7 @@ def _silent(phase: str, timeout_s: float, peers: list[str]) -> PhaseTimeout:
 
 
 def _is_death_of_the_peer_itself(error: RunError) -> bool:
-    return isinstance(error, PeerDied) and isinstance(error.__cause__, RayActorError | ObjectLostError)
+    return isinstance(error, PeerDied) and isinstance(error.__cause__, LOST)
 
 
 def _look_for_deaths(pending: dict[ray.ObjectRef, str], phase: str) -> None:
@@ -173,29 +183,22 @@ def _look_for_deaths(pending: dict[ray.ObjectRef, str], phase: str) -> None:
 def _result(reference: ray.ObjectRef, peer: str, phase: str) -> Any:
     try:
         return ray.get(reference, timeout=60)
-    except RayActorError as error:
-        raise PeerDied(f"{phase}: the process of {peer} died ({_first_line(error)})") from error
-    except ObjectLostError as error:
-        raise PeerDied(f"{phase}: what {peer} sent is lost with its node ({_first_line(error)})") from error
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, BaseException) else error
         if isinstance(cause, UserError):
             raise UserError(f"{phase}: {peer}: {cause}") from error
         raise _kind(cause)(f"{phase}: {peer}: {type(cause).__name__}: {cause}") from error
-    except GetTimeoutError as error:
-        raise PhaseTimeout(f"{phase}: the answer of {peer} is ready but could not be fetched within 60 s") from error
+    except RayError as error:
+        raise translated(error, peer, phase) from error
 
 
 def _kind(cause: BaseException) -> type[RunError]:
     """What an exception of a peer means to the run: a lost or silent third process can be cured by a new attempt."""
     if isinstance(cause, PeerDied | PhaseTimeout):
         return type(cause)
+    if isinstance(cause, LOST):
+        return PeerDied
     text = str(cause)
     if not any(mark in text for mark in COLLECTIVE_FAILURES):
         return RunError
     return PhaseTimeout if "imed out" in text else PeerDied
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

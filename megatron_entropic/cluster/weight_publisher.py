@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from megatron_entropic.cluster.engine_group import EngineGroup
 from megatron_entropic.cluster.policy_group import PolicyGroup
@@ -10,6 +11,8 @@ from megatron_entropic.cluster.waiting import gather
 from megatron_entropic.config import ClusterConfig
 from megatron_entropic.errors import PeerDied, RunError
 from megatron_entropic.weights.checksums import mismatches
+
+T = TypeVar("T")
 
 
 class WeightPublisher:
@@ -23,14 +26,15 @@ class WeightPublisher:
         self._check = config.check_weights
         self._replaces_engines = not config.colocate  # there is no room for an engine to load beside the policy
         self._version = 0
-        self._connect()
+        self._connected = False
+        self._survive(self._connect)
         self._plan = policy.publish_plan()
         engines.renew_weights = self.renew
 
     def renew(self) -> None:
         """Connect both sides again and send the current weights once more, after engines were replaced."""
-        self._connect()
-        self._publish()
+        self._connected = False
+        self._survive(self._publish)
 
     def publish(self, version: int) -> dict[str, float]:
         """Send the current weights as `version`; afterwards every engine samples from them.
@@ -45,22 +49,29 @@ class WeightPublisher:
                 every tensor that is not in an engine as it was sent.
         """
         self._version = version
-        try:
-            return self._publish()
-        except PeerDied as error:
-            lost = self._engines.find_lost(error) if self._replaces_engines else {}
-            if not lost:
-                raise
-            self._engines.replace(lost)
-        self._connect()
-        return self._publish()
+        return self._survive(self._publish)
+
+    def _survive(self, action: Callable[[], T]) -> T:
+        """`action`, again as long as engines are lost in it and may be replaced."""
+        while True:
+            try:
+                return action()
+            except PeerDied as error:
+                lost = self._engines.find_lost(error) if self._replaces_engines else {}
+                if not lost:
+                    raise
+                self._connected = False
+                self._engines.replace(lost)
 
     def _connect(self) -> None:
         senders = self._policy.open_transport(self._engines.workers)
         calls = self._policy.accept_receivers() | self._engines.connect(senders)
         gather(calls, phase="publish: connect", timeout_s=self._timeout_s)
+        self._connected = True
 
     def _publish(self) -> dict[str, float]:
+        if not self._connected:
+            self._connect()
         version = self._version
         phase = f"publish (weights version {version})"
         sending = self._policy.publish()
