@@ -44,12 +44,13 @@ class Job:
             "cluster.policy_ranks_per_node": 1,
         } | {name.replace("__", "."): value for name, value in overrides.items()}
 
-    def submit(self) -> None:
+    def submit(self, *options: str) -> None:
         """From a folder that is not the checkout, so that paths and logs are relative to it."""
         overrides = [f"{name}={value}" for name, value in self._settings.items()]
         script, config = ROOT / "slurm/entropic_8b.sh", ROOT / "examples/countdown_cpu.yaml"
         self._submitted = time.monotonic()
-        self.id = self.cluster.run("sbatch", "--parsable", str(script), str(config), *overrides, folder=self.folder)
+        command = ("sbatch", "--parsable", *options, str(script), str(config), *overrides)
+        self.id = self.cluster.run(*command, folder=self.folder)
 
     def state(self) -> str:
         """Slurm's word for it."""

@@ -59,7 +59,7 @@ PartitionName=tests Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 NODE = (
     "NodeName={name} NodeHostname={name} NodeAddr={address} Port=6818 CPUs=4 Boards=1 SocketsPerBoard=1 "
-    "CoresPerSocket=4 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:8 State=UNKNOWN"
+    "CoresPerSocket=4 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:h100:8 State=UNKNOWN"
 )
 
 
@@ -170,7 +170,7 @@ class PrivateCluster:
         values = {"pid": os.getpid(), "host": socket.gethostname(), "gateway": f"{self._network}.1", "port": port}
         (self.root / "slurm.conf").write_text(CONF.format(root=self.root, nodes="\n".join(lines), **values))
         # Slurm counts device files; any file will do.
-        (self.root / "gres.conf").write_text(f"Name=gpu File={self.root}/gpu[0-7]\n")
+        (self.root / "gres.conf").write_text(f"Name=gpu Type=h100 File={self.root}/gpu[0-7]\n")
         for index in range(8):
             (self.root / f"gpu{index}").touch()
         key = self.root / "munge.key"

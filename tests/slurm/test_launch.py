@@ -37,7 +37,7 @@ def test_preflight_names_the_node_and_what_it_lacks(
     cluster: PrivateCluster, countdown_dir: Path, tmp_path: Path
 ) -> None:
     job = Job(cluster, tmp_path, countdown_dir, data__train_files=tmp_path / "nowhere.parquet", cluster__device="cuda")
-    job.submit()
+    job.submit("--gpus-per-node=h100:8")  # the other jobs ask for gpu:8, as the file says
     job.await_end()
     assert job.state() == "FAILED"
     assert cluster.job(job.id)["ExitCode"] == "2:0"
