@@ -18,10 +18,12 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+from megatron_entropic.algorithms import find_policy_loss
 from megatron_entropic.config import Config
 from megatron_entropic.errors import UserError
 from megatron_entropic.learning import score_batch, update_policy
 from megatron_entropic.observability.rollouts import RecordedStep, read_rollouts, recorded_steps, rollouts_path
+from megatron_entropic.observability.settings_history import RunPart, read_parts
 from megatron_entropic.policy.checkpoint_files import checkpoint_path, complete_checkpoints, verify_checkpoint
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.training_batch import training_batch
@@ -65,7 +67,8 @@ def replay(run_dir: Path, step: int, checkpoint: Path | None = None) -> Replay:
         CheckpointError: the checkpoint is damaged.
     """
     recorded = _read(run_dir, step)
-    config = _config_of_one_rank(run_dir)
+    part = _part_of(run_dir, step)
+    config = _config_of_one_rank(run_dir, part)
     directory = checkpoint or _state_before(run_dir, step, config)
     if directory is not None:
         verify_checkpoint(directory)
@@ -135,14 +138,28 @@ def _read(run_dir: Path, step: int) -> RecordedStep:
     return read_rollouts(path)
 
 
-def _config_of_one_rank(run_dir: Path) -> Config:
+def _part_of(run_dir: Path, step: int) -> RunPart:
+    """What the step was computed under."""
+    parts = [part for part in read_parts(run_dir) if part.first_step <= step]
+    if parts:
+        return parts[-1]
     path = run_dir / "config.yaml"
     try:
-        config = Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return RunPart(1, yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{run_dir}: not a run directory: {error}") from error
+
+
+def _config_of_one_rank(run_dir: Path, part: RunPart) -> Config:
+    try:
+        config = Config.model_validate(part.config)
     except ValidationError as error:
-        raise UserError(f"{path}: not the configuration of a run of this version: {error}") from error
+        raise UserError(f"{run_dir}: its configuration is not one of this version: {error}") from error
+    try:
+        find_policy_loss(config.algorithm.policy_loss)
+    except UserError as error:
+        hint = f"; the run was started in {part.directory}: start replay there" if part.directory else ""
+        raise UserError(f"{error}{hint}") from error
     return config.model_copy(update={"policy": config.policy.model_copy(update=ONE_RANK)})
 
 

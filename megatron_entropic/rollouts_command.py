@@ -50,6 +50,7 @@ def _rollouts(options: argparse.Namespace) -> None:
     step = steps[-1] if options.step is None else options.step
     if step not in steps:
         raise UserError(f"{options.run_dir}: no rollouts of step {step}; there are {', '.join(map(str, steps[-10:]))}")
+    run = run.at(step)
     path = rollouts_path(options.run_dir, step)
     console = Console(highlight=False)
     view = view_step(

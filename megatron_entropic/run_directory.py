@@ -3,6 +3,7 @@
 output_dir/
     config.yaml          the resolved configuration of the newest attempt
     data_report.txt      rows of the training files: read, skipped, dropped, found twice or in a benchmark
+    settings.jsonl       one object for each part of the run under the same settings: first step, configuration
     metrics.jsonl        one object a step; the truth. tensorboard/ and wandb/ repeat it
     warm_start.jsonl     one object a supervised step
     restarts.jsonl       why processes were started anew (cluster.max_restarts, cluster.max_engine_restarts)
@@ -23,8 +24,12 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
+
+import yaml
+from pydantic import ValidationError
 
 from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.config import Config
@@ -36,6 +41,7 @@ from megatron_entropic.observability.metrics import MetricsWriter
 from megatron_entropic.observability.progress import Progress
 from megatron_entropic.observability.rollouts import rollouts_path, write_rollouts
 from megatron_entropic.observability.samples import SampleLog
+from megatron_entropic.observability.settings_history import RunPart, read_parts, record_part, sampled_digest
 from megatron_entropic.observability.text import printable
 from megatron_entropic.observability.timing import PhaseClock
 from megatron_entropic.policy.checkpoint_files import (
@@ -77,6 +83,8 @@ class RunDirectory:
                 raise UserError(
                     f"{self._newest} exists and run.resume=never; change run.output_dir, or use resume=auto"
                 )
+            self._refuse_fewer_steps()
+            self._keep_settings_before()
             dump_config(config, self.path / "config.yaml")
             self.tokenizer = load_checked_tokenizer(config.model.hf_dir)
             self._metrics = files.enter_context(
@@ -112,9 +120,12 @@ class RunDirectory:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is saved and exported, so that nothing is left to do."""
+        """Whether the last step is saved and exported, so that nothing is left to do; says so."""
         exported = self.export_dir.is_dir() or not self._config.checkpoint.export_hf
-        return exported and self._newest == checkpoint_path(self._checkpoints, self._config.train.steps)
+        finished = exported and self._newest == checkpoint_path(self._checkpoints, self._config.train.steps)
+        if finished:
+            self.progress.log(f"all {self._config.train.steps} steps of train.steps are done; nothing is left to train")
+        return finished
 
     def resume(self, policy: PolicyGroup) -> int | None:
         """Restore the newest intact checkpoint into all policy ranks; returns its step, None if there is none.
@@ -131,9 +142,43 @@ class RunDirectory:
         self._samples.truncate_after(step)
         if self._newest is None:
             self._warm_start.truncate_after(step)
+            self._record_settings(0)
             return None
         self.progress.log(f"resuming after step {step} from {self._newest}")
+        self._record_settings(step)
         return step
+
+    def _refuse_fewer_steps(self) -> None:
+        steps = self._config.train.steps
+        done = 0 if self._newest is None else int(self._newest.name.removeprefix("step_"))
+        if done > steps:
+            raise UserError(
+                f"train.steps={steps}, but this run has done {done} ({self._newest}), so nothing is left to train: set "
+                f"train.steps above {done}, or choose another run.output_dir"
+            )
+
+    def _keep_settings_before(self) -> None:
+        """Runs of older versions have no settings.jsonl: what they were computed under is in config.yaml until now."""
+        path = self.path / "config.yaml"
+        if self._newest is None or read_parts(self.path) or not path.is_file():
+            return
+        try:
+            before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):  # lost already, and no reason not to go on
+            return
+        if isinstance(before, dict):
+            record_part(self.path, RunPart(1, before), [])
+
+    def _record_settings(self, step: int) -> None:
+        """Keep under which settings the run goes on after `step`, and say which of them are not what they were."""
+        config, before = self._config, read_parts(self.path)
+        files = {"data.train_files": config.data.train_files, "model.hf_dir": [config.model.hf_dir]}
+        contents = {key: sampled_digest(paths) for key, paths in files.items()}
+        part = RunPart(step + 1, config.model_dump(mode="json"), os.getcwd(), contents)
+        changed = record_part(self.path, part, [_with_defaults(earlier) for earlier in before])
+        if changed:
+            lines = "".join(f"\n  {change}" for change in changed)
+            self.progress.log(f"warning: settings differ from step {step + 1} on; both are in settings.jsonl:{lines}")
 
     def report_data(self, lines: list[str]) -> None:
         """Show what became of the rows of the training files, and keep it."""
@@ -283,3 +328,12 @@ class RunDirectory:
                     f"another process is running in {self.path}; wait for it, or change run.output_dir"
                 ) from error
             yield
+
+
+def _with_defaults(part: RunPart) -> RunPart:
+    """A part that an older version recorded, with the settings it did not know yet at their defaults."""
+    try:
+        config = Config.model_validate(part.config).model_dump(mode="json")
+    except ValidationError:  # settings that are gone; they count as changed
+        return part
+    return replace(part, config=config)

@@ -80,7 +80,8 @@ def tune_run(run_dir: Path, settling_steps: float, target: float | None = None, 
     Raises:
         UserError: no target, or see `identify_plant` and `propose_gains`.
     """
-    run = load_run(run_dir)
+    # Before, the settings were others: the plant was another one.
+    run = load_run(run_dir).stretches[-1]
     aim = run.target if target is None else target
     if aim is None:
         raise UserError(f"{run_dir}: the run has no target; give one with --target")

@@ -80,6 +80,9 @@ def render(plot: Plot, runs: Sequence[Run], theme: Theme) -> bytes | None:
         axes = figure.add_subplot()
         if not plot.draw(axes, runs, theme):
             return None
+        if len(runs) == 1:
+            for stretch in runs[0].stretches[1:]:
+                axes.axvline(stretch.steps[0] - 0.5, color=theme.muted, linewidth=0.9, linestyle=(0, (1, 3)))
         buffer = io.BytesIO()
         canvas.print_png(buffer)
         return buffer.getvalue()
@@ -122,12 +125,15 @@ def _style(theme: Theme) -> dict[Any, Any]:
 def _entropy(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     """H of every run, and the band of each distinct target."""
     drawn = _lines(axes, runs, "entropy/mean", theme)
-    for target in sorted({run.target for run in runs if run.target is not None}):
-        axes.axhspan(
-            target * (1 - ENTROPY_BAND), target * (1 + ENTROPY_BAND), color=theme.good, alpha=0.14, linewidth=0
-        )
+    stretches = [stretch for run in runs for stretch in run.stretches]
+    for target in sorted({stretch.target for stretch in stretches if stretch.target is not None}):
         label = f"target {target:g} \u00b1 {ENTROPY_BAND:.0%}"
-        axes.axhline(target, color=theme.good, linewidth=1.2, linestyle=(0, (5, 3)), label=label)
+        # Only where it held: a resumed run may have had another one before.
+        for first, last in {(run.steps[0] - 0.5, run.steps[-1] + 0.5) for run in stretches if run.target == target}:
+            band = (target * (1 - ENTROPY_BAND), target * (1 + ENTROPY_BAND))
+            axes.fill_between([first, last], *band, color=theme.good, alpha=0.14, linewidth=0)
+            axes.plot([first, last], [target] * 2, color=theme.good, linewidth=1.2, linestyle=(0, (5, 3)), label=label)
+            label = ""
     axes.set_ylabel("nats per token")
     _finish(axes, floor=0.0)
     _legend(axes)
@@ -143,7 +149,7 @@ def _alpha(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     dashes = {"entropy/proportional": (0, (1.2, 1.6)), "entropy/integral_term": (0, (5, 2))}
     for run, colour in zip(runs, _colours(theme, len(runs)), strict=True):
         values = run.series("entropy/alpha")
-        if run.target is None or not _any_finite(values):
+        if all(stretch.target is None for stretch in run.stretches) or not _any_finite(values):
             continue
         drawn = True
         alone = len(runs) == 1

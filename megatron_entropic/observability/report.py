@@ -6,14 +6,18 @@ import base64
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from megatron_entropic.errors import UserError
 from megatron_entropic.observability import plots
 from megatron_entropic.observability.metrics import ENTROPY_BAND
 from megatron_entropic.observability.pages import render_page, write_page
 from megatron_entropic.observability.progress import duration
+from megatron_entropic.observability.settings_history import Change, changes, flatten
 from megatron_entropic.observability.summary import LAST_STEPS, Run, Summary, as_number, load_run, summarise
 from megatron_entropic.observability.verdicts import verdicts
 
@@ -63,6 +67,8 @@ def write_report(run_dirs: Sequence[Path], output_dir: Path) -> Path:
                 "facts": _facts(run, summary),
                 "cards": _cards(summary),
                 "verdicts": verdicts(run),
+                "changes": _changes(run),
+                "configurations": _configurations(run),
                 "samples": _samples(run),
             }
             for i, (run, summary) in enumerate(zip(runs, summaries, strict=True))
@@ -111,6 +117,8 @@ def _facts(run: Run, summary: Summary) -> list[str]:
     prompts, samples = run.setting("rollout.prompts_per_step"), run.setting("rollout.samples_per_prompt")
     if prompts and samples:
         facts.append(f"{prompts} prompts x {samples} responses")
+    if len(run.stretches) > 1:
+        facts.append(f"settings changed at step {run.stretches[-1].steps[0]:,}, dotted in the figures")
     if summary.hours is not None:
         facts.append(duration(summary.hours * 3600))
     return facts
@@ -131,7 +139,7 @@ def _cards(summary: Summary) -> Iterator[Card]:
         yield Card("Mean |H \u2212 target|", f"{summary.tracking_error:.4f}", f"{last}, {note}", tone)
     if summary.saturated is not None:
         tone = "warn" if summary.saturated > 0.5 else ""
-        yield Card("Alpha at its limit", f"{summary.saturated:.0%}", "of all steps", tone)
+        yield Card("Alpha at its limit", f"{summary.saturated:.0%}", "of all steps under these settings", tone)
     if summary.actuated is not None:
         yield Card("Tokens alpha acts on", f"{summary.actuated:.1%}", "pi > tau and an advantage")
     if summary.worst_mismatch is not None:
@@ -158,22 +166,30 @@ def _sample(row: dict[str, Any], step: int) -> dict[str, Any]:
     }
 
 
+def _changes(run: Run) -> list[tuple[int, Change]]:
+    """(first step, change) of every setting that a resume changed."""
+    return [(new.first_step, change) for old, new in pairwise(run.parts) for change in changes(old, new)]
+
+
+def _configurations(run: Run) -> list[tuple[str, str]]:
+    """(which steps, configuration as text) of each part of the run."""
+    if len(run.parts) < 2:
+        return [("every value of this run", run.config_text)] if run.config_text else []
+    ends = [f"to {part.first_step - 1:,}" for part in run.parts[1:]] + ["on"]
+    return [
+        (f"every value from step {part.first_step:,} {end}", yaml.safe_dump(part.config, sort_keys=False, width=100))
+        for part, end in zip(run.parts, ends, strict=True)
+    ]
+
+
 def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """(dotted key, value in each run) of every setting that is not the same in all; paths of the run aside."""
     if len(runs) < 2:
         return []
-    flat = [dict(_flatten(run.config)) for run in runs]
+    flat = [dict(flatten(run.config)) for run in runs]
     keys = {key: None for settings in flat for key in settings if key not in ("run.name", "run.output_dir")}
     rows = [(key, [str(settings.get(key, "\u2013")) for settings in flat]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _last_metrics(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, list[str]]]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
@@ -16,6 +16,7 @@ from megatron_entropic.errors import UserError, reading
 from megatron_entropic.observability.jsonl import read_json_lines
 from megatron_entropic.observability.metrics import ENTROPY_BAND, read_metrics
 from megatron_entropic.observability.samples import SAMPLES_FILE
+from megatron_entropic.observability.settings_history import RunPart, parts_of_steps, read_parts
 
 CONFIG_FILE = "config.yaml"
 LAST_STEPS = 20
@@ -37,6 +38,8 @@ class Run:
     """The resolved configuration; empty if it is missing."""
     config_text: str
     samples: list[dict[str, Any]]
+    parts: list[RunPart] = field(default_factory=list)
+    """Under which settings which steps were computed; empty where that was not recorded."""
 
     @property
     def steps(self) -> list[int]:
@@ -61,6 +64,26 @@ class Run:
     def number(self, key: str, default: float) -> float:
         """A number of the configuration by its dotted key; the default also where something else stands there."""
         return as_number(self.setting(key), default)
+
+    @cached_property
+    def stretches(self) -> list[Run]:
+        """The steps that were computed under the same settings, each as a run of its own, in order."""
+        parts = parts_of_steps(self.parts)
+        if len(parts) < 2:
+            return [self]
+        bounds = [*(part.first_step for part in parts[1:]), math.inf]
+        runs, first = [], -math.inf
+        for part, end in zip(parts, bounds, strict=True):
+            rows = [row for row in self.rows if first <= row["step"] < end]
+            if rows:
+                runs.append(replace(self, rows=rows, config=part.config, parts=[part]))
+            first = end
+        return runs
+
+    def at(self, step: int) -> Run:
+        """The same run with the settings that a step was computed under."""
+        before = [part for part in self.parts if part.first_step <= step]
+        return replace(self, config=before[-1].config, parts=before[-1:]) if before else self
 
     @cached_property
     def target(self) -> float | None:
@@ -105,7 +128,8 @@ class Summary:
     tracking_error: float | None
     """Mean |H - target| over the last steps, each step against its own target, nats."""
     saturated: float | None
-    """Share of steps with alpha at its limit; None where alpha does not follow the entropy."""
+    """Share of the steps since the settings last changed with alpha at its limit; None where alpha does not follow the
+    entropy."""
     actuated: float | None
     """Share of the last steps' tokens that alpha acts on: pi > tau and A != 0."""
     worst_mismatch: float | None
@@ -139,16 +163,17 @@ def load_run(path: Path) -> Run:
     samples = read_json_lines(samples_path) if samples_path.is_file() else []
     section = config.get("run")
     name = str(section["name"]) if isinstance(section, dict) and section.get("name") else path.resolve().name
-    return Run(path, name, rows, config, text, samples)
+    return Run(path, name, rows, config, text, samples, read_parts(path))
 
 
 def summarise(run: Run) -> Summary:
-    """The numbers of a run's cards."""
+    """The numbers of a run's cards; those of its control are of the steps since the settings last changed."""
+    whole, run = run, run.stretches[-1]
     entropy = run.finite("entropy/mean")[-LAST_STEPS:]
-    rewards, alpha = run.finite("reward/mean"), run.finite("entropy/alpha")
+    rewards, alpha = whole.finite("reward/mean"), run.finite("entropy/alpha")
     actuated = run.finite("entropy/actuated_fraction")[-LAST_STEPS:]
-    mismatch, speed = run.finite("mismatch/logprob_abs_max"), run.finite("throughput/tokens_per_s")
-    seconds = run.finite("time/step_s")
+    mismatch, speed = whole.finite("mismatch/logprob_abs_max"), whole.finite("throughput/tokens_per_s")
+    seconds = whole.finite("time/step_s")
     target = run.target
     errors = [
         abs(value - (run.target or 0.0) if math.isnan(aim) else value - aim)
@@ -158,7 +183,7 @@ def summarise(run: Run) -> Summary:
     feedback = run.setting("entropy_control.controller", "pi") in ("p", "pi")
     return Summary(
         steps=run.steps[-1],
-        planned_steps=int(run.number("train.steps", 0)) or None,
+        planned_steps=int(whole.number("train.steps", 0)) or None,
         reward=fmean(rewards[-LAST_STEPS:]) if rewards else None,
         reward_start=fmean(rewards[:LAST_STEPS]) if len(rewards) >= 2 * LAST_STEPS else None,
         entropy=fmean(entropy) if entropy else None,

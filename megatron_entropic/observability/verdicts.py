@@ -35,7 +35,8 @@ class Verdict:
 
 
 def verdicts(run: Run) -> list[Verdict]:
-    """Everything that can be said of a run's last steps; a run that logs no entropy gets none."""
+    """Everything that can be said of a run's last steps under the same settings; without entropy there is nothing."""
+    run = run.stretches[-1]
     if len(run.finite("entropy/mean")) < 2:
         return []
     controller = run.setting("entropy_control.controller", "pi")

@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from megatron_entropic.config import Config
+from megatron_entropic.config_loading import dump_config
+from megatron_entropic.observability.progress import Progress
 from megatron_entropic.observability.rollouts import recorded_steps
+from megatron_entropic.observability.settings_history import read_parts
+from megatron_entropic.policy.checkpoint_files import MANIFEST, checkpoint_path
 from megatron_entropic.run_directory import RunDirectory
 from megatron_entropic.types import Prompt, Sample, Scores, Sequence
 
@@ -36,6 +41,48 @@ def test_rollouts_are_kept_where_asked_for_and_where_an_update_was_skipped(
     for step in range(1, 6):
         run.keep_rollouts(step, [sample], [sequence], scores, {"optimizer/skipped": float(step == 3)})
     assert recorded_steps(tmp_path) == kept
+
+
+def test_fewer_steps_than_are_done_is_an_error_before_anything_starts(tmp_path: Path) -> None:
+    checkpoint = checkpoint_path(tmp_path / "checkpoints", 4)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / MANIFEST).write_text("{}")
+    run = run_directory(tmp_path, train={"steps": 3})
+    with pytest.raises(ValueError, match=r"train\.steps=3, but this run has done 4 "), run:
+        pass
+    assert not (tmp_path / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["recorded", "of an older version"])
+def test_a_resume_says_what_changed_and_keeps_what_was(
+    tmp_path: Path, older: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs of older versions have their settings in config.yaml alone, and lack those that are new."""
+    (tmp_path / "x").write_text("rows")
+    checkpoint = checkpoint_path(tmp_path / "checkpoints", 4)
+    first = run_directory(tmp_path, optimizer={"learning_rate": 1e-3})
+    first.progress = Progress(9)
+    if older:
+        dump_config(first._config, tmp_path / "config.yaml")
+        config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+        del config["logging"]
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    else:
+        first._record_settings(0)
+    second = run_directory(tmp_path, optimizer={"learning_rate": 1e-4}, run={"output_dir": tmp_path, "seed": 7})
+    second.progress, second._newest = Progress(9), checkpoint
+    second._keep_settings_before()
+    second._record_settings(4)
+    assert [(part.first_step, part.config["optimizer"]["learning_rate"]) for part in read_parts(tmp_path)] == [
+        (1, 1e-3),
+        (5, 1e-4),
+    ]
+    said = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert said == [
+        "warning: settings differ from step 5 on; both are in settings.jsonl:",
+        "run.seed: 1 -> 7",
+        "optimizer.learning_rate: 0.001 -> 0.0001",
+    ]
 
 
 def test_a_recorded_step_has_the_checkpoint_before_it(tmp_path: Path) -> None:
