@@ -8,6 +8,7 @@ Any tensor, pipeline or expert parallel layout loads a converted checkpoint. See
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,8 @@ def add_convert_parsers(commands: Any) -> None:
     verify = commands.add_parser(
         "verify",
         help="compare a Hugging Face directory with a distributed checkpoint, bit by bit",
-        description="Exit status 0: equal; 1: different, with a table of what differs; 2: they cannot be compared.",
+        description="Exit status 0: equal; 1: different, with a table of what differs; 2: they cannot be compared. "
+        "Where dtypes differ, the Hugging Face tensor is converted to the checkpoint's before its bits are compared.",
     )
     verify.add_argument("--hf-dir", type=Path, required=True, help="Hugging Face directory with safetensors")
     verify.add_argument("--megatron-dir", type=Path, required=True, help="checkpoint, the folder with .metadata in it")
@@ -123,6 +125,9 @@ def _verify(options: argparse.Namespace) -> int:
         if different:
             console.print(_table(different))
         _say(console, f"{len(differences)} tensors compared, {len(different)} differ")
+        for (there, here), count in Counter((d.hf_dtype, d.megatron_dtype) for d in differences).items():
+            if there != here:
+                _say(console, f"{count} of them are {_short(there)} and {_short(here)}: compared as {_short(here)}")
         agree = _logits_agree(options.hf_dir, options.megatron_dir, console) if options.logits else True
     except (OSError, RunError) as error:
         # Their own status means "different" here.
@@ -133,7 +138,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _table(differences: list[Difference]) -> Table:
     table = Table("tensor", "dtypes", "values", "differing", "largest", "NaN", title="Hugging Face / Megatron")
     for one in differences:
-        dtypes = [str(dtype).removeprefix("torch.") for dtype in (one.hf_dtype, one.megatron_dtype)]
+        dtypes = [_short(dtype) for dtype in (one.hf_dtype, one.megatron_dtype)]
         table.add_row(
             Text(printable(one.name)),
             " / ".join(dtypes),
@@ -143,6 +148,10 @@ def _table(differences: list[Difference]) -> Table:
             f"{one.hf_nan:,} / {one.megatron_nan:,}",
         )
     return table
+
+
+def _short(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _logits_agree(hf_dir: Path, megatron_dir: Path, console: Console) -> bool:

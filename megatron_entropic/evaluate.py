@@ -11,6 +11,7 @@ from megatron_entropic.data import load_checked_tokenizer
 from megatron_entropic.evaluation.summary import BenchmarkSummary
 from megatron_entropic.evaluator import Evaluator, model_identity
 from megatron_entropic.rewards import RewardScorer
+from megatron_entropic.weights.hf_io import HfReader
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ def evaluate(config: Config, directory: Path, label: str) -> list[BenchmarkSumma
         ValueError: benchmarks that cannot be used, or a directory with other settings' responses.
         RunError: engines or verifier could not start or died.
     """
+    HfReader(config.model.hf_dir)  # vLLM reads some incomplete or ambiguous checkpoints without a word
     model = model_identity(config.model.hf_dir)
     evaluator = Evaluator(config, load_checked_tokenizer(config.model.hf_dir))
     pending = evaluator.pending(directory, model)

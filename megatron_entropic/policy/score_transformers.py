@@ -10,7 +10,7 @@ import torch
 from megatron_entropic.config import Dtype
 from megatron_entropic.data.token_file import read_token_file, write_scored_file
 from megatron_entropic.tensor_parallel import logprob_and_entropy
-from megatron_entropic.weights.dimensions import read_dimensions
+from megatron_entropic.weights.hf_io import HfReader
 
 
 def score_file(hf_dir: Path, tokens_path: Path, output_path: Path, temperature: float, dtype: Dtype) -> None:
@@ -21,7 +21,7 @@ def score_file(hf_dir: Path, tokens_path: Path, output_path: Path, temperature: 
     """
     import transformers
 
-    lines = read_token_file(tokens_path, read_dimensions(hf_dir).vocab_size)
+    lines = read_token_file(tokens_path, HfReader(hf_dir).parameter_map.dimensions.vocab_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = (
         transformers.AutoModelForCausalLM.from_pretrained(

@@ -11,7 +11,8 @@ from megatron_entropic.config import Dtype, RolloutConfig
 from megatron_entropic.data.token_file import read_token_file, write_scored_file
 from megatron_entropic.errors import UserError
 from megatron_entropic.rollout.engine import RolloutEngine
-from megatron_entropic.weights.dimensions import ModelDimensions, read_dimensions
+from megatron_entropic.weights.dimensions import ModelDimensions
+from megatron_entropic.weights.hf_io import HfReader
 
 # vLLM computes full-vocabulary log-probs for every prompt token of a forward pass.
 _TOKENS_PER_FORWARD = 2048
@@ -36,7 +37,7 @@ def score_file(hf_dir: Path, tokens_path: Path, output_path: Path, dtype: Dtype,
             f"--temperature {temperature:g}: vLLM reports log-probs of given tokens at temperature 1 only; "
             "use --backend megatron or transformers for another"
         )
-    dimensions = read_dimensions(hf_dir)
+    dimensions = HfReader(hf_dir).parameter_map.dimensions  # vLLM reads some checkpoints otherwise than the policy
     lines = read_token_file(tokens_path, dimensions.vocab_size)
     longest = max(len(line.tokens) for line in lines)
     if longest >= dimensions.max_position_embeddings:

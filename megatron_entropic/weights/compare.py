@@ -36,8 +36,13 @@ class Difference:
 
     @property
     def is_equal(self) -> bool:
-        """Same dtype, same bits, and no NaN on either side."""
-        return self.hf_dtype == self.megatron_dtype and not (self.differing or self.hf_nan or self.megatron_nan)
+        """Same bits, after conversion of the Hugging Face tensor where dtypes differ, and no NaN on either side."""
+        return not (self.differing or self.hf_nan or self.megatron_nan)
+
+    @property
+    def was_converted(self) -> bool:
+        """Whether the dtypes differ."""
+        return self.hf_dtype != self.megatron_dtype
 
 
 def compare_weights(

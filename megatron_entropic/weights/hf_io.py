@@ -26,7 +26,10 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 """What weights may be, as safetensors spells it."""
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LISTED_PER_KIND = 20
+_COMPARED_ROWS = 4096
+"""Rows of the embedding that are compared with the head's at a time."""
 _COPIED = (
     "generation_config.json",
     "tokenizer*",
@@ -81,8 +84,9 @@ class Problems:
 class HfReader(Mapping[str, Tensor]):
     """The tensors of a Hugging Face directory by name, read through memory maps when asked for.
 
-    Opening it reads headers only and compares them with what the model's config.json calls for. `lm_head.weight` of
-    a tied checkpoint, rotary inv_freq buffers and layers that predict further tokens are tolerated and not offered.
+    Opening it reads headers only and compares them with what the model's config.json calls for. Rotary inv_freq buffers
+    and layers that predict further tokens are tolerated and not offered: transformers and vLLM pass over them too. So
+    is `lm_head.weight` of a tied checkpoint if its values are the embedding's, for which both are read.
     Tensors are views of the map: copy them, never write to them.
 
     Raises:
@@ -100,6 +104,8 @@ class HfReader(Mapping[str, Tensor]):
         problems.raise_if_any(f"{self.hf_dir}: the checkpoint does not fit its config.json:")
         self._stored = {name: stored[name] for name in expected}
         self._open_files: dict[Path, Any] = {}
+        if HEAD in stored and HEAD not in expected:
+            self._check_tied_head(stored[HEAD])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,8 +116,29 @@ class HfReader(Mapping[str, Tensor]):
         """Dtype of a tensor, by the header of its file."""
         return FLOAT_DTYPES[self._stored[name].dtype]
 
+    def _check_tied_head(self, head: _Stored) -> None:
+        """Refuse a head of its own in a model whose config.json says that it has none.
+
+        transformers 5 uses such a head, transformers 4 and vLLM's loaders do not all: two models, and no word of it.
+        """
+        if head.shape == self._stored[EMBEDDING].shape and head.dtype in FLOAT_DTYPES:
+            embedding, own = self[EMBEDDING], self._read(head.path, HEAD)
+            rows = range(0, head.shape[0], _COMPARED_ROWS)
+            if all(torch.equal(*(t[r : r + _COMPARED_ROWS].float() for t in (embedding, own))) for r in rows):
+                return
+            difference = "its values are not those of"
+        else:
+            difference = f"it is {head.dtype} {list(head.shape)}, unlike"
+        raise UserError(
+            f"{self.hf_dir}: config.json says tie_word_embeddings=true, but {head.path.name} has a {HEAD} of its own: "
+            f"{difference} {EMBEDDING}. Programs differ in which of the two they use. If the head belongs to the "
+            'model, set "tie_word_embeddings": false in config.json; if not, remove the tensor'
+        )
+
     def __getitem__(self, name: str) -> Tensor:
-        path = self._stored[name].path
+        return self._read(self._stored[name].path, name)
+
+    def _read(self, path: Path, name: str) -> Tensor:
         if path not in self._open_files:
             self._open_files[path] = safe_open(path, framework="pt", device="cpu")
         tensor: Tensor = self._open_files[path].get_tensor(name)
@@ -161,9 +188,13 @@ def _weight_files(hf_dir: Path, expected: Mapping[str, Shape], problems: Problem
     Raises:
         UserError: there are none, or the index cannot be read (nothing else can be said then).
     """
-    if (hf_dir / SINGLE_FILE).is_file():
-        return {hf_dir / SINGLE_FILE: set(expected)}
-    index = hf_dir / INDEX_FILE
+    index, single = hf_dir / INDEX_FILE, hf_dir / SINGLE_FILE
+    if single.is_file() and not index.is_file():
+        # Without an index vLLM reads every file, one over the other.
+        others = sorted(path.name for path in hf_dir.glob("*.safetensors") if path != single)
+        if others:
+            problems.add(f"files beside {SINGLE_FILE}, which no {INDEX_FILE} sorts out; remove them", ", ".join(others))
+        return {single: set(expected)}
     if not index.is_file():
         others = sorted(path.name for pattern in ("*.safetensors", "*.bin", "*.pt") for path in hf_dir.glob(pattern))
         found = f"; found {', '.join(others[:5])}, which cannot be read without it" if others else ""
@@ -175,6 +206,12 @@ def _weight_files(hf_dir: Path, expected: Mapping[str, Shape], problems: Problem
             files.setdefault(hf_dir / file_name, set()).add(name)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{index}: not a safetensors index ({type(error).__name__}: {error})") from error
+    if single.is_file() and set(files) != {single}:
+        problems.add(
+            "two sets of weights, of which transformers reads the first and vLLM the second; remove the one that is "
+            "not the model",
+            f"{SINGLE_FILE}; {INDEX_FILE} with {', '.join(sorted({path.name for path in files} - {SINGLE_FILE})[:3])}",
+        )
     return files
 
 

@@ -100,17 +100,30 @@ class MegatronCheckpoint:
         if not found:
             problems.add("missing tensors", next(possible_places(entry, dimensions)).key + self._of(entry))
             return set()
+        fit = [[self._check_shape(place, entry, len(places), problems) for place in places] for places in found]
+        if len(found) > 1 and all(map(all, fit)):
+            self._compare_places(entry, found, problems)
         self._places[entry.megatron_name] = found[0]
-        for place in found[0]:
-            self._check_shape(place, entry, len(found[0]), problems)
         return {self._prefix + place.key for places in found for place in places}
 
-    def _check_shape(self, place: Place, entry: Entry, parts: int, problems: Problems) -> None:
+    def _compare_places(self, entry: Entry, found: list[tuple[Place, ...]], problems: Problems) -> None:
+        """A parameter under several names, as conversions write norms for several layer specs, must be one."""
+        values = []
+        for places in found:
+            self._places[entry.megatron_name] = places
+            values.append(self.rows(entry, 0, entry.shape[0]))
+        for places, other in zip(found[1:], values[1:], strict=True):
+            if not torch.equal(values[0], other):
+                keys = f"{found[0][0].key} and {places[0].key}{self._of(entry)}"
+                problems.add("parameters stored twice with different values", keys)
+
+    def _check_shape(self, place: Place, entry: Entry, parts: int, problems: Problems) -> bool:
         wanted = (*place.axes, entry.shape[0] // parts, *entry.shape[1:])
         shape = self._reader.tensors[self._prefix + place.key].shape
         padded = isinstance(entry.layout, VocabularyShard) and shape[1:] == wanted[1:] and shape[0] >= wanted[0]
         if shape != wanted and not padded:
             problems.add_once("wrong shapes", f"{place.key}: {list(shape)}, expected {list(wanted)}")
+        return shape == wanted or padded
 
     @staticmethod
     def _of(entry: Entry) -> str:

@@ -141,6 +141,15 @@ def test_verify_tells_equal_different_and_not_comparable_apart(
     assert status == 1
     assert "tensors compared, 1 differ" in output
     assert "0.25" in output
+    rounded = tmp_path / "rounded"
+    assert call("hf_to_megatron", "--hf-dir", hf_dir, "--output-dir", rounded, "--dtype", "bfloat16")[0] == 0
+    status, output, _ = call("verify", "--hf-dir", hf_dir, "--megatron-dir", rounded)
+    assert status == 0
+    assert "0 differ" in output
+    assert "of them are float32 and bfloat16: compared as bfloat16" in output
+    status, output, _ = call("verify", "--hf-dir", other, "--megatron-dir", rounded)
+    assert status == 1
+    assert "tensors compared, 1 differ" in output
     status, _, errors = call("verify", "--hf-dir", hf_dir, "--megatron-dir", tmp_path)
     assert status == 2
     assert "error: " in errors

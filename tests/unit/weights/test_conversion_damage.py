@@ -17,10 +17,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import build_tiny
 from safetensors.torch import load_file, save_file
 
 from megatron_entropic.weights.conversion import hf_to_megatron, megatron_to_hf
 from megatron_entropic.weights.safetensors_files import read_header
+from megatron_entropic.weights.torch_dist_reader import TorchDistReader
 
 ROOT = Path(__file__).resolve().parents[3]
 FLIPS = 120
@@ -220,6 +222,21 @@ def test_damaged_checkpoints(tmp_path: Path, megatron_dir: Path):
     message = after(untie)
     assert "unexpected tensors (1):\n    - output_layer.weight: [53, 24]" in message
     assert "decoder.layers.mlp.linear_fc2.weight: [2, 24, 44], expected [3, 24, 44]" in message
+
+
+def test_a_parameter_that_is_stored_twice_must_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    build_tiny("qwen3_moe", False).save_pretrained(tmp_path / "model")
+    hf_to_megatron(tmp_path / "model", tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    read = TorchDistReader.read
+
+    def read_changed(self: TorchDistReader, name: str, offsets: tuple, sizes: tuple) -> torch.Tensor:
+        return read(self, name, offsets, sizes) + (name == "decoder.layers.1.pre_mlp_layernorm.weight")
+
+    monkeypatch.setattr(TorchDistReader, "read", read_changed)
+    message = refused(tmp_path / "megatron", tmp_path / "out", megatron_to_hf)
+    assert "parameters stored twice with different values (1)" in message
+    assert "decoder.layers.1.pre_mlp_layernorm.weight (layer 1)" in message
 
 
 def test_any_flipped_byte_of_the_metadata_is_refused_or_without_effect(tmp_path: Path, megatron_dir: Path):

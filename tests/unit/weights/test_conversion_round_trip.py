@@ -79,7 +79,7 @@ def test_dtype_is_converted_when_asked(tmp_path: Path, qwen3_dir: Path):
     assert same_bits(wanted, tensors(tmp_path / "back"))
     assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == "bfloat16"
     differences = compare_weights(qwen3_dir, tmp_path / "megatron", begin=nobody, report=nobody)
-    assert not any(one.is_equal or one.differing for one in differences), (
+    assert all(one.is_equal and one.hf_dtype != one.megatron_dtype for one in differences), (
         "another dtype, with the values it should have"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from megatron_entropic.errors import UserError
+from megatron_entropic.weights import hf_io
 from megatron_entropic.weights.hf_io import HfReader, write_hf_directory
 
 
@@ -69,13 +72,70 @@ def test_one_error_lists_missing_unexpected_wrongly_shaped_and_quantised(qwen3_d
         assert words in str(error.value)
 
 
+def _tie(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+
+
+@pytest.mark.parametrize("change", ["one value", "shape", "dtype"])
+def test_a_tied_model_with_a_head_of_its_own_is_refused(qwen3_dir: Path, monkeypatch: pytest.MonkeyPatch, change: str):
+    """The policy dropped such a head, transformers and vLLM used it: two models, and no word of it."""
+    monkeypatch.setattr(hf_io, "_COMPARED_ROWS", 10)
+    path = qwen3_dir / "model.safetensors"
+    tensors = load_file(path)
+    head = tensors["model.embed_tokens.weight"].clone()
+    if change == "one value":
+        head[52, 3] += 0.5
+    tensors["lm_head.weight"] = {"shape": head[:50], "dtype": head.to(torch.int8)}.get(change, head)
+    save_file(tensors, path)
+    _tie(qwen3_dir)
+    with pytest.raises(
+        UserError, match=r"tie_word_embeddings=true, but model\.safetensors has a lm_head\.weight of its own"
+    ):
+        HfReader(qwen3_dir)
+
+
+def test_weights_in_one_file_and_in_several_beside_an_index_are_refused(qwen3_sharded_dir: Path):
+    """transformers reads the single file, vLLM what the index names."""
+    tensors = load_file(next(qwen3_sharded_dir.glob("model-*")))
+    save_file(tensors, qwen3_sharded_dir / "model.safetensors")
+    with pytest.raises(
+        UserError, match="two sets of weights, of which transformers reads the first and vLLM the second"
+    ):
+        HfReader(qwen3_sharded_dir)
+
+
+def test_an_index_that_names_the_single_file_is_no_second_set(qwen3_dir: Path):
+    names = load_file(qwen3_dir / "model.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+    (qwen3_dir / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert HfReader(qwen3_dir).names
+
+
+def test_shards_of_an_earlier_save_without_their_index_are_refused(qwen3_dir: Path, qwen3_sharded_dir: Path):
+    """vLLM reads every file where there is no index, the old values over the new."""
+    shard = next(qwen3_sharded_dir.glob("model-*"))
+    shutil.copy(shard, qwen3_dir)
+    with pytest.raises(UserError, match=f"files beside model.safetensors.*\n.*{shard.name}"):
+        HfReader(qwen3_dir)
+
+
+def test_exchanged_files_are_named_with_their_tensors(qwen3_sharded_dir: Path):
+    first, second = sorted(qwen3_sharded_dir.glob("model-*"))[:2]
+    first.rename(qwen3_sharded_dir / "aside")
+    second.rename(first)
+    (qwen3_sharded_dir / "aside").rename(second)
+    with pytest.raises(UserError, match=rf"does not name in their file[^*]*: in {first.name}[^*]*: in {second.name}"):
+        HfReader(qwen3_sharded_dir)
+
+
 def test_superfluous_head_of_a_tied_model_and_rotary_buffers_are_tolerated(qwen3_dir: Path):
     path = qwen3_dir / "model.safetensors"
     tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(5)
     save_file(tensors, path)
-    config = json.loads((qwen3_dir / "config.json").read_text())
-    (qwen3_dir / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    _tie(qwen3_dir)
     reader = HfReader(qwen3_dir)
     assert "lm_head.weight" not in reader
     assert "model.layers.0.self_attn.rotary_emb.inv_freq" not in reader
@@ -219,6 +279,8 @@ def test_interrupted_write_leaves_nothing(qwen3_dir: Path, tmp_path: Path):
 _KILLED_WRITER = """
 import os, signal, sys
 from pathlib import Path
+from megatron_entropic.errors import UserError
+from megatron_entropic.weights import hf_io
 from megatron_entropic.weights.hf_io import HfReader, write_hf_directory
 reader = HfReader(Path(sys.argv[1]))
 def tensors():
