@@ -37,7 +37,8 @@ def majority_is_correct(answers: Sequence[str | None], correct: Sequence[bool]) 
     if not votes:
         return None
     winner = max(votes, key=lambda answer: votes[answer])
-    return bool(correct[answers.index(winner)])
+    # Equal answers have equal verdicts, unless one of them had none, by a timeout or an error.
+    return any(right for answer, right in zip(answers, correct, strict=True) if answer == winner)
 
 
 def bootstrap_weights(problems: int, *, seed: int) -> np.ndarray:

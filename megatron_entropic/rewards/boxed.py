@@ -23,7 +23,9 @@ def last_boxed(text: str) -> str | None:
 
 
 def gold_answer(ground_truth: Any) -> str:
-    r"""The answer in a ground truth: LaTeX or a number, with or without \boxed{}; a dictionary's `answer` or `target`.
+    r"""The answer in a ground truth: LaTeX or a number, with or without \boxed{}, or GSM8K's rationale.
+
+    Of a dictionary its `answer` or `target`.
 
     Raises:
         UserError: it is empty.
@@ -34,4 +36,9 @@ def gold_answer(ground_truth: Any) -> str:
         raise UserError("the ground truth is empty")
     text = str(ground_truth).strip()
     boxed = last_boxed(text)
-    return text if boxed is None else boxed
+    if boxed is None:
+        # GSM8K's column is a rationale, with the answer behind the last four hashes.
+        boxed = text.rpartition("####")[2].strip() or text
+    if not boxed:
+        raise UserError("the ground truth is empty")
+    return boxed

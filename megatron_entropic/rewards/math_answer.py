@@ -7,18 +7,19 @@ process this runs in is killed from outside instead, and that is counted (`pool`
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from math_verify import parse, verify
+from math_verify import LatexExtractionConfig, parse
 
 from megatron_entropic.errors import UserError
 from megatron_entropic.rewards.boxed import gold_answer, last_boxed
+from megatron_entropic.rewards.math_forms import compared_as_written, normalised, plain_number, prepared
+from megatron_entropic.rewards.math_values import equal, undefined
 
 _ANSWER_CHARACTERS = 300
-# A sign of mathematics or of money: neither is part of a value, and a backslash left alone would be.
-_DOLLAR = re.compile(r"\\?\$")
+# LaTeX alone: by default the first number of what cannot be parsed is taken for all of it.
+_EXTRACTION = (LatexExtractionConfig(),)
 
 for _name in ("math_verify.parser", "math_verify.grader"):
     # Otherwise every comparison warns that the limits are off.
@@ -28,30 +29,44 @@ for _name in ("math_verify.parser", "math_verify.grader"):
 def math_answer(response: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:
     r"""1.0 if the last \boxed{} of the response equals the ground truth mathematically, else 0.0.
 
-    No box, an unclosed one, or an answer far longer than any right one is wrong without being parsed.
+    No box, an unclosed one, or an answer far longer than any right one is wrong without being parsed. What nobody can
+    parse, such as a time of day, and what parsing would lose, such as ellipses, is compared as written.
 
     Args:
         ground_truth: LaTeX or a number, with or without \boxed{}; or a dictionary with `answer` or `target`.
 
     Raises:
-        UserError: a ground truth that cannot be read.
+        UserError: a ground truth that cannot be read, or not even be compared with itself.
     """
     gold, answer = gold_answer(ground_truth), last_boxed(response)
     if answer is None or len(answer) > max(_ANSWER_CHARACTERS, 2 * len(gold)):
         return 0.0
-    if _bare(answer) == _bare(gold):
+    forms = normalised(gold), normalised(answer)
+    if forms[0] == forms[1]:
         return 1.0
-    parsed_gold = _parse(gold)
-    if not parsed_gold:
+    numbers = plain_number(forms[0]), plain_number(forms[1])
+    if None not in numbers:
+        return float(numbers[0] == numbers[1])
+    return float(_equal(prepared(gold), prepared(answer)))
+
+
+def _equal(gold: str, answer: str) -> bool:
+    """Whether two prepared answers of different writing are equal."""
+    if compared_as_written(gold) or compared_as_written(answer):
+        return False
+    golds, answers = ([value for value in _parse(text) if not undefined(value)] for text in (gold, answer))
+    if not golds:
         raise UserError(f"the ground truth {gold!r} cannot be read as mathematics")
-    return float(verify(parsed_gold, _parse(answer), timeout_seconds=None, raise_on_error=True))
-
-
-def _bare(text: str) -> str:
-    """Without white space and dollar signs: enough for most right answers, and far quicker than parsing."""
-    return re.sub(r"\s|\\?\$", "", text)
+    try:
+        return any(equal(one, other) for one in golds for other in answers)
+    except Exception:  # noqa: BLE001  sympy raises anything
+        # Whose fault is it? An answer that sympy cannot compare is wrong. A ground truth that it cannot compare even
+        # with itself raises here, and the check before training finds it.
+        any(equal(one, one) for one in golds)
+        return False
 
 
 def _parse(latex: str) -> list[Any]:
-    parsed: list[Any] = parse(rf"\boxed{{{_DOLLAR.sub('', latex)}}}", parsing_timeout=None, raise_on_error=True)
+    """The value, where it can be parsed, and what was parsed as a string."""
+    parsed: list[Any] = parse(rf"\boxed{{{latex}}}", _EXTRACTION, parsing_timeout=None, raise_on_error=True)
     return parsed

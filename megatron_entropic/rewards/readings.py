@@ -2,10 +2,10 @@ r"""What a verifier takes for the answer of a response: majority votes count the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 from megatron_entropic.rewards.boxed import last_boxed
+from megatron_entropic.rewards.math_forms import normalised
 from megatron_entropic.rewards.verifiers import build_verifier
 
 Reader = Callable[[str], str | None]
@@ -15,7 +15,7 @@ Reader = Callable[[str], str | None]
 def build_reader(verifier: str) -> Reader:
     r"""How the verifier called `verifier` reads a response.
 
-    `math` reads the last \boxed{} with white space and dollar signs removed; `exact` and `countdown` read the whole
+    `math` reads the last \boxed{} as `math_forms.normalised` writes it; `exact` and `countdown` read the whole
     response. A verifier of one's own may have an attribute `read_answer`, a function of the response; without it no
     answer is known, and a majority cannot be counted.
     """
@@ -29,7 +29,7 @@ def build_reader(verifier: str) -> Reader:
 
 def _boxed(response: str) -> str | None:
     answer = last_boxed(response)
-    return None if answer is None else re.sub(r"[\s$]", "", answer) or None
+    return None if answer is None else normalised(answer) or None
 
 
 def _whole(response: str) -> str | None:

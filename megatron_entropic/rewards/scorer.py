@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from megatron_entropic.config import RewardConfig
-from megatron_entropic.rewards.ground_truths import objection, own_answer
+from megatron_entropic.rewards.ground_truths import Trial, trials
 from megatron_entropic.rewards.judge import Judge, Judging
 from megatron_entropic.rewards.overlong import overlong_penalty
 from megatron_entropic.rewards.verdict import Job, Verdict
@@ -52,17 +52,15 @@ class RewardScorer:
     def truth_problems(self, truths: Sequence[Any]) -> list[str | None]:
         """Why the verifier cannot use a ground truth, None where it can; see `ground_truths`."""
         reasons: list[str | None] = [None] * len(truths)
-        jobs: dict[int, Job] = {}
+        asked: list[tuple[int, Trial, Job]] = []
         for position, truth in enumerate(truths):
             try:
-                answer = own_answer(self._main.name, truth)
+                asked += [(position, trial, (trial.response, truth, {})) for trial in trials(self._main.name, truth)]
             except ValueError as error:
                 reasons[position] = str(error)
-                continue
-            if answer is not None:
-                jobs[position] = (answer, truth, {})
-        for position, verdict in zip(jobs, self._main.verdicts(list(jobs.values())), strict=True):
-            reasons[position] = objection(self._main.name, verdict)
+        verdicts = self._main.verdicts([job for *_, job in asked])
+        for (position, trial, _), verdict in zip(asked, verdicts, strict=True):
+            reasons[position] = reasons[position] or trial.objection(verdict)
         return reasons
 
     def close(self) -> None:

@@ -65,7 +65,7 @@ def test_the_order_of_arrival_changes_no_reward(module: str, caplog: pytest.LogC
         cpu_time_s=0.7,
         overlong_buffer_tokens=4,
     )
-    texts = [r"\boxed{0}", r"\boxed{0.0}", "none", "raise", r"\boxed{9^{9^{9^{9}}}}", r"\boxed{1}"]
+    texts = [r"\boxed{0}", r"\boxed{0.0}", "none", "raise", r"\boxed{\sum_{k=1}^{10^{9}} k^{-1}}", r"\boxed{1}"]
     asked = [(text, prompt, index) for prompt in range(3) for index, text in enumerate([*texts[prompt:], "end"])]
 
     def judged(order: list[int]) -> tuple[list[tuple[float | None, float, str]], dict[str, float]]:

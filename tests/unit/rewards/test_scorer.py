@@ -158,13 +158,14 @@ def test_instant_verifiers_start_no_process() -> None:
 
 def test_math_verify_survives_a_tower_of_powers() -> None:
     """math-verify computes what it is told to; the right answers beside it must not suffer."""
-    texts = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{4.0}", r"\boxed{(10^8)!}", r"\boxed{\frac{8}{2}}", r"\boxed{5}"]
+    endless, tower = r"\boxed{\sum_{k=1}^{10^{9}} k^{-1}}", r"\boxed{9^{9^{9^{9}}}}"
+    texts = [endless, r"\boxed{4.0}", tower, r"\boxed{\frac{8}{2}}", r"\boxed{5}"]
     samples = [sample(text, prompt=number) for number, text in enumerate(texts)]
     with RewardScorer(RewardConfig(verifier="math", workers=2, timeout_s=4)) as scorer:
         metrics = whole_steps.judge(scorer, samples)
     assert samples[0].verifier_status in ("timeout", "error")
-    assert [samples[i].reward for i in (1, 3, 4)] == [1.0, 1.0, 0.0]
-    assert [samples[i].verifier_status for i in (1, 3, 4)] == ["ok", "ok", "ok"]
+    assert [samples[i].reward for i in (1, 2, 3, 4)] == [1.0, 0.0, 1.0, 0.0]
+    assert [samples[i].verifier_status for i in (1, 2, 3, 4)] == ["ok"] * 4
     assert sum(metrics.values()) >= 1
 
 
