@@ -41,7 +41,13 @@ from megatron_entropic.observability.metrics import MetricsWriter
 from megatron_entropic.observability.progress import Progress
 from megatron_entropic.observability.rollouts import rollouts_path, write_rollouts
 from megatron_entropic.observability.samples import SampleLog
-from megatron_entropic.observability.settings_history import RunPart, read_parts, record_part, sampled_digest
+from megatron_entropic.observability.settings_history import (
+    RunPart,
+    model_files,
+    read_parts,
+    record_part,
+    sampled_digest,
+)
 from megatron_entropic.observability.text import printable
 from megatron_entropic.observability.timing import PhaseClock
 from megatron_entropic.policy.checkpoint_files import (
@@ -172,7 +178,7 @@ class RunDirectory:
     def _record_settings(self, step: int) -> None:
         """Keep under which settings the run goes on after `step`, and say which of them are not what they were."""
         config, before = self._config, read_parts(self.path)
-        files = {"data.train_files": config.data.train_files, "model.hf_dir": [config.model.hf_dir]}
+        files = {"data.train_files": config.data.train_files, "model.hf_dir": model_files(config.model.hf_dir)}
         contents = {key: sampled_digest(paths) for key, paths in files.items()}
         part = RunPart(step + 1, config.model_dump(mode="json"), os.getcwd(), contents)
         changed = record_part(self.path, part, [_with_defaults(earlier) for earlier in before])

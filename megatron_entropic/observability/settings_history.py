@@ -158,6 +158,12 @@ def sampled_digest(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def model_files(hf_dir: Path) -> list[Path]:
+    """The files of a Hugging Face directory that a run reads: configuration, tokenizer with its template, weights."""
+    patterns = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt")
+    return sorted(path for pattern in patterns for path in hf_dir.glob(pattern))
+
+
 def _words(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
