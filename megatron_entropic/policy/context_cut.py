@@ -32,17 +32,20 @@ class ContextCut:
         """Which chunks of a segment this rank holds, in its order."""
         return (self.rank, 2 * self.size - 1 - self.rank) if self.size > 1 else (0,)
 
-    def positions(self, lengths: torch.Tensor) -> torch.Tensor:
+    def positions(self, lengths: torch.Tensor, tokens: int | None = None) -> torch.Tensor:
         """[T / size] int64: the position of each token of this rank within its segment.
 
         Args:
             lengths: [segments] int64, padded lengths.
+            tokens: T / size where the caller knows it, so that a GPU need not be waited for.
         """
         own = lengths // self.size
-        within = torch.arange(int(own.sum()), device=lengths.device) - (own.cumsum(0) - own).repeat_interleave(own)
+        count = int(own.sum()) if tokens is None else tokens
+        starts = (own.cumsum(0) - own).repeat_interleave(own, output_size=count)
+        within = torch.arange(count, device=lengths.device) - starts
         if self.size == 1:
             return within
-        chunk = (own // 2).repeat_interleave(own)
+        chunk = (own // 2).repeat_interleave(own, output_size=count)
         first, second = self.chunks
         return torch.where(within < chunk, within + first * chunk, within + (second - 1) * chunk)
 

@@ -194,7 +194,16 @@ def _pins_memory(function: Callable[..., Any]) -> bool:
     return "pin_memory=True" in inspect.getsource(function)
 
 
+PACKED_ROTARY = Replacement(
+    "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_thd",
+    apply_rotary_packed,
+    "one gather instead of a loop over segments; Transformer Engine has a kernel for it",
+    _loops_over_segments,
+)
+"""On any device where Transformer Engine's layers are not used."""
+
 REPLACEMENTS = (
+    PACKED_ROTARY,
     Replacement("torch.cuda:current_device", _cpu_device, "device of buffers, parameters and p2p tensors", _fails),
     Replacement("torch.cuda:synchronize", _do_nothing, "after p2p and before saving; a CPU has no queue", _fails),
     Replacement("torch.cuda:get_rng_state", _get_generator_state, "RNG tracker of tensor-parallel ranks", _fails),
@@ -210,12 +219,6 @@ REPLACEMENTS = (
         _set_generator_state,
         "RNG tracker's fork, and recomputation; unpatched it only grows torch's list of queued calls",
         _does_not_restore,
-    ),
-    Replacement(
-        "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_thd",
-        apply_rotary_packed,
-        "one gather instead of a loop over segments; CUDA has Transformer Engine's kernel",
-        _loops_over_segments,
     ),
     Replacement(
         "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding:get_pos_emb_on_this_cp_rank",

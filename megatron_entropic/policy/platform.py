@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_entropic.errors import PhaseTimeout, UserError
-from megatron_entropic.policy.cpu_patches import apply_cpu_patches
+from megatron_entropic.policy.cpu_patches import PACKED_ROTARY, apply_cpu_patches
 from megatron_entropic.policy.megatron_versions import check_megatron_version, installed_megatron_version
 from megatron_entropic.policy.noise import silence_known_noise
 
@@ -151,6 +151,8 @@ class CudaPlatform(Platform):
 
     def __init__(self) -> None:
         self.transformer_engine = transformer_engine_is_usable()
+        if not self.transformer_engine:
+            PACKED_ROTARY.apply()
         self.fused_weight_gradients = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
         # A launcher that gives each process its own GPU makes it device 0; torchrun numbers them.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

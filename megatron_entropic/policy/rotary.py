@@ -37,7 +37,7 @@ def apply_rotary_packed(
             rotated; the result has halves all the same, of q as of k.
         mscale: of cosine and sine.
     """
-    positions = ContextCut(cp_group.rank(), cp_group.size()).positions(cu_seqlens.long().diff())
+    positions = ContextCut(cp_group.rank(), cp_group.size()).positions(cu_seqlens.long().diff(), len(tensor))
     # [max_s, 1, d] before the gather: the cosine is taken once for each position, not for each token.
     cos = (freqs.squeeze(2).cos() * mscale).to(tensor.dtype)[positions]
     sin = (freqs.squeeze(2).sin() * mscale).to(tensor.dtype)[positions]

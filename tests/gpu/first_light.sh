@@ -37,12 +37,12 @@ failed=0
 printf '%-10s %-8s %s\n' part status seconds >"$output/summary.txt"
 for part in "${parts[@]}"; do
   case $part in
-    machine) limit_s=60 command=("$python" tests/gpu/machine.py) ;;
-    kernels) limit_s=110 command=("${tests[@]}" tests/gpu/test_triton_gpu.py tests/gpu/test_fused_heads_gpu.py) ;;
-    heads) limit_s=80 command=("$python" benchmarks/gpu/vocab_parallel_gpu.py --output-dir "$output" --repetitions 10) ;;
-    policy) limit_s=120 command=("$python" benchmarks/gpu/policy_gpu.py --output-dir "$output") ;;
-    colocated) limit_s=130 command=("${tests[@]}" tests/gpu/test_colocated_run_gpu.py -k "shares and ipc") ;;
-    large) limit_s=150 command=("${tests[@]}" tests/gpu/test_colocated_run_gpu.py -k large) ;;
+    machine) limit_s=40 command=("$python" tests/gpu/machine.py) ;;
+    kernels) limit_s=90 command=("${tests[@]}" tests/gpu/test_triton_gpu.py tests/gpu/test_fused_heads_gpu.py) ;;
+    heads) limit_s=60 command=("$python" benchmarks/gpu/vocab_parallel_gpu.py --output-dir "$output" --repetitions 10) ;;
+    policy) limit_s=160 command=("$python" benchmarks/gpu/policy_gpu.py --output-dir "$output" --repetitions 2) ;;
+    colocated) limit_s=120 command=("${tests[@]}" tests/gpu/test_colocated_run_gpu.py -k "shares and ipc") ;;
+    large) limit_s=130 command=("${tests[@]}" tests/gpu/test_colocated_run_gpu.py -k large) ;;
     *) echo "first light: unknown part $part" >&2; exit 2 ;;
   esac
   echo "== $part (at most $limit_s s)"

@@ -44,7 +44,11 @@ def run(head: str, leaves: tuple[Tensor, Tensor], target: Tensor, g: Tensor, h: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head", ["recompute", "fused_loss"])
 def test_parity_with_stored_logits(gpu: torch.device, head: str, dtype: torch.dtype) -> None:
-    """Values are exact for the inputs as they are: bfloat16 products come out in float32."""
+    """Values are exact for the inputs as they are: bfloat16 products come out in float32.
+
+    A GPU sums the 1,024 products of a logit in an order of its own (2 to 3e-5 on log-probs of -20 were seen on an
+    H200), so torch's own float32 product on the same GPU is what ours is held against.
+    """
     torch.backends.cuda.matmul.allow_tf32 = False
     hidden, weight, target, g, h = example(gpu, 300, dtype)
     leaves = (hidden.clone().requires_grad_(), weight.clone().requires_grad_())
@@ -53,13 +57,15 @@ def test_parity_with_stored_logits(gpu: torch.device, head: str, dtype: torch.dt
     logp = ((exact[0] @ exact[1].T)[:, :VOCABULARY] / 0.7).log_softmax(-1)
     want_logprob, want_entropy = logp.gather(1, target[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
     (want_logprob @ g.double() + want_entropy @ h.double()).backward()
-    assert (logprob - want_logprob).abs().max() <= 2e-5
-    assert (entropy - want_entropy).abs().max() <= 2e-5
+    plain = ((hidden.float() @ weight.float().T)[:, :VOCABULARY] / 0.7).log_softmax(-1)
+    plain_logprob, plain_entropy = plain.gather(1, target[:, None]).squeeze(1), -(plain.exp() * plain).sum(-1)
+    for got, textbook, want in ((logprob, plain_logprob, want_logprob), (entropy, plain_entropy, want_entropy)):
+        assert (got - want).abs().max() <= max(2e-5, 2 * float((textbook - want).abs().max()))
     limit = 1e-5 if dtype == torch.float32 else 5e-3
-    for got, want in zip(leaves, exact, strict=True):
-        assert got.grad is not None
-        assert want.grad is not None
-        assert (got.grad - want.grad).norm() <= limit * want.grad.norm()
+    for leaf, exact_leaf in zip(leaves, exact, strict=True):
+        assert leaf.grad is not None
+        assert exact_leaf.grad is not None
+        assert (leaf.grad - exact_leaf.grad).norm() <= limit * exact_leaf.grad.norm()
 
 
 @pytest.mark.parametrize("head", ["recompute", "fused_loss"])
