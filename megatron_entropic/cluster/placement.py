@@ -14,6 +14,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from megatron_entropic.cluster.head_watch import head_refusal
 from megatron_entropic.config import Config, Device
 from megatron_entropic.errors import RunError
 
@@ -45,7 +46,9 @@ class Placement:
         return self._options(self.engines[engine], gpus=self.engine_gpus)
 
     def release(self) -> None:
-        """Give the reservation back."""
+        """Give the reservation back. It goes with the session anyway, and without Ray's head nobody would answer."""
+        if head_refusal() is not None:
+            return
         for group in {slot.group.id: slot.group for slot in self.policy + self.engines}.values():
             remove_placement_group(group)
 

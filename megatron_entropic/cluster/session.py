@@ -10,8 +10,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import ray
+from ray.exceptions import GetTimeoutError
 
 from megatron_entropic.cluster.environment import is_prepared
+from megatron_entropic.cluster.ray_errors import LOST, translated
 from megatron_entropic.cluster.session_folder import session_folder, short_paths
 from megatron_entropic.config import ClusterConfig, Device
 from megatron_entropic.errors import RunError
@@ -41,7 +43,10 @@ def ray_session(config: ClusterConfig, *, local_cpus: int) -> Iterator[Device]:
             _start_local(config, local_cpus, folder)
         else:
             _join(config)
-        yield _device(config)
+        try:
+            yield _device(config)
+        except (*LOST, GetTimeoutError) as error:  # of what the driver itself asks of Ray; calls of peers say more
+            raise translated(error, "the driver", "Ray") from error
 
 
 def _start_local(config: ClusterConfig, cpus: int, folder: Path) -> None:

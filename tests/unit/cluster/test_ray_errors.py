@@ -27,7 +27,7 @@ CLASSES = [
 
 def made(kind: type[ray_errors.RayError], text: str) -> ray_errors.RayError:
     """An exception of Ray, whose constructors all differ."""
-    error = kind.__new__(kind, text)  # type: ignore[call-arg]
+    error = kind.__new__(kind, text)
     kind_with_text = type(kind.__name__, (kind,), {"__str__": lambda _self: text})
     error.__class__ = kind_with_text
     return error
