@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from dataclasses import fields
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -47,7 +48,7 @@ class NcclSender:
         delta: bool = False,
         lent: Sequence[SharedBlock] = (),
     ) -> None:
-        """Choose a port for the rendezvous of `receivers` workers; `accept` opens it.
+        """Take a port for the rendezvous of `receivers` workers, which nobody else gets any more; see `accept`.
 
         Raises:
             UserError: `delta`, which vLLM's receiving engine does not understand.
@@ -57,8 +58,8 @@ class NcclSender:
             raise UserError("rollout.publish=delta needs cluster.transport=gloo; over NCCL use full")
         self._receivers = receivers
         self._group: Any = None
-        with socket.create_server((host, 0)) as probe:
-            self._address = (host, int(probe.getsockname()[1]))
+        self._listener = socket.create_server((host, 0))
+        self._address = (host, int(self._listener.getsockname()[1]))
 
     @property
     def address(self) -> tuple[str, int]:
@@ -67,8 +68,7 @@ class NcclSender:
 
     def accept(self) -> None:
         """Waits until every worker has joined."""
-        host, port = self._address
-        self._group = _trainer_init()({"master_address": host, "master_port": port, "world_size": self._receivers + 1})
+        self._group = _open_group(self._listener, self._address, self._receivers + 1)
 
     def send(self, contents: FlatContents, flat: torch.Tensor) -> int:
         """Broadcasts `flat` [contents.elements] to all workers; returns their number when it may be reused."""
@@ -90,6 +90,23 @@ class NcclSender:
     def close(self) -> None:
         """Drops the communicator."""
         self._group = None
+        self._listener.close()
+
+
+def _open_group(listener: socket.socket, address: tuple[str, int], world_size: int) -> Any:
+    """The trainer's end of the group, rank 0: what vLLM's `trainer_init` does, on a port that is ours already."""
+    from vllm.distributed.utils import StatelessProcessGroup
+
+    host, port = address
+    if "listen_socket" not in signature(StatelessProcessGroup.create).parameters:
+        listener.close()
+        return _trainer_init()({"master_address": host, "master_port": port, "world_size": world_size})
+    from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+    from vllm.utils.nccl import unpinned_nccl_env
+
+    store = StatelessProcessGroup.create(host=host, port=port, rank=0, world_size=world_size, listen_socket=listener)
+    with unpinned_nccl_env():
+        return PyNcclCommunicator(store, device=torch.accelerator.current_device_index())
 
 
 def _trainer_init() -> Any:

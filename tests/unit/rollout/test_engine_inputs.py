@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 
@@ -134,3 +135,21 @@ def test_the_installed_vllm_takes_our_nccl_options_and_loads_the_plugin():
     assert callable(packed_nccl_broadcast_producer)
     load_general_plugins()
     assert "gloo" in WeightTransferEngineFactory._registry
+
+
+def test_the_port_of_the_nccl_rendezvous_is_not_free_for_others_between_choice_and_use(monkeypatch):
+    """With vLLM's real store on a CPU; only the communicator is replaced."""
+    prepare_environment("cpu")
+    from vllm.distributed.device_communicators import pynccl
+
+    from megatron_entropic.rollout.nccl_transport import NcclSender
+
+    monkeypatch.setattr(pynccl, "PyNcclCommunicator", lambda store, device: store)
+    monkeypatch.setattr("torch.accelerator.current_device_index", lambda: 0)
+    sender = NcclSender("127.0.0.1", 0, 5.0)
+    with pytest.raises(OSError, match="in use"):
+        socket.create_server(sender.address, reuse_port=False)
+    sender.accept()
+    assert sender._group.world_size == 1
+    socket.create_connection(sender.address, timeout=5).close()
+    sender.close()
