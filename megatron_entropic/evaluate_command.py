@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def add_evaluate_parser(commands: Any) -> None:
     parser.add_argument("--max-tokens", type=int, default=8192, help="of a response (default: 8192)")
     parser.add_argument("--max-prompt-tokens", type=int, default=1024, help="a longer problem is an error")
     parser.add_argument("--no-chat-template", action="store_true", help="prompts as they are in the file")
+    parser.add_argument("--template-date", metavar="YYYY-MM-DD", help="for chat templates that ask for the date")
     parser.add_argument("--system-prompt", metavar="TEXT", help="as data.system_prompt")
     parser.add_argument("--prompt-suffix", default="", metavar="TEXT", help="as data.prompt_suffix")
     parser.add_argument("--prompt-key", default="prompt", metavar="KEY", help="as data.prompt_key (default: prompt)")
@@ -87,8 +89,9 @@ def evaluation_config(options: argparse.Namespace) -> Config:
         ConfigError: listing everything that is wrong with the options, the model and the files.
     """
     problems: list[str] = []
-    # The issue's form with commas is taken too.
-    benchmarks = _pairs("--benchmarks", [part for word in options.benchmarks for part in word.split(",")], problems)
+    benchmarks = _pairs(
+        "--benchmarks", [part for word in options.benchmarks for part in _apart_at_commas(word)], problems
+    )
     samples = [word for word in options.samples if "=" not in word]
     samples_of = _pairs("--samples", [word for word in options.samples if "=" in word], problems)
     if len(samples) > 1:
@@ -105,6 +108,7 @@ def evaluation_config(options: argparse.Namespace) -> Config:
                 apply_chat_template=not options.no_chat_template,
                 system_prompt=options.system_prompt,
                 prompt_suffix=options.prompt_suffix,
+                template_date=options.template_date,
                 prompt_key=options.prompt_key,
                 answer_key=options.answer_key,
             ),
@@ -143,6 +147,20 @@ def _hf_dir(model: Path) -> Path:
     """The model of a finished run, or the directory itself."""
     exported = model / "hf"
     return (exported if (exported / "config.json").is_file() else model).absolute()
+
+
+def _apart_at_commas(word: str) -> list[str]:
+    """`a=x.parquet,b=y.parquet` is two benchmarks; a comma in the path of a file that is there is part of the path."""
+    parts: list[str] = []
+    for part in word.split(","):
+        whole = f"{parts[-1]},{part}" if parts else part
+        begins_another = re.match(r"[\w.-]+=.", part) and not Path(whole.partition("=")[2]).exists()
+        if parts and (not begins_another or not part):
+            parts[-1] = whole
+        else:
+            parts.append(part)
+    # A folder of a longer path can look like the beginning of another benchmark: seed=3 in "a=v1,seed=3/h.parquet".
+    return [word] if Path(word.partition("=")[2]).exists() else parts
 
 
 def _pairs(option: str, words: list[str], problems: list[str]) -> dict[str, str]:

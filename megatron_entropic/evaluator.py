@@ -17,6 +17,8 @@ from typing import Any
 from megatron_entropic.cluster.engine_group import EngineGroup
 from megatron_entropic.config import Config, DataConfig
 from megatron_entropic.data import PromptDataset
+from megatron_entropic.data.rows import content_digest
+from megatron_entropic.data.tokenizer import template_digest, tokenizer_digest
 from megatron_entropic.errors import UserError
 from megatron_entropic.evaluation.generations import Generation, write_generations
 from megatron_entropic.evaluation.store import generations_path, stored_settings, summarise_stored, write_summary
@@ -28,7 +30,15 @@ from megatron_entropic.training_batch import on_arrival
 from megatron_entropic.types import Prompt, Sample
 
 # The settings of training data that hold for benchmarks too.
-_FORM_KEYS = ("prompt_key", "answer_key", "system_prompt", "prompt_suffix", "apply_chat_template", "max_prompt_tokens")
+_FORM_KEYS = (
+    "prompt_key",
+    "answer_key",
+    "system_prompt",
+    "prompt_suffix",
+    "apply_chat_template",
+    "template_date",
+    "max_prompt_tokens",
+)
 
 
 class Evaluator:
@@ -79,12 +89,11 @@ class Evaluator:
             if present is None:
                 missing.append(name)
             elif present != wanted:
-                changed = sorted(key for key in wanted | present if wanted.get(key) != present.get(key))
-                problems.append(f"  - {name}: {', '.join(changed)}")
+                problems.append(f"  - {name}: {', '.join(_changes(present, wanted))}")
         if problems:
             raise UserError(
-                f"{directory} holds responses that were made with other settings; choose another directory\n"
-                + "\n".join(problems)
+                f"{directory} holds responses that were made with other settings; choose another directory, or remove "
+                "the files of these benchmarks\n" + "\n".join(problems)
             )
         return missing
 
@@ -136,17 +145,60 @@ class Evaluator:
 
     def _settings(self, name: str, model: dict[str, Any]) -> dict[str, Any]:
         """Everything that a benchmark's responses depend on."""
-        config = self._config
+        config, data = self._config, self._config.data
         return {
             "model": model,
-            "file_sha256": hashlib.sha256(config.evaluation.benchmarks[name].read_bytes()).hexdigest(),
+            "content_sha256": content_digest(config.evaluation.benchmarks[name]),
+            "prompts_sha256": _prompts_digest(self._benchmarks[name]),
+            "tokenizer_sha256": tokenizer_digest(self._tokenizer),
+            "chat_template_sha256": template_digest(self._tokenizer) if data.apply_chat_template else None,
             "samples": config.evaluation.samples(name),
             "sampling": asdict(config.evaluation_sampling),
             "seed": config.evaluation.seed,
             "dtype": config.model.dtype,
             "verifier": config.reward.verifier,
-            "data": config.data.model_dump(mode="json", include=set(_FORM_KEYS)),
+            "data": data.model_dump(mode="json", include=set(_FORM_KEYS)),
         }
+
+
+def _prompts_digest(prompts: list[Prompt]) -> str:
+    """SHA-256 over what the model reads and what its responses are judged by, whatever made them so."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.index, prompt.tokens, prompt.ground_truth], default=str).encode())
+    return digest.hexdigest()
+
+
+def _changes(present: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What differs between two settings, in words: `data.prompt_suffix (was '', is 'Answer:')`."""
+    changed = []
+    for key in sorted(present | wanted):
+        before, now = present.get(key), wanted.get(key)
+        if before == now:
+            continue
+        if isinstance(before, dict) and isinstance(now, dict) and key != "model":
+            changed += [
+                f"{key}.{inner} (was {before.get(inner)!r}, is {now.get(inner)!r})"
+                for inner in sorted(before | now)
+                if before.get(inner) != now.get(inner)
+            ]
+        elif key not in present or key not in wanted:
+            changed.append(f"{_WORDS.get(key, key)} (not recorded by another version of this program)")
+        elif key in _WORDS:
+            changed.append(_WORDS[key])
+        else:
+            changed.append(f"{key} (was {before!r}, is {now!r})")
+    return changed
+
+
+_WORDS = {
+    "model": "the model's files",
+    "content_sha256": "the content of the benchmark",
+    "file_sha256": "the content of the benchmark",
+    "prompts_sha256": "the prompts, as the model reads them",
+    "tokenizer_sha256": "the tokenizer's files",
+    "chat_template_sha256": "the chat template",
+}
 
 
 def model_identity(hf_dir: Path) -> dict[str, Any]:

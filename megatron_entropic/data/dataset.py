@@ -19,12 +19,12 @@ from typing import Any
 from megatron_entropic.config import DataConfig
 from megatron_entropic.data.order import Arrangement, EpochOrder, MixedOrder, as_stored, easy_to_hard, shuffled
 from megatron_entropic.data.overlap import find_duplicates, find_overlap
-from megatron_entropic.data.pass_rates import read_pass_rates
+from megatron_entropic.data.pass_rates import read_pass_rates, recorded_form
 from megatron_entropic.data.problems import Problems, Row
 from megatron_entropic.data.prompts import PromptForm, lookup, problem_text, read_truth
 from megatron_entropic.data.report import DataReport
 from megatron_entropic.data.rows import read_rows
-from megatron_entropic.data.tokenizer import RenderedPrompt, Tokenizer, appended_tokens
+from megatron_entropic.data.tokenizer import RenderedPrompt, Tokenizer, appended_tokens, template_digest
 from megatron_entropic.errors import UserError
 from megatron_entropic.types import Prompt
 
@@ -65,6 +65,7 @@ class PromptDataset:
         if not config.apply_chat_template and (appended := appended_tokens(tokenizer)):
             self.report.left_off = str(tokenizer.decode(appended))
         self._config, self._seed, self._other_columns = config, seed, other_columns
+        self._tokenizer = tokenizer
         problems = Problems()
         self._read(tokenizer, check_truths, problems)
         if config.skip_malformed:
@@ -196,12 +197,31 @@ class PromptDataset:
             problems.add(f"data.pass_rates: {error}")
             return {}
         known = {i: rates[prompt.text] for i, prompt in enumerate(self._prompts) if prompt.text in rates}
+        changed = self._changes_since(file)
+        because = f": recorded with other prompts, since {', '.join(changed)} changed" if changed else ""
         if self._prompts and not known:
             problems.add(
                 f"data.pass_rates: {file}: none of its prompts is one of the training prompts, as the chat template, "
-                "system prompt and suffix make them"
+                f"system prompt and suffix make them{because}"
             )
+        self.report.pass_rates_because = because
         return known
+
+    def _changes_since(self, file: Path) -> list[str]:
+        """What makes prompts and was not as it is now when the pass rates were recorded."""
+        try:
+            before = recorded_form(file)
+        except UserError:
+            # Responses of another program's making have no settings; their prompts are compared all the same.
+            return []
+        form = self._config.model_dump(mode="json")
+        template = template_digest(self._tokenizer) if self._config.apply_chat_template else None
+        now = {key: template if key == "the chat template" else form[key.removeprefix("data.")] for key in before}
+        return [
+            key if key == "the chat template" else f"{key} (was {before[key]!r})"
+            for key in before
+            if before[key] != now[key]
+        ]
 
     def _arrange(self, rows: Sequence[int]) -> Arrangement:
         """`data.order` of some of the prompts."""

@@ -30,6 +30,8 @@ class DataReport:
     """Prompts with a recorded rate, and those of them that were left out."""
     left_off: str = ""
     """What the tokenizer puts behind every text, which is left off prompts."""
+    pass_rates_because: str = ""
+    """Why prompts have none, where the file says so."""
     copies: list[str] = field(default_factory=list)
     """Findings about duplicates and benchmark problems."""
 
@@ -80,7 +82,10 @@ class DataReport:
         yield from self.copies
         if self.pass_rates is not None:
             known, outside = self.pass_rates
-            yield f"recorded pass rates: {known:,} prompts, {outside:,} of them outside the limits and left out"
+            yield (
+                f"recorded pass rates: {known:,} prompts, {outside:,} of them outside the limits and left out"
+                + self.pass_rates_because
+            )
         yield f"prompts of the run: {self.kept:,}"
 
 
