@@ -16,6 +16,7 @@ __all__ = ["Problems", "Row", "content_digest", "read_rows", "what_stands_there"
 
 _SAVED_DATASET = "state.json"
 _SAVED_SPLITS = "dataset_dict.json"
+_DEEPEST = 100
 _JSON_ERRORS = (ValueError, RecursionError)
 # pyarrow's own exceptions are ValueError, OSError, TypeError, KeyError, NotImplementedError and so on as well.
 _ARROW_ERRORS = (
@@ -159,11 +160,28 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _object(row: Row, values: Any, problems: Problems) -> Iterator[Row]:
-    if isinstance(values, dict):
+    if not isinstance(values, dict):
+        problems.add_row(row, f"expected a JSON object, found {type(values).__name__}")
+    elif _too_deep(values):
+        problems.add_row(row, "nested too deeply", f"more than {_DEEPEST} levels")
+    else:
         row.values = values
         yield row
-    else:
-        problems.add_row(row, f"expected a JSON object, found {type(values).__name__}")
+
+
+def _too_deep(value: Any) -> bool:
+    """Whether pickling the value or writing it as JSON could pass Python's limit of recursion."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def what_stands_there(path: Path) -> str:
