@@ -87,6 +87,10 @@ def _train(options: argparse.Namespace) -> None:
     for warning in config_warnings(config):
         console.print(f"[yellow]warning:[/] {escape(printable(warning))}", soft_wrap=True)
     if options.check:
+        from megatron_entropic.preconditions import open_inputs
+
+        with open_inputs(config) as inputs:
+            console.print(printable("\n".join(inputs.prompts.report.lines())), markup=False, soft_wrap=True)
         return
     # Ray reads its settings when the trainer imports it.
     prepare_ray_environment(config.cluster)
@@ -204,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="run or continue a training run")
     train.add_argument("config", type=Path, metavar="CONFIG.yaml")
     train.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="e.g. train.steps=500")
-    train.add_argument("--check", action="store_true", help="validate, print the batch arithmetic, start nothing")
+    train.add_argument("--check", action="store_true", help="open all a run would read, start nothing")
     train.set_defaults(command=_train)
 
     look = commands.add_parser("preflight", help="look at every node of a job before it starts; one process on each")

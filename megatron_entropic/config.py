@@ -12,13 +12,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from megatron_entropic.config_algorithm import (
-    LOSSES_OF_WHOLE_SEQUENCES,
-    AlgorithmConfig,
-    EntropyControlConfig,
-)
+from megatron_entropic.config_algorithm import AlgorithmConfig, EntropyControlConfig
 from megatron_entropic.config_base import LARGEST, Count, Ranks, Seconds, Section, off_is_a_word, one_line
 from megatron_entropic.config_data import DataConfig, RewardConfig
+from megatron_entropic.names import POLICY_LOSSES
 
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
@@ -411,7 +408,8 @@ class Config(Section):
         Nothing is known of a loss given as module:function, so it gets whole micro-batches.
         """
         control, loss = self.entropy_control, self.algorithm.policy_loss
-        if loss in LOSSES_OF_WHOLE_SEQUENCES or ":" in loss or self.feedback == "microbatch_local":
+        entry = POLICY_LOSSES.get(loss)
+        if entry is None or entry.whole_sequences or self.feedback == "microbatch_local":
             return False
         return not control.steers_alpha or control.denominator == "all_tokens"
 

@@ -9,15 +9,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from megatron_entropic.config_base import Count, Section, off_is_a_word
+from megatron_entropic.names import ADVANTAGES, CONTROLLERS, OFF, POLICY_LOSSES, controller_entry
 
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
-
-POLICY_LOSSES = ("clipped", "reinforce", "gspo", "cispo", "ce_gppo", "steer", "clip_cov", "kl_cov")
-"""Values of algorithm.policy_loss beside module:function; algorithms/losses/registry.py has their functions."""
-LOSSES_OF_WHOLE_SEQUENCES = ("gspo",)
-"""Values of algorithm.policy_loss whose token losses depend on the other tokens of their sequence."""
-LOSSES_OF_WHOLE_BATCHES = ("clip_cov", "kl_cov", "steer")
-"""Values of algorithm.policy_loss that rank tokens over the whole optimizer step before it begins."""
 
 
 def _nats_or_multiple(value: float | str) -> float | str:
@@ -60,10 +54,10 @@ class LossOptionsConfig(Section):
 class AlgorithmConfig(Section):
     """Advantages, policy loss, aggregation."""
 
-    advantage: Literal["grpo", "grpo_no_std", "rloo", "reinforce_plus_plus_baseline", "nsr", "w_reinforce"] = "grpo"
+    advantage: str = Field("grpo", description=f"{', '.join(ADVANTAGES)}.")
     policy_loss: str = Field(
         "clipped",
-        description="clipped, reinforce, gspo, cispo, ce_gppo, steer, clip_cov, kl_cov, or module:function.",
+        description=f"{', '.join(POLICY_LOSSES)}, or module:function.",
     )
     loss_options: LossOptionsConfig = LossOptionsConfig()
     clip_low: float = Field(0.2, gt=0, lt=1)
@@ -127,10 +121,10 @@ class RivalsConfig(Section):
 class EntropyControlConfig(Section):
     """EntroPIC (arXiv 2511.15248): alpha = clip(K_p e + K_i sum(e), -1, 1), e = H - target; and its rivals."""
 
-    controller: Annotated[
-        Literal["off", "p", "pi", "constant", "probe", "entropy_bonus", "aec", "entrocraft", "dmmpt"],
-        BeforeValidator(off_is_a_word),
-    ] = "pi"
+    controller: Annotated[str, BeforeValidator(off_is_a_word)] = Field(
+        "pi", description=f"{OFF}, {', '.join(CONTROLLERS)}, or module:Class."
+    )
+    options: dict[str, float] = Field({}, description="Name: number, for a controller given as module:Class to read.")
     target: Entropy = Field(
         0.1,
         description="Token-mean entropy of softmax(logits / rollout.temperature): nats, or a multiple of the first "
@@ -169,12 +163,12 @@ class EntropyControlConfig(Section):
     @property
     def enabled(self) -> bool:
         """Whether anything is controlled at all."""
-        return self.controller != "off"
+        return self.controller != OFF
 
     @property
     def steers_alpha(self) -> bool:
         """Whether the loss may have EntroPIC's term."""
-        return self.controller in ("p", "pi", "constant", "probe")
+        return controller_entry(self.controller).steers_alpha
 
     @property
     def fixed_target(self) -> float | None:

@@ -6,14 +6,20 @@ dropped. Nothing here looks at the disk; `config_machine` does.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_entropic.config import Config
-from megatron_entropic.config_algorithm import LOSSES_OF_WHOLE_BATCHES, LOSSES_OF_WHOLE_SEQUENCES, POLICY_LOSSES
-from megatron_entropic.rewards.verifiers import BUILT_IN
+from megatron_entropic.names import (
+    ADVANTAGES,
+    CONTROLLERS,
+    OFF,
+    POLICY_LOSSES,
+    VERIFIERS,
+    controller_entry,
+    unknown_name,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,22 +154,19 @@ def _optimizer(config: Config) -> Iterator[Violation]:
 def _policy_loss(config: Config) -> Iterator[Violation]:
     """The loss exists, its numbers make sense, and the layout gives it all the tokens it looks at."""
     name, options = config.algorithm.policy_loss, config.algorithm.loss_options
-    module, separator, function = name.partition(":")
-    outside = bool(separator and module and function.isidentifier())
-    if not outside and name not in POLICY_LOSSES:
-        nearest = difflib.get_close_matches(name, POLICY_LOSSES, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        yield Violation(
-            ("algorithm.policy_loss",),
-            f"algorithm.policy_loss={name!r}: expected one of {', '.join(POLICY_LOSSES)}, or module:function{hint}",
-        )
+    if problem := unknown_name(name, POLICY_LOSSES, own="module:function"):
+        yield Violation(("algorithm.policy_loss",), f"algorithm.policy_loss={name!r}: {problem}")
+    advantage = config.algorithm.advantage
+    if problem := unknown_name(advantage, ADVANTAGES):
+        yield Violation(("algorithm.advantage",), f"algorithm.advantage={advantage!r}: {problem}")
     for low, high in (("steer_weight_min", "steer_weight_max"), ("clip_cov_low", "clip_cov_high")):
         if getattr(options, low) > getattr(options, high):
             yield Violation(
                 (f"algorithm.loss_options.{low}", f"algorithm.loss_options.{high}"),
                 f"algorithm.loss_options.{low}={getattr(options, low):g} is above {high}={getattr(options, high):g}",
             )
-    looks_further = outside or name in (*LOSSES_OF_WHOLE_SEQUENCES, *LOSSES_OF_WHOLE_BATCHES)
+    entry = POLICY_LOSSES.get(name)
+    looks_further = entry is None or entry.whole_sequences or entry.plan
     if looks_further and config.policy.context_parallel > 1:
         yield Violation(
             ("algorithm.policy_loss", "policy.context_parallel"),
@@ -175,7 +178,10 @@ def _policy_loss(config: Config) -> Iterator[Violation]:
 def _entropy_control(config: Config) -> Iterator[Violation]:
     control, rivals = config.entropy_control, config.entropy_control.rivals
     local = control.feedback == "microbatch_local"
-    if local and control.enabled and control.controller not in ("p", "pi"):
+    if problem := unknown_name(control.controller, (OFF, *CONTROLLERS), own="module:Class"):
+        keys = ("entropy_control.controller",)
+        yield Violation(keys, f"entropy_control.controller={control.controller!r}: {problem}")
+    elif local and control.enabled and not controller_entry(control.controller).answers_error:
         yield Violation(
             ("entropy_control.feedback", "entropy_control.controller"),
             f"entropy_control.feedback=microbatch_local is the published code's: controllers p and pi have it, "
@@ -230,19 +236,15 @@ def reward_violations(config: Config) -> Iterator[Violation]:
     """Verifiers that do not exist, and rewards that do not go together."""
     reward = config.reward
     for key, name in (("reward.verifier", reward.verifier), *(("reward.added", name) for name in reward.added)):
-        module, separator, function = name.partition(":")
-        if (separator and module and function.isidentifier()) or name in BUILT_IN:
-            continue
-        nearest = difflib.get_close_matches(name, BUILT_IN, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        yield Violation((key,), f"{key}={name!r}: expected one of {', '.join(BUILT_IN)}, or module:function{hint}")
+        if problem := unknown_name(name, VERIFIERS, own="module:function"):
+            yield Violation((key,), f"{key}={name!r}: {problem}")
     if reward.verifier in reward.added:
         yield Violation(
             ("reward.added", "reward.verifier"), f"reward.added: {reward.verifier} is reward.verifier already"
         )
     try:
         re.compile(reward.format_pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         yield Violation(("reward.format_pattern",), f"reward.format_pattern: not a regular expression: {error}")
     if reward.overlong_buffer_tokens > config.rollout.max_response_tokens:
         yield Violation(

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from megatron_entropic.config_base import Count, Seconds, Section, one_is_a_list
+from megatron_entropic.names import VERIFIERS
 
 
 class DataConfig(Section):
@@ -61,7 +62,7 @@ class DataConfig(Section):
 class RewardConfig(Section):
     """How a response is judged."""
 
-    verifier: str = Field("math", description="math, exact, countdown, ifeval, format, or module:function.")
+    verifier: str = Field("math", description=f"{', '.join(VERIFIERS)}, or module:function.")
     added: dict[str, float] = Field(
         {}, description="Name: weight of further rewards, named as verifiers are, which are added to the verifier's."
     )

@@ -23,6 +23,7 @@ from megatron_entropic.config_machine import machine_violations
 from megatron_entropic.config_reading import Reading, Unreadable, apply_override, read_file, section_type
 from megatron_entropic.config_warnings import config_warnings
 from megatron_entropic.errors import UserError
+from megatron_entropic.names import controller_entry
 
 __all__ = [
     "ConfigError",
@@ -162,7 +163,7 @@ def _entropy_control_words(config: Config) -> str:
         rollouts = -(-moving.steps // config.algorithm.updates_per_rollout)
         target += f" to {moving.end} ({moving.kind}, {moving.steps:,} optimizer steps: until step {rollouts:,})"
     gains = ""
-    if control.controller in ("p", "pi"):
+    if controller_entry(control.controller).answers_error:
         gains = f", K_p {control.kp:g}" + (f", K_i {control.ki:g}" if control.controller == "pi" else "")
     name = control.controller.upper() if gains else control.controller
     return f"{name} at {target} nats (T = {temperature:g}){gains}, H from {config.feedback.replace('_', ' ')}"

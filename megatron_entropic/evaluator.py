@@ -12,9 +12,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_entropic.cluster.engine_group import EngineGroup
 from megatron_entropic.config import Config, DataConfig
 from megatron_entropic.data import PromptDataset
 from megatron_entropic.data.rows import content_digest
@@ -25,9 +24,12 @@ from megatron_entropic.evaluation.store import generations_path, stored_settings
 from megatron_entropic.evaluation.summary import BenchmarkSummary
 from megatron_entropic.rewards import RewardScorer, build_reader, job_of
 from megatron_entropic.rewards.verdict import Verdict
-from megatron_entropic.run_directory import RunDirectory
 from megatron_entropic.training_batch import on_arrival
 from megatron_entropic.types import Prompt, Sample
+
+if TYPE_CHECKING:  # what is read before a start needs no Ray
+    from megatron_entropic.cluster.engine_group import EngineGroup
+    from megatron_entropic.run_directory import RunDirectory
 
 # The settings of training data that hold for benchmarks too.
 _FORM_KEYS = (

@@ -74,7 +74,7 @@ class JudgedRollouts:
         """Generate and judge one round; places count on from round to round, so that no seed comes twice."""
         per_prompt = self.config.rollout.samples_per_prompt
         with self.scorer.scoring(len(prompts) * per_prompt) as scoring:
-            arrived = on_arrival(self.run.tokenizer, scoring.add)
+            arrived = on_arrival(self.prompts.tokenizer, scoring.add)
             with self.run.phase("generate"):
                 samples = self.engines.generate(
                     prompts,

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from megatron_entropic.data import load_tokenizer
 from megatron_entropic.errors import UserError
+from megatron_entropic.names import controller_entry
 from megatron_entropic.observability.pages import render_page, write_page
 from megatron_entropic.observability.rollout_view import ResponseView, StepView, view_step
 from megatron_entropic.observability.rollouts import read_rollouts, recorded_steps, rollouts_path
@@ -23,8 +24,6 @@ from megatron_entropic.rewards.readings import Reader
 _TOUCH_COLOURS = {"up": "green", "down": "red"}
 _LEAST_SHADE = 0.05
 """Share of the strongest entropy below which a token has no background."""
-# Controllers whose alpha acts on tokens with pi > tau.
-_CONTROLLERS_WITH_TAU = ("p", "pi", "constant", "probe")
 
 
 def add_rollouts_parser(commands: Any) -> None:
@@ -148,6 +147,7 @@ def _colour(share: float) -> str:
 
 
 def _tau(run: Run) -> float | None:
-    if run.setting("entropy_control.controller", "pi") not in _CONTROLLERS_WITH_TAU:
+    # alpha acts on tokens with pi > tau; other controllers know no tau.
+    if not controller_entry(str(run.setting("entropy_control.controller", "pi"))).steers_alpha:
         return None
     return run.number("entropy_control.tau", 0.95)

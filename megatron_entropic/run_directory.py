@@ -34,7 +34,6 @@ from pydantic import ValidationError
 from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.config import Config
 from megatron_entropic.config_loading import dump_config
-from megatron_entropic.data import load_checked_tokenizer
 from megatron_entropic.errors import RunError, UserError
 from megatron_entropic.observability.jsonl import JsonLinesWriter
 from megatron_entropic.observability.metrics import MetricsWriter
@@ -92,7 +91,6 @@ class RunDirectory:
             self._refuse_fewer_steps()
             self._keep_settings_before()
             dump_config(config, self.path / "config.yaml")
-            self.tokenizer = load_checked_tokenizer(config.model.hf_dir)
             self._metrics = files.enter_context(
                 MetricsWriter(
                     self.path, config.logging, run_name=config.run.name, run_config=config.model_dump(mode="json")

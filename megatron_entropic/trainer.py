@@ -16,6 +16,7 @@ Step k samples from weights version k - 1 and ends by publishing version k. Ever
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_entropic.cluster.engine_group import EngineGroup
@@ -24,16 +25,15 @@ from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.cluster.weight_publisher import WeightPublisher
 from megatron_entropic.config import Config
 from megatron_entropic.data import PromptDataset
-from megatron_entropic.evaluator import Evaluator
 from megatron_entropic.judged_rollouts import JudgedRollouts
 from megatron_entropic.learning import score_batch, update_policy
+from megatron_entropic.preconditions import open_inputs
 from megatron_entropic.restarts import with_restarts
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.run_directory import RunDirectory
 from megatron_entropic.stopping import SkipLimit, StopRequest
 from megatron_entropic.training_batch import rollout_metrics, training_batch
-from megatron_entropic.warm_start import warm_start, warm_start_sequences
-from megatron_entropic.weights.megatron_checkpoint import open_weights
+from megatron_entropic.warm_start import warm_start
 
 
 def train(config: Config) -> Path:
@@ -43,32 +43,19 @@ def train(config: Config) -> Path:
         RunError: the run cannot go on. What it had completed is in its checkpoints.
         StopAsked: a signal asked it to end.
     """
-    with (
-        StopRequest() as stop,
-        RunDirectory(config) as run,
-        RewardScorer(config.reward, max_response_tokens=config.rollout.max_response_tokens) as scorer,
-    ):
+    with StopRequest() as stop, RunDirectory(config) as run, ExitStack() as opened:
         if run.finished:
             return run.path
-        # Every tensor is there and whole, or the run ends here.
-        open_weights(config.model.hf_dir, config.model.megatron_dir)
-        evaluator = Evaluator(config, run.tokenizer)
-        prompts = PromptDataset(
-            config.data,
-            run.tokenizer,
-            seed=config.run.seed,
-            check_truths=scorer.truth_problems,
-            benchmarks=evaluator.problems,
-        )
+        inputs = opened.enter_context(open_inputs(config))
+        scorer, evaluator, prompts = inputs.scorer, inputs.evaluator, inputs.prompts
         run.report_data(prompts.report.lines())
-        lessons = warm_start_sequences(config, run.tokenizer)
 
         def attempt() -> None:
             with launch(config) as (policy, engines):
                 stop.listen()  # Ray's own handlers would end the process
                 step = run.resume(policy)
                 if step is None:
-                    step = warm_start(policy, run, lessons)
+                    step = warm_start(policy, run, inputs.lessons)
                 weights = WeightPublisher(policy, engines, config.cluster)
                 weights.publish(version=step)
                 run.export(policy, step, resumed=True)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.config import Config
 from megatron_entropic.data import PromptForm, WarmStartPairs
 from megatron_entropic.data.tokenizer import Tokenizer
-from megatron_entropic.run_directory import RunDirectory
 from megatron_entropic.types import Sequence
+
+if TYPE_CHECKING:  # what is read before a start needs no Ray
+    from megatron_entropic.cluster.policy_group import PolicyGroup
+    from megatron_entropic.run_directory import RunDirectory
 
 
 def warm_start_sequences(config: Config, tokenizer: Tokenizer) -> list[list[Sequence]]:

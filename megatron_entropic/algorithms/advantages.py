@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_entropic.names import ADVANTAGES
+
 EPSILON = 1e-6
 """Added to standard deviations, as verl does."""
 
 POSITIVE_WEIGHT = 0.1
 """Advantage of a correct response in w_reinforce, lambda of arXiv 2506.01347."""
-
-METHODS = ("grpo", "grpo_no_std", "rloo", "reinforce_plus_plus_baseline", "nsr", "w_reinforce")
 
 
 def advantages(method: str, rewards: Tensor) -> Tensor:
@@ -68,5 +68,5 @@ def advantages(method: str, rewards: Tensor) -> Tensor:
     elif method in ("nsr", "w_reinforce"):
         result = torch.where(r > 0, POSITIVE_WEIGHT if method == "w_reinforce" else 0.0, -1.0)
     else:
-        raise ValueError(f"unknown advantage {method!r}: {', '.join(METHODS)}")
+        raise ValueError(f"unknown advantage {method!r}: {', '.join(ADVANTAGES)}")
     return result.to(torch.float32)

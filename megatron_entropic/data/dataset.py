@@ -62,6 +62,7 @@ class PromptDataset:
                 `skip_malformed` findings about rows are no error; `report` counts them.
         """
         self.report = DataReport()
+        self.tokenizer = tokenizer
         if not config.apply_chat_template and (appended := appended_tokens(tokenizer)):
             self.report.left_off = str(tokenizer.decode(appended))
         self._config, self._seed, self._other_columns = config, seed, other_columns

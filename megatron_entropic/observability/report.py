@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_entropic.errors import UserError
+from megatron_entropic.names import OFF, controller_entry
 from megatron_entropic.observability import plots
 from megatron_entropic.observability.metrics import ENTROPY_BAND
 from megatron_entropic.observability.pages import render_page, write_page
@@ -107,9 +108,9 @@ def _facts(run: Run, summary: Summary) -> list[str]:
     if model:
         facts.append(Path(str(model)).name)
     controller = run.setting("entropy_control.controller")
-    if controller == "off":
+    if controller == OFF:
         facts.append("no entropy control")
-    elif controller and controller not in ("p", "pi"):
+    elif controller and not controller_entry(str(controller)).answers_error:
         facts.append(f"controller {controller}")
     elif controller:
         integral = f", K_i {run.setting('entropy_control.ki')}" if controller == "pi" else ""

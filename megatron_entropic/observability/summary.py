@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from megatron_entropic.errors import UserError, reading
+from megatron_entropic.names import controller_entry
 from megatron_entropic.observability.jsonl import read_json_lines
 from megatron_entropic.observability.metrics import ENTROPY_BAND, read_metrics
 from megatron_entropic.observability.samples import SAMPLES_FILE
@@ -180,7 +181,7 @@ def summarise(run: Run) -> Summary:
         for value, aim in zip(run.series("entropy/mean"), run.series("entropy/target"), strict=True)
         if math.isfinite(value)
     ][-LAST_STEPS:]
-    feedback = run.setting("entropy_control.controller", "pi") in ("p", "pi")
+    feedback = controller_entry(str(run.setting("entropy_control.controller", "pi"))).answers_error
     return Summary(
         steps=run.steps[-1],
         planned_steps=int(whole.number("train.steps", 0)) or None,

@@ -9,6 +9,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Literal
 
+from megatron_entropic.names import OFF, controller_entry
 from megatron_entropic.observability.metrics import ENTROPY_BAND
 from megatron_entropic.observability.summary import Run
 
@@ -39,11 +40,11 @@ def verdicts(run: Run) -> list[Verdict]:
     run = run.stretches[-1]
     if len(run.finite("entropy/mean")) < 2:
         return []
-    controller = run.setting("entropy_control.controller", "pi")
-    found = list(_feedback(run, controller)) if controller in ("p", "pi") else []
-    if controller == "off":
+    controller = str(run.setting("entropy_control.controller", "pi"))
+    found = list(_feedback(run, controller)) if controller_entry(controller).answers_error else []
+    if controller == OFF:
         found += _uncontrolled(run)
-    if controller in ("p", "pi", "constant", "probe"):
+    if controller_entry(controller).steers_alpha:
         found += _authority(run)
     return [*found, *_importance(run)]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_entropic.config import Config
-from megatron_entropic.config_algorithm import LOSSES_OF_WHOLE_BATCHES
+from megatron_entropic.names import POLICY_LOSSES
 from megatron_entropic.planning.communication import Direction, gradient_traffic, microbatch_traffic
 from megatron_entropic.planning.hardware import Hardware
 from megatron_entropic.planning.memory import RolloutMemory, overlaps
@@ -57,7 +57,7 @@ def score_time_s(config: Config, table: ParameterTable, schedule: Schedule, hard
     algorithm, steps, passes = config.algorithm, schedule.optimizer_steps, 1.0
     if algorithm.proximal_logprobs == "each_epoch":
         passes += algorithm.epochs_per_rollout - 1
-    if algorithm.policy_loss in LOSSES_OF_WHOLE_BATCHES:
+    if (entry := POLICY_LOSSES.get(algorithm.policy_loss)) and entry.plan:
         passes += algorithm.epochs_per_rollout
     if algorithm.kl.coefficient > 0:
         passes += 1

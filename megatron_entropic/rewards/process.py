@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import IO
 
 from megatron_entropic.config import RewardConfig
-from megatron_entropic.errors import RunError
+from megatron_entropic.errors import RunError, UserError
 from megatron_entropic.rewards.verdict import Job, Verdict
 
 _STARTUP_TIMEOUT_S = 180.0
@@ -77,11 +77,11 @@ class VerifierProcess:
         """Raise what kept the process from starting.
 
         Raises:
-            ValueError: the verifier does not exist or does not import.
+            UserError: the verifier does not exist or does not import.
             RunError: the process died or did not become ready.
         """
         if self.failure:
-            raise (ValueError if self._unusable else RunError)(self.failure)
+            raise (UserError if self._unusable else RunError)(self.failure)
 
     def assign(self, jobs: list[tuple[int, Job]]) -> None:
         """Hand over some jobs, each with a number of the caller's."""

@@ -17,8 +17,9 @@ import signal
 import sys
 from typing import IO, Any
 
+from megatron_entropic.names import VERIFIERS
 from megatron_entropic.rewards.verdict import Job, judge
-from megatron_entropic.rewards.verifiers import BUILT_IN, build_verifier, takes_batches
+from megatron_entropic.rewards.verifiers import build_verifier, takes_batches
 
 _ORPHAN_GRACE_S = 30
 
@@ -30,7 +31,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     # A verifier that prints must not speak into the answers.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    if name in BUILT_IN:
+    if name in VERIFIERS:
         limit = int(memory_gb * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:

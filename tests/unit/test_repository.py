@@ -17,7 +17,7 @@ MAX_LINES = 500
 
 # docs/architecture.md: a room may import itself and rooms of lower rows, nothing beside or above it.
 ROWS = [
-    {"config", "config_base", "config_algorithm", "config_data", "files", "types", "errors"},
+    {"config", "config_base", "config_algorithm", "config_data", "files", "names", "plugins", "types", "errors"},
     {"observability"},
     {"tensor_parallel", "algorithms", "rewards", "data", "evaluation"},
     {"weights"},
@@ -33,6 +33,7 @@ FACE = {
     "config_loading",
     "config_checks",
     "config_machine",
+    "preconditions",
     "config_reading",
     "config_warnings",
     "run_directory",

@@ -3,15 +3,16 @@
     measurement (sum, count) --observe--> Steering --loss--> optimizer step --commit--> state
 
 A controller is a few Python floats. It sees numbers that were already summed over ranks, so replicas that start equal
-stay equal bit for bit. `steering` says what a controller can ask for, `registry` which ones there are.
+stay equal bit for bit. `steering` says what a controller can ask for, `factories` how a configuration makes each.
 """
 
 from megatron_entropic.algorithms.entropy_control.controller import Controller
 from megatron_entropic.algorithms.entropy_control.entropic import EntropyController
+from megatron_entropic.algorithms.entropy_control.factories import build_controller
 from megatron_entropic.algorithms.entropy_control.microbatch_local import MicrobatchLocalController
-from megatron_entropic.algorithms.entropy_control.registry import CONTROLLERS, build_controller
 from megatron_entropic.algorithms.entropy_control.schedules import Schedule, Setpoint
 from megatron_entropic.algorithms.entropy_control.steering import Steering
+from megatron_entropic.names import CONTROLLERS
 
 __all__ = [
     "CONTROLLERS",

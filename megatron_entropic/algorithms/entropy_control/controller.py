@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from megatron_entropic.algorithms.entropy_control.schedules import Setpoint
 from megatron_entropic.algorithms.entropy_control.steering import Steering
+
+if TYPE_CHECKING:
+    from megatron_entropic.config_algorithm import EntropyControlConfig
 
 _BASE_STATE = ("H", "H_initial", "observations", "step")
 
@@ -41,6 +45,14 @@ class Controller(ABC):
         self._observations = 0
         self._steps = 0
         self._observed = False
+
+    @classmethod
+    def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> Controller:
+        """Made for `entropy_control.controller=module:Class`; to be overridden by a class that needs more of `config`.
+
+        Numbers of its own come as `config.options`.
+        """
+        return cls(target)
 
     @property
     def step(self) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_entropic.algorithms.entropy_control.controller import check_gains, check_state
 from megatron_entropic.algorithms.entropy_control.integral import clipped_alpha
 from megatron_entropic.algorithms.entropy_control.schedules import Setpoint
+from megatron_entropic.names import controller_entry
 
 if TYPE_CHECKING:
     from megatron_entropic.config_algorithm import EntropyControlConfig
@@ -49,7 +50,7 @@ class MicrobatchLocalController:
         Raises:
             ValueError: the controller is not p or pi, or its target is not a fixed number of nats.
         """
-        if config.controller not in ("p", "pi") or config.fixed_target is None:
+        if not controller_entry(config.controller).answers_error or config.fixed_target is None:
             raise ValueError("feedback microbatch_local exists for controllers p and pi with a fixed target in nats")
         return cls(config.fixed_target, config.kp, config.ki if config.controller == "pi" else 0.0)
 

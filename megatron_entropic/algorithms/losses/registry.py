@@ -1,23 +1,22 @@
-"""Which policy losses there are: the values of `algorithm.policy_loss`."""
+"""The policy losses of `names.POLICY_LOSSES`, and those of one's own."""
 
 from __future__ import annotations
 
-import importlib
-
-from megatron_entropic.algorithms.losses import batch_losses, token_losses
+from megatron_entropic import names
 from megatron_entropic.algorithms.losses.interface import PolicyLoss
 from megatron_entropic.errors import UserError
+from megatron_entropic.plugins import find_attribute
 
-POLICY_LOSSES: dict[str, PolicyLoss] = {
-    "clipped": PolicyLoss(token_losses.clipped),
-    "reinforce": PolicyLoss(token_losses.reinforce),
-    "gspo": PolicyLoss(token_losses.gspo, whole_sequences=True),
-    "cispo": PolicyLoss(token_losses.cispo),
-    "ce_gppo": PolicyLoss(token_losses.ce_gppo),
-    "steer": PolicyLoss(batch_losses.steer, plan=batch_losses.steer_plan),
-    "clip_cov": PolicyLoss(batch_losses.clip_cov, plan=batch_losses.clip_cov_plan),
-    "kl_cov": PolicyLoss(batch_losses.kl_cov, plan=batch_losses.kl_cov_plan),
-}
+_KEY = "algorithm.policy_loss"
+
+
+def _of(entry: names.LossEntry) -> PolicyLoss:
+    plan = find_attribute(_KEY, entry.plan, arguments=3) if entry.plan else None
+    function = find_attribute(_KEY, entry.target, arguments=2)
+    return PolicyLoss(function, plan=plan, whole_sequences=entry.whole_sequences)
+
+
+POLICY_LOSSES: dict[str, PolicyLoss] = {name: _of(entry) for name, entry in names.POLICY_LOSSES.items()}
 
 
 def find_policy_loss(name: str) -> PolicyLoss:
@@ -30,11 +29,7 @@ def find_policy_loss(name: str) -> PolicyLoss:
     """
     if name in POLICY_LOSSES:
         return POLICY_LOSSES[name]
-    module, separator, attribute = name.partition(":")
-    if not separator:
-        raise UserError(f"algorithm.policy_loss={name!r}: expected {', '.join(POLICY_LOSSES)}, or module:function")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"algorithm.policy_loss={name!r}: {error}") from error
+    if problem := names.unknown_name(name, names.POLICY_LOSSES, own="module:function"):
+        raise UserError(f"{_KEY}={name!r}: {problem}")
+    found = find_attribute(_KEY, name, arguments=2, kind=PolicyLoss)
     return found if isinstance(found, PolicyLoss) else PolicyLoss(found, whole_sequences=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any, get_args
+import re
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from megatron_entropic.algorithms.entropy_control import (
     build_controller,
 )
 from megatron_entropic.config_algorithm import EntropyControlConfig
+from megatron_entropic.errors import UserError
 
 TOKENS = 100
 
@@ -122,11 +126,45 @@ def test_constant_alpha_and_entropy_bonus() -> None:
     assert run(bonus, [0.1, 0.9]) == [Steering(entropy_coefficient=0.02)] * 2
 
 
-def test_every_configured_name_has_a_row_and_the_other_way_round() -> None:
-    choices = get_args(get_args(EntropyControlConfig.model_fields["controller"].annotation)[0]) or get_args(
-        EntropyControlConfig.model_fields["controller"].annotation
-    )
-    assert set(CONTROLLERS) == set(choices) - {"off"}
+def test_a_controller_of_ones_own_is_named_as_module_and_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worked example of docs/adding_an_algorithm.md, from a file in the current directory."""
+    page = (Path(__file__).resolve().parents[3] / "docs" / "adding_an_algorithm.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(# my_controllers\.py.*?)```", page, re.DOTALL)
+    (tmp_path / "my_controllers.py").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    thermostat = controller(controller="my_controllers:Thermostat", target=0.5, options={"bonus": 0.02})
+    assert [steering.entropy_coefficient for steering in run(thermostat, [0.4, 0.6, 0.3])] == [0.02, 0.0, 0.02]
+    again = controller(controller="my_controllers:Thermostat", target=0.5)
+    again.load_state_dict(json.loads(json.dumps(thermostat.state_dict())))
+    assert again.step == 3
+    assert again.heated == 2.0
+    config = EntropyControlConfig(controller="my_controllers:Thermostat")
+    assert config.enabled
+    assert config.steers_alpha, "nothing is known of it, so the loss keeps room for the term"
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        (None, "my_broken cannot be imported: No module named 'my_broken'"),
+        ("x = 1", "there is no function or class Mine in my_broken"),
+        ("class Mine: pass", "Mine is no subclass of megatron_entropic.algorithms.Controller"),
+        ("def Mine(): pass", "is called with 2 arguments: too many positional arguments"),
+        ("def broken(", "my_broken cannot be imported: SyntaxError: '(' was never closed"),
+        ("raise SystemExit(3)", "my_broken cannot be imported: SystemExit: 3"),
+    ],
+)
+def test_a_controller_that_cannot_be_used_is_a_message(
+    source: str | None, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "my_broken", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    if source is not None:
+        (tmp_path / "my_broken.py").write_text(source)
+    with pytest.raises(UserError) as caught:
+        controller(controller="my_broken:Mine")
+    assert f"entropy_control.controller=my_broken:Mine: {problem}" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", CONTROLLERS)

@@ -82,6 +82,8 @@ def test_seeds_of_an_evaluation_belong_to_its_problems(monkeypatch: pytest.Monke
 class _Prompts:
     """Two prompts for the step and as many replacements as are asked for."""
 
+    tokenizer = None
+
     def at_step(self, step: int, count: int) -> list[Prompt]:
         return [_prompt(i % 2) for i in range(count)]
 
@@ -116,7 +118,7 @@ def test_no_seed_comes_twice_over_all_rounds_of_dynamic_sampling(monkeypatch: py
     def phase(name: str) -> Any:
         yield
 
-    run: Any = SimpleNamespace(tokenizer=None, phase=phase)
+    run: Any = SimpleNamespace(phase=phase)
     stop: Any = SimpleNamespace(raise_if_asked=lambda: None)
     prompts: Any = _Prompts()
     scorer: Any = _Scorer()

@@ -140,7 +140,7 @@ def test_escape_sequences_of_a_model_do_not_reach_the_terminal(
     assert "\x9b" not in shown
     assert "\r" not in shown
     assert "Clear\u241b[2J \\u009b1m\u240d& 0" in shown
-    assert "answers are not read: verifier 'nowhere:at_all'" in shown
+    assert "answers are not read: verifier=nowhere:at_all: nowhere cannot be imported" in shown
 
 
 def test_a_run_whose_model_is_gone_is_shown_with_another_tokenizer(

@@ -138,9 +138,9 @@ def test_math_counts_an_empty_ground_truth_as_an_error() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("contdown", "no verifier 'contdown'"),
+        ("contdown", "did you mean countdown"),
         ("no_such_module_at_all:judge", "No module named 'no_such_module_at_all'"),
-        ("json:no_such_function", "has no function 'no_such_function'"),
+        ("json:no_such_function", "there is no function or class no_such_function in json"),
     ],
 )
 def test_verifiers_that_do_not_exist(name: str, message: str) -> None:

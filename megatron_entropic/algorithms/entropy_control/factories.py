@@ -1,0 +1,97 @@
+"""How each controller of `names.CONTROLLERS` is made of the `entropy_control` section."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_entropic.algorithms.entropy_control.controller import Controller
+from megatron_entropic.algorithms.entropy_control.entropic import EntropyController
+from megatron_entropic.algorithms.entropy_control.probe import Probe
+from megatron_entropic.algorithms.entropy_control.rivals import (
+    AdaptiveEntropyCoefficient,
+    ConstantAlpha,
+    Dmmpt,
+    Entrocraft,
+    EntropyBonus,
+)
+from megatron_entropic.algorithms.entropy_control.schedules import Schedule, Setpoint
+from megatron_entropic.errors import UserError
+from megatron_entropic.names import CONTROLLERS, controller_entry, unknown_name
+from megatron_entropic.plugins import find_attribute
+
+if TYPE_CHECKING:
+    from megatron_entropic.config_algorithm import EntropyControlConfig
+
+
+def build_controller(config: EntropyControlConfig) -> Controller:
+    """The controller that the `entropy_control` section asks for: a row of the table, or `module:Class`.
+
+    Raises:
+        UserError: there is no such controller, or it is none.
+        ValueError: the controller is off.
+    """
+    if not config.enabled:
+        raise ValueError("entropy_control.controller is off: there is no controller to build")
+    key, name = "entropy_control.controller", config.controller
+    if problem := unknown_name(name, CONTROLLERS, own="module:Class"):
+        raise UserError(f"{key}={name!r}: {problem}")
+    target = Setpoint.from_config(config)
+    make = find_attribute(key, controller_entry(name).target, arguments=2, kind=type)
+    if not isinstance(make, type):
+        controller: Controller = make(target, config)
+        return controller
+    if not issubclass(make, Controller):
+        raise UserError(f"{key}={name}: {make.__name__} is no subclass of megatron_entropic.algorithms.Controller")
+    return make.from_config(target, config)
+
+
+def entropic(target: Setpoint, config: EntropyControlConfig) -> Controller:
+    """Controllers p and pi."""
+    return EntropyController(
+        target,
+        config.kp,
+        config.ki if config.controller == "pi" else 0.0,
+        gain=Schedule.of_gain(config.gain_schedule),
+        anti_windup=config.anti_windup,
+        start=config.start,
+        integral_limit=config.integral_limit,
+        integral_leak=config.integral_leak,
+        dead_band=config.dead_band,
+        initial_alpha=config.initial_alpha,
+    )
+
+
+def constant(target: Setpoint, config: EntropyControlConfig) -> Controller:
+    """EntroPIC's term with an alpha that never changes."""
+    return ConstantAlpha(target, config.rivals.alpha)
+
+
+def probe(target: Setpoint, config: EntropyControlConfig) -> Controller:
+    """A square wave of alpha."""
+    rivals = config.rivals
+    return Probe(target, rivals.alpha, rivals.probe_amplitude, rivals.probe_half_period)
+
+
+def entropy_bonus(target: Setpoint, config: EntropyControlConfig) -> Controller:
+    """A fixed coefficient of the entropy."""
+    return EntropyBonus(target, config.rivals.bonus)
+
+
+def aec(target: Setpoint, config: EntropyControlConfig) -> Controller:
+    """A coefficient of the entropy that moves in steps."""
+    return AdaptiveEntropyCoefficient(target, config.rivals.aec_step, config.rivals.aec_limit)
+
+
+def entrocraft(target: Setpoint, config: EntropyControlConfig) -> Controller:
+    """Samples of one sign outside of bounds that are annealed."""
+    rivals = config.rivals
+    upper, lower = (
+        Schedule(first, last, "linear", rivals.entrocraft_steps)
+        for first, last in (rivals.entrocraft_upper, rivals.entrocraft_lower)
+    )
+    return Entrocraft(target, upper, lower)
+
+
+def dmmpt(target: Setpoint, config: EntropyControlConfig) -> Controller:
+    """Confident positive tokens dropped below the target."""
+    return Dmmpt(target, config.rivals.dmmpt_probability)
