@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_entropic.config import PolicyConfig
-from megatron_entropic.errors import UserError, missing_model
+from megatron_entropic.errors import UserError
 from megatron_entropic.weights.architectures import ARCHITECTURES, Architecture
+from megatron_entropic.weights.config_values import complete_values, read_json, shown
 from megatron_entropic.weights.experts import ExpertDimensions, expert_problems, read_experts
 from megatron_entropic.weights.latent_attention import LatentAttention, latent_problems, read_latent
 from megatron_entropic.weights.rope import read_rope
-
-_REQUIRED_INTEGERS = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "vocab_size",
-    "max_position_embeddings",
-)
 
 
 @dataclass(frozen=True)
@@ -207,13 +198,16 @@ def read_dimensions(hf_dir: Path) -> ModelDimensions:
         UserError: no directory, no readable config.json, or a model the project cannot train; one error lists
             everything that is wrong.
     """
-    config = _read_config(Path(hf_dir))
-    architecture, problems = _architecture_of(config)
+    given = read_json(Path(hf_dir))
+    architecture, problems = _architecture_of(given)
     if architecture is None:
         raise UserError(_problem_list(hf_dir, problems))
+    config, problems = complete_values(given, architecture)
     problems += _unsupported_features(config)
+    if _uses_sliding_window(config, architecture):
+        problems.append("sliding-window attention is in use (use_sliding_window or layer_types)")
     rope_theta, rope_scaling, rope_problems = read_rope(config, latent=architecture.latent)
-    problems += rope_problems + _bad_sizes(config)
+    problems += rope_problems
     if architecture.experts is not None:
         problems += expert_problems(config, architecture.experts)
     if architecture.latent:
@@ -232,10 +226,10 @@ def read_dimensions(hf_dir: Path) -> ModelDimensions:
 def _dimensions(
     config: dict[str, Any], architecture: Architecture, rope_theta: float, rope_scaling: dict[str, Any] | None
 ) -> ModelDimensions:
-    """Fill the dataclass from a config that passed every check; absent keys get transformers' class defaults."""
+    """Fill the dataclass from a config that passed every check."""
     heads, keys = config["num_attention_heads"], architecture.experts
     latent = read_latent(config) if architecture.latent else None
-    head_dim = config.get("head_dim") or architecture.default_head_dim or config["hidden_size"] // heads
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
     if latent is not None:
         # transformers writes the rotary part alone as head_dim.
         head_dim = config["qk_nope_head_dim"] + latent.rotary_head_dim
@@ -253,27 +247,12 @@ def _dimensions(
         qk_norm=architecture.qk_norm,
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=float(config["rms_norm_eps"]),
         max_position_embeddings=config["max_position_embeddings"],
         experts=None if keys is None else read_experts(config, keys, config["num_hidden_layers"]),
         latent=latent,
         prediction_layers=config.get("num_nextn_predict_layers") or 0,
     )
-
-
-def _read_config(hf_dir: Path) -> dict[str, Any]:
-    if not hf_dir.is_dir():
-        raise UserError(missing_model(hf_dir))
-    path = hf_dir / "config.json"
-    if not path.is_file():
-        raise UserError(f"{hf_dir}: no config.json, so this is not a Hugging Face model directory")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    return config
 
 
 def _problem_list(hf_dir: Path, problems: list[str]) -> str:
@@ -283,6 +262,8 @@ def _problem_list(hf_dir: Path, problems: list[str]) -> str:
 def _architecture_of(config: dict[str, Any]) -> tuple[Architecture | None, list[str]]:
     """Find the table by `architectures`, or by `model_type` where a bare config names no class."""
     names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None, [f"architectures must be a list of names, found {shown(names)}"]
     for architecture in ARCHITECTURES.values():
         if architecture.hf_class in names or (not names and config.get("model_type") == architecture.family):
             return architecture, []
@@ -298,11 +279,9 @@ def _unsupported_features(config: dict[str, Any]) -> list[str]:
     if quantization is not None:
         settings = quantization if isinstance(quantization, dict) else {}
         method = settings.get("quant_method", "unknown method")
-        if method == "fp8" and settings.get("weight_block_size"):
+        if method == "fp8" and isinstance(settings.get("weight_block_size"), list):
             method = f"FP8 in blocks of {' x '.join(map(str, settings['weight_block_size']))}"
         problems.append(f"the checkpoint is quantised ({method}); training needs the unquantised weights")
-    if _uses_sliding_window(config):
-        problems.append("sliding-window attention is in use (use_sliding_window or layer_types)")
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
             problems.append(f"{key}=true: biases other than Qwen2's on q, k and v are not supported")
@@ -312,21 +291,20 @@ def _unsupported_features(config: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _uses_sliding_window(config: dict[str, Any]) -> bool:
-    """Whether any layer attends to a window, by the rule of transformers' Qwen configs."""
+def _uses_sliding_window(config: dict[str, Any], architecture: Architecture) -> bool:
+    """Whether any layer attends to a window, by the rules of transformers' Qwen configs."""
     layer_types = config.get("layer_types")
     if layer_types:
         return any(kind != "full_attention" for kind in layer_types)
     if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
         return False
-    return config.get("max_window_layers", 28) < config.get("num_hidden_layers", 0)
+    if not architecture.windowed_from_layer:
+        return True
+    first = config.get("max_window_layers", 28)
+    return first is None or first < _layers(config)
 
 
-def _bad_sizes(config: dict[str, Any]) -> list[str]:
-    problems = []
-    optional = [key for key in ("num_key_value_heads", "head_dim") if config.get(key) is not None]
-    for key in (*_REQUIRED_INTEGERS, *optional):
-        value = config.get(key)
-        if type(value) is not int or value < 1:
-            problems.append(f"{key} must be a positive integer, found {value!r}")
-    return problems
+def _layers(config: dict[str, Any]) -> int:
+    """Number of layers, 0 where that is among the problems."""
+    layers = config.get("num_hidden_layers")
+    return layers if type(layers) is int else 0

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_entropic.weights.architectures import ExpertKeys
+from megatron_entropic.weights.config_values import MOST_ELEMENTS, MOST_LAYERS, positive_number, shown
+
+_MOST_EXPERTS = 1_000_000
+"""Of all layers together."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,9 @@ class ExpertDimensions:
 def expert_problems(config: Mapping[str, Any], keys: ExpertKeys) -> list[str]:
     """What in a config.json does not describe experts that can be trained."""
     problems = []
-    counts = [key for key in keys.count if config.get(key) is not None] or [keys.count[0]]
-    for key in (*counts[:1], "num_experts_per_tok", keys.ffn):
+    for key in (keys.count[0], "num_experts_per_tok", keys.ffn):
         if not _is_positive(config.get(key)):
-            problems.append(f"{key} must be a positive integer, found {config.get(key)!r}")
+            problems.append(f"{key} must be a positive integer, found {shown(config.get(key))}")
     if not _is_positive(config.get("decoder_sparse_step", 1)):
         problems.append(f"decoder_sparse_step must be a positive integer, found {config['decoder_sparse_step']!r}")
     if not isinstance(config.get("mlp_only_layers") or [], list):
@@ -72,6 +75,9 @@ def expert_problems(config: Mapping[str, Any], keys: ExpertKeys) -> list[str]:
     if problems:
         return problems
     experts = read_experts(config, keys, num_layers=0)
+    layers = config.get("num_hidden_layers")
+    if type(layers) is int and experts.count * layers > _MOST_EXPERTS:
+        problems.append(f"{keys.count[0]}={experts.count} in {layers} layers are more than any model has")
     if experts.sigmoid is not None:
         problems += _group_problems(experts.sigmoid, experts)
     if experts.per_token > experts.count:
@@ -93,7 +99,7 @@ def read_experts(config: Mapping[str, Any], keys: ExpertKeys, num_layers: int) -
     renormalised = keys.renormalised
     first = config[keys.first_layer] if keys.first_layer else 0
     return ExpertDimensions(
-        count=next(config[key] for key in keys.count if config.get(key) is not None),
+        count=config[keys.count[0]],
         per_token=config["num_experts_per_tok"],
         ffn_hidden_size=config[keys.ffn],
         renormalised=renormalised if isinstance(renormalised, bool) else bool(config.get(renormalised, False)),
@@ -117,9 +123,9 @@ def _sigmoid_problems(config: Mapping[str, Any]) -> list[str]:
         if config.get(key) != value:
             problems.append(f"{key}={config.get(key)!r}: only {value!r} is supported")
     first, scaling = config.get("first_k_dense_replace"), config.get("routed_scaling_factor")
-    if type(first) is not int or first < 0:
+    if type(first) is not int or not 0 <= first <= MOST_LAYERS:
         problems.append(f"first_k_dense_replace must be an integer of at least 0, found {first!r}")
-    if not isinstance(scaling, int | float) or scaling <= 0:
+    if positive_number(scaling) is not None:
         problems.append(f"routed_scaling_factor must be a positive number, found {scaling!r}")
     if config.get("moe_layer_freq", 1) != 1:
         problems.append(f"moe_layer_freq={config['moe_layer_freq']!r}: only 1 is supported")
@@ -145,4 +151,4 @@ def _group_problems(routing: SigmoidRouting, experts: ExpertDimensions) -> list[
 
 
 def _is_positive(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= MOST_ELEMENTS

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_entropic.weights.config_values import MOST_ELEMENTS, shown
+
 _SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
@@ -26,11 +28,13 @@ class LatentAttention:
 def latent_problems(config: Mapping[str, Any]) -> list[str]:
     """What in a config.json does not describe latent attention that can be trained."""
     problems = []
-    optional = ["q_lora_rank"] if config.get("q_lora_rank", 0) is not None else []
+    optional = ["q_lora_rank"] if config["q_lora_rank"] is not None else []
     for key in (*_SIZES, *optional):
         value = config.get(key)
-        if type(value) is not int or value < 1:
-            problems.append(f"{key} must be a positive integer{' or null' * bool(key in optional)}, found {value!r}")
+        if type(value) is not int or not 0 < value <= MOST_ELEMENTS:
+            problems.append(
+                f"{key} must be a positive integer{' or null' * bool(key in optional)}, found {shown(value)}"
+            )
     if not problems and config["qk_rope_head_dim"] % 2:
         problems.append(f"qk_rope_head_dim={config['qk_rope_head_dim']} must be even")
     if config.get("rope_interleave", True) is not True:

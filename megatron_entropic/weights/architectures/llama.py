@@ -7,4 +7,5 @@ LLAMA = Architecture(
     family="llama",
     hf_class="LlamaForCausalLM",
     rows=decoder(attention=(QKV,), feed_forward=GATED_MLP),
+    defaults={"rms_norm_eps": 1e-6, "rope_theta": 10000.0},
 )

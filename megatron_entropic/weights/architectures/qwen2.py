@@ -7,4 +7,5 @@ QWEN2 = Architecture(
     family="qwen2",
     hf_class="Qwen2ForCausalLM",
     rows=decoder(attention=(QKV, QKV_BIAS), feed_forward=GATED_MLP),
+    defaults={"num_key_value_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
 )

@@ -6,6 +6,6 @@ from megatron_entropic.weights.architectures.table import Architecture
 QWEN3 = Architecture(
     family="qwen3",
     hf_class="Qwen3ForCausalLM",
-    default_head_dim=128,
     rows=decoder(attention=(QKV, *QK_NORMS), feed_forward=GATED_MLP),
+    defaults={"num_key_value_heads": 32, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
 )

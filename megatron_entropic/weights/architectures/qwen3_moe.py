@@ -18,4 +18,14 @@ QWEN3_MOE = Architecture(
     rows=decoder(attention=(QKV, *QK_NORMS), feed_forward=(*_EXPERTS, *in_dense_layers(GATED_MLP))),
     # transformers 5 writes the second name, published checkpoints have the first.
     experts=ExpertKeys(("num_experts", "num_local_experts"), "moe_intermediate_size", renormalised="norm_topk_prob"),
+    windowed_from_layer=False,
+    defaults={
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": False,
+    },
 )

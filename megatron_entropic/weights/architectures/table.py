@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from megatron_entropic.weights.layouts import Layout
 
@@ -44,11 +45,11 @@ class ExpertKeys:
     """Where config.json tells about experts; keys of transformers' config class of the family."""
 
     count: tuple[str, ...]
-    """Keys of the number of experts of a layer, of which one is present."""
+    """Names of the key of the number of experts of a layer, of which one is present."""
     ffn: str
     """Key of the width of one expert."""
     renormalised: bool | str
-    """Whether the weights of a token's experts are scaled to add up to 1, or the key that says so (absent: no)."""
+    """Whether the weights of a token's experts are scaled to add up to 1, or the key that says so."""
     first_layer: str | None = None
     """Key of the number of layers without experts at the beginning; None: the family has no such key."""
     sigmoid: bool = False
@@ -64,12 +65,14 @@ class Architecture:
     hf_class: str
     """Entry of `architectures` in config.json."""
     rows: tuple[Row, ...]
-    default_head_dim: int | None = None
-    """head_dim where config.json does not say it; None: hidden_size / num_attention_heads."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers' config class of the family has for keys that config.json leaves out."""
     experts: ExpertKeys | None = None
     """None for dense families."""
     always_windowed: bool = False
     """A `sliding_window` in config.json is in use unless it is null; other families have a switch for it."""
+    windowed_from_layer: bool = True
+    """Whether the switch is for layers from `max_window_layers` on; all layers otherwise."""
 
     @property
     def qkv_bias(self) -> bool:

@@ -129,8 +129,8 @@ def test_models_are_found_by_directory_by_name_and_by_file(tmp_path: Path) -> No
 def test_an_unreadable_model_is_refused_with_its_own_path(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(tiny_config(hidden_act="gelu", vocab_size=0)))
-    with pytest.raises(ValueError, match=r"mine\.json(.|\n)*gelu(.|\n)*vocab_size"):
+    with pytest.raises(ValueError, match=r"mine\.json(.|\n)*vocab_size(.|\n)*gelu"):
         read_model(path, "mine")
     path.write_text(json.dumps(tiny_config(architectures=["Qwen3MoeForCausalLM"], num_experts=4)))
-    with pytest.raises(ValueError, match=r"num_experts_per_tok(.|\n)*moe_intermediate_size"):
+    with pytest.raises(ValueError, match="num_experts_per_tok=8 is more than the 4 experts"):
         read_model(path, "mine")
