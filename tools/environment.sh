@@ -161,7 +161,7 @@ $(grep -E 'error|Error' "$log" | tail -n 5)"
   [ -n "$reason" ] || return 0
   "$uv" pip uninstall --quiet --python "$venv" "${packages[@]%%==*}" 2>/dev/null || true
   say "WITHOUT Transformer Engine: $reason"
-  say "policies will use megatron-core's own layers: no fp8, no context parallelism on GPUs, slower"
+  say "policies will use megatron-core's own layers: no fp8, and slower"
 }
 
 # uv reads its own variables only; whoever told pip where packages come from has said it once already.

@@ -22,7 +22,7 @@ def test_checkout_passes(tool: list[str]) -> None:
 def test_shell_scripts_pass_shellcheck() -> None:
     shellcheck = Path(sys.executable).with_name("shellcheck")
     scripts = [*sorted((ROOT / "slurm").glob("*.sh")), *sorted((ROOT / "tools").glob("*.sh"))]
-    scripts += [*sorted((ROOT / "examples").glob("*.sh")), ROOT / "tests/run.sh", ROOT / ".ci/run"]
+    scripts += [*sorted((ROOT / "examples").glob("*.sh")), *sorted((ROOT / "tests").glob("*.sh")), ROOT / ".ci/run"]
     result = subprocess.run(
         [shellcheck, "--external-sources", "--source-path", ROOT, *scripts],
         cwd=ROOT,

@@ -1,0 +1,139 @@
+"""Policies of any size, built of Transformer Engine's classes on the meta device under torch's fake process group.
+
+For a process of its own: `install` comes before anything of megatron-core, and holds to the end of the process.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import no_driver
+import te_bindings
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL_CONFIGS = ROOT / "megatron_entropic/planning/model_configs"
+META = torch.device("meta")
+
+
+def install() -> None:
+    """The bindings that refuse, no driver, fake process groups, models that stay on the meta device."""
+    os.environ.update(CUDA_VISIBLE_DEVICES="", CUDA_DEVICE_MAX_CONNECTIONS="1")
+    te_bindings.install()
+    no_driver.replace_driver(META).__enter__()
+    real_new_group = dist.new_group
+
+    def new_group(*arguments: Any, **options: Any) -> Any:
+        return real_new_group(*arguments, **{**options, "backend": "fake"})
+
+    dist.new_group = new_group
+
+    from megatron_entropic.policy import model, transformer_config
+
+    def on_meta(*arguments: Any, **options: Any) -> Any:
+        config = transformer_config.build_transformer_config(*arguments, **options)
+        config.init_model_with_meta_device = True
+        return config
+
+    model.build_transformer_config = on_meta  # type: ignore[attr-defined]
+
+
+def _platform() -> Any:
+    from megatron_entropic.policy.platform import CudaPlatform
+
+    class CudaOnMeta(CudaPlatform):
+        @property
+        def device(self) -> torch.device:
+            return META
+
+    chosen = CudaOnMeta()
+    assert chosen.transformer_engine
+    return chosen
+
+
+def build(example: str, model: str, overrides: list[str], *, last: bool) -> dict[str, Any]:
+    """Builds one rank's part of an example's policy and its optimizer; returns what was found, as plain values.
+
+    Args:
+        example: file in examples/, without its ending.
+        model: file in planning/model_configs, without its ending.
+        overrides: of the configuration.
+        last: the last rank of all, instead of the first.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_entropic.config_loading import load_config
+    from megatron_entropic.policy import parallel
+
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(MODEL_CONFIGS / f"{model}.json", Path(folder) / "config.json")
+        overrides = [f"model.hf_dir={folder}", *overrides]
+        config = load_config(ROOT / f"examples/{example}.yaml", overrides, check_machine=False)
+        world = config.policy.world_size
+        dist.init_process_group("fake", store=FakeStore(), rank=world - 1 if last else 0, world_size=world)
+        try:
+            state = parallel.initialise_model_parallel(config.policy)
+            return {"world_size": world, **_build(config, state)}
+        finally:
+            parallel.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+def _build(config: Any, state: Any) -> dict[str, Any]:
+    from megatron_entropic.policy.model import build_model
+    from megatron_entropic.policy.optimizer import PolicyOptimizer, wrap_data_parallel
+    from megatron_entropic.policy.transformer_config import DTYPES
+    from megatron_entropic.weights.dimensions import read_dimensions
+
+    dimensions = read_dimensions(config.model.hf_dir)
+    platform = _platform()
+    platform.manual_seed(1)
+    model = build_model(dimensions, config.policy, config.model.dtype, state, platform)
+    found = _compare_with_map(model, dimensions, state)
+    wrapped = wrap_data_parallel(model, distributed_optimizer=config.policy.distributed_optimizer, overlap=True)
+    optimizer = PolicyOptimizer(wrapped, config.optimizer, total_steps=10, dtype=DTYPES[config.model.dtype])
+    found["classes"] = {
+        type(module).__name__ for module in model.modules() if next(module.parameters(recurse=False), None) is not None
+    }
+    found["dtypes"] = {str(parameter.dtype) for parameter in model.parameters()}
+    found["buckets"] = [len(chunk.bucket_groups) for chunk in wrapped]
+    parts = [part.optimizer for part in optimizer._parts()]
+    found["optimizers"] = {f"{type(part).__module__}.{type(part).__name__}" for part in parts}
+    found["state_bytes"] = sum(tensor.nbytes for tensor in optimizer.state_tensors())
+    found["parameter_bytes"] = sum(parameter.nbytes for parameter in model.parameters())
+    # The optimizer's own is left out: it takes host memory, of a real model more than this machine may have.
+    found["saved"] = len(model[0].sharded_state_dict())
+    return found
+
+
+def _compare_with_map(model: Any, dimensions: Any, state: Any) -> dict[str, Any]:
+    """Names and shapes of the policy's parameters beside those of the parameter map."""
+    from megatron_entropic.policy.load_weights import named_entries
+    from megatron_entropic.weights.parameter_map import ParameterMap
+
+    parameter_map = ParameterMap(dimensions)
+    seen: Counter[str] = Counter()
+    shapes = []
+    for entry, parameter in named_entries(model, parameter_map, state):
+        seen[entry.megatron_name] += 1
+        wanted = parameter_map.shard_shape(entry, state.tensor_place(of_expert=entry.expert is not None)[1])
+        if tuple(parameter.shape) != tuple(wanted):
+            shapes.append((entry.megatron_name, tuple(parameter.shape), tuple(wanted)))
+    expected = {
+        entry.megatron_name
+        for entry in parameter_map.entries_of_stage(state.pipeline_rank, state.pipeline_size, state.virtual_size)
+        if entry.expert is None or parameter_map.expert_rank(entry, state.expert_size) == state.expert_rank
+    }
+    return {
+        "parameters": sum(seen.values()),
+        "missing": sorted(expected - set(seen))[:5],
+        "surplus": sorted(set(seen) - expected)[:5],
+        "twice": sorted(name for name, count in seen.items() if count > 1)[:5],
+        "wrong shapes": shapes[:5],
+    }

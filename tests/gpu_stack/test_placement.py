@@ -1,0 +1,97 @@
+"""Where Ray puts ranks and engines on nodes of eight GPUs, which here are numbers only."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+# name -> nodes, overrides
+CASES: dict[str, tuple[int, list[str]]] = {
+    "qwen3_8b": (2, []),
+    "qwen3_8b, shared": (
+        2,
+        ["cluster.colocate=true", "policy.offload=all", "policy.data_parallel=4", "rollout.engines=16"],
+    ),
+    "qwen3_32b": (4, []),
+    "qwen3_30b_a3b": (4, []),
+    "qwen3_235b_a22b": (16, []),
+}
+
+
+def main(cases: dict[str, tuple[int, list[str]]], nodes: int) -> None:
+    """Reserves room for every case in one cluster and prints the node of every rank and engine, as JSON."""
+    os.environ.update(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_DEDUP_LOGS="0")
+    from megatron_entropic.cluster.environment import prepare_ray_environment
+    from megatron_entropic.cluster.placement import reserve
+    from megatron_entropic.config import ClusterConfig
+    from megatron_entropic.config_loading import load_config
+
+    prepare_ray_environment(ClusterConfig())
+    import ray
+    from ray.cluster_utils import Cluster
+    from ray.util.placement_group import placement_group_table
+
+    node = {"num_cpus": 96, "num_gpus": 8, "object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    for _ in range(nodes - 1):
+        cluster.add_node(**node)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    cluster.wait_for_nodes()
+    found = {}
+    try:
+        for name, (_, overrides) in cases.items():
+            settings = ["model.hf_dir=.", "cluster.startup_timeout_s=60", "cluster.address=auto", *overrides]
+            example = EXAMPLES / f"{name.partition(',')[0]}.yaml"
+            config = load_config(example, settings, check_machine=False)
+            placement = reserve(config, "cuda")
+            tables = {s.group.id: placement_group_table(s.group) for s in placement.policy + placement.engines}
+            sides = (placement.policy, placement.engines)
+            ranks, engines = ([tables[s.group.id]["bundles_to_node_id"][s.bundle] for s in side] for side in sides)
+            found[name] = {
+                "ranks": ranks,
+                "engines": engines,
+                "tensor": config.policy.tensor_parallel,
+                "gpus": [placement.policy_gpus, placement.engine_gpus],
+            }
+            placement.release()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    sys.stdout.write(json.dumps(found))
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("nodes", sorted({nodes for nodes, _ in CASES.values()}))
+def test_tensor_groups_stay_within_a_node(nodes: int) -> None:
+    cases = {name: case for name, case in CASES.items() if case[0] == nodes}
+    result = subprocess.run(
+        [sys.executable, __file__, json.dumps(cases), str(nodes)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=800,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name, where in json.loads(result.stdout).items():
+        ranks, engines, size = where["ranks"], where["engines"], where["tensor"]
+        groups = [set(ranks[start : start + size]) for start in range(0, len(ranks), size)]
+        assert all(len(group) == 1 for group in groups), f"{name}: a tensor group is on several nodes"
+        of_rank, of_engine = where["gpus"]
+        used = Counter(dict.fromkeys(ranks + engines, 0.0))
+        for places, gpus in ((ranks, of_rank), (engines, of_engine)):
+            for place in places:
+                used[place] += gpus
+        assert max(used.values()) <= 8, name
+        if "shared" in name:
+            assert ranks == engines, f"{name}: engine i is not where rank i is"
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), int(sys.argv[2]))
