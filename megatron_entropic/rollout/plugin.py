@@ -10,10 +10,12 @@ def register() -> None:
     from megatron_entropic.observability.stacks import offer_stacks
     from megatron_entropic.rollout.noise import silence_known_noise
     from megatron_entropic.rollout.sleeping_workers import let_readers_sleep
+    from megatron_entropic.rollout.store_guard import guard_store
 
     offer_stacks()
     silence_known_noise()
     let_readers_sleep()
+    guard_store()
     # The factory refuses a name twice and has no public question for it.
     if "gloo" not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(
