@@ -24,7 +24,7 @@ from megatron_entropic.data.problems import Problems, Row
 from megatron_entropic.data.prompts import PromptForm, lookup, problem_text, read_truth
 from megatron_entropic.data.report import DataReport
 from megatron_entropic.data.rows import read_rows
-from megatron_entropic.data.tokenizer import RenderedPrompt, Tokenizer, appended_tokens, template_digest
+from megatron_entropic.data.tokenizer import RenderedPrompt, Tokenizer, appended_tokens, template_digest, unknown_to
 from megatron_entropic.errors import UserError
 from megatron_entropic.types import Prompt
 
@@ -157,6 +157,8 @@ class PromptDataset:
                 problems.add_row(row, "the prompt has no tokens")
             elif len(ids) <= config.max_prompt_tokens:
                 self._prompts.append(_prompt(index, row, prompt.text, ids, truth))
+                if unknown_to(tokenizer, prompt):
+                    self.report.unknown.append(row.place)
                 self._problems.append(problem_text(messages))
                 self._file_numbers.append(file_number)
             elif config.too_long == "drop":

@@ -28,6 +28,8 @@ class DataReport:
     """(place, tokens) of prompts over the limit."""
     pass_rates: tuple[int, int] | None = None
     """Prompts with a recorded rate, and those of them that were left out."""
+    unknown: list[str] = field(default_factory=list)
+    """Places of prompts of which the tokenizer does not know a part."""
     left_off: str = ""
     """What the tokenizer puts behind every text, which is left off prompts."""
     pass_rates_because: str = ""
@@ -76,6 +78,11 @@ class DataReport:
             yield (
                 f"dropped as longer than data.max_prompt_tokens: {len(self.too_long):,} (the longest has {longest:,} "
                 "tokens): " + _some([f"{place} ({tokens:,})" for place, tokens in self.too_long])
+            )
+        if self.unknown:
+            yield (
+                f"{len(self.unknown):,} prompts have characters unknown to the tokenizer, which the model cannot "
+                "see: " + _some(self.unknown)
             )
         if self.left_off:
             yield f"the tokenizer appends {self.left_off!r} to every text: left off, for nothing could follow it"

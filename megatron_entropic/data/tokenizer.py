@@ -159,6 +159,12 @@ def appended_tokens(tokenizer: Tokenizer) -> list[int]:
     return []
 
 
+def unknown_to(tokenizer: Tokenizer, prompt: RenderedPrompt) -> bool:
+    """Whether part of the text became the token for what the tokenizer does not know."""
+    unknown = tokenizer.unk_token_id
+    return unknown is not None and unknown in prompt.tokens and str(tokenizer.unk_token) not in prompt.text
+
+
 def lone_surrogate(values: Iterable[str]) -> str:
     """What half a character stands in one of the texts, with its place; empty if all of them are whole Unicode."""
     for text in values:

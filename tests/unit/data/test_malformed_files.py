@@ -245,6 +245,13 @@ def test_what_is_odd_and_can_be_used_is_used(content: bytes, tmp_path: Path, tok
         prompt.data_source.encode()
 
 
+def test_characters_that_the_tokenizer_does_not_know_are_said(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [GOOD, GOOD | {"problem": "1 \u2603"}, GOOD | {"problem": "_"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = PromptDataset(_config(tmp_path / "rows.jsonl"), tokenizer, seed=1).report.lines()
+    assert any(line.startswith("1 prompts have characters") and line.endswith("line 2") for line in lines)
+
+
 def test_a_folder_called_key_is_value_is_no_column(tmp_path: Path, tokenizer: Any) -> None:
     file = tmp_path / "difficulty=3" / "train.parquet"
     file.parent.mkdir()
