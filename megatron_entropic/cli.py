@@ -58,6 +58,9 @@ def main(arguments: Args[str] | None = None) -> int:
             raise
         errors.print(f"[bold red]error:[/] {escape(printable(str(told)))}")
         return BAD_INPUT if isinstance(told, UserError) else FAILED
+    except MemoryError:
+        errors.print("[bold red]error:[/] the machine, or a limit of memory (ulimit -v), has no more to give")
+        return FAILED
     except KeyboardInterrupt:
         errors.print("[bold yellow]interrupted[/]: ended at once; train and evaluate continue from what they saved")
         return INTERRUPTED

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_entropic.errors import UserError, reading
+from megatron_entropic.errors import RunError, UserError, reading
 
 
 class JsonLinesWriter:
@@ -30,11 +30,13 @@ class JsonLinesWriter:
 
         Raises:
             OSError: naming the file; a half-written line is taken back first where that is possible.
+            RunError: the file was deleted or replaced meanwhile: what is written would be in no folder.
         """
         self.append_all([row])
 
     def append_all(self, rows: list[dict[str, Any]]) -> None:
         """Write some objects with one sync; see `append`."""
+        self._check_place()
         before = os.fstat(self._file.fileno()).st_size
         text = "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
         # A lone surrogate, as a broken response can have, becomes its JSON escape.
@@ -46,6 +48,17 @@ class JsonLinesWriter:
         except OSError as error:
             os.ftruncate(self._file.fileno(), before)
             raise OSError(error.errno, f"cannot write to {self.path}: {error.strerror}") from error
+
+    def _check_place(self) -> None:
+        try:
+            there = os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            there = False
+        if not there:
+            raise RunError(
+                f"{self.path} was deleted or replaced while it was written to; the same command continues from the "
+                "newest checkpoint that is still there"
+            )
 
     def truncate_after(self, step: int) -> None:
         """Drop every row from the first whose `step` is greater than `step`."""

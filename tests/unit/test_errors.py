@@ -49,6 +49,7 @@ def raises(monkeypatch: pytest.MonkeyPatch) -> Raises:
         (PhaseTimeout("score: no answer"), 1, "error: score: no answer"),
         (StopAsked("asked to stop by SIGTERM"), 75, "stopped: asked to stop by SIGTERM"),
         (Interrupted("asked to stop by SIGINT"), 130, "stopped: asked to stop by SIGINT"),
+        (MemoryError(), 1, "error: the machine, or a limit of memory (ulimit -v)"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(errno.ENOSPC, "No space left on device", "/runs/a"), 1, "/runs/a: No space left on device; make room"),
         (PermissionError(errno.EACCES, "Permission denied", "/runs/a"), 1, "/runs/a: Permission denied; the user"),

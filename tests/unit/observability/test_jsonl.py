@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_entropic.errors import RunError
 from megatron_entropic.observability.jsonl import JsonLinesWriter, read_json_lines
 
 ROWS = st.lists(st.dictionaries(st.text(max_size=8), st.text() | st.integers() | st.none(), max_size=4), max_size=6)
@@ -92,6 +94,18 @@ def test_not_a_number_is_refused_rather_than_written(tmp_path: Path) -> None:
         writer.append({"x": float("nan")})
     writer.append({"x": 1})
     assert read_json_lines(tmp_path / "a.jsonl") == [{"x": 1}]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_whose_folder_was_deleted_does_not_write_into_nowhere(tmp_path: Path, *, replaced: bool) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    writer = JsonLinesWriter(path)
+    writer.append({"step": 1})
+    shutil.rmtree(path.parent)
+    if replaced:
+        write(path, [{"step": 7}])
+    with pytest.raises(RunError, match=r"metrics\.jsonl was deleted or replaced while it was written to"):
+        writer.append({"step": 2})
 
 
 def test_a_full_disk_loses_nothing_that_was_written(tmp_path: Path) -> None:
