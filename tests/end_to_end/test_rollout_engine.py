@@ -84,7 +84,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lives(directory: Path) -> dict[str, dict[str, Any]]:
-    """The reports of two engines in two processes: one that has a past, one that starts with the new weights."""
+    """The reports of engines in processes of their own: one that has a past, the same scheduling as on a GPU, and one
+    that starts with the new weights."""
     processes = {
         life: subprocess.Popen(
             [sys.executable, str(SCRIPT), str(directory), life],
@@ -93,7 +94,7 @@ def lives(directory: Path) -> dict[str, dict[str, Any]]:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for life in ("full", "resumed")
+        for life in ("full", "resumed", "asynchronous")
     }
     try:
         for life, process in processes.items():
@@ -143,6 +144,18 @@ def test_sampling_is_a_function_of_weights_and_requests(lives):
     assert full["cached before"] > 0, "the repetition must have used the prefix cache"
     assert full["step 2"] == resumed["step 2"]
     assert full["step 2"] != full["after"]
+
+
+def test_scheduling_ahead_of_the_last_tokens_changes_no_response(lives):
+    """As vLLM does on a GPU: a forward pass may still be under way when weights and prefix cache are replaced."""
+    ahead, full = lives["asynchronous"], lives["full"]
+    assert ahead["cached before"] > 0
+    assert ahead["cached after"] == 0
+    for batch in ("before", "repeated", "after", "step 2"):
+        for sample, expected in zip(ahead[batch], full[batch], strict=True):
+            assert sample["response"] == expected["response"], batch
+            assert sample["version"] == expected["version"]
+            assert sample["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-5)
 
 
 def test_an_update_replaces_all_weights_and_empties_the_prefix_cache(lives, directory):

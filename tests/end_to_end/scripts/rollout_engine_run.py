@@ -1,9 +1,10 @@
 """One life of a rollout engine in a fresh process; what it saw goes into a file for the test to judge.
 
-python rollout_engine_run.py DIRECTORY full|resumed
+python rollout_engine_run.py DIRECTORY full|resumed|asynchronous
 
 full     generates with the starting weights, fails an update, takes in new weights, generates again, scores.
 resumed  takes in the same new weights at once and generates, as a restarted run would.
+asynchronous  as full, with the next forward pass scheduled before the last one's tokens are known, as on a GPU.
 """
 
 from __future__ import annotations
@@ -111,7 +112,24 @@ def plain(samples: list[Sample]) -> list[dict[str, Any]]:
     ]
 
 
+def schedule_asynchronously() -> None:
+    """Undoes what vLLM switches off on a CPU only because it gains nothing there."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    switch_off = CpuPlatform.check_and_update_config
+
+    def check(vllm_config: Any) -> None:
+        wanted = vllm_config.scheduler_config.async_scheduling
+        switch_off(vllm_config)
+        assert wanted, "vLLM no longer schedules asynchronously by default"
+        vllm_config.scheduler_config.async_scheduling = wanted
+
+    CpuPlatform.check_and_update_config = staticmethod(check)
+
+
 def main(directory: Path, life: str) -> None:
+    if life == "asynchronous":
+        schedule_asynchronously()
     old, new = directory / "old", directory / "new"
     parameter_map = ParameterMap(read_dimensions(old))
     vocabulary = parameter_map.dimensions.vocab_size
@@ -121,10 +139,12 @@ def main(directory: Path, life: str) -> None:
     engine = RolloutEngine(
         old, "float32", config, max_model_tokens=LONGEST_PROMPT + RESPONSE_TOKENS, seed=1, device="cpu"
     )
+    in_flight = engine._llm.llm_engine.engine_core.engine_core.batch_queue_size
+    assert in_flight == (2 if life == "asynchronous" else 1), f"{in_flight} forward passes at a time"
     plan = publish_plan(parameter_map, pipeline_parallel=2, tensor_parallel=1, bucket_bytes=50_000, dtype="float32")
     tensors = load_file(new / "model.safetensors")
     seen: dict[str, Any] = {"buckets": len(plan.buckets)}
-    if life == "full":
+    if life != "resumed":
         first = requests_of_step(1, vocabulary)
         longest = first[0].prompt.tokens
         seen["before"] = plain(engine.generate(first))
@@ -140,13 +160,13 @@ def main(directory: Path, life: str) -> None:
         seen["timeout"], seen["incomplete"] = failed_update(engine, plan)
     publish(engine, plan, tensors, version=2)
     seen["vllm version after"] = engine._llm.get_weight_version()
-    if life == "full":
+    if life != "resumed":
         seen["cached after"] = cached_tokens(engine, longest)
         seen["after"] = plain(engine.generate(first))
         # The same state as that of a restarted engine, which has generated nothing yet.
         publish(engine, plan, tensors, version=2)
     seen["step 2"] = plain(engine.generate(requests_of_step(2, vocabulary)))
-    if life == "full":
+    if life != "resumed":
         # vLLM needs room for one token more, which the longest do not leave.
         fitting = [s for s in seen["after"] if len(s["prompt"]) < LONGEST_PROMPT]
         seen["scored"] = engine.score_tokens([(s["prompt"] + s["response"], len(s["prompt"])) for s in fitting])
