@@ -9,6 +9,7 @@ from typing import Any
 
 SCRIPT = Path(__file__).parent / "scripts" / "vocab_parallel_ranks.py"
 FUSED_SCRIPT = SCRIPT.with_name("fused_head_ranks.py")
+DOCUMENTED_SCRIPT = SCRIPT.with_name("documented_gradient.py")
 
 
 def test_parity_over_tensor_parallel_sizes(run_ranks: Callable[..., list[str]]) -> None:
@@ -37,6 +38,14 @@ def test_fused_heads_over_tensor_parallel_sizes(run_ranks: Callable[..., list[st
             # bfloat16: dL/dhidden is rounded on each rank and in their sum, dL/dweight once.
             assert max(dhidden, dweight) <= (1e-5 if report["dtype"] == "float32" else 5e-3), report
             assert report["collectives"] == _expected_collectives(report), report
+
+
+def test_who_adds_up_the_gradient_of_hidden_states(run_ranks: Callable[..., list[str]]) -> None:
+    """As docs/output_head.md says: the fused heads do, logits leave it to the caller."""
+    for output in run_ranks(DOCUMENTED_SCRIPT, 2, timeout_s=120):
+        errors = json.loads(output.splitlines()[-1])
+        assert max(errors["stored"], errors["fused"], errors["at_once"]) < 1e-5
+        assert errors["alone"] > 1e-2
 
 
 def _expected_collectives(report: dict[str, Any]) -> list[int]:
