@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -63,7 +65,7 @@ def _start_local(config: ClusterConfig, cpus: int, folder: Path) -> None:
                 logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(folder / "ray"),
-                runtime_env={"env_vars": short_paths(folder)},
+                runtime_env={"env_vars": short_paths(folder), **_interpreter()},
             )
             return
         except Exception as error:
@@ -76,12 +78,20 @@ def _start_local(config: ClusterConfig, cpus: int, folder: Path) -> None:
                 ) from error
 
 
+def _interpreter() -> dict[str, str]:
+    """Ray 2.60 starts workers by a shell in which it quotes everything but the interpreter: for paths with blanks."""
+    quoted = shlex.quote(sys.executable)
+    return {} if quoted == sys.executable else {"py_executable": quoted}
+
+
 def _join(config: ClusterConfig) -> None:
     deadline = time.monotonic() + config.startup_timeout_s
     if ":" in config.address:
         _await_head(config.address, deadline)
     try:
-        ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            address=config.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=_interpreter() or None
+        )
     except ConnectionError as error:
         raise RunError(
             f"no Ray cluster at cluster.address={config.address} ({error}); start one, or use cluster.address=local"

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_entropic.cluster.session import _interpreter
 from megatron_entropic.cluster.session_folder import PREFIX, remove_abandoned, session_folder, short_paths
 from megatron_entropic.errors import UserError
 
 HOLDS = """
 import sys, time
+from megatron_entropic.cluster.session import _interpreter
 from megatron_entropic.cluster.session_folder import session_folder
 with session_folder() as folder:
     print(folder, flush=True)
@@ -73,3 +75,12 @@ def test_a_long_folder_for_temporary_files_is_left_for_a_short_one(
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match="set TMPDIR to one that does"), session_folder():
         pass
+
+
+def test_an_interpreter_whose_path_has_a_blank_is_quoted_for_the_shell_that_starts_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/a check out/.venv/bin/python")
+    assert _interpreter() == {"py_executable": "'/a check out/.venv/bin/python'"}
+    monkeypatch.setattr(sys, "executable", "/checkout/.venv/bin/python")
+    assert _interpreter() == {}
