@@ -75,8 +75,9 @@ def free_port() -> int:
 
 @contextmanager
 def policy(rank: int, ranks: int, port: int, hf_dir: Path, **sections: dict[str, Any]) -> Iterator[Policy]:
-    """This rank's part of a float32 policy, while the block runs."""
-    config = Config(model={"hf_dir": hf_dir, "dtype": "float32"}, data={"train_files": ["unused"]}, **sections)
+    """This rank's part of a policy, of float32 unless told, while the block runs."""
+    model = {"hf_dir": hf_dir, "dtype": "float32", **sections.pop("model", {})}
+    config = Config(model=model, data={"train_files": ["unused"]}, **sections)
     made = Policy(config, rank=rank, world_size=ranks, master_address="127.0.0.1", master_port=port, device="cpu")
     try:
         yield made

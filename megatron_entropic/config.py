@@ -278,6 +278,13 @@ class CheckpointConfig(Section):
     asynchronous: bool = Field(
         True, description="Write beside the next steps, from a copy of the state in host memory; false: wait for it."
     )
+    format: Literal["dp_reshardable", "fully_reshardable"] = Field(
+        "dp_reshardable",
+        description="What is written of the distributed optimizer, by megatron-core's names. dp_reshardable: each "
+        "rank's shard as it is. fully_reshardable: whole tensors by parameter, for programs that know no shards; every "
+        "rank gathers the state of its model-parallel part, which takes nine times the host memory of a shard at 4 "
+        "replicas and stops training meanwhile. Either is resumed under any layout.",
+    )
     keep_last: int = Field(2, ge=1, description="Of checkpoints, and of the exports of export_every_steps.")
     keep_every: Count = Field(0, ge=0, description="Checkpoints of steps it divides stay for ever; 0: none.")
     accept_unverified: bool = Field(

@@ -9,6 +9,7 @@ from megatron_entropic.config import Config
 from megatron_entropic.planning.communication import Traffic, gradient_traffic, microbatch_traffic
 from megatron_entropic.planning.feasibility import gpus_in_use, layout_problems, memory_problems
 from megatron_entropic.planning.hardware import Hardware, hardware_of
+from megatron_entropic.planning.host_memory import checkpoint_host_bytes
 from megatron_entropic.planning.memory import GIB, RolloutMemory, StageMemory, rollout_memory, stage_memory
 from megatron_entropic.planning.parameters import ParameterTable, StageParameters
 from megatron_entropic.planning.publishing import Publication, publication
@@ -23,6 +24,8 @@ class Numbers:
     schedule: Schedule
     stages: tuple[StageParameters, ...]
     memory: tuple[StageMemory, ...]
+    checkpoint_host_bytes: int
+    """Host memory of the fullest policy node while a checkpoint is being written."""
     rollout: RolloutMemory
     traffic: tuple[Traffic, ...]
     """Of one optimizer step: all micro-batches, then the gradients."""
@@ -91,6 +94,7 @@ def _numbers(config: Config, table: ParameterTable, hardware: Hardware, gpu_memo
         schedule=schedule,
         stages=table.stages(config.policy),
         memory=tuple(stage_memory(config, table, schedule, stage) for stage in range(config.policy.pipeline_parallel)),
+        checkpoint_host_bytes=checkpoint_host_bytes(config, table, hardware.gpus_per_node),
         rollout=rollout,
         traffic=(
             *(traffic.times(schedule.microbatches) for traffic in microbatch),

@@ -161,6 +161,8 @@ def _memory(plan: Plan, numbers: Numbers) -> Section:
     notes = (
         f"activations of micro-batches of {schedule.largest_tokens:,} tokens, recompute {policy.recompute}, sequence "
         f"parallel {str(policy.sequence_parallel).lower()}; output head {plan.config.output_head}",
+        f"host memory of a checkpoint: {_gb(numbers.checkpoint_host_bytes)} GB on the fullest node of "
+        f"{plan.hardware.gpus_per_node} policy GPUs, checkpoint.format {plan.config.checkpoint.format}",
     )
     return Section("GB on each policy GPU", ("stage", *kinds, "total", "in flight"), rows, notes)
 

@@ -1,6 +1,7 @@
 """Everything a rank needs to go on, and restoring it: tensors by megatron-core, small state as JSON.
 
-    model, Adam's moments, main parameters      dist_checkpointing (torch_dist, fully_reshardable): any later layout
+    model                                       dist_checkpointing (torch_dist): any later layout
+    Adam's moments, main parameters             the same, as the ranks' shards (`optimizer_shards`) or whole
     RNG of each rank                            the same, restored where the number of ranks is the same
     controller, counters, the driver's state    state.json (checkpoint_files)
 
@@ -25,7 +26,8 @@ from megatron_entropic.policy.checkpoint_files import (
 )
 from megatron_entropic.policy.checkpoint_patches import apply_checkpoint_patches
 from megatron_entropic.policy.checkpoint_trust import check_only_data
-from megatron_entropic.policy.optimizer import PolicyOptimizer
+from megatron_entropic.policy.optimizer import Format, PolicyOptimizer
+from megatron_entropic.policy.optimizer_shards import Shards
 
 __all__ = [
     "CheckpointError",
@@ -61,11 +63,19 @@ def load_checkpoint(directory: Path, model: torch.nn.ModuleList, optimizer: Poli
     saved = read_state(directory)
     check_only_data(directory)
     same_ranks = saved["ranks"] == dist.get_world_size()
-    request = sharded_state(model, optimizer, loading=True)
+    request = sharded_state(model)
     if not same_ranks:
         del request["rng"]
+    shards = Shards.read(directory)
+    fitting = shards is None or optimizer.shards(request["model"]) == shards
+    if fitting:
+        format: Format = "fully_reshardable" if shards is None else "dp_reshardable"
+        request["optimizer"] = optimizer.sharded_state_dict(request["model"], loading=True, format=format)
     try:
         loaded = dist_checkpointing.load(request, str(directory))
+        if not fitting:
+            assert shards is not None
+            loaded["optimizer"] = optimizer.read_shards(directory, shards, sharded_state(model)["model"])
     except (CheckpointException, CheckpointingException, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"checkpoint {directory} cannot be read into this model: {error}") from error
     for index, chunk in enumerate(model):
@@ -76,22 +86,18 @@ def load_checkpoint(directory: Path, model: torch.nn.ModuleList, optimizer: Poli
     return saved["state"]
 
 
-def sharded_state(model: torch.nn.ModuleList, optimizer: PolicyOptimizer, *, loading: bool) -> dict[str, Any]:
-    """What dist_checkpointing saves or fills, with this rank's place in every global tensor.
+def sharded_state(model: torch.nn.ModuleList) -> dict[str, Any]:
+    """What dist_checkpointing saves or fills of model and generators, with this rank's place in every global tensor.
 
     Args:
         model: the chunks of this rank's stage, not wrapped.
-        optimizer: its optimizer.
-        loading: to fill it; the optimizer then gives room instead of values.
     """
     from megatron.core.dist_checkpointing import ShardedObject
 
     # Names in the file count layers over the whole model; where a chunk stands in this tree does not matter.
     chunks: list[Any] = list(model)
-    model_state = {str(index): chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
     return {
-        "model": model_state,
-        "optimizer": optimizer.sharded_state_dict(model_state, loading=loading),
+        "model": {str(index): chunk.sharded_state_dict() for index, chunk in enumerate(chunks)},
         "rng": ShardedObject("rng", _rng_state(model), (dist.get_world_size(),), (dist.get_rank(),)),
     }
 

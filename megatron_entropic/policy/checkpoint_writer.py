@@ -35,7 +35,8 @@ from megatron_entropic.policy.checkpoint_files import (
     prune_checkpoints,
 )
 from megatron_entropic.policy.checkpoint_patches import apply_checkpoint_patches
-from megatron_entropic.policy.optimizer import PolicyOptimizer
+from megatron_entropic.policy.optimizer import Format, PolicyOptimizer
+from megatron_entropic.policy.optimizer_shards import SHARDS
 
 SPACE_MARGIN_BYTES = 32 * 2**20
 """Free space asked for beyond the tensors: metadata and small state."""
@@ -66,6 +67,9 @@ class CheckpointWriter:
         )
         self._writing: Future[None] | None = None
         self._layout_checked = False
+        self._format_chosen = False
+        self._format: Format = config.format
+        self._shards: str | None = None
 
     def save(
         self, directory: Path, model: torch.nn.ModuleList, optimizer: PolicyOptimizer, state: dict[str, Any]
@@ -85,7 +89,11 @@ class CheckpointWriter:
         self.check(wait=True)
         record = {"state": state, "ranks": dist.get_world_size(), "schedule_steps": optimizer.steps_taken}
         json.dumps(record)  # what is not JSON fails here, on all ranks
-        commit = self._stage(directory, model, optimizer)
+        apply_checkpoint_patches()
+        tensors = sharded_state(model)
+        self._choose_format(optimizer, tensors["model"])
+        tensors["optimizer"] = optimizer.sharded_state_dict(tensors["model"], loading=False, format=self._format)
+        commit = self._stage(directory, tensors, next(model.parameters()).device)
         self._writing = self._thread.submit(self._write, directory, commit, record)
         if not self._config.asynchronous:
             self.check(wait=True)
@@ -114,13 +122,21 @@ class CheckpointWriter:
     def _partial(self, directory: Path) -> Path:
         return partial_path(directory, self._name)
 
-    def _stage(self, directory: Path, model: torch.nn.ModuleList, optimizer: PolicyOptimizer) -> Callable[[], None]:
+    def _choose_format(self, optimizer: PolicyOptimizer, model_state: dict[str, Any]) -> None:
+        """Once: neither the layout nor what it can write changes from one save to the next."""
+        if self._format_chosen:
+            return
+        self._format = optimizer.format_to_write(self._config.format)
+        if self._format == "dp_reshardable":
+            self._shards = optimizer.shards(model_state, self._group).to_json()
+        self._format_chosen = True
+
+    def _stage(self, directory: Path, tensors: dict[str, Any], device: torch.device) -> Callable[[], None]:
         """Plan and copy; returns what writes this rank's files and, on rank 0, their index."""
         from megatron.core import dist_checkpointing
 
-        apply_checkpoint_patches()
-        tensors = sharded_state(model, optimizer, loading=False)
-        needed = _bytes_to_write(tensors, next(model.parameters()).device) + SPACE_MARGIN_BYTES
+        live = _storages(tensors)
+        needed = _bytes_to_write(tensors, device) + SPACE_MARGIN_BYTES
         self._on_rank_zero(directory, lambda: _find_space(begin_checkpoint(directory, self._name), needed))
         strategy = _staging_strategy()
         try:
@@ -134,7 +150,7 @@ class CheckpointWriter:
             # collective that will not come; this error ends the run without them.
             discard(self._partial(directory))
             raise CheckpointError(_message(directory, error)) from error
-        return strategy.copy_to_host(self._group)
+        return strategy.copy_to_host(live, self._group)
 
     def _write(self, directory: Path, commit: Callable[[], None], record: dict[str, Any]) -> None:
         """From the copies to a checkpoint that counts; the threads of all ranks together."""
@@ -149,6 +165,8 @@ class CheckpointWriter:
         self._on_rank_zero(directory, lambda: self._finish(directory, record, sums))
 
     def _finish(self, directory: Path, record: dict[str, Any], sums: dict[str, str]) -> None:
+        if self._shards is not None:
+            (self._partial(directory) / SHARDS).write_text(self._shards, encoding="utf-8")
         finish_checkpoint(directory, record, sums, self._name)
         prune_checkpoints(directory.parent, self._config.keep_last, self._config.keep_every, self._keep_steps)
 
@@ -201,16 +219,17 @@ def _staging_strategy() -> Any:
             self.writer, self.planned = writer, planned
             return AsyncRequest(None, (), [])
 
-        def copy_to_host(self, group: dist.ProcessGroup) -> Callable[[], None]:
+        def copy_to_host(self, live: set[int], group: dist.ProcessGroup) -> Callable[[], None]:
             """Copy the tensors; the returned function writes them, and the ranks of `group` agree on their index."""
-            write, preload, arguments = self.writer.get_save_function_and_args()
-            copies = [] if preload is None else _private(self.writer.write_buckets, preload())
+            write, _preload, arguments = self.writer.get_save_function_and_args()
+            copies = [] if write is None else [_private(bucket, live) for bucket in self.writer.write_buckets]
             self.writer.write_buckets = copies  # lets go of the policy's own tensors
 
             def commit() -> None:
                 if write is not None:
                     rank, _, results = arguments
                     write(rank, copies, results)
+                    copies[:] = [None] * len(copies)  # megatron-core still counts them
                 self.planned[2].group = group
                 save_state_dict_async_finalize(*self.planned)
 
@@ -219,16 +238,28 @@ def _staging_strategy() -> Any:
     return StagingStrategy("torch_dist", 1)
 
 
-def _private(buckets: list[Any], preloaded: list[Any]) -> list[Any]:
-    """`preloaded` (megatron-core's `buckets` in host memory) without tensors that training goes on changing."""
-    private = []
-    for (_, _, (_, live)), (path, key, (small, tensors)) in zip(buckets, preloaded, strict=True):
-        copies = [
-            (item, tensor.clone() if tensor.data_ptr() == original.data_ptr() else tensor)
-            for (item, tensor), (_, original) in zip(tensors, live, strict=True)
-        ]
-        private.append((path, key, (small, copies)))
-    return private
+def _storages(tensors: dict[str, Any]) -> set[int]:
+    """Addresses of the memory that training goes on changing."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    values = nested_values(tensors)
+    data = [value.data for value in values if isinstance(value, ShardedTensor | ShardedTensorFactory)]
+    return {tensor.untyped_storage().data_ptr() for tensor in data if tensor is not None}
+
+
+def _private(bucket: Any, live: set[int]) -> Any:
+    """One of megatron-core's buckets with its tensors in host memory, and none that training goes on changing.
+
+    megatron-core itself has copied views, and copies from a device into page-locked memory: in allocations of powers of
+    two, which the process keeps. Ordinary memory takes a second or two longer and half of the space.
+    """
+    path, key, (small, tensors) = bucket
+    copies = [
+        (item, tensor if tensor.untyped_storage().data_ptr() not in live else tensor.to("cpu", copy=True))
+        for item, tensor in tensors
+    ]
+    return path, key, (small, copies)
 
 
 def _bytes_to_write(tensors: dict[str, Any], device: torch.device) -> int:

@@ -12,14 +12,20 @@ import gc
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from megatron_entropic.config import OptimizerConfig
 from megatron_entropic.policy.collectives import all_ranks
 from megatron_entropic.policy.optimizer_patches import apply_optimizer_patches
+from megatron_entropic.policy.optimizer_shards import Shards, all_shards, can_write_shards, read_into_layout
 from megatron_entropic.policy.optimizer_state import state_for
+
+Format = Literal["dp_reshardable", "fully_reshardable"]
+"""megatron-core's names for what it writes of a distributed optimizer: its shards as they are, or the whole state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +187,15 @@ class PolicyOptimizer:
                     state = part.optimizer.state[parameter]
                     yield from (value for value in state.values() if isinstance(value, torch.Tensor) and value.dim())
 
-    def sharded_state_dict(self, model_state: dict[str, Any], *, loading: bool) -> dict[str, Any]:
-        """State for megatron's dist_checkpointing, in a format that any later layout can read."""
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+    def sharded_state_dict(self, model_state: dict[str, Any], *, loading: bool, format: Format) -> dict[str, Any]:
+        """State for megatron's dist_checkpointing.
+
+        Args:
+            model_state: sharded state of the chunks.
+            loading: give room instead of values.
+            format: of the distributed optimizer; without it every layout can read the state anyway.
+        """
+        metadata = {"distrib_optim_sharding_type": format, "chained_optim_avoid_prefix": True}
         # megatron-core asks Python for a garbage collection: 0.2 s, more than all else. It leaves frozen objects out.
         gc.freeze()
         try:
@@ -191,6 +203,23 @@ class PolicyOptimizer:
         finally:
             gc.unfreeze()
 
+    def format_to_write(self, wanted: Format) -> Format:
+        """The format of a checkpoint of all ranks: `wanted`, or the other one where it cannot be written."""
+        distributed = all(part.config.use_distributed_optimizer for part in self.megatron.chained_optimizers)
+        possible = distributed and can_write_shards(self.megatron.chained_optimizers)
+        if not all_ranks(possible, self._device):
+            return "fully_reshardable"
+        return wanted
+
+    def shards(self, model_state: dict[str, Any], group: dist.ProcessGroup | None = None) -> Shards:
+        """Where the parameters lie in the buckets of all ranks; see `optimizer_shards.all_shards`."""
+        return all_shards(self.megatron.chained_optimizers, model_state, group)
+
+    def read_shards(self, directory: Path, saved: Shards, model_state: dict[str, Any]) -> dict[Any, Any]:
+        """State for `load_state_dict` of a checkpoint whose shards are not those of this layout."""
+        return read_into_layout(directory, saved, self.megatron.chained_optimizers, model_state)
+
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any], *, steps_taken: int) -> None:
         """Restore moments, main parameters and step counts; rates and decay follow the current configuration.
 

@@ -3,8 +3,9 @@
 Seen in 0.16.1; 0.19.2 has the same lines. torch's AdamW keeps its step count as one tensor per parameter, Transformer
 Engine's as a number per group, and the distributed optimizer's checkpoint code was written for the latter:
 
-1. Loading `fully_reshardable` copies every state tensor of a parameter from the checkpoint, but `step` is not among the
-   stored tensors (it travels in the parameter groups): KeyError 'step'.
+1. Loading copies every state tensor of a parameter from the checkpoint, but `step` travels in the parameter groups.
+   With `fully_reshardable` it is not among the tensors: KeyError 'step'. With `dp_reshardable` it is what it was when
+   loading began: the first steps after a resume are corrected as if they were the first of all.
 2. `load_state_dict` gives all parameters the SAME step tensor. AdamW adds 1 to it once per parameter, so with 35
    parameters two steps after a resume at step 2 the count is 72, not 4, and the bias correction is gone. Parameters and
    moments restore exactly: only training on shows it.
@@ -42,9 +43,9 @@ def _wrap(owner: type, name: str, replacement: Any) -> None:
 
 
 def _keep_own_step(original: Any, self: Any, model_param: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Patch 1: the step that `load_state_dict` has already restored stands in for the one that is not stored."""
+    """Patch 1: the step that `load_state_dict` has already restored holds."""
     current = self._get_main_param_and_optimizer_states(model_param)
-    if "step" in current and "step" not in tensors:
+    if "step" in current:
         tensors = {**tensors, "step": current["step"]}
     return original(self, model_param, tensors)
 

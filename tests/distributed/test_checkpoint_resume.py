@@ -26,6 +26,7 @@ SAVED = {
     "tp2": _run("tp2", "from_tp2", {"tensor_parallel": 2}),
     "dp2": _run("dp2", "from_dp2"),
     "dp2 plain": _run("dp2 plain", "from_dp2_plain", PLAIN),
+    "dp2 whole": _run("dp2 whole", "from_dp2_whole", format="fully_reshardable"),
     "dp2 bfloat16": _run("dp2 bfloat16", "from_dp2_bfloat16", dtype="bfloat16"),
     "ep2": _run("ep2", "from_ep2", {"expert_parallel": 2}, **EXPERTS),
     "experts tp2 sp": _run(
@@ -45,12 +46,14 @@ RESHARDED = {
         "dp2 to tp2 sp": _run("dp2 to tp2 sp", "from_dp2", {"tensor_parallel": 2, "sequence_parallel": True}),
         "ep2 to pp2": _run("ep2 to pp2", "from_ep2", {"pipeline_parallel": 2}, **EXPERTS),
         "experts tp2 sp to ep2": _run("experts tp2 sp to ep2", "from_experts_tp2", {"expert_parallel": 2}, **EXPERTS),
+        "dp2 whole to tp2": _run("dp2 whole to tp2", "from_dp2_whole", {"tensor_parallel": 2}),
         "dp2 plain to tp2": _run("dp2 plain to tp2", "from_dp2_plain", {"tensor_parallel": 2, **PLAIN}),
     },
     1: {
         "pp2 vpp2 to one rank": _run("pp2 vpp2 to one rank", "from_pp2_vpp2"),
         "ep2 to one rank": _run("ep2 to one rank", "from_ep2", **EXPERTS),
         "dp2 to one rank": _run("dp2 to one rank", "from_dp2"),
+        "dp2 whole to one rank": _run("dp2 whole to one rank", "from_dp2_whole"),
     },
 }
 
@@ -97,6 +100,12 @@ def test_the_same_layout_goes_on_bit_for_bit(trained, resumed, work, name):
         assert after[name] == {key: before[name][key] for key in after[name]}
     went_on, came_back = (torch.load(work / f"{name}.{mode}.pt")["after"] for mode in ("train", "resume"))
     assert all(torch.equal(went_on[key], came_back[key]) for key in went_on)
+
+
+def test_only_what_is_asked_for_whole_is_written_whole(trained, work):
+    """Without the distributed optimizer there are no shards; checkpoints of older versions are whole, too."""
+    in_shards = {name for name, run in SAVED.items() if list(work.glob(f"{run['checkpoint']}/step_*/*_shards.json"))}
+    assert in_shards == set(SAVED) - {"dp2 whole", "dp2 plain"}
 
 
 @pytest.mark.parametrize("name", SAVED)

@@ -43,6 +43,7 @@ def sections(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
     layout = {"tokens_per_microbatch": 50, **run["layout"]}
     control = {**SECTIONS["entropy_control"], **run.get("control", {})}
     saving = {**SECTIONS["checkpoint"], "asynchronous": run.get("asynchronous", True)}
+    saving["format"] = run.get("format", "dp_reshardable")
     model = {"dtype": run["dtype"]}
     return {**SECTIONS, "policy": layout, "model": model, "entropy_control": control, "checkpoint": saving}
 

@@ -12,6 +12,7 @@ from megatron_entropic.planning import activations, publishing
 from megatron_entropic.planning.activations import head_bytes, layer_bytes
 from megatron_entropic.planning.communication import gradient_traffic, microbatch_traffic
 from megatron_entropic.planning.hardware import Hardware
+from megatron_entropic.planning.host_memory import checkpoint_host_bytes
 from megatron_entropic.planning.memory import GIB, rollout_memory, stage_memory
 from megatron_entropic.planning.publishing import publication
 from megatron_entropic.planning.schedule import bubble_fraction, in_flight, make_schedule
@@ -48,6 +49,27 @@ def test_schedule_of_the_published_setting() -> None:
     assert (schedule.microbatches, schedule.microbatches_at_most) == (512, 1024)
     assert schedule.tokens == 4 * 4352
     assert schedule.bubble_fraction == pytest.approx(1 / 513)
+
+
+def test_host_memory_of_a_checkpoint() -> None:
+    table = known("OpenReasoning-Nemotron-1.5B")
+    # Four replicas: an optimizer state among them (its last parts are padding), and the weights once.
+    shards = checkpoint_host_bytes(example("nemotron_1_5b"), table, 8)
+    assert shards == pytest.approx((12 + 2) * table.elements, rel=1e-5)
+    alone = checkpoint_host_bytes(example("nemotron_1_5b"), table, 1)
+    assert alone == pytest.approx((12 / 4 + 2) * table.elements, rel=1e-5)
+    whole = checkpoint_host_bytes(example("nemotron_1_5b", "checkpoint.format=fully_reshardable"), table, 8)
+    assert whole == 4 * 27 * table.elements
+    plain = checkpoint_host_bytes(example("nemotron_1_5b", "policy.distributed_optimizer=false"), table, 8)
+    assert plain == 14 * table.elements
+
+
+def test_host_memory_of_experts_is_on_the_ranks_that_hold_them() -> None:
+    config = example("qwen3_30b_a3b")
+    table = known("Qwen3-30B-A3B")
+    ranks = config.policy.stage_ranks * config.policy.pipeline_parallel
+    total = checkpoint_host_bytes(config, table, ranks)
+    assert total == pytest.approx(14 * table.elements, rel=0.01)
 
 
 def test_static_memory_of_one_gpu() -> None:
