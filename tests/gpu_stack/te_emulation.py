@@ -55,6 +55,9 @@ def _prepare(bindings: Any) -> None:
         thd_get_partitioned_indices,
     ):
         setattr(bindings, function.__name__, _counted(function))
+    # Of bfloat16 too: Transformer Engine then takes the attention that is PyTorch's own operations.
+    no_backend = (int(bindings.NVTE_Fused_Attn_Backend.NVTE_No_Backend), "emulated")
+    bindings.get_fused_attn_backend = lambda *_: no_backend
     bindings.get_cudnn_version = lambda: 92000
     bindings.get_cublasLt_version = lambda: 130100
     bindings.get_num_cublas_streams = lambda: 4
