@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LARGE = ROOT / "megatron_entropic/planning/model_configs/OpenReasoning-Nemotron-1.5B.json"
 COLOCATED = {
     "rollout.gpu_memory_fraction": 0.3,
+    "rollout.enforce_eager": "true",  # compiling and capturing takes a minute of a machine that may be lent for minutes
     "policy.tensor_parallel": 1,
     "policy.offload": "all",
     "logging.wandb": "off",
