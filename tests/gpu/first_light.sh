@@ -45,9 +45,9 @@ for part in "${parts[@]}"; do
     machine) limit_s=30 command=("$python" tests/gpu/machine.py) ;;
     kernels) limit_s=60 command=("${tests[@]}" tests/gpu/test_triton_gpu.py tests/gpu/test_fused_heads_gpu.py) ;;
     heads) limit_s=50 command=("$python" benchmarks/gpu/vocab_parallel_gpu.py --output-dir "$output" --repetitions 10) ;;
-    policy) limit_s=110 command=("$python" benchmarks/gpu/policy_gpu.py --output-dir "$output" --repetitions 1) ;;
-    colocated) limit_s=180 command=("${tests[@]}" tests/gpu/test_colocated_run_gpu.py -k "shares and ipc") ;;
-    large) limit_s=180 command=("${tests[@]}" tests/gpu/test_colocated_run_gpu.py -k large) ;;
+    policy) limit_s=100 command=("$python" benchmarks/gpu/policy_gpu.py --output-dir "$output" --repetitions 1) ;;
+    colocated) limit_s=120 command=("${tests[@]}" tests/gpu/test_colocated_run_gpu.py -k "shares and ipc") ;;
+    large) limit_s=120 command=("${tests[@]}" tests/gpu/test_colocated_run_gpu.py -k large) ;;
     *) echo "first light: unknown part $part" >&2; exit 2 ;;
   esac
   echo "== $part (at most $limit_s s)"
