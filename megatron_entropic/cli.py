@@ -47,7 +47,6 @@ def main(arguments: Args[str] | None = None) -> int:
         options.overrides += rest
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        _look_for_modules_here()
         return options.command(options) or 0
     except StopAsked as error:
         errors.print(f"[bold yellow]stopped:[/] {escape(printable(str(error)))}")
@@ -64,20 +63,6 @@ def main(arguments: Args[str] | None = None) -> int:
     except KeyboardInterrupt:
         errors.print("[bold yellow]interrupted[/]: ended at once; train and evaluate continue from what they saved")
         return INTERRUPTED
-
-
-def _look_for_modules_here() -> None:
-    """Let every command find `module:function` of the configuration in the current directory.
-
-    An installed command does not look there, while Ray's workers and the verifier processes of a run do: without this
-    rule `replay` would not find the loss that `train` had found.
-    """
-    try:
-        here = os.getcwd()
-    except FileNotFoundError as error:
-        raise UserError("the current directory does not exist any more: change to another one") from error
-    if here not in sys.path:
-        sys.path.append(here)
 
 
 def _train(options: argparse.Namespace) -> None:

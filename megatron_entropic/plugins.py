@@ -31,9 +31,7 @@ def find_attribute(key: str, name: str, *, arguments: int, kind: type | None = N
         UserError: the module cannot be imported, has no such attribute, or it cannot be called so.
     """
     module_name, _, attribute = name.partition(":")
-    # An installed command does not look into the current directory; people keep their own modules there.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    _look_into_the_current_directory()
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # whatever somebody's own file raises is theirs to mend
@@ -52,6 +50,17 @@ def find_attribute(key: str, name: str, *, arguments: int, kind: type | None = N
     except ValueError:
         return found  # written in C, without a signature to look at
     return found
+
+
+def _look_into_the_current_directory() -> None:
+    # Ray's workers and verifier processes look there and an installed command does not: without one rule for all,
+    # `replay` does not find the loss that `train` found.
+    try:
+        here = os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the current directory does not exist any more: change to another one") from error
+    if here not in sys.path:
+        sys.path.append(here)
 
 
 def _words(error: BaseException) -> str:

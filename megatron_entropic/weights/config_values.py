@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_entropic.errors import UserError
+from megatron_entropic.errors import UserError, missing_model
 from megatron_entropic.weights.architectures import Architecture
 
 MOST_LAYERS = 1_000
@@ -49,7 +49,7 @@ def read_json(hf_dir: Path) -> dict[str, Any]:
         UserError: no directory, no file, or not a JSON object of finite numbers.
     """
     if not hf_dir.is_dir():
-        raise UserError(f"{hf_dir}: no such model directory")
+        raise UserError(missing_model(hf_dir))
     path = hf_dir / "config.json"
     if not path.is_file():
         raise UserError(f"{hf_dir}: no config.json, so this is not a Hugging Face model directory")
