@@ -77,12 +77,14 @@ def report_to(place: MeetingPlace, node: str, paths: list[Path]) -> None:
     """
     with reading(place.token_file):
         mark = place.token_file.read_bytes() + b"\n"
-    report = look_at_this_node(node, paths)
+    report: NodeReport | None = None
     deadline = time.monotonic() + place.timeout_s
     while True:
         try:
             with socket.create_connection((place.host, place.port), timeout=5) as connection:
                 connection.settimeout(max(1.0, deadline - time.monotonic()))
+                # Only now: the first node makes the run's folder before it listens.
+                report = report or look_at_this_node(node, paths)
                 here = replace(report, address=connection.getsockname()[0])
                 connection.sendall(mark + here.to_json())
                 connection.shutdown(socket.SHUT_WR)

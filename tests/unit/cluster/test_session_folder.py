@@ -50,7 +50,10 @@ def test_what_a_killed_run_left_is_collected_and_what_lives_is_not(base: Path) -
         assert remove_abandoned(base) == [], "it lives"
         run.send_signal(signal.SIGKILL)
     # Ray's own processes can outlive the run for a while.
-    with subprocess.Popen([sys.executable, "-c", "input()", str(folder / "ray")], stdin=subprocess.PIPE) as raylet:
+    works = [sys.executable, "-c", "input(print('here', flush=True))", str(folder / "ray")]
+    with subprocess.Popen(works, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as raylet:
+        assert raylet.stdout is not None
+        raylet.stdout.readline()
         assert remove_abandoned(base) == [], "something works in it"
         raylet.communicate(b"\n")
     assert remove_abandoned(base) == [folder]
