@@ -214,11 +214,19 @@ def test_recipes_of_the_paper_differ_in_what_its_tables_compare() -> None:
         "algorithm.optimizer_steps_per_rollout": 4,
         "entropy_control.feedback": "previous_step",
     }
+    serving = ("rollout.engines", "rollout.gpu_memory_fraction", "rollout.max_concurrent_sequences")
+    machine = ("policy.", "cluster.", *serving)
+    shared = differences("qwen3_8b", "qwen3_8b_colocated")
+    assert (shared["cluster.colocate"], shared["policy.offload"]) == (True, "all")
+    assert all(key.startswith(machine) for key in shared), shared
     small = differences("qwen3_8b", "nemotron_1_5b")
-    assert all(key.startswith(("model.", "policy.", "rollout.engines", "cluster.address")) for key in small), small
+    assert all(key.startswith(("model.", *machine)) for key in small), small
 
 
-@pytest.mark.parametrize("name", ["qwen3_8b", "qwen3_8b_grpo", "qwen3_8b_offpolicy", "nemotron_1_5b"])
+RECIPES = ["qwen3_8b", "qwen3_8b_colocated", "qwen3_8b_grpo", "qwen3_8b_offpolicy", "nemotron_1_5b"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_number_of_a_recipe_has_a_source(name: str) -> None:
     lines = (EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     section = ""
