@@ -88,7 +88,12 @@ class NcclSender:
         return contents.elements
 
     def close(self) -> None:
-        """Drops the communicator."""
+        """Ends the communicator: it keeps buffers on the device, and a broadcast whose engine is gone goes on in it.
+
+        Nothing of NCCL ends with the last reference to vLLM's object.
+        """
+        if self._group is not None:
+            self._group.destroy()
         self._group = None
         self._listener.close()
 

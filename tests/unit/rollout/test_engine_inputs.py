@@ -137,13 +137,17 @@ def test_the_installed_vllm_takes_our_nccl_options_and_loads_the_plugin():
     assert "gloo" in WeightTransferEngineFactory._registry
 
 
-def test_the_port_of_the_nccl_rendezvous_is_not_free_for_others_between_choice_and_use(monkeypatch):
+def test_the_nccl_sender_keeps_its_port_from_choice_to_use_and_ends_its_communicator(monkeypatch):
     """With vLLM's real store on a CPU; only the communicator is replaced."""
     prepare_environment("cpu")
     from vllm.distributed.device_communicators import pynccl
+    from vllm.distributed.utils import StatelessProcessGroup
 
     from megatron_entropic.rollout.nccl_transport import NcclSender
 
+    assert callable(pynccl.PyNcclCommunicator.destroy)
+    ended = []
+    monkeypatch.setattr(StatelessProcessGroup, "destroy", lambda group: ended.append(group), raising=False)
     monkeypatch.setattr(pynccl, "PyNcclCommunicator", lambda store, device: store)
     monkeypatch.setattr("torch.accelerator.current_device_index", lambda: 0)
     sender = NcclSender("127.0.0.1", 0, 5.0)
@@ -152,4 +156,8 @@ def test_the_port_of_the_nccl_rendezvous_is_not_free_for_others_between_choice_a
     sender.accept()
     assert sender._group.world_size == 1
     socket.create_connection(sender.address, timeout=5).close()
+    group = sender._group
     sender.close()
+    assert ended == [group], "the communicator is not left on the device for the next one to lie beside"
+    sender.close()
+    assert ended == [group]
