@@ -104,7 +104,11 @@ class PolicyConfig(Section):
         "logits. recompute: stores none, computes them twice. fused_loss: stores none, takes the gradient in the "
         "forward pass. auto: fused_loss if each token's loss is known before the forward pass, else recompute.",
     )
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="What backward computes again instead of keeping it. full: every layer. selective: with "
+        "Transformer Engine's layers the feed-forward part or the experts, with others attention.",
+    )
     offload: Annotated[Literal["off", "optimizer", "all"], BeforeValidator(off_is_a_word)] = Field(
         "off",
         description="What leaves the policy's devices for host memory while engines generate. optimizer: Adam's "

@@ -101,8 +101,13 @@ def layer_bytes(
     saved = complete
     if policy.recompute == "full":
         saved = item * width.hidden
+    elif policy.recompute == "selective" and attention == "flash":
+        # The feed-forward part is computed again from its input. Without experts its norm is fused into it, so that
+        # the input is the norm's, which is counted there, and the norm's result and sum go too.
+        fused_norm = 0 if sparse else 4 + item * width.hidden
+        saved = complete - feed_forward - fused_norm
     elif policy.recompute == "selective":
-        saved = complete - core + _core_attention_inputs(model, width, item, attention)
+        saved = complete - core + _core_attention_inputs(model, width, item)
     return LayerBytes(own_tokens * saved, own_tokens * complete, own_tokens * (norm_input + 4 + item * width.hidden))
 
 
@@ -202,12 +207,12 @@ def _core_attention(
     return item * (2 * width.query + 2 * width.key) + 4 * heads
 
 
-def _core_attention_inputs(model: PlannedModel, width: _Widths, item: int, attention: Attention) -> float:
-    """What selective recomputation keeps: q and k after RoPE, and v where nothing else keeps the packed tensor."""
+def _core_attention_inputs(model: PlannedModel, width: _Widths, item: int) -> float:
+    """Of plain layers, selectively recomputed: q and k after RoPE, and v where nothing else keeps packed q, k, v."""
     inputs = item * (width.query + width.key)
     if model.dimensions.latent is not None:
         return inputs + item * width.attended
-    if attention == "flash" or (model.dimensions.qk_norm and item == 4):
+    if model.dimensions.qk_norm and item == 4:
         return inputs
     return inputs + item * (width.query + 2 * width.key)
 

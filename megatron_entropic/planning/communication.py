@@ -14,7 +14,7 @@ from typing import Literal
 from megatron_entropic.config import Config, PolicyConfig
 from megatron_entropic.planning.activations import rank_tokens
 from megatron_entropic.planning.hardware import Hardware
-from megatron_entropic.planning.memory import overlaps
+from megatron_entropic.planning.memory import overlaps, repeats_feed_forward
 from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable
 
 Kind = Literal["tensor", "context", "expert", "pipeline", "data"]
@@ -92,6 +92,8 @@ def _tensor(
     # Embedding and head are on different stages, unless there is one: the busiest has one of them or both.
     ends = 2 if policy.pipeline_parallel == 1 else 1
     halves = passes * blocks + ends * (1 if direction == "forward" else 2)
+    if direction == "update" and policy.recompute == "selective" and repeats_feed_forward(config):
+        halves += blocks // 2 if shared or model.experts is None else 0
     if policy.sequence_parallel:
         again = blocks if direction == "update" else 0
         count, share, operation = 2 * halves + again, 1, "all-gather and reduce-scatter of hidden states"
@@ -123,7 +125,7 @@ def _expert(
     if model.experts is None:
         return
     layers = model.dimensions.num_layers // policy.pipeline_parallel
-    exchanges = 2 * layers * (1 if direction == "forward" else 3 if policy.recompute == "full" else 2)
+    exchanges = 2 * layers * (1 if direction == "forward" else 3 if repeats_feed_forward(config) else 2)
     copies = model.experts.per_token * _hidden_bytes(config, table, tokens)
     own = copies / (policy.tensor_parallel if policy.sequence_parallel else 1)
     groups: tuple[tuple[Kind, int, float, str], ...] = (

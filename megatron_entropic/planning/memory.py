@@ -84,6 +84,12 @@ def attention_kind(config: Config) -> Attention:
     return "sdpa" if config.cluster.device == "cpu" else "flash"
 
 
+def repeats_feed_forward(config: Config) -> bool:
+    """Whether backward computes the feed-forward parts again, which on a GPU is what selective recomputation is."""
+    recompute = config.policy.recompute
+    return recompute == "full" or (recompute == "selective" and attention_kind(config) == "flash")
+
+
 def overlaps(config: Config) -> bool:
     """Whether gradients travel during backward, which they do over NCCL."""
     return config.cluster.device != "cpu"

@@ -16,7 +16,7 @@ from megatron_entropic.config import Config
 from megatron_entropic.names import POLICY_LOSSES
 from megatron_entropic.planning.communication import Direction, gradient_traffic, microbatch_traffic
 from megatron_entropic.planning.hardware import Hardware
-from megatron_entropic.planning.memory import RolloutMemory, overlaps
+from megatron_entropic.planning.memory import RolloutMemory, overlaps, repeats_feed_forward
 from megatron_entropic.planning.parameters import ParameterTable
 from megatron_entropic.planning.schedule import Schedule
 
@@ -45,6 +45,8 @@ class _Work:
 
     layers: float
     head: float
+    feed_forward: float
+    """Of `layers`."""
 
 
 def score_time_s(config: Config, table: ParameterTable, schedule: Schedule, hardware: Hardware) -> float:
@@ -119,12 +121,13 @@ def _turn_s(
     """Seconds that the slowest stage needs for one micro-batch, its communication included."""
     policy = config.policy
     work = _work(table, schedule)
-    layers, head = 1, 1
+    layers, again, head = 1, 0.0, 1
     if direction == "update":
         layers = 4 if policy.recompute == "full" else 3
+        again = work.feed_forward if policy.recompute == "selective" and repeats_feed_forward(config) else 0.0
         head = 4 if config.output_head == "recompute" else 3
     # The last stage has the output layer besides its layers.
-    flop = schedule.tokens * (layers * work.layers / policy.pipeline_parallel + head * work.head)
+    flop = schedule.tokens * ((layers * work.layers + again) / policy.pipeline_parallel + head * work.head)
     rate = hardware.training_efficiency * hardware.flop_per_s(config.model.dtype)
     ranks = policy.tensor_parallel * policy.context_parallel
     traffic = microbatch_traffic(config, table, hardware, schedule.tokens, direction)
@@ -136,4 +139,14 @@ def _work(table: ParameterTable, schedule: Schedule) -> _Work:
     head = dimensions.vocab_size * dimensions.hidden_size
     width = dimensions.size("query") + dimensions.size("attended")
     attention = schedule.mean_tokens * width * dimensions.num_layers
-    return _Work(layers=2 * (table.active_elements - head) + attention, head=2 * head)
+    return _Work(2 * (table.active_elements - head) + attention, 2 * head, 2 * _feed_forward_elements(table))
+
+
+def _feed_forward_elements(table: ParameterTable) -> float:
+    """Of the three matrices of gated feed-forward parts, those that a token goes through."""
+    model, dimensions = table.model, table.model.dimensions
+    sparse = sum(dimensions.has_experts(layer) for layer in range(dimensions.num_layers))
+    width = (dimensions.num_layers - sparse) * dimensions.ffn_hidden_size
+    if model.experts is not None:
+        width += sparse * (model.experts.per_token * model.feed_forward_width + model.experts.shared_ffn_hidden_size)
+    return 3 * dimensions.hidden_size * width

@@ -29,7 +29,7 @@ WARNINGS = (
     ),
     Noise(
         r"If you are using transformer_engine as the transformer implementation, the core_attn",
-        "a doubt about recomputing attention, which policy.recompute=selective asks for",
+        "about fused attention, while core_attn is recomputed with unfused layers only",
     ),
     Noise(r"full scope is deprecated", "megatron-core 0.19 about a default of its own (CUDA graphs, which are off)"),
 )

@@ -39,7 +39,7 @@ def build_transformer_config(
         **_architecture(dimensions),
         **_latent(dimensions),
         **_fusions(dimensions, platform),
-        **_recompute(policy),
+        **_recompute(policy, platform),
         **_fp8(policy, platform),
         **_experts(dimensions, policy, platform),
         tensor_model_parallel_size=state.tensor_size,
@@ -161,11 +161,14 @@ def _fusions(dimensions: ModelDimensions, platform: Platform) -> dict[str, Any]:
     }
 
 
-def _recompute(policy: PolicyConfig) -> dict[str, Any]:
+def _recompute(policy: PolicyConfig, platform: Platform) -> dict[str, Any]:
     if policy.recompute == "none":
         return {}
     if policy.recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        # Transformer Engine's attention keeps no scores, so computing it again would save nothing: there it is the
+        # feed-forward part, whose activations are the widest, of layers without experts ("mlp") and with them ("moe").
+        modules = ["mlp", "moe"] if platform.transformer_engine else ["core_attn"]
+        return {"recompute_granularity": "selective", "recompute_modules": modules}
     return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 

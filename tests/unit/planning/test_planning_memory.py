@@ -94,11 +94,12 @@ def test_the_distributed_optimizer_divides_its_state() -> None:
 def test_activations_of_a_layer() -> None:
     table, tokens = known("Qwen3-8B"), 1000
     hidden, query, key, ffn = 4096, 4096, 1024, 12288
-    none, full, sharded = (
+    none, full, selective, sharded = (
         layer_bytes(table.model, policy, tokens, dtype="bfloat16", attention="flash")
         for policy in (
             PolicyConfig(),
             PolicyConfig(recompute="full"),
+            PolicyConfig(recompute="selective"),
             PolicyConfig(tensor_parallel=2, sequence_parallel=True),
         )
     )
@@ -107,6 +108,8 @@ def test_activations_of_a_layer() -> None:
     assert none.saved == tokens * (2 * elements + 8 * 32 + 8)
     assert full.saved == tokens * 2 * hidden
     assert full.complete == none.saved
+    # The feed-forward part goes, and what its norm keeps beside its input.
+    assert none.saved - selective.saved == tokens * (2 * (3 * ffn + hidden) + 4)
     assert sharded.saved == pytest.approx(none.saved / 2, rel=1e-3)
 
 
@@ -141,6 +144,9 @@ def test_traffic_of_a_micro_batch() -> None:
     assert traffic["pipeline"].sent_bytes == hidden / 2
     forward = {t.kind: t for t in microbatch_traffic(config, table, Hardware(), 1000, "forward")}
     assert forward["tensor"].count == 2 * (36 + 1)
+    config = example("qwen3_8b", "policy.recompute=selective")
+    selective = {t.kind: t for t in microbatch_traffic(config, table, Hardware(), 1000, "update")}
+    assert selective["tensor"].count == traffic["tensor"].count + 2 * 18
 
 
 def test_gradients_are_summed_or_scattered() -> None:

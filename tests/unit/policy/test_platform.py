@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from megatron_entropic.config import PolicyConfig
 from megatron_entropic.errors import UserError
 from megatron_entropic.policy.platform import transformer_engine_is_usable
 
@@ -46,3 +49,18 @@ def test_one_without_its_extension_is_refused_with_what_to_do(installed: Path) -
     (installed / "pytorch.py").write_text("raise FileNotFoundError('Could not find shared object file')")
     with pytest.raises(UserError, match=r"Could not find shared object file.*tools/environment.sh gpu"):
         transformer_engine_is_usable()
+
+
+@pytest.mark.parametrize(
+    ("transformer_engine", "modules"), [(True, ["mlp", "moe"]), (False, ["core_attn"])], ids=["fused", "plain"]
+)
+def test_selective_recomputation_is_of_what_the_layers_keep(transformer_engine: bool, modules: list[str]) -> None:
+    """Fused attention keeps no scores: with it `core_attn`, which was asked for everywhere, saved nothing."""
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_entropic.policy.transformer_config import _recompute
+
+    platform: Any = SimpleNamespace(transformer_engine=transformer_engine)
+    options = _recompute(PolicyConfig(recompute="selective"), platform)
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, **options)
+    assert config.recompute_modules == modules
