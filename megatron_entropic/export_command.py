@@ -20,6 +20,13 @@ def add_export_parser(commands: Any) -> None:
     export.add_argument("--apply-chat-template", action="store_true", help="as data.apply_chat_template of the run")
     export.add_argument("--max-prompts", type=int, default=128, help="that calibrate (default: 128)")
     export.add_argument("--max-tokens", type=int, default=512, help="of each prompt (default: 512)")
+    export.add_argument(
+        "--max-kl",
+        type=float,
+        default=0.1,
+        metavar="NATS",
+        help="mean KL(policy || quantised) a token above which nothing is written (default: 0.1)",
+    )
     export.set_defaults(command=_export)
 
 
@@ -35,6 +42,7 @@ def _export(options: argparse.Namespace) -> None:
         apply_chat_template=options.apply_chat_template,
         max_prompts=options.max_prompts,
         max_tokens=options.max_tokens,
+        max_kl=options.max_kl,
     )
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{options.quantize}: {options.output_dir}, calibrated on {report.prompts} prompts")

@@ -149,6 +149,7 @@ class RunDirectory:
             self._record_settings(0)
             return None
         self.progress.log(f"resuming after step {step} from {self._newest}")
+        self.progress.resume(step)
         self._record_settings(step)
         return step
 

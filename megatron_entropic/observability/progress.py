@@ -71,6 +71,10 @@ class Progress:
         """Show what is going on now; plain output does not mention it."""
         self._phase = name
 
+    def resume(self, step: int) -> None:
+        """The run goes on after this step."""
+        self._step = step
+
     def log(self, message: str) -> None:
         """Show a message above the panel, or as a plain line."""
         self._console.print(printable(message), markup=False, highlight=False, soft_wrap=True)
