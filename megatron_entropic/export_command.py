@@ -13,7 +13,12 @@ def add_export_parser(commands: Any) -> None:
     """Add the command to argparse's subparsers."""
     export = commands.add_parser("export", help="a trained policy in FP8 or INT8 for deployment (extra `quant`)")
     export.add_argument("source", type=Path, metavar="RUN_OR_HF_DIR")
-    export.add_argument("--quantize", required=True, choices=["fp8", "int8", "nvfp4"])
+    export.add_argument(
+        "--quantize",
+        required=True,
+        choices=["fp8", "int8", "int8_activations", "nvfp4"],
+        help="int8: weights only; int8_activations: weights and inputs, at a far larger KL",
+    )
     export.add_argument("--output-dir", type=Path, required=True)
     export.add_argument("--calibration", type=Path, required=True, help="prompts: the training data, parquet or JSON")
     export.add_argument("--prompt-key", default="prompt", help="column of the prompts (default: prompt)")

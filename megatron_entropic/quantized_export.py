@@ -3,12 +3,14 @@
     HF directory --load--> reference log-probs of the prompts --calibrate, quantise--> log-probs again --> files
 
 modelopt replaces linear layers by ones that round weights and inputs to scales it finds on the calibration prompts.
-KL(policy || quantised policy) is measured token by token on the same prompts, before the files are written.
+KL(policy || quantised policy) is measured token by token on the same prompts, before the files are written. A policy
+that quantising made into another one is not written.
 """
 
 from __future__ import annotations
 
 import datetime
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +26,25 @@ from megatron_entropic.errors import UserError, missing_model
 from megatron_entropic.weights.atomic_directory import appears_when_complete
 from megatron_entropic.weights.hf_io import HfReader
 
-QuantizationFormat = Literal["fp8", "int8", "nvfp4"]
-_MODELOPT_CONFIGS = {"fp8": "FP8_DEFAULT_CFG", "int8": "INT8_DEFAULT_CFG", "nvfp4": "NVFP4_DEFAULT_CFG"}
+QuantizationFormat = Literal["fp8", "int8", "int8_activations", "nvfp4"]
+# On SmolLM2-135M int8 weights cost 0.0028 nats a token, int8 weights and inputs 0.9 (docs/exporting.md): a few channels
+# of a layer's inputs are far larger than the others, and one scale for all of them leaves the others few values.
+_MODELOPT_CONFIGS = {
+    "fp8": "FP8_DEFAULT_CFG",
+    "int8": "INT8_WEIGHT_ONLY_CFG",
+    "int8_activations": "INT8_DEFAULT_CFG",
+    "nvfp4": "NVFP4_DEFAULT_CFG",
+}
 _COMPANIONS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
-
+_TRY_INSTEAD: dict[str, str] = {
+    "fp8": "try --quantize int8, which rounds the weights only",
+    "int8_activations": "try --quantize int8, which rounds the weights only",
+    "nvfp4": "try --quantize int8 or fp8",
+    "int8": "try --quantize fp8",
+}
 
 MAX_KL = 0.1
-"""Nats a token. SmolLM2-135M: int8 0.9 to 1.5 with the inputs rounded by one scale a layer, 0.006 from its weights."""
+"""Nats a token: mean KL(policy || quantised) above which nothing is written unless the caller allows more."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +79,18 @@ def quantize_export(
     Args:
         source: a Hugging Face directory, or the directory of a run that has exported one.
         output_dir: new or empty; appears when it is complete.
-        quantization: fp8 (weights and inputs E4M3, one scale a tensor), int8 (a scale a weight row), nvfp4 (CUDA only).
+        quantization: fp8 (weights and inputs E4M3, one scale a tensor), int8 (weights only, a scale a row),
+            int8_activations (weights as int8, inputs with one scale a layer), nvfp4 (CUDA only).
         calibration: parquet or JSON lines with prompts, such as the training data.
         prompt_key: their column.
         apply_chat_template: as `data.apply_chat_template` of the run.
         max_prompts: how many prompts calibrate.
         max_tokens: prompts are cut to so many tokens.
-        max_kl: nats; a mean KL above it is refused, and nothing is written.
         kl_tokens: positions for the KL; their log-probs over the whole vocabulary are held in memory.
+        max_kl: nats; a mean KL above it is refused, and nothing is written.
 
     Raises:
-        UserError: one error that lists everything that is wrong, before a model is loaded.
+        UserError: one error that lists everything that is wrong, before a model is loaded; the KL is above `max_kl`.
         ModuleNotFoundError: the extra `quant` is not installed.
         OSError: the output cannot be written.
     """
@@ -105,15 +120,32 @@ def quantize_export(
     report = QuantizationReport(
         float(divergence.mean()), float(divergence.max()), divergence.numel(), prompts=len(prompts)
     )
-    # Written so that NaN is refused too.
-    if not report.kl_mean <= max_kl:
-        raise UserError(
-            f"KL(policy || quantised) is {report.kl_mean:.3g} nats a token, above the limit of {max_kl:g}: this is "
-            "another policy, and nothing was written. One scale for all inputs of a layer costs most where few of its "
-            f"channels are large; try fp8 in place of int8, or take it with --max-kl {report.kl_mean:.2g}"
-        )
+    refuse_another_policy(report, quantization, max_kl)
     _write(model, hf_dir, output_dir)
     return report
+
+
+def refuse_another_policy(report: QuantizationReport, quantization: QuantizationFormat, max_kl: float) -> None:
+    """Do nothing if the mean KL is within the limit.
+
+    Raises:
+        UserError: it is above `max_kl` (nats a token), or no number.
+    """
+    if report.kl_mean <= max_kl:
+        return
+    if math.isnan(report.kl_mean):
+        raise UserError(
+            f"--quantize {quantization}: the quantised policy gives no numbers (KL is nan), and nothing was written; "
+            + _TRY_INSTEAD[quantization]
+        )
+    # Rounded up, so that the value that is offered is one that passes.
+    unit = 10.0 ** (math.floor(math.log10(report.kl_mean)) - 1) if math.isfinite(report.kl_mean) else 1.0
+    enough = math.ceil(report.kl_mean / unit) * unit if math.isfinite(report.kl_mean) else math.inf
+    raise UserError(
+        f"--quantize {quantization}: KL(policy || quantised) is {report.kl_mean:.3g} nats a token (at most "
+        f"{report.kl_max:.3g}), above the limit of {max_kl:g}: this is another policy than the one that was trained, and "
+        f"nothing was written; {_TRY_INSTEAD[quantization]}, or allow it with --max-kl {enough:.3g}"
+    )
 
 
 def find_hf_dir(source: Path) -> Path:

@@ -16,9 +16,13 @@ def read_with_modelopt(original_dir: Path, quantized_dir: Path, quantization: st
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind: Any
-    kind, largest = {"fp8": (FP8QTensor, 448.0), "int8": (INT8QTensor, 127.0)}[quantization]
+    kind, largest, config = {
+        "fp8": (FP8QTensor, 448.0, "FP8_DEFAULT_CFG"),
+        "int8": (INT8QTensor, 127.0, "INT8_WEIGHT_ONLY_CFG"),
+        "int8_activations": (INT8QTensor, 127.0, "INT8_DEFAULT_CFG"),
+    }[quantization]
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(original_dir), dtype=torch.float32).eval()
-    model = modelopt.quantize(model, getattr(modelopt, f"{quantization.upper()}_DEFAULT_CFG"))
+    model = modelopt.quantize(model, getattr(modelopt, config))
     tensors = load_file(quantized_dir / "model.safetensors")
     for name, module in model.named_modules():
         scale = tensors.pop(f"{name}.weight_scale", None)
@@ -30,7 +34,8 @@ def read_with_modelopt(original_dir: Path, quantized_dir: Path, quantization: st
         # What modelopt rounds again to the same scale stays as it is.
         module.weight.data.copy_(values)
         module.weight_quantizer.amax = scale * largest
-        module.input_quantizer.amax = tensors.pop(f"{name}.input_scale") * largest
+        if module.input_quantizer.is_enabled:
+            module.input_quantizer.amax = tensors.pop(f"{name}.input_scale") * largest
     unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
     assert not unexpected, unexpected
     return model

@@ -34,7 +34,11 @@ def export(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("quantization", "algorithm", "stored"),
-    [("fp8", "FP8", torch.float8_e4m3fn), ("int8", "W8A8_SQ_PER_CHANNEL", torch.int8)],
+    [
+        ("fp8", "FP8", torch.float8_e4m3fn),
+        ("int8", "W8A16", torch.int8),
+        ("int8_activations", "W8A8_SQ_PER_CHANNEL", torch.int8),
+    ],
 )
 def test_files_are_readable_and_the_kl_is_small(
     quantization: str, algorithm: str, stored: torch.dtype, countdown_dir: Path, tmp_path: Path
