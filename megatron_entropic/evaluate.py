@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
+
+from rich.console import Console
 
 from megatron_entropic.cluster.launch import launch_engines
 from megatron_entropic.config import Config
 from megatron_entropic.data import load_checked_tokenizer
 from megatron_entropic.evaluation.summary import BenchmarkSummary
 from megatron_entropic.evaluator import Evaluator, model_identity
+from megatron_entropic.observability.phases import PhaseDisplay
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.weights.hf_io import HfReader
-
-logger = logging.getLogger(__name__)
 
 
 def evaluate(config: Config, directory: Path, label: str) -> list[BenchmarkSummary]:
@@ -31,14 +31,20 @@ def evaluate(config: Config, directory: Path, label: str) -> list[BenchmarkSumma
         ValueError: benchmarks that cannot be used, or a directory with other settings' responses.
         RunError: engines or verifier could not start or died.
     """
-    HfReader(config.model.hf_dir)  # vLLM reads some incomplete or ambiguous checkpoints without a word
-    model = model_identity(config.model.hf_dir)
-    evaluator = Evaluator(config, load_checked_tokenizer(config.model.hf_dir))
-    pending = evaluator.pending(directory, model)
-    if pending:
-        directory.mkdir(parents=True, exist_ok=True)
-        with RewardScorer(config.reward) as scorer, launch_engines(config) as engines:
-            for name in pending:
-                logger.info("answering %s", name)
-                evaluator.answer(name, engines, scorer, directory, model)
-    return evaluator.summarise(directory, label)
+    # Numbers go to stdout, which can be a file; what is going on goes to the person who waits.
+    with PhaseDisplay(Console(stderr=True)) as phases:
+        phases.begin("reading model and benchmarks")
+        HfReader(config.model.hf_dir)  # vLLM reads some incomplete or ambiguous checkpoints without a word
+        model = model_identity(config.model.hf_dir)
+        evaluator = Evaluator(config, load_checked_tokenizer(config.model.hf_dir))
+        pending = evaluator.pending(directory, model)
+        if pending:
+            directory.mkdir(parents=True, exist_ok=True)
+            with RewardScorer(config.reward) as scorer, launch_engines(config, phases.begin) as engines:
+                for name in pending:
+                    responses = len(evaluator.problems[name]) * config.evaluation.samples(name)
+                    phases.begin(f"answering {name}: responses", total=responses)
+                    evaluator.answer(name, engines, scorer, directory, model, phases.count)
+                phases.begin("ending the engines")
+        phases.begin("summarising")
+        return evaluator.summarise(directory, label)

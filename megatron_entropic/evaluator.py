@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from megatron_entropic.errors import UserError
 from megatron_entropic.evaluation.generations import Generation, write_generations
 from megatron_entropic.evaluation.store import generations_path, stored_settings, summarise_stored, write_summary
 from megatron_entropic.evaluation.summary import BenchmarkSummary
+from megatron_entropic.observability.settings_history import sampled_digest
 from megatron_entropic.rewards import RewardScorer, build_reader, job_of
 from megatron_entropic.rewards.verdict import Verdict
 from megatron_entropic.training_batch import on_arrival
@@ -100,13 +101,27 @@ class Evaluator:
         return missing
 
     def answer(
-        self, name: str, engines: EngineGroup, scorer: RewardScorer, directory: Path, model: dict[str, Any]
+        self,
+        name: str,
+        engines: EngineGroup,
+        scorer: RewardScorer,
+        directory: Path,
+        model: dict[str, Any],
+        count: Callable[[], None] = lambda: None,
     ) -> None:
-        """Let the engines answer one benchmark, judge the responses as they come, and store them."""
+        """Let the engines answer one benchmark, judge the responses as they come, and store them.
+
+        Args:
+            count: called once for each response that has come.
+        """
+
+        def judge(position: int, sample: Sample) -> None:
+            judging.add(position, job_of(sample))
+            count()
+
         problems = self._benchmarks[name]
         with scorer.judging(len(problems) * self._config.evaluation.samples(name)) as judging:
-            arrived = on_arrival(self._tokenizer, lambda position, sample: judging.add(position, job_of(sample)))
-            samples = engines.answer_benchmark(name, problems, arrived)
+            samples = engines.answer_benchmark(name, problems, on_arrival(self._tokenizer, judge))
             generations = list(map(self._generation, samples, judging.verdicts(warn=True)))
         write_generations(generations_path(directory, name), generations, self._settings(name, model))
 
@@ -204,19 +219,11 @@ _WORDS = {
 
 
 def model_identity(hf_dir: Path) -> dict[str, Any]:
-    """What tells two Hugging Face directories apart without reading all of them: names, sizes, ends of the files."""
-    digest = hashlib.sha256()
-    for path in sorted([*hf_dir.glob("*.safetensors"), *hf_dir.glob("*.json")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name}/{size}/".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_SAMPLED_BYTES))
-            file.seek(max(0, size - _SAMPLED_BYTES))
-            digest.update(file.read(_SAMPLED_BYTES))
-    return {"files_sha256": digest.hexdigest()}
+    """What tells the weights and settings of two Hugging Face directories apart, see `sampled_digest`.
 
-
-_SAMPLED_BYTES = 1 << 20
+    Tokenizer and chat template, which can come in other files, are told apart by `Evaluator._settings`.
+    """
+    return {"files_sha256": sampled_digest(sorted([*hf_dir.glob("*.safetensors"), *hf_dir.glob("*.json")]))}
 
 
 def _metrics(summary: BenchmarkSummary) -> Iterator[tuple[str, float]]:

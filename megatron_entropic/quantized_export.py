@@ -143,8 +143,8 @@ def refuse_another_policy(report: QuantizationReport, quantization: Quantization
     enough = math.ceil(report.kl_mean / unit) * unit if math.isfinite(report.kl_mean) else math.inf
     raise UserError(
         f"--quantize {quantization}: KL(policy || quantised) is {report.kl_mean:.3g} nats a token (at most "
-        f"{report.kl_max:.3g}), above the limit of {max_kl:g}: this is another policy than the one that was trained, and "
-        f"nothing was written; {_TRY_INSTEAD[quantization]}, or allow it with --max-kl {enough:.3g}"
+        f"{report.kl_max:.3g}), above the limit of {max_kl:g}: this is another policy than the one that was "
+        f"trained, and nothing was written; {_TRY_INSTEAD[quantization]}, or allow it with --max-kl {enough:.3g}"
     )
 
 

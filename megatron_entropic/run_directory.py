@@ -105,6 +105,7 @@ class RunDirectory:
                     title=config.run.name,
                 )
             )
+            self.progress.resume(self._steps_done)
             self._open_files = files.pop_all()
         return self
 
@@ -144,18 +145,22 @@ class RunDirectory:
         step = -1 if self._newest is None else int(policy.load_checkpoint(self._newest)["step"])
         self._metrics.truncate_after(step)
         self._samples.truncate_after(step)
+        self.progress.resume(max(step, 0))
         if self._newest is None:
             self._warm_start.truncate_after(step)
             self._record_settings(0)
             return None
         self.progress.log(f"resuming after step {step} from {self._newest}")
-        self.progress.resume(step)
         self._record_settings(step)
         return step
 
+    @property
+    def _steps_done(self) -> int:
+        """Step of the newest checkpoint, 0 without one."""
+        return 0 if self._newest is None else int(self._newest.name.removeprefix("step_"))
+
     def _refuse_fewer_steps(self) -> None:
-        steps = self._config.train.steps
-        done = 0 if self._newest is None else int(self._newest.name.removeprefix("step_"))
+        steps, done = self._config.train.steps, self._steps_done
         if done > steps:
             raise UserError(
                 f"train.steps={steps}, but this run has done {done} ({self._newest}), so nothing is left to train: set "

@@ -46,19 +46,23 @@ def train(config: Config) -> Path:
     with StopRequest() as stop, RunDirectory(config) as run, ExitStack() as opened:
         if run.finished:
             return run.path
+        run.progress.starting("reading model, data and verifier")
         inputs = opened.enter_context(open_inputs(config))
         scorer, evaluator, prompts = inputs.scorer, inputs.evaluator, inputs.prompts
         run.report_data(prompts.report.lines())
 
         def attempt() -> None:
-            with launch(config) as (policy, engines):
+            with launch(config, run.progress.starting) as (policy, engines):
                 stop.listen()  # Ray's own handlers would end the process
+                run.progress.starting("looking for a checkpoint to continue from")
                 step = run.resume(policy)
                 if step is None:
                     step = warm_start(policy, run, inputs.lessons)
+                run.progress.starting("publishing the weights to the engines")
                 weights = WeightPublisher(policy, engines, config.cluster)
                 weights.publish(version=step)
                 run.export(policy, step, resumed=True)
+                run.progress.starting("the first step")
                 skips = SkipLimit(config.train.max_skipped_steps)
                 while step < config.train.steps:
                     step += 1

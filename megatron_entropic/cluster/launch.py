@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,17 +15,25 @@ from megatron_entropic.cluster.turns import DeviceTurns
 from megatron_entropic.config import Config
 from megatron_entropic.errors import PhaseTimeout
 
+Announce = Callable[[str], None]
+"""Is told what is being done, at its beginning."""
+
+
+def _announce_nothing(name: str) -> None: ...
+
 
 @contextmanager
-def launch_engines(config: Config) -> Iterator[EngineGroup]:
+def launch_engines(config: Config, announce: Announce = _announce_nothing) -> Iterator[EngineGroup]:
     """Ray and the engines alone, with the weights of `model.hf_dir`; for evaluation.
 
     Raises:
         RunError: something could not start; everything that did is gone again.
     """
+    announce(_ray_phase(config))
     with ray_session(config.cluster, local_cpus=config.rollout.engines) as device:
         placement = reserve(config, device, policy_ranks=0)
         try:
+            announce(_engines_phase(config))
             engines = EngineGroup(config, placement)
             engines.finish_start(engines.begin_start())
             yield engines
@@ -34,7 +42,7 @@ def launch_engines(config: Config) -> Iterator[EngineGroup]:
 
 
 @contextmanager
-def launch(config: Config) -> Iterator[tuple[PolicyGroup, EngineGroup]]:
+def launch(config: Config, announce: Announce = _announce_nothing) -> Iterator[tuple[PolicyGroup, EngineGroup]]:
     """Ray, the reservation, policy ranks and engines, all ready to work.
 
     Raises:
@@ -42,6 +50,7 @@ def launch(config: Config) -> Iterator[tuple[PolicyGroup, EngineGroup]]:
     """
     ranks = config.policy.world_size
     actors = 2 * ranks if config.cluster.colocate else ranks + config.rollout.engines
+    announce(_ray_phase(config))
     with ray_session(config.cluster, local_cpus=actors) as device:
         placement = reserve(config, device)
         try:
@@ -50,16 +59,33 @@ def launch(config: Config) -> Iterator[tuple[PolicyGroup, EngineGroup]]:
                 loading = engines.begin_start()
                 if config.cluster.colocate:
                     # vLLM wants to find the GPU free.
+                    announce(_engines_phase(config))
                     engines.finish_start(loading)
                     engines.sleep()
+                    announce(_policy_phase(config))
                     policy.start()
                 else:
+                    announce(f"{_policy_phase(config)}, engines beside it")
                     policy.start()
+                    announce(_engines_phase(config))
                     engines.finish_start(loading)
                 DeviceTurns(policy, engines, colocated=config.cluster.colocate)
                 yield policy, engines
         finally:
             placement.release()
+
+
+def _ray_phase(config: Config) -> str:
+    address = config.cluster.address
+    return "starting Ray" if address == "local" else f"joining Ray at cluster.address={address}"
+
+
+def _policy_phase(config: Config) -> str:
+    return f"loading the policy (ranks: {config.policy.world_size})"
+
+
+def _engines_phase(config: Config) -> str:
+    return f"loading the engines ({config.rollout.engines})"
 
 
 @contextmanager

@@ -8,8 +8,9 @@ with Progress(config.train.steps, done=resumed_steps, target=0.1) as progress:
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from types import TracebackType
 
@@ -21,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_entropic.observability.metrics import ENTROPY_BAND
+from megatron_entropic.observability.phases import duration, phase_line
 from megatron_entropic.observability.text import printable
 
 _HISTORY = 40
@@ -39,11 +41,15 @@ class Progress:
         target: float | None = None,
         title: str = "",
         console: Console | None = None,
+        now: Callable[[], float] = time.monotonic,
     ):
         """Args:
         total_steps: steps of the whole run.
         target: entropy target in nats; None where nothing is controlled.
+        now: a clock, seconds.
         """
+        self._now = now
+        self._start = self._phase_start = now()
         self._total, self._target, self._title = total_steps, target, title
         self._console = console or Console()
         self._step = 0
@@ -63,13 +69,19 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._phase = "failed" if kind else "finished"
+        self.phase("failed" if kind else "finished")
         if self._console.is_terminal:
             self._live.stop()
 
     def phase(self, name: str) -> None:
         """Show what is going on now; plain output does not mention it."""
-        self._phase = name
+        self._phase, self._phase_start = name, self._now()
+
+    def starting(self, name: str) -> None:
+        """Show what is done before the first step; plain output gets a line with the time since the start."""
+        self.phase(name)
+        if not self._console.is_terminal:
+            self.log(phase_line(self._now() - self._start, name))
 
     def resume(self, step: int) -> None:
         """The run goes on after this step."""
@@ -135,6 +147,9 @@ class Progress:
         for row in self._rows():
             rows.add_row(*row)
         foot = Text(self._phase, style="cyan")
+        # A phase of minutes, such as loading engines, is seen to go on.
+        if (waited := self._now() - self._phase_start) >= 1:
+            foot.append(f"  {duration(waited)}", "dim")
         return Panel(Group(head, Text(), rows, Text(), foot), title=self._title or None, title_align="left")
 
     def _rows(self) -> list[tuple[str, Text, Text]]:
@@ -197,12 +212,3 @@ def gauge(alpha: float) -> Text:
     text.append(f"{right:<{half}}", "red").append(" 1", "dim")
     text.append("  raises entropy" if clipped < 0 else "  lowers entropy" if clipped > 0 else "", "dim")
     return text
-
-
-def duration(seconds: float) -> str:
-    """3725 -> `1 h 02 min`, 80 -> `1 min 20 s`, 8 -> `8 s`."""
-    whole = round(seconds)
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

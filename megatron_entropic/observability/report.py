@@ -17,7 +17,7 @@ from megatron_entropic.names import OFF, controller_entry
 from megatron_entropic.observability import plots
 from megatron_entropic.observability.metrics import ENTROPY_BAND
 from megatron_entropic.observability.pages import render_page, write_page
-from megatron_entropic.observability.progress import duration
+from megatron_entropic.observability.phases import duration
 from megatron_entropic.observability.settings_history import Change, changes, flatten
 from megatron_entropic.observability.summary import LAST_STEPS, Run, Summary, as_number, load_run, summarise
 from megatron_entropic.observability.verdicts import verdicts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from megatron_entropic.errors import UserError
 from megatron_entropic.evaluate_command import _apart_at_commas
 from megatron_entropic.evaluation.generations import Generation, write_generations
 from megatron_entropic.evaluation.store import generations_path
-from megatron_entropic.evaluator import Evaluator
+from megatron_entropic.evaluator import Evaluator, model_identity
 
 ROWS = [{"problem": "1+1", "answer": "2"}, {"problem": "1+2", "answer": "3"}]
 MODEL = {"files_sha256": "x"}
@@ -144,3 +145,13 @@ def test_benchmark_paths_with_commas_and_equals_signs(tmp_path: Path) -> None:
     assert _apart_at_commas(",".join(two)) == two
     assert _apart_at_commas("a=x.parquet,b=y.parquet") == ["a=x.parquet", "b=y.parquet"]
     assert _apart_at_commas("a=no,such/file.parquet") == ["a=no,such/file.parquet"]
+
+
+def test_models_of_stored_evaluations_are_known_again(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"w" * 10)
+    (tmp_path / "config.json").write_bytes(b"{}")
+    # Names, sizes, then the first and the last MiB, which overlap in small files: as stored in directories that exist.
+    stored = hashlib.sha256(b"config.json/2/{}{}" + b"model.safetensors/10/" + b"w" * 20).hexdigest()
+    assert model_identity(tmp_path) == {"files_sha256": stored}
+    (tmp_path / "model.safetensors").write_bytes(b"w" * 9 + b"v")
+    assert model_identity(tmp_path) != {"files_sha256": stored}

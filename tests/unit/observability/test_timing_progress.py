@@ -8,7 +8,8 @@ import math
 import pytest
 from rich.console import Console
 
-from megatron_entropic.observability.progress import Progress, duration, gauge, sparkline
+from megatron_entropic.observability.phases import PhaseDisplay, duration
+from megatron_entropic.observability.progress import Progress, gauge, sparkline
 from megatron_entropic.observability.timing import PhaseClock
 
 
@@ -100,6 +101,67 @@ def test_the_panel_of_a_terminal() -> None:
     text = show(True, 5, METRICS)
     for part in ("demo", "step 5 / 60", "target 0.5, off by +0.012", "raises entropy", "1 min 50 s left", "finished"):
         assert part in text, part
+
+
+def test_a_resumed_run_does_not_begin_at_step_0() -> None:
+    stream = io.StringIO()
+    with Progress(60, console=Console(file=stream, force_terminal=True, width=110, color_system=None)) as progress:
+        progress.resume(41)
+    text = stream.getvalue()
+    assert "step 41 / 60" in text
+
+
+def test_the_minutes_before_the_first_step_are_lines_with_the_time_where_there_is_no_terminal() -> None:
+    time, stream = Time(), io.StringIO()
+    with Progress(60, console=Console(file=stream, width=110), now=time) as progress:
+        progress.starting("starting Ray")
+        time.pass_by(7)
+        progress.starting("loading the engines (2)")
+        time.pass_by(83)
+        progress.starting("the first step")
+        progress.phase("generate")
+    assert [line.strip() for line in stream.getvalue().splitlines()] == [
+        "0 s  starting Ray",
+        "7 s  loading the engines (2)",
+        "1 min 30 s  the first step",
+    ]
+
+
+def test_the_panel_counts_the_seconds_of_a_phase() -> None:
+    time, stream = Time(), io.StringIO()
+    console = Console(file=stream, width=110)
+    progress = Progress(60, console=console, now=time)
+    progress.phase("loading the engines (2)")
+    time.pass_by(83)
+    console.print(progress._panel())
+    assert "loading the engines (2)  1 min 23 s" in stream.getvalue()
+
+
+def test_an_evaluation_says_what_it_is_doing_and_how_far_it_is() -> None:
+    time, stream = Time(), io.StringIO()
+    with PhaseDisplay(Console(file=stream, width=110), time) as phases:
+        phases.begin("loading the engines (1)")
+        time.pass_by(60)
+        phases.begin("answering held: responses", total=4)
+        for _ in range(4):
+            time.pass_by(20)
+            phases.count()
+    assert [line.strip() for line in stream.getvalue().splitlines()] == [
+        "0 s  loading the engines (1)",
+        "1 min 00 s  answering held: responses (4)",
+        "1 min 40 s    2 of 4",
+        "2 min 20 s    4 of 4",
+    ]
+
+
+def test_an_evaluation_in_a_terminal_counts_seconds_and_responses() -> None:
+    time, stream = Time(), io.StringIO()
+    with PhaseDisplay(Console(file=stream, force_terminal=True, width=110, color_system=None), time) as phases:
+        phases.begin("answering \x1b[2Jheld: responses", total=4)
+        phases.count()
+        time.pass_by(12)
+    assert "responses: 1 of 4, 12 s" in stream.getvalue()
+    assert "\x1b[2J" not in stream.getvalue()
 
 
 def test_values_that_are_not_finite_do_not_break_it() -> None:
