@@ -153,7 +153,9 @@ class CudaPlatform(Platform):
         self.transformer_engine = transformer_engine_is_usable()
         if not self.transformer_engine:
             PACKED_ROTARY.apply()
-        self.fused_weight_gradients = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+        # apex's extension, where a site or an image has it, was never run beside the output heads, which add to the
+        # same float32 buffers themselves; it would save less than a hundredth of an update.
+        self.fused_weight_gradients = False
         # A launcher that gives each process its own GPU makes it device 0; torchrun numbers them.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 

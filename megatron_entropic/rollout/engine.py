@@ -184,6 +184,9 @@ class RolloutEngine:
 
         On a CPU vLLM frees nothing, but refuses work as on a GPU until everything is awake.
         """
+        # Level 2 would not copy the weights, 16 GB for an 8B, to the host and back: a second or two a step by estimate.
+        # But vLLM then brings back registered buffers only, not what layers keep as plain attributes, and a turn of
+        # rollouts or evaluation can begin without a publication (`cluster/turns.py`).
         self._llm.sleep(level=1)
 
     def wake(self, parts: list[str]) -> None:
