@@ -33,7 +33,11 @@ def add_rollouts_parser(commands: Any) -> None:
     parser.add_argument("--step", type=int, metavar="N", help="(default: the newest that was recorded)")
     parser.add_argument("--prompt", type=int, nargs="+", default=[], metavar="INDEX", help="prompts to show")
     parser.add_argument(
-        "--prompts", type=int, default=2, metavar="N", help="without --prompt: the first N (default: 2)"
+        "--prompts",
+        type=int,
+        default=2,
+        metavar="N",
+        help="without --prompt: N, first those whose rewards differ (default: 2)",
     )
     parser.add_argument("--max-tokens", type=int, default=2000, metavar="N", help="shown of a response (default: 2000)")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="(default: that of the run's model)")

@@ -98,7 +98,7 @@ def view_step(
         tokenizer: of the model.
         read_answer: what the verifier takes for the answer of a response.
         tau: threshold of the entropy control; None if it acts on no token.
-        prompts: indices to show; empty: the first ones of the step.
+        prompts: indices to show; empty: the first ones of the step, those whose rewards differ before the others.
         max_prompts: shown when `prompts` is empty.
         max_tokens: of a response; from a longer one the middle is left out.
 
@@ -111,7 +111,9 @@ def view_step(
     if missing:
         some = ", ".join(map(str, present[:10]))
         raise UserError(f"step {recorded.step} has no prompt {', '.join(map(str, missing))}; it has {some}, ...")
-    chosen = [group for group in groups if group[0] in prompts] if prompts else groups[:max_prompts]
+    # Groups whose rewards are all alike have no advantage and teach nothing; sorting keeps the order of the step.
+    with_signal_first = sorted(groups, key=lambda group: len({member.sample.reward for member in group[1]}) < 2)
+    chosen = [group for group in groups if group[0] in prompts] if prompts else with_signal_first[:max_prompts]
     entropies = np.concatenate([response.entropies for response in recorded.responses])
     return StepView(
         step=recorded.step,

@@ -127,6 +127,14 @@ def test_a_prompt_that_comes_twice_in_a_row_is_shown_as_two_groups(run: Path, to
     assert [(group.index, len(group.responses)) for group in view.groups] == [(10, 2)] * 3
 
 
+def test_prompts_whose_rewards_differ_are_shown_first(run: Path, tokenizer: Any) -> None:
+    recorded = read_rollouts(rollouts_path(run, 3))
+    for response in recorded.responses[:2]:
+        response.sample.reward = 0.0
+    view = view_step(recorded, tokenizer, lambda text: "4", tau=0.95, max_prompts=3)
+    assert [group.index for group in view.groups] == [11, 12, 10]
+
+
 def test_escape_sequences_of_a_model_do_not_reach_the_terminal(
     tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
