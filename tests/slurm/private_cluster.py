@@ -126,12 +126,22 @@ class PrivateCluster:
         result = subprocess.run(
             command, cwd=folder, env=self.environment, capture_output=True, text=True, check=False, timeout=60
         )
-        assert result.returncode == 0, f"{' '.join(command)}: {result.stdout}{result.stderr}"
+        assert result.returncode == 0, (
+            f"{' '.join(command)} ended with {result.returncode}: {result.stdout}{result.stderr}{self.logs()}"
+        )
         return result.stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """Fields of `scontrol show job`."""
-        words = self.run("scontrol", "--oneliner", "show", "job", job).split()
+        """Fields of `scontrol show job`, asked a second time if need be.
+
+        On a busy machine it was seen to fail once, without a word, beside a job that went on.
+        """
+        command = ("scontrol", "--oneliner", "show", "job", job)
+        try:
+            words = self.run(*command).split()
+        except AssertionError:
+            time.sleep(2)
+            words = self.run(*command).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def logs(self) -> str:
