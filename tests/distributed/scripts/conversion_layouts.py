@@ -113,7 +113,7 @@ def beside_the_model(policy: Policy, model_state: dict[str, Any]) -> dict[str, A
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
     policy.optimizer = policy._build_optimizer()
-    optimizer_state = policy.optimizer.sharded_state_dict(model_state, loading=False)
+    optimizer_state = policy.optimizer.sharded_state_dict(model_state, loading=False, format="fully_reshardable")
     for chunk in model_state.values():
         for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             if name in chunk:
