@@ -29,10 +29,9 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.gpu.rates import product_rate
+from benchmarks.gpu.rates import product_rate, seconds
 from benchmarks.machine import cpu_model
 from benchmarks.markdown import markdown_table
-from benchmarks.measure import Stopwatch
 from benchmarks.policies import batch, free_port, random_weights
 from megatron_entropic.config import Config
 from megatron_entropic.policy.policy import Policy
@@ -167,8 +166,8 @@ def speed(hf_dir: Path, sizes: Sizes, device: torch.device, repetitions: int) ->
             if head == HEADS[0]:
                 yield _row("score", _median(lambda: policy.score(sequences), device, repetitions), tokens, forward)
             policy.score(sequences)
-            seconds = _median(lambda: policy.update(sequences), device, repetitions)
-            yield _row(f"update, {head} head", seconds, tokens, 3 * forward)
+            took = _median(lambda: policy.update(sequences), device, repetitions)
+            yield _row(f"update, {head} head", took, tokens, 3 * forward)
     model = _reference(hf_dir, device, torch.bfloat16)
     parameters = list(model.parameters())
     # Equal lengths: a batch without padding, four sequences at a time as logits of more do not fit beside the rest.
@@ -185,8 +184,8 @@ def speed(hf_dir: Path, sizes: Sizes, device: torch.device, repetitions: int) ->
             parameter.grad = None
 
     yield _row("transformers, forward", _median(lambda: step(backward=False), device, repetitions), tokens, forward)
-    seconds = _median(lambda: step(backward=True), device, repetitions)
-    yield _row("transformers, forward and backward", seconds, tokens, 3 * forward)
+    took = _median(lambda: step(backward=True), device, repetitions)
+    yield _row("transformers, forward and backward", took, tokens, 3 * forward)
 
 
 def flop_per_token(dimensions: ModelDimensions, tokens: int) -> float:
@@ -206,14 +205,7 @@ def _median(work: Callable[[], Any], device: torch.device, repetitions: int) -> 
     work()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    taken = []
-    for _ in range(repetitions):
-        watch = Stopwatch(device)
-        watch.mark()
-        work()
-        watch.mark()
-        taken.append(watch.since_first()[0].wall)
-    return statistics.median(taken)
+    return statistics.median(seconds(work, device, repetitions))
 
 
 def _model(directory: Path, sizes: Sizes, device: torch.device, layers: int | None = None) -> Path:

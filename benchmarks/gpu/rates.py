@@ -26,9 +26,8 @@ def product_rate(size: int, device: torch.device, repetitions: int) -> float:
     return 2 * size**3 / _best_seconds(lambda: torch.mm(a, b, out=out), device, repetitions)
 
 
-def _best_seconds(work: Callable[[], object], device: torch.device, repetitions: int) -> float:
-    for _ in range(WARM_UP):
-        work()
+def seconds(work: Callable[[], object], device: torch.device, repetitions: int) -> list[float]:
+    """Wall time of each of so many repetitions; on a GPU its own time."""
     taken = []
     for _ in range(repetitions):
         watch = Stopwatch(device)
@@ -36,4 +35,10 @@ def _best_seconds(work: Callable[[], object], device: torch.device, repetitions:
         work()
         watch.mark()
         taken.append(watch.since_first()[0].wall)
-    return min(taken)
+    return taken
+
+
+def _best_seconds(work: Callable[[], object], device: torch.device, repetitions: int) -> float:
+    for _ in range(WARM_UP):
+        work()
+    return min(seconds(work, device, repetitions))
