@@ -39,6 +39,9 @@ Done in $((SECONDS - started)) s.
   $run_dir/metrics.jsonl       every number of every step
   $run_dir/hf                  the trained model, for transformers and vLLM
 
+What it answers, coloured by entropy:
+  .venv/bin/megatron-entropic rollouts $run_dir
+
 What happens without control, and both runs in one report:
   bash examples/quickstart.sh entropy_control.controller=off run.name=without_control run.output_dir=runs/countdown_off
   .venv/bin/megatron-entropic report $run_dir runs/countdown_off

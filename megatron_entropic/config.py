@@ -312,7 +312,17 @@ class LoggingConfig(Section):
     wandb_project: str = "megatron_entropic"
     samples_per_step: int = Field(4, ge=0, description="Responses written to samples.jsonl each step.")
     rollouts_every_steps: Count = Field(
-        0, ge=0, description="Keep all rollouts of every so many steps in rollouts/, token by token; 0: never."
+        20, ge=0, description="Keep all rollouts of every so many steps in rollouts/, token by token; 0: never."
+    )
+    rollouts_keep_last: Annotated[Count, Field(ge=1)] | None = Field(
+        20,
+        description="So many of these steps stay, the newest; null: all. Those of train.record_steps and steps with a "
+        "skipped update are not counted and always stay.",
+    )
+    rollouts_keep_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        1000.0,
+        description="Megabytes (10^6 bytes) that these files may take together: the oldest go, the newest stays "
+        "however large it is. null: no limit.",
     )
 
 

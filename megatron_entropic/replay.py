@@ -133,7 +133,7 @@ def _read(run_dir: Path, step: int) -> RecordedStep:
         kept = ", ".join(map(str, recorded_steps(run_dir))) or "none"
         raise UserError(
             f"{run_dir}: the rollouts of step {step} were not kept (kept: {kept}); see train.record_steps and "
-            "logging.rollouts_every_steps"
+            "logging.rollouts_every_steps and rollouts_keep_last"
         )
     return read_rollouts(path)
 

@@ -29,7 +29,9 @@ _LEAST_SHADE = 0.05
 def add_rollouts_parser(commands: Any) -> None:
     """Add `rollouts` to the subparsers of the command line."""
     parser = commands.add_parser("rollouts", help="show recorded responses of a step, coloured by token entropy")
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run with logging.rollouts_every_steps")
+    parser.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="a run that has recorded steps, see logging.rollouts_every_steps"
+    )
     parser.add_argument("--step", type=int, metavar="N", help="(default: the newest that was recorded)")
     parser.add_argument("--prompt", type=int, nargs="+", default=[], metavar="INDEX", help="prompts to show")
     parser.add_argument(
@@ -49,7 +51,9 @@ def _rollouts(options: argparse.Namespace) -> None:
     run = load_run(options.run_dir)
     steps = recorded_steps(options.run_dir)
     if not steps:
-        raise UserError(f"{options.run_dir}: no rollouts are recorded; set logging.rollouts_every_steps")
+        every = run.number("logging.rollouts_every_steps", 0)
+        when = f"{every:g} records every step that it divides" if every else "0 records none"
+        raise UserError(f"{options.run_dir}: no rollouts are recorded: logging.rollouts_every_steps={when}")
     step = steps[-1] if options.step is None else options.step
     if step not in steps:
         raise UserError(f"{options.run_dir}: no rollouts of step {step}; there are {', '.join(map(str, steps[-10:]))}")

@@ -38,7 +38,7 @@ from megatron_entropic.errors import RunError, UserError
 from megatron_entropic.observability.jsonl import JsonLinesWriter
 from megatron_entropic.observability.metrics import MetricsWriter
 from megatron_entropic.observability.progress import Progress
-from megatron_entropic.observability.rollouts import rollouts_path, write_rollouts
+from megatron_entropic.observability.rollout_log import RolloutLog
 from megatron_entropic.observability.samples import SampleLog
 from megatron_entropic.observability.settings_history import (
     RunPart,
@@ -75,6 +75,7 @@ class RunDirectory:
         self.clock = PhaseClock()
         self._config = config
         self._checkpoints = self.path / "checkpoints"
+        self._rollouts = RolloutLog(self.path, config.logging, config.train.record_steps)
         self._open_files = ExitStack()
         self._began: float | None = time.time()
 
@@ -135,7 +136,7 @@ class RunDirectory:
     def resume(self, policy: PolicyGroup) -> int | None:
         """Restore the newest intact checkpoint into all policy ranks; returns its step, None if there is none.
 
-        Metrics of later steps, which will be computed again, are cut off.
+        Metrics and rollouts of later steps, which will be computed again, are cut off.
 
         Raises:
             CheckpointError: there are checkpoints, but none that can be used; nothing was changed.
@@ -145,6 +146,7 @@ class RunDirectory:
         step = -1 if self._newest is None else int(policy.load_checkpoint(self._newest)["step"])
         self._metrics.truncate_after(step)
         self._samples.truncate_after(step)
+        self._rollouts.truncate_after(step)
         self.progress.resume(max(step, 0))
         if self._newest is None:
             self._warm_start.truncate_after(step)
@@ -233,14 +235,10 @@ class RunDirectory:
     def keep_rollouts(
         self, step: int, samples: list[Sample], batch: list[Sequence], scores: Scores, metrics: dict[str, float]
     ) -> None:
-        """Write the step's rollouts with what its update was computed from, if they are asked for or were skipped.
-
-        They are asked for by `logging.rollouts_every_steps` or `train.record_steps`.
-        """
-        every = self._config.logging.rollouts_every_steps
-        asked = step in self._config.train.record_steps or (every > 0 and step % every == 0)
-        if asked or metrics["optimizer/skipped"]:
-            write_rollouts(rollouts_path(self.path, step), step, samples, batch, scores, metrics)
+        """Write the step's rollouts with what its update was computed from, if it is one of those to keep."""
+        if self._rollouts.due(step, metrics):
+            with self.phase("record"):
+                self._rollouts.write(step, samples, batch, scores, metrics)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

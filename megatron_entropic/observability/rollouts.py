@@ -7,7 +7,8 @@ One row a response, in the order of the training batch. `megatron-entropic rollo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,16 +112,41 @@ def read_rollouts(path: Path) -> RecordedStep:
     Raises:
         UserError: no such file, or not one that `write_rollouts` wrote.
     """
-    import pyarrow
     import pyarrow.parquet
 
-    try:
+    with _reading(path):
         table = pyarrow.parquet.read_table(path)
-        content = json.loads((table.schema.metadata or {})[_METADATA_KEY])
-        responses = [_response(row) for row in table.to_pylist()]
-        return RecordedStep(content["step"], content["metrics"], responses)
+        step, metrics = _content(table.schema)
+        return RecordedStep(step, metrics, [_response(row) for row in table.to_pylist()])
+
+
+def recorded_metrics(path: Path) -> dict[str, Any]:
+    """The metrics of a recorded step, without its responses.
+
+    Raises:
+        UserError: as `read_rollouts`.
+    """
+    import pyarrow.parquet
+
+    with _reading(path):
+        return _content(pyarrow.parquet.read_schema(path))[1]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what reading a file that is missing, damaged or foreign raises into one `UserError`."""
+    import pyarrow
+
+    try:
+        yield
     except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not the recorded rollouts of a step: {error}") from error
+
+
+def _content(schema: Any) -> tuple[int, dict[str, Any]]:
+    """Step and metrics, from a file's own metadata."""
+    content = json.loads((schema.metadata or {})[_METADATA_KEY])
+    return content["step"], dict(content["metrics"])
 
 
 def _response(row: dict[str, Any]) -> RecordedResponse:

@@ -48,6 +48,7 @@ SETTINGS = (
     "checkpoint.every_steps=1",
     "checkpoint.keep_last=3",
     "logging.rollouts_every_steps=1",
+    "logging.rollouts_keep_last=null",
     "cluster.max_restarts=100",
     "cluster.max_engine_restarts=100",
     f"policy.distributed_timeout_s={TIMEOUT_S}",

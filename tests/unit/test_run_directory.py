@@ -11,7 +11,7 @@ import yaml
 from megatron_entropic.config import Config
 from megatron_entropic.config_loading import dump_config
 from megatron_entropic.observability.progress import Progress
-from megatron_entropic.observability.rollouts import recorded_steps
+from megatron_entropic.observability.rollouts import recorded_steps, rollouts_path
 from megatron_entropic.observability.settings_history import read_parts
 from megatron_entropic.policy.checkpoint_files import MANIFEST, checkpoint_path
 from megatron_entropic.run_directory import RunDirectory
@@ -23,24 +23,64 @@ def run_directory(folder: Path, **sections: dict[str, object]) -> RunDirectory:
     return RunDirectory(Config.model_validate(settings | sections))
 
 
-@pytest.mark.parametrize(
-    ("sections", "kept"),
-    [
-        ({}, [3]),
-        ({"train": {"record_steps": [2, 5]}}, [2, 3, 5]),
-        ({"logging": {"rollouts_every_steps": 4}}, [3, 4]),
-    ],
-)
-def test_rollouts_are_kept_where_asked_for_and_where_an_update_was_skipped(
-    sections: dict[str, dict[str, object]], kept: list[int], tmp_path: Path
-) -> None:
-    run = run_directory(tmp_path, **sections)
+SECTIONS = dict[str, dict[str, object]]
+EVERY_STEP: dict[str, object] = {"rollouts_every_steps": 1}
+
+
+def keep_steps(run: RunDirectory, *steps: int, skipped: tuple[int, ...] = ()) -> None:
     sample = Sample(Prompt(0, [1], "", None), 0, [2], [-0.5], "stop", 0, reward=1.0, verifier_status="ok")
     sequence = Sequence(torch.tensor([1, 2]), 1, advantages=torch.zeros(1))
     scores = Scores([torch.zeros(1)], [torch.zeros(1)])
-    for step in range(1, 6):
-        run.keep_rollouts(step, [sample], [sequence], scores, {"optimizer/skipped": float(step == 3)})
+    run.progress = Progress(60)
+    for step in steps:
+        run.keep_rollouts(step, [sample], [sequence], scores, {"optimizer/skipped": float(step in skipped)})
+
+
+@pytest.mark.parametrize(
+    ("sections", "kept"),
+    [
+        ({}, [3, 20, 40]),
+        ({"train": {"record_steps": [2, 5]}}, [2, 3, 5, 20, 40]),
+        ({"logging": {"rollouts_every_steps": 4}}, [3, *range(4, 48, 4)]),
+        ({"logging": {"rollouts_every_steps": 0}}, [3]),
+        # The limits delete neither what was asked for nor what had a skipped update.
+        (
+            {"logging": {"rollouts_every_steps": 10, "rollouts_keep_last": 2}, "train": {"record_steps": [20]}},
+            [3, 20, 30, 40],
+        ),
+        ({"logging": EVERY_STEP | {"rollouts_keep_last": None}}, list(range(1, 46))),
+    ],
+)
+def test_rollouts_are_kept_every_so_often_where_asked_for_and_where_an_update_was_skipped(
+    sections: SECTIONS, kept: list[int], tmp_path: Path
+) -> None:
+    keep_steps(run_directory(tmp_path, **sections), *range(1, 46), skipped=(3,))
     assert recorded_steps(tmp_path) == kept
+
+
+def test_rollouts_take_no_more_megabytes_than_they_may(tmp_path: Path) -> None:
+    logging = EVERY_STEP | {"rollouts_keep_last": None}
+    keep_steps(run_directory(tmp_path, logging=logging), 1)
+    size_mb = rollouts_path(tmp_path, 1).stat().st_size / 1e6
+    keep_steps(run_directory(tmp_path, logging=logging | {"rollouts_keep_mb": 2.5 * size_mb}), 2, 3, 4, 5)
+    assert recorded_steps(tmp_path) == [4, 5]
+    keep_steps(run_directory(tmp_path, logging=logging | {"rollouts_keep_mb": 0.5 * size_mb}), 6)
+    assert recorded_steps(tmp_path) == [6]
+
+
+def test_rollouts_that_cannot_be_read_are_left_alone(tmp_path: Path) -> None:
+    run = run_directory(tmp_path, logging=EVERY_STEP | {"rollouts_keep_last": 1})
+    keep_steps(run, 1)
+    rollouts_path(tmp_path, 1).write_bytes(b"PAR1 of another program")
+    keep_steps(run, 2, 3)
+    assert recorded_steps(tmp_path) == [1, 3]
+
+
+def test_a_resume_forgets_the_rollouts_of_steps_that_are_computed_again(tmp_path: Path) -> None:
+    run = run_directory(tmp_path, logging=EVERY_STEP, train={"record_steps": [4]})
+    keep_steps(run, 1, 2, 3, 4, 5, skipped=(5,))
+    run._rollouts.truncate_after(2)
+    assert recorded_steps(tmp_path) == [1, 2, 4, 5]
 
 
 def test_fewer_steps_than_are_done_is_an_error_before_anything_starts(tmp_path: Path) -> None:

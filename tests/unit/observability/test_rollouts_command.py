@@ -116,7 +116,7 @@ def test_what_is_not_there_is_said(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert "no rollouts of step 5; there are 3" in capsys.readouterr().err
     rollouts_path(run, 3).unlink()
     assert main(["rollouts", str(run)]) == 2
-    assert "set logging.rollouts_every_steps" in capsys.readouterr().err
+    assert "no rollouts are recorded: logging.rollouts_every_steps=0 records none" in capsys.readouterr().err
 
 
 def test_a_prompt_that_comes_twice_in_a_row_is_shown_as_two_groups(run: Path, tokenizer: Any) -> None:
