@@ -49,6 +49,7 @@ from megatron_entropic.observability.settings_history import (
 )
 from megatron_entropic.observability.text import printable
 from megatron_entropic.observability.timing import PhaseClock
+from megatron_entropic.observability.yardsticks import mismatch_yardstick
 from megatron_entropic.policy.checkpoint_files import (
     CheckpointError,
     checkpoint_path,
@@ -92,10 +93,9 @@ class RunDirectory:
             self._refuse_fewer_steps()
             self._keep_settings_before()
             dump_config(config, self.path / "config.yaml")
+            resolved = config.model_dump(mode="json")
             self._metrics = files.enter_context(
-                MetricsWriter(
-                    self.path, config.logging, run_name=config.run.name, run_config=config.model_dump(mode="json")
-                )
+                MetricsWriter(self.path, config.logging, run_name=config.run.name, run_config=resolved)
             )
             self._warm_start = files.enter_context(closing(JsonLinesWriter(self.path / "warm_start.jsonl")))
             self._samples = files.enter_context(closing(SampleLog(self.path, config.logging.samples_per_step)))
@@ -103,6 +103,7 @@ class RunDirectory:
                 Progress(
                     config.train.steps,
                     target=config.entropy_control.fixed_target if config.entropy_control.enabled else None,
+                    mismatch=mismatch_yardstick(resolved),
                     title=config.run.name,
                 )
             )

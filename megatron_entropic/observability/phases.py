@@ -13,9 +13,9 @@ from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
-from rich.live import Live
 from rich.text import Text
 
+from megatron_entropic.observability.live import live_display
 from megatron_entropic.observability.text import printable
 
 _QUIET_S = 30.0
@@ -29,18 +29,16 @@ class PhaseDisplay:
         self._console, self._now = console, now
         self._start = self._phase_start = self._last_line = now()
         self._name, self._done, self._total = "", 0, 0
-        self._live = Live(get_renderable=self._moving, console=console, refresh_per_second=4, transient=True)
+        self._live = live_display(console, self._moving, transient=True)
 
     def __enter__(self) -> PhaseDisplay:
-        if self._console.is_terminal:
-            self._live.start(refresh=True)
+        self._live.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._console.is_terminal:
-            self._live.stop()
+        self._live.__exit__(kind, error, trace)
 
     def begin(self, name: str, total: int = 0) -> None:
         """Show that a phase begins, which ends the one before.

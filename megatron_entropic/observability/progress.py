@@ -15,15 +15,16 @@ from statistics import median
 from types import TracebackType
 
 from rich.console import Console, Group
-from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from megatron_entropic.observability.live import live_display
 from megatron_entropic.observability.metrics import ENTROPY_BAND
 from megatron_entropic.observability.phases import duration, phase_line
 from megatron_entropic.observability.text import printable
+from megatron_entropic.observability.yardsticks import MismatchYardstick
 
 _HISTORY = 40
 _BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
@@ -39,6 +40,7 @@ class Progress:
         total_steps: int,
         *,
         target: float | None = None,
+        mismatch: MismatchYardstick | None = None,
         title: str = "",
         console: Console | None = None,
         now: Callable[[], float] = time.monotonic,
@@ -46,11 +48,12 @@ class Progress:
         """Args:
         total_steps: steps of the whole run.
         target: entropy target in nats; None where nothing is controlled.
+        mismatch: what it is measured against; None where nothing is known to be usual.
         now: a clock, seconds.
         """
         self._now = now
         self._start = self._phase_start = now()
-        self._total, self._target, self._title = total_steps, target, title
+        self._total, self._target, self._usual, self._title = total_steps, target, mismatch, title
         self._console = console or Console()
         self._step = 0
         self._phase = "starting"
@@ -59,19 +62,17 @@ class Progress:
             name: deque(maxlen=_HISTORY) for name in ("reward/mean", "entropy/mean", "entropy/alpha")
         }
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
-        self._live = Live(get_renderable=self._panel, console=self._console, refresh_per_second=4, transient=False)
+        self._live = live_display(self._console, self._panel, transient=False)
 
     def __enter__(self) -> Progress:
-        if self._console.is_terminal:
-            self._live.start(refresh=True)
+        self._live.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.phase("failed" if kind else "finished")
-        if self._console.is_terminal:
-            self._live.stop()
+        self._live.__exit__(kind, error, trace)
 
     def phase(self, name: str) -> None:
         """Show what is going on now; plain output does not mention it."""
@@ -108,6 +109,9 @@ class Progress:
             return None
         return max(0, self._total - self._step) * median(self._step_seconds)
 
+    def _far(self, mismatch: float) -> bool:
+        return self._usual is not None and not mismatch <= self._usual.limit
+
     def _line(self) -> str:
         """One step as plain text, with the same columns each time so that a log reads like a table."""
         metrics, width = self._metrics, len(str(self._total))
@@ -119,8 +123,10 @@ class Progress:
             parts.append(f"entropy {metrics['entropy/mean']:.3f}{aim}")
         if "entropy/alpha" in metrics:
             parts.append(f"alpha {metrics['entropy/alpha']:+.3f}")
-        if "mismatch/logprob_abs_max" in metrics:
-            parts.append(f"mismatch {metrics['mismatch/logprob_abs_max']:.1e}")
+        if "mismatch/logprob_abs_mean" in metrics:
+            mean, largest = metrics["mismatch/logprob_abs_mean"], metrics.get("mismatch/logprob_abs_max", math.nan)
+            far = f", {self._usual}" if self._far(mean) else ""
+            parts.append(f"mismatch {mean:.1e} (max {largest:.1e}{far})")
         if "throughput/tokens_per_s" in metrics:
             parts.append(f"{metrics['throughput/tokens_per_s']:,.0f} tokens/s")
         left = self.seconds_left()
@@ -169,14 +175,10 @@ class Progress:
         if "entropy/alpha" in metrics:
             alpha = metrics["entropy/alpha"]
             rows.append(("alpha", Text(f"{alpha:+.3f}", "red" if abs(alpha) >= 1 else ""), gauge(alpha)))
-        if "mismatch/logprob_abs_max" in metrics:
-            rows.append(
-                (
-                    "mismatch",
-                    Text(f"{metrics['mismatch/logprob_abs_max']:.1e}"),
-                    Text("largest, policy to engine", "dim"),
-                )
-            )
+        if "mismatch/logprob_abs_mean" in metrics:
+            mean, largest = metrics["mismatch/logprob_abs_mean"], metrics.get("mismatch/logprob_abs_max", math.nan)
+            note = f"mean, policy to engine; largest {largest:.1e}" + (f"; {self._usual}" if self._usual else "")
+            rows.append(("mismatch", Text(f"{mean:.1e}", "yellow" if self._far(mean) else ""), Text(note, "dim")))
         if "throughput/tokens_per_s" in metrics:
             seconds = metrics.get("time/step_s")
             per_step = f"{seconds:.1f} s a step" if seconds is not None else ""

@@ -19,8 +19,10 @@ from megatron_entropic.observability.metrics import ENTROPY_BAND
 from megatron_entropic.observability.pages import render_page, write_page
 from megatron_entropic.observability.phases import duration
 from megatron_entropic.observability.settings_history import Change, changes, flatten
-from megatron_entropic.observability.summary import LAST_STEPS, Run, Summary, as_number, load_run, summarise
+from megatron_entropic.observability.summary import LAST_STEPS, Run, Summary, load_run, summarise
+from megatron_entropic.observability.values import as_number
 from megatron_entropic.observability.verdicts import verdicts
+from megatron_entropic.observability.yardsticks import MismatchYardstick
 
 REPORT_FILE = "report.html"
 _SAMPLES_SHOWN = 6
@@ -66,7 +68,7 @@ def write_report(run_dirs: Sequence[Path], output_dir: Path) -> Path:
                 "run": run,
                 "colours": (plots.LIGHT.runs[i % len(plots.LIGHT.runs)], plots.DARK.runs[i % len(plots.DARK.runs)]),
                 "facts": _facts(run, summary),
-                "cards": _cards(summary),
+                "cards": _cards(summary, run.stretches[-1].mismatch_yardstick),
                 "verdicts": verdicts(run),
                 "changes": _changes(run),
                 "configurations": _configurations(run),
@@ -125,7 +127,7 @@ def _facts(run: Run, summary: Summary) -> list[str]:
     return facts
 
 
-def _cards(summary: Summary) -> Iterator[Card]:
+def _cards(summary: Summary, usual_mismatch: MismatchYardstick | None) -> Iterator[Card]:
     """The numbers a person looks for first; those the run does not say are left out."""
     last = f"last {LAST_STEPS} steps"
     if summary.reward is not None:
@@ -143,8 +145,12 @@ def _cards(summary: Summary) -> Iterator[Card]:
         yield Card("Alpha at its limit", f"{summary.saturated:.0%}", "of all steps under these settings", tone)
     if summary.actuated is not None:
         yield Card("Tokens alpha acts on", f"{summary.actuated:.1%}", "pi > tau and an advantage")
+    if summary.mismatch is not None:
+        far = usual_mismatch is not None and summary.mismatch > usual_mismatch.limit
+        note = f"mean |log-prob difference|, nats, {last}" + (f"; {usual_mismatch}" if usual_mismatch else "")
+        yield Card("Mismatch", f"{summary.mismatch:.1e}", note, "warn" if far else "")
     if summary.worst_mismatch is not None:
-        yield Card("Worst mismatch", f"{summary.worst_mismatch:.1e}", "largest |log-prob difference|, nats")
+        yield Card("Worst mismatch", f"{summary.worst_mismatch:.1e}", "of a single token in any step, nats")
     if summary.tokens_per_s is not None:
         yield Card("Tokens per second", f"{summary.tokens_per_s:,.0f}", "median of the steps")
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_entropic.errors import UserError
 from megatron_entropic.observability.rollouts import RecordedResponse, RecordedStep
-from megatron_entropic.observability.summary import as_number
+from megatron_entropic.observability.values import as_number
 
 Touch = Literal["", "up", "down"]
 """Whether pi > tau and A != 0, and the sign of A: "" where either is not so, up for A > 0, down for A < 0."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
@@ -18,12 +18,11 @@ from megatron_entropic.observability.jsonl import read_json_lines
 from megatron_entropic.observability.metrics import ENTROPY_BAND, read_metrics
 from megatron_entropic.observability.samples import SAMPLES_FILE
 from megatron_entropic.observability.settings_history import RunPart, parts_of_steps, read_parts
+from megatron_entropic.observability.values import as_number, setting_of
+from megatron_entropic.observability.yardsticks import MismatchYardstick, mismatch_yardstick
 
 CONFIG_FILE = "config.yaml"
 LAST_STEPS = 20
-Default = TypeVar("Default")
-_LARGEST = 1e100
-"""Axes are computed with products of values, which must stay finite."""
 _PHASE = re.compile(r"time/\w+_s")
 
 
@@ -57,10 +56,7 @@ class Run:
 
     def setting(self, key: str, default: Any = None) -> Any:
         """A value of the configuration by its dotted key."""
-        value: Any = self.config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return default if value is None else value
+        return setting_of(self.config, key, default)
 
     def number(self, key: str, default: float) -> float:
         """A number of the configuration by its dotted key; the default also where something else stands there."""
@@ -96,21 +92,15 @@ class Run:
         return logged[-1] if logged else configured if math.isfinite(configured) else None
 
     @property
+    def mismatch_yardstick(self) -> MismatchYardstick | None:
+        """What is usual of mismatch/logprob_abs_mean under these settings; None where that is not known."""
+        return mismatch_yardstick(self.config)
+
+    @property
     def phases(self) -> list[str]:
         """Names of the phases that were timed, in order of first appearance."""
         names = {key: None for row in self.rows for key in row if _PHASE.fullmatch(key) and key != "time/step_s"}
         return [name.removeprefix("time/").removesuffix("_s") for name in names]
-
-
-def as_number(value: Any, default: Default) -> float | Default:
-    """A value of a file as a number; the default where it is none, such as text, not finite or beyond all figures."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return default
-    try:
-        number = float(value)
-    except OverflowError:
-        return default
-    return number if abs(number) <= _LARGEST else default
 
 
 @dataclass(frozen=True)
@@ -133,8 +123,10 @@ class Summary:
     entropy."""
     actuated: float | None
     """Share of the last steps' tokens that alpha acts on: pi > tau and A != 0."""
+    mismatch: float | None
+    """Mean |log-prob difference| between policy and engines over the last steps, nats a token."""
     worst_mismatch: float | None
-    """Largest |log-prob difference| between policy and engines of any step."""
+    """The largest of any step."""
     tokens_per_s: float | None
     """Median."""
     hours: float | None
@@ -173,7 +165,8 @@ def summarise(run: Run) -> Summary:
     entropy = run.finite("entropy/mean")[-LAST_STEPS:]
     rewards, alpha = whole.finite("reward/mean"), run.finite("entropy/alpha")
     actuated = run.finite("entropy/actuated_fraction")[-LAST_STEPS:]
-    mismatch, speed = whole.finite("mismatch/logprob_abs_max"), whole.finite("throughput/tokens_per_s")
+    mismatch, worst = whole.finite("mismatch/logprob_abs_mean"), whole.finite("mismatch/logprob_abs_max")
+    speed = whole.finite("throughput/tokens_per_s")
     seconds = whole.finite("time/step_s")
     target = run.target
     errors = [
@@ -192,7 +185,8 @@ def summarise(run: Run) -> Summary:
         tracking_error=fmean(errors) if errors and target is not None else None,
         saturated=fmean(abs(value) >= 1 for value in alpha) if alpha and target is not None and feedback else None,
         actuated=fmean(actuated) if actuated and target is not None else None,
-        worst_mismatch=max(mismatch) if mismatch else None,
+        mismatch=fmean(mismatch[-LAST_STEPS:]) if mismatch else None,
+        worst_mismatch=max(worst) if worst else None,
         tokens_per_s=median(speed) if speed else None,
         hours=sum(seconds) / 3600 if seconds else None,
     )

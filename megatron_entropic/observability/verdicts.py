@@ -36,17 +36,18 @@ class Verdict:
 
 
 def verdicts(run: Run) -> list[Verdict]:
-    """Everything that can be said of a run's last steps under the same settings; without entropy there is nothing."""
+    """Everything that can be said of a run's last steps under the same settings."""
     run = run.stretches[-1]
+    of_samples = [*_mismatch(run), *_importance(run)]
     if len(run.finite("entropy/mean")) < 2:
-        return []
+        return of_samples
     controller = str(run.setting("entropy_control.controller", "pi"))
     found = list(_feedback(run, controller)) if controller_entry(controller).answers_error else []
     if controller == OFF:
         found += _uncontrolled(run)
     if controller_entry(controller).steers_alpha:
         found += _authority(run)
-    return [*found, *_importance(run)]
+    return found + of_samples
 
 
 def saturated_steps(alphas: Sequence[float]) -> int:
@@ -119,6 +120,17 @@ def _authority(run: Run) -> Iterator[Verdict]:
     else:
         text += "lower tau"
     yield Verdict("warn", text)
+
+
+def _mismatch(run: Run) -> Iterator[Verdict]:
+    usual, mismatch = run.mismatch_yardstick, run.finite("mismatch/logprob_abs_mean")[-WINDOW:]
+    if usual and mismatch and fmean(mismatch) > usual.limit:
+        yield Verdict(
+            "warn",
+            f"the engines sample from another policy than the one that is trained: log-probs of the same tokens differ "
+            f"by {fmean(mismatch):.2g} nats on average ({usual}): compare them by `megatron-entropic score` with "
+            "--backend megatron, vllm and transformers",
+        )
 
 
 def _importance(run: Run) -> Iterator[Verdict]:

@@ -106,6 +106,7 @@ def test_the_numbers_on_the_cards(tmp_path: Path) -> None:
     assert summary.tracking_error == pytest.approx(sum(0.1 * math.exp(-step / 5) for step in last) / 20)
     assert summary.on_target
     assert summary.saturated == 0.25
+    assert summary.mismatch == pytest.approx(0.5e-7)
     assert summary.worst_mismatch == pytest.approx(40e-6)
     assert summary.tokens_per_s == 1020.5
     assert summary.hours == pytest.approx(80 / 3600)

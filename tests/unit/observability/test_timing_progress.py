@@ -11,6 +11,7 @@ from rich.console import Console
 from megatron_entropic.observability.phases import PhaseDisplay, duration
 from megatron_entropic.observability.progress import Progress, gauge, sparkline
 from megatron_entropic.observability.timing import PhaseClock
+from megatron_entropic.observability.yardsticks import mismatch_yardstick
 
 
 class Time:
@@ -66,6 +67,7 @@ METRICS = {
     "reward/mean": 0.41234,
     "entropy/mean": 0.512,
     "entropy/alpha": -0.25,
+    "mismatch/logprob_abs_mean": 3.1e-8,
     "mismatch/logprob_abs_max": 1.26e-6,
     "throughput/tokens_per_s": 1834.4,
     "time/step_s": 2.0,
@@ -87,8 +89,8 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     lines = show(False, 3, METRICS).splitlines()
     assert len(lines) == 4
     assert lines[2] == (
-        "step  3/60  reward 0.412  entropy 0.512 (target 0.5)  alpha -0.250  mismatch 1.3e-06  1,834 tokens/s  "
-        "1 min 54 s left"
+        "step  3/60  reward 0.412  entropy 0.512 (target 0.5)  alpha -0.250  mismatch 3.1e-08 (max 1.3e-06)  "
+        "1,834 tokens/s  1 min 54 s left"
     )
     assert lines[3] == "a message [with brackets]"
 
@@ -101,6 +103,20 @@ def test_the_panel_of_a_terminal() -> None:
     text = show(True, 5, METRICS)
     for part in ("demo", "step 5 / 60", "target 0.5, off by +0.012", "raises entropy", "1 min 50 s left", "finished"):
         assert part in text, part
+
+
+def test_a_mismatch_says_what_is_usual() -> None:
+    usual = mismatch_yardstick({"model": {"dtype": "bfloat16"}})
+    for terminal, mean, words in (
+        (False, 0.03, "mismatch 3.0e-02 (max 5.0e-01)"),
+        (False, 0.3, "mismatch 3.0e-01 (max 5.0e-01, bfloat16: usually below 0.04)"),
+        (True, 0.03, "3.0e-02  mean, policy to engine; largest 5.0e-01; bfloat16: usually below 0.04"),
+    ):
+        stream = io.StringIO()
+        console = Console(file=stream, force_terminal=terminal, width=110, color_system=None)
+        with Progress(60, mismatch=usual, console=console) as progress:
+            progress.update(1, {"mismatch/logprob_abs_mean": mean, "mismatch/logprob_abs_max": 0.5})
+        assert words in stream.getvalue()
 
 
 def test_a_resumed_run_does_not_begin_at_step_0() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,20 @@ def test_a_moving_target_is_tracked_step_by_step() -> None:
         row["entropy/target"] = row["entropy/mean"] - 0.002
     assert summarise(subject).tracking_error == pytest.approx(0.002)
     assert summarise(run([0.5] * 20, controller="constant", alpha=[-1.0] * 20)).saturated is None
+
+
+def test_engines_that_sample_from_another_policy() -> None:
+    """bfloat16 differs by hundredths of a nat; a mismatch is judged by the dtype, and only where it is comparable."""
+    subject = run([0.5] * 40)
+    for row in subject.rows:
+        row["mismatch/logprob_abs_mean"] = 0.03
+    config = subject.config
+
+    def with_settings(**sections: dict[str, Any]) -> list[str]:
+        return [found.text for found in verdicts(replace(subject, config=config | sections)) if found.tone == "warn"]
+
+    assert with_settings(model={"dtype": "bfloat16"}) == []
+    (text,) = with_settings(model={"dtype": "float32"})
+    assert "differ by 0.03 nats on average (float32: usually below 1e-05)" in text
+    assert with_settings(model={"dtype": "float32"}, rollout={"quantization": "fp8"}) == []
+    assert with_settings(model={"dtype": "float32"}, rollout={"top_p": 0.9}) == []
