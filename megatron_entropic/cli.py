@@ -196,7 +196,9 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="run or continue a training run")
     train.add_argument("config", type=Path, metavar="CONFIG.yaml")
     train.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="e.g. train.steps=500")
-    train.add_argument("--check", action="store_true", help="open all a run would read, start nothing")
+    train.add_argument(
+        "--check", action="store_true", help="open all a run would read (headers of weights), start nothing"
+    )
     train.set_defaults(command=_train)
 
     look = commands.add_parser("preflight", help="look at every node of a job before it starts; one process on each")

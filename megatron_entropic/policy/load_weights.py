@@ -10,6 +10,7 @@ import torch
 from megatron_entropic.policy.parallel import ParallelState
 from megatron_entropic.weights.megatron_checkpoint import open_weights
 from megatron_entropic.weights.parameter_map import Entry, ParameterMap, to_global_name
+from megatron_entropic.weights.unusable_tensors import UnusableTensors
 
 
 def named_entries(
@@ -46,13 +47,17 @@ def load_weights(
         megatron_dir: distributed checkpoint with the weights; None: they are in `hf_dir`.
 
     Raises:
-        ValueError: the checkpoint is incomplete or does not fit its config.json (see `open_weights`).
+        UserError: the checkpoint is incomplete or does not fit its config.json (see `open_weights`); tensors hold NaN
+            or infinite values.
     """
     tensors = open_weights(hf_dir, megatron_dir)
     parameter_map = tensors.parameter_map
+    unusable = UnusableTensors()
     with torch.no_grad():
         for entry, parameter in named_entries(model, parameter_map, state):
             rank, size = state.tensor_place(of_expert=entry.expert is not None)
             shard = parameter_map.to_megatron_shard(entry, tensors, rank, size)
             assert shard.shape == parameter.shape, f"{entry.megatron_name}: {shard.shape} for {parameter.shape}"
+            unusable.check(" + ".join(entry.hf_names), shard)
             parameter.copy_(shard)
+    unusable.raise_if_any(hf_dir if megatron_dir is None else megatron_dir, "not started")

@@ -121,6 +121,8 @@ def _checks() -> Iterator[tuple[str, Check]]:
         yield key, _or_null(lambda value: None if isinstance(value, dict) else "an object or null")
     yield "layer_types", _or_null(_list_of(str, "texts"))
     yield "mlp_only_layers", _or_null(_list_of(int, "layers"))
+    for key in ("dtype", "torch_dtype"):
+        yield key, _or_null(_float_dtype)
     yield "hidden_act", lambda value: None if isinstance(value, str) else "a text"
     for key in ("max_window_layers", "num_nextn_predict_layers"):
         yield key, _or_null(_size(MOST_LAYERS, least=0))
@@ -135,6 +137,12 @@ def _size(most: int, least: int = 1) -> Check:
         return f"{words} of at most {most:,}" if value > most else None
 
     return check
+
+
+def _float_dtype(value: Any) -> str | None:
+    """transformers and vLLM look the name up in torch, whatever the weights are."""
+    known = ("float32", "bfloat16", "float16", "float64")
+    return None if isinstance(value, str) and value.removeprefix("torch.") in known else f"one of {', '.join(known)}"
 
 
 def _list_of(kind: type, name: str) -> Check:

@@ -27,6 +27,7 @@ from megatron_entropic.weights.pieces import Piece, equal_parts, pieces_of
 from megatron_entropic.weights.safetensors_files import DTYPE_NAMES, SafetensorsWriter
 from megatron_entropic.weights.torch_dist_names import places_to_write
 from megatron_entropic.weights.torch_dist_writer import Chunk, write_torch_dist
+from megatron_entropic.weights.unusable_tensors import UnusableTensors
 
 PIECE_BYTES = 16 * 2**20
 """Memory of a piece; a thread holds about three of them at most.
@@ -60,21 +61,22 @@ def hf_to_megatron(
         report: called with progress.
 
     Raises:
-        UserError: from `HfReader`, or one error that lists why nothing can be written; or tensors hold NaN.
+        UserError: from `HfReader`, or one error that lists why nothing can be written; or tensors hold NaN or
+            infinite values.
         OSError: the output could not be written.
     """
     reader = HfReader(hf_dir)
     output_dir = Path(output_dir).absolute()
     stored = {name: reader.stored_dtype(name) for name in reader.names if name not in reader.parameter_map.buffers}
     target = dtype or _only_dtype(stored, reader.hf_dir, _ADVICE)
-    invalid = InvalidTensors()
+    invalid = UnusableTensors()
     chunks = list(_chunks(reader, target, invalid, report or _nobody))
     total = sum(chunk.nbytes for chunk in chunks)
     _refuse([*_too_small(workers=workers), *output_problems(output_dir, total)])
     (begin or _nobody)(total)
     with appears_when_complete(output_dir) as directory:
         write_torch_dist(directory, chunks, workers=workers)
-        invalid.raise_if_any(hf_dir)
+        invalid.raise_if_any(hf_dir, "not converted")
         copy_companions(directory, reader.hf_dir, target)
 
 
@@ -99,7 +101,7 @@ def megatron_to_hf(
 
     Raises:
         UserError: from `read_dimensions` or `MegatronCheckpoint`, or one error that lists why nothing can be written;
-            or tensors hold NaN.
+            or tensors hold NaN or infinite values.
         OSError: the output could not be written.
     """
     megatron_dir, output_dir = Path(megatron_dir), Path(output_dir).absolute()
@@ -112,13 +114,13 @@ def megatron_to_hf(
     total = sum(prod(entry.shape) * checkpoint.dtype(entry).itemsize for entry in exported)
     _refuse([*_too_small(workers=workers, max_shard_bytes=max_shard_bytes), *output_problems(output_dir, total)])
     (begin or _nobody)(total)
-    invalid = InvalidTensors()
+    invalid = UnusableTensors()
     with appears_when_complete(output_dir) as directory:
         writers = create_weight_files(directory, parameter_map.hf_tensors, dtypes, max_shard_bytes)
         limit = PIECE_BYTES // dtype.itemsize
         pieces = [piece for entry in exported for piece in pieces_of(entry, parameter_map.dimensions, limit)]
         _for_each(pieces, bind(_write_piece, checkpoint, writers, invalid, report or _nobody), workers)
-        invalid.raise_if_any(megatron_dir)
+        invalid.raise_if_any(megatron_dir, "not converted")
         copy_companions(directory, template_dir, dtype)
 
 
@@ -137,7 +139,7 @@ def read_template(megatron_dir: Path, template_dir: Path | None) -> tuple[Path, 
     return directory, ParameterMap(read_dimensions(directory))
 
 
-def _chunks(reader: HfReader, dtype: torch.dtype, invalid: InvalidTensors, report: Report) -> Iterator[Chunk]:
+def _chunks(reader: HfReader, dtype: torch.dtype, invalid: UnusableTensors, report: Report) -> Iterator[Chunk]:
     """All of the checkpoint, in the order of the forward pass."""
     dimensions = reader.parameter_map.dimensions
     for entry in reader.parameter_map.entries:
@@ -157,7 +159,7 @@ def _chunks(reader: HfReader, dtype: torch.dtype, invalid: InvalidTensors, repor
                 )
 
 
-def _read_piece(reader: HfReader, piece: Piece, dtype: torch.dtype, invalid: InvalidTensors, report: Report) -> Tensor:
+def _read_piece(reader: HfReader, piece: Piece, dtype: torch.dtype, invalid: UnusableTensors, report: Report) -> Tensor:
     """Rows of a parameter from the Hugging Face directory, in `dtype`; a view of the map where that is possible."""
     parts = [reader[rows.name][rows.start : rows.stop].to(dtype) for rows in piece.sources]
     for rows, part in zip(piece.sources, parts, strict=True):
@@ -170,7 +172,7 @@ def _read_piece(reader: HfReader, piece: Piece, dtype: torch.dtype, invalid: Inv
 def _write_piece(
     checkpoint: MegatronCheckpoint,
     writers: dict[str, SafetensorsWriter],
-    invalid: InvalidTensors,
+    invalid: UnusableTensors,
     report: Report,
     piece: Piece,
 ) -> None:
@@ -207,29 +209,6 @@ def _for_each(pieces: Sequence[Piece], action: Callable[[Piece], None], workers:
                 future.result()
         finally:
             stopping.set()
-
-
-class InvalidTensors:
-    """Collects the names of tensors that hold NaN, with which no model can work."""
-
-    def __init__(self) -> None:
-        self._names: dict[str, int] = {}
-        self._lock = threading.Lock()
-
-    def check(self, name: str, values: Tensor) -> None:
-        """Look at some values of a tensor."""
-        # NaN is the minimum of whatever it is among, and the minimum takes a fraction of the time of a comparison.
-        if torch.aminmax(values)[0].isnan():
-            count = int(values.isnan().sum())
-            with self._lock:
-                self._names[name] = self._names.get(name, 0) + count
-
-    def raise_if_any(self, source: Path) -> None:
-        """Raise one ValueError with all names."""
-        problems = Problems()
-        for name, count in sorted(self._names.items()):
-            problems.add("tensors with NaN", f"{name}: {count:,} values")
-        problems.raise_if_any(f"{source}: not converted, no model can work with these weights:")
 
 
 def _only_dtype(dtypes: Mapping[str, torch.dtype], source: Path, advice: str = "") -> torch.dtype:

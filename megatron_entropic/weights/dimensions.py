@@ -202,8 +202,8 @@ def read_dimensions(hf_dir: Path) -> ModelDimensions:
     architecture, problems = _architecture_of(given)
     if architecture is None:
         raise UserError(_problem_list(hf_dir, problems))
-    config, problems = complete_values(given, architecture)
-    problems += _unsupported_features(config)
+    config, of_values = complete_values(given, architecture)
+    problems += of_values + _unsupported_features(config)
     if _uses_sliding_window(config, architecture):
         problems.append("sliding-window attention is in use (use_sliding_window or layer_types)")
     rope_theta, rope_scaling, rope_problems = read_rope(config, latent=architecture.latent)
@@ -266,11 +266,19 @@ def _architecture_of(config: dict[str, Any]) -> tuple[Architecture | None, list[
         return None, [f"architectures must be a list of names, found {shown(names)}"]
     for architecture in ARCHITECTURES.values():
         if architecture.hf_class in names or (not names and config.get("model_type") == architecture.family):
-            return architecture, []
+            return architecture, _other_family(config, architecture)
     found = ", ".join(names) or f"model_type {config.get('model_type')!r}"
     supported = ", ".join(a.hf_class for a in ARCHITECTURES.values())
     problems = [f"architecture {found} is not supported (supported: {supported})"]
     return None, problems + _unsupported_features(config)
+
+
+def _other_family(config: dict[str, Any], architecture: Architecture) -> list[str]:
+    """transformers and vLLM take the model's class by model_type, not by `architectures`."""
+    found = config.get("model_type")
+    if found == architecture.family:
+        return []
+    return [f"model_type must be {architecture.family!r}, that of {architecture.hf_class}, found {shown(found)}"]
 
 
 def _unsupported_features(config: dict[str, Any]) -> list[str]:

@@ -298,7 +298,7 @@ def test_latent_attention_of_engines(machine: Path) -> None:
     experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
     weights = {"norm_topk_prob": True, "routed_scaling_factor": 1.0, "first_k_dense_replace": 1}
     sizes = QWEN3 | published | routing | experts | weights | {"num_key_value_heads": QWEN3["num_attention_heads"]}
-    model = sizes | {"architectures": ["DeepseekV3ForCausalLM"]}
+    model = sizes | {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
     (machine / "model" / "config.json").write_text(json.dumps(model))
     load_config(write(machine), ["cluster.device=cpu", "cluster.check_weights=true"])
     (machine / "model" / "config.json").write_text(json.dumps(model | {"kv_lora_rank": 256}))

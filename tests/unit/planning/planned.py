@@ -28,6 +28,7 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
     """A Qwen3 whose sizes can be counted by hand."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
         "hidden_size": 8,
         "head_dim": 4,
         "num_hidden_layers": 2,

@@ -131,6 +131,8 @@ def test_an_unreadable_model_is_refused_with_its_own_path(tmp_path: Path) -> Non
     path.write_text(json.dumps(tiny_config(hidden_act="gelu", vocab_size=0)))
     with pytest.raises(ValueError, match=r"mine\.json(.|\n)*vocab_size(.|\n)*gelu"):
         read_model(path, "mine")
-    path.write_text(json.dumps(tiny_config(architectures=["Qwen3MoeForCausalLM"], num_experts=4)))
+    path.write_text(
+        json.dumps(tiny_config(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", num_experts=4))
+    )
     with pytest.raises(ValueError, match="num_experts_per_tok=8 is more than the 4 experts"):
         read_model(path, "mine")

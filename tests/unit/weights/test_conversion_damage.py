@@ -134,14 +134,14 @@ def test_mixed_dtypes_are_listed(tmp_path: Path, qwen3_dir: Path):
     assert "- model.norm.weight: torch.bfloat16" in message
 
 
-def test_tensors_with_nan_are_listed_in_both_directions(tmp_path: Path, qwen3_dir: Path):
+def test_tensors_that_are_not_finite_are_listed(tmp_path: Path, qwen3_dir: Path):
     path = qwen3_dir / "model.safetensors"
     tensors = load_file(path)
     tensors["model.norm.weight"].fill_(float("nan"))
-    tensors["model.layers.1.self_attn.k_proj.weight"][2, 3] = float("nan")
+    tensors["model.layers.1.self_attn.k_proj.weight"][2, 3] = float("-inf")
     save_file(tensors, path)
     message = refused(qwen3_dir, tmp_path / "out")
-    assert "tensors with NaN (2):" in message
+    assert "tensors with NaN or infinite values (2):" in message
     assert "model.layers.1.self_attn.k_proj.weight: 1 values" in message
     assert "model.norm.weight: 24 values" in message
 

@@ -301,7 +301,8 @@ def test_old_and_new_spelling_of_rope_agree(tmp_path: Path):
     new = {k: v for k, v in QWEN3_8B.items() if k not in ("rope_theta", "rope_scaling")}
     new["rope_parameters"] = {"rope_type": "default", "rope_theta": 1000000}
     assert read(tmp_path, new) == read(tmp_path, QWEN3_8B)
-    llama = {**QWEN3_8B, "architectures": ["LlamaForCausalLM"], "rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE}
+    llama = {**QWEN3_8B, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    llama |= {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE}
     old = read(tmp_path, llama)
     del llama["rope_theta"], llama["rope_scaling"]
     assert read(tmp_path, llama | {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 500000.0}}) == old
@@ -337,7 +338,7 @@ def test_absent_keys_get_the_family_s_defaults(tmp_path: Path):
     config["hidden_size"] = 2560
     assert read(tmp_path, config).head_dim == 128
     assert read(tmp_path, config).rope_theta == 10000.0
-    assert read(tmp_path, config | {"architectures": ["Qwen2ForCausalLM"]}).head_dim == 80
+    assert read(tmp_path, config | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}).head_dim == 80
 
 
 def test_switched_off_sliding_window_is_accepted(tmp_path: Path):
