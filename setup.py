@@ -49,6 +49,7 @@ setup(
         "pyarrow>=17",
         "jinja2>=3.1",
         "math-verify>=0.8",
+        "sympy>=1.13",
         "matplotlib>=3.9",
         "psutil>=5.9",
         "tensorboard>=2.18",

@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
+from megatron_entropic.options import number, whole
+
 
 def add_export_parser(commands: Any) -> None:
     """Add the command to argparse's subparsers."""
@@ -23,11 +25,11 @@ def add_export_parser(commands: Any) -> None:
     export.add_argument("--calibration", type=Path, required=True, help="prompts: the training data, parquet or JSON")
     export.add_argument("--prompt-key", default="prompt", help="column of the prompts (default: prompt)")
     export.add_argument("--apply-chat-template", action="store_true", help="as data.apply_chat_template of the run")
-    export.add_argument("--max-prompts", type=int, default=128, help="that calibrate (default: 128)")
-    export.add_argument("--max-tokens", type=int, default=512, help="of each prompt (default: 512)")
+    export.add_argument("--max-prompts", type=whole(1), default=128, help="that calibrate (default: 128)")
+    export.add_argument("--max-tokens", type=whole(1), default=512, help="of each prompt (default: 512)")
     export.add_argument(
         "--max-kl",
-        type=float,
+        type=number(least=0),
         default=0.1,
         metavar="NATS",
         help="mean KL(policy || quantised) a token above which nothing is written (default: 0.1)",
@@ -36,19 +38,16 @@ def add_export_parser(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from megatron_entropic.quantized_export import quantize_export
+    from megatron_entropic.quantized_export import Calibration, quantize_export
 
-    report = quantize_export(
-        options.source,
-        options.output_dir,
-        options.quantize,
+    calibration = Calibration(
         options.calibration,
         prompt_key=options.prompt_key,
         apply_chat_template=options.apply_chat_template,
         max_prompts=options.max_prompts,
         max_tokens=options.max_tokens,
-        max_kl=options.max_kl,
     )
+    report = quantize_export(options.source, options.output_dir, options.quantize, calibration, max_kl=options.max_kl)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{options.quantize}: {options.output_dir}, calibrated on {report.prompts} prompts")
     console.print(

@@ -61,16 +61,27 @@ class QuantizationReport:
     """Prompts that calibrated the scales."""
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """The prompts that scales are found on."""
+
+    file: Path
+    """parquet or JSON lines, such as the training data."""
+    prompt_key: str = "prompt"
+    """Their column."""
+    apply_chat_template: bool = False
+    """As `data.apply_chat_template` of the run."""
+    max_prompts: int = 128
+    max_tokens: int = 512
+    """Prompts are cut to so many tokens."""
+
+
 def quantize_export(
     source: Path,
     output_dir: Path,
     quantization: QuantizationFormat,
-    calibration: Path,
+    calibration: Calibration,
     *,
-    prompt_key: str = "prompt",
-    apply_chat_template: bool = False,
-    max_prompts: int = 128,
-    max_tokens: int = 512,
     kl_tokens: int = 1024,
     max_kl: float = MAX_KL,
 ) -> QuantizationReport:
@@ -81,11 +92,6 @@ def quantize_export(
         output_dir: new or empty; appears when it is complete.
         quantization: fp8 (weights and inputs E4M3, one scale a tensor), int8 (weights only, a scale a row),
             int8_activations (weights as int8, inputs with one scale a layer), nvfp4 (CUDA only).
-        calibration: parquet or JSON lines with prompts, such as the training data.
-        prompt_key: their column.
-        apply_chat_template: as `data.apply_chat_template` of the run.
-        max_prompts: how many prompts calibrate.
-        max_tokens: prompts are cut to so many tokens.
         kl_tokens: positions for the KL; their log-probs over the whole vocabulary are held in memory.
         max_kl: nats; a mean KL above it is refused, and nothing is written.
 
@@ -94,9 +100,7 @@ def quantize_export(
         ModuleNotFoundError: the extra `quant` is not installed.
         OSError: the output cannot be written.
     """
-    prompts = _checked_prompts(
-        source, output_dir, quantization, calibration, prompt_key, apply_chat_template, max_prompts, max_tokens
-    )
+    prompts = _checked_prompts(source, output_dir, quantization, calibration)
     modelopt = _modelopt()
     import transformers
 
@@ -166,14 +170,7 @@ def find_hf_dir(source: Path) -> Path:
 
 
 def _checked_prompts(
-    source: Path,
-    output_dir: Path,
-    quantization: QuantizationFormat,
-    calibration: Path,
-    prompt_key: str,
-    apply_chat_template: bool,
-    max_prompts: int,
-    max_tokens: int,
+    source: Path, output_dir: Path, quantization: QuantizationFormat, calibration: Calibration
 ) -> list[list[int]]:
     """Tokens of the calibration prompts, after everything that can be refused was looked at."""
     problems = Problems()
@@ -181,12 +178,12 @@ def _checked_prompts(
         problems.add("nvfp4: modelopt's block quantisation runs on CUDA only, and there is no GPU; use fp8 or int8")
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         problems.add(f"{output_dir}: exists and is not empty; a model is not written over it")
-    rows = read_rows([calibration], problems)[:max_prompts]
+    rows = read_rows([calibration.file], problems)[: calibration.max_prompts]
     prompts: list[Messages] = []
     usable: list[Row] = []
     for row in rows:
         try:
-            prompts.append(read_messages(row, prompt_key))
+            prompts.append(read_messages(row, calibration.prompt_key))
             usable.append(row)
         except ValueError as error:
             problems.add_row(row, str(error))
@@ -199,7 +196,7 @@ def _checked_prompts(
         rendered = render_prompts(
             prompts,
             load_tokenizer(hf_dir),
-            apply_chat_template=apply_chat_template,
+            apply_chat_template=calibration.apply_chat_template,
             # Of no consequence for the ranges that are measured.
             template_date=datetime.date.today(),
         )
@@ -210,7 +207,7 @@ def _checked_prompts(
     except ValueError as error:
         problems.add(str(error))
     problems.raise_if_any("the policy cannot be quantised")
-    return [ids[:max_tokens] for ids in tokens if ids]
+    return [ids[: calibration.max_tokens] for ids in tokens if ids]
 
 
 def _modelopt() -> Any:

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from megatron_entropic.errors import UserError
+from megatron_entropic.formats import EVALUATION, NewerFormat
 
 _COLUMNS = ["prompt", "reward"]
 _SETTINGS_KEY = b"megatron_entropic.evaluation"
@@ -19,15 +20,17 @@ def recorded_form(file: Path) -> dict[str, Any]:
     """How the prompts of an evaluation were made: `data` keys, and the SHA-256 of the chat template.
 
     Raises:
-        UserError: no such file, or not one of an evaluation.
+        UserError: no such file, not one of an evaluation, or of a later version of the package.
     """
     import pyarrow
     import pyarrow.parquet
 
     try:
-        settings = json.loads((pyarrow.parquet.read_schema(file).metadata or {})[_SETTINGS_KEY])
+        settings = EVALUATION.read(json.loads((pyarrow.parquet.read_schema(file).metadata or {})[_SETTINGS_KEY]), file)
         data = settings["data"]
         form = {f"data.{key}": data[key] for key in _FORM_KEYS if key in data}
+    except NewerFormat:
+        raise
     except (pyarrow.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{file}: not the stored responses of an evaluation: {error}") from error
     return form | {"the chat template": settings.get("chat_template_sha256")}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_entropic.errors import UserError
+from megatron_entropic.formats import EVALUATION, NewerFormat
 from megatron_entropic.observability.parquet import write_parquet
 
 _SETTINGS_KEY = b"megatron_entropic.evaluation"
@@ -62,7 +63,7 @@ def write_generations(path: Path, generations: Sequence[Generation], settings: d
     }
     schema = pa.schema(
         [(field.name, types.get(field.name, pa.string())) for field in fields(Generation)],
-        metadata={_SETTINGS_KEY: json.dumps(settings, sort_keys=True).encode()},
+        metadata={_SETTINGS_KEY: json.dumps(EVALUATION.stamp(settings), sort_keys=True).encode()},
     )
     table = pa.Table.from_pylist([asdict(generation) for generation in generations], schema=schema)
     write_parquet(path, table)
@@ -72,15 +73,17 @@ def read_generations(path: Path) -> tuple[list[Generation], dict[str, Any]]:
     """(responses in the order of problem and sample, settings).
 
     Raises:
-        UserError: not a file that `write_generations` wrote.
+        UserError: not a file that `write_generations` wrote, or of a later version of the package.
     """
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
-        settings = json.loads((table.schema.metadata or {})[_SETTINGS_KEY])
-        generations = [Generation(**row) for row in table.to_pylist()]
+        # Its version before its columns, which may be other ones.
+        settings = EVALUATION.read(json.loads((pyarrow.parquet.read_schema(path).metadata or {})[_SETTINGS_KEY]), path)
+        generations = [Generation(**row) for row in pyarrow.parquet.read_table(path).to_pylist()]
+    except NewerFormat:
+        raise
     except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not the stored responses of an evaluation: {error}") from error
     return sorted(generations, key=lambda generation: (generation.problem, generation.sample)), settings

@@ -19,6 +19,7 @@ from megatron_entropic.errors import UserError
 from megatron_entropic.evaluation.generations import read_generations
 from megatron_entropic.evaluation.summary import BenchmarkSummary, Problem, problems_of, summarise
 from megatron_entropic.evaluation.table import in_paper_order, markdown, overall
+from megatron_entropic.formats import EVALUATION, NewerFormat
 
 SUMMARY_FILE = "evaluation.json"
 TABLE_FILE = "table.md"
@@ -75,7 +76,7 @@ def write_summary(directory: Path, label: str, summaries: Sequence[BenchmarkSumm
     }
     (directory / TABLE_FILE).write_text(markdown(label, summaries), encoding="utf-8")
     unfinished = directory / f"{SUMMARY_FILE}.unfinished"
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps(EVALUATION.stamp(content), indent=1) + "\n", encoding="utf-8")
     os.replace(unfinished, directory / SUMMARY_FILE)
 
 
@@ -83,12 +84,14 @@ def load_evaluation(directory: Path) -> StoredEvaluation:
     """Read a finished evaluation; the numbers are computed again from the responses.
 
     Raises:
-        UserError: no finished evaluation there, or damaged files.
+        UserError: no finished evaluation there, damaged files, or files of a later version of the package.
     """
     path = directory / SUMMARY_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = EVALUATION.read(json.loads(path.read_text(encoding="utf-8")), path)
         label, names = content["label"], [benchmark["name"] for benchmark in content["benchmarks"]]
+    except NewerFormat:
+        raise
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{directory}: no finished evaluation there ({error})") from error
     found = {name: summarise_stored(directory, name) for name in names}

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_entropic.errors import UserError
+from megatron_entropic.formats import ROLLOUTS, NewerFormat
 from megatron_entropic.observability.parquet import write_parquet
 from megatron_entropic.types import Prompt, Sample, Scores
 from megatron_entropic.types import Sequence as TokenSequence
@@ -101,7 +102,7 @@ def write_rollouts(
         "entropies": _lists([_array(values) for values in scores.entropies], np.float32),
         "reference_logprobs": _lists([_array(sequence.reference_logprobs) for sequence in batch], np.float32),
     }
-    content = {"step": step, "metrics": dict(metrics)}
+    content = ROLLOUTS.stamp({"step": step, "metrics": dict(metrics)})
     table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(content).encode()})
     write_parquet(path, table)
 
@@ -110,13 +111,13 @@ def read_rollouts(path: Path) -> RecordedStep:
     """Read one file back, responses in the order of the training batch.
 
     Raises:
-        UserError: no such file, or not one that `write_rollouts` wrote.
+        UserError: no such file, not one that `write_rollouts` wrote, or of a later version of the package.
     """
     import pyarrow.parquet
 
     with _reading(path):
         table = pyarrow.parquet.read_table(path)
-        step, metrics = _content(table.schema)
+        step, metrics = _content(table.schema, path)
         return RecordedStep(step, metrics, [_response(row) for row in table.to_pylist()])
 
 
@@ -129,7 +130,7 @@ def recorded_metrics(path: Path) -> dict[str, Any]:
     import pyarrow.parquet
 
     with _reading(path):
-        return _content(pyarrow.parquet.read_schema(path))[1]
+        return _content(pyarrow.parquet.read_schema(path), path)[1]
 
 
 @contextmanager
@@ -139,13 +140,15 @@ def _reading(path: Path) -> Iterator[None]:
 
     try:
         yield
+    except NewerFormat:
+        raise
     except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not the recorded rollouts of a step: {error}") from error
 
 
-def _content(schema: Any) -> tuple[int, dict[str, Any]]:
+def _content(schema: Any, path: Path) -> tuple[int, dict[str, Any]]:
     """Step and metrics, from a file's own metadata."""
-    content = json.loads((schema.metadata or {})[_METADATA_KEY])
+    content = ROLLOUTS.read(json.loads((schema.metadata or {})[_METADATA_KEY]), path)
     return content["step"], dict(content["metrics"])
 
 

@@ -2,7 +2,7 @@
 
 root/step_00000050/            a checkpoint is a directory that was renamed into place, never written in place
     COMPLETE                   size and SHA-256 of every file; without it the directory does not count
-    state.json                 controller, counters and the driver's own state
+    state.json                 controller, counters, the driver's own state; the version of the whole folder's format
     *.distcp, .metadata, ...   tensors, megatron-core torch_dist
 root/step_00000040.damaged/    its files no longer had the sums of its manifest; never read, never deleted
 root/.step_00000060.WHO.partial/   being written by WHO, or left by a crash; removed by the next save
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_entropic.errors import RunError
+from megatron_entropic.formats import CHECKPOINT, NewerFormat
 
 MANIFEST = "COMPLETE"
 STATE = "state.json"
@@ -72,6 +73,7 @@ def intact_checkpoint(
     Raises:
         CheckpointError: the newest one that is not damaged has no sums, or none is left although there were some: to
             start over would throw the run away. Nothing was renamed.
+        NewerFormat: a later version of the package wrote the newest. Nothing was renamed.
     """
     failures: list[tuple[Path, CheckpointError]] = []
     for directory in reversed(complete_checkpoints(root)):
@@ -167,7 +169,7 @@ def finish_checkpoint(
         TypeError: `state` is not JSON.
     """
     partial = partial_path(directory, writer)
-    (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    (partial / STATE).write_text(json.dumps(CHECKPOINT.stamp(state), indent=1), encoding="utf-8")
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     names = [str(path.relative_to(partial)) for path in files]
     known = sums or {}
@@ -195,6 +197,7 @@ def verify_checkpoint(directory: Path) -> None:
     Raises:
         MissingSums: all files are there in their sizes, but the manifest has no sums.
         CheckpointError: names the files that are missing or changed.
+        NewerFormat: a later version of the package wrote it.
     """
     read_state(directory)
     try:
@@ -214,7 +217,14 @@ def read_state(directory: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: not a complete checkpoint; names the files that are missing or have another size.
+        NewerFormat: a later version of the package wrote it.
     """
+    try:
+        _state(directory)
+    except NewerFormat:  # before the manifest, which may have another form as well
+        raise
+    except (OSError, ValueError, TypeError):
+        pass  # the manifest says what is wrong with it
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
         problems = [
@@ -224,9 +234,14 @@ def read_state(directory: Path) -> dict[str, Any]:
         ]
         if problems:
             raise CheckpointError(f"checkpoint {directory} is damaged: {'; '.join(problems)}")
-        return json.loads((directory / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError) as error:
+        return _state(directory)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory} is not a complete checkpoint: {error}") from error
+
+
+def _state(directory: Path) -> dict[str, Any]:
+    path = directory / STATE
+    return CHECKPOINT.read(json.loads(path.read_text(encoding="utf-8")), path)
 
 
 def _damaged(root: Path) -> list[Path]:

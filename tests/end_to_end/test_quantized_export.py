@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from megatron_entropic.data.prompts import read_messages
 from megatron_entropic.data.rows import Problems, read_rows
 from megatron_entropic.data.tokenizer import load_tokenizer, render_prompts
-from megatron_entropic.quantized_export import quantize_export
+from megatron_entropic.quantized_export import Calibration, quantize_export
 
 
 def export(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -98,7 +98,7 @@ def test_models_with_experts_are_refused_before_anything_is_computed(countdown_d
     config = MixtralConfig(**sizes, vocab_size=19, intermediate_size=24, num_local_experts=2, num_experts_per_tok=2)
     MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
     with pytest.raises(ValueError, match="the model has experts, which modelopt cannot export"):
-        quantize_export(tmp_path / "experts", tmp_path / "out", "fp8", countdown_dir / "train.parquet")
+        quantize_export(tmp_path / "experts", tmp_path / "out", "fp8", Calibration(countdown_dir / "train.parquet"))
     assert not (tmp_path / "out").exists()
 
 

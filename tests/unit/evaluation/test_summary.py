@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_entropic.data.pass_rates import recorded_form
 from megatron_entropic.evaluation.comparison import compare
 from megatron_entropic.evaluation.generations import Generation, read_generations, write_generations
 from megatron_entropic.evaluation.page import write_evaluation_page
 from megatron_entropic.evaluation.store import generations_path, load_evaluation, summarise_stored, write_summary
 from megatron_entropic.evaluation.summary import problems_of, summarise
 from megatron_entropic.evaluation.table import in_paper_order
+from megatron_entropic.formats import FileFormat, NewerFormat
 
+READ = FileFormat.read
 SETTINGS = {"sampling": {"temperature": 1.0}}
 
 
@@ -50,6 +54,25 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"a\.parquet: not the stored responses"):
         read_generations(tmp_path / "a.parquet")
+
+
+def test_files_of_a_newer_version_are_refused_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the files that are read back, whoever reads it."""
+    stored(tmp_path, "aime24", [0, 1])
+    write_summary(tmp_path, "a run", [summarise_stored(tmp_path, "aime24")[1]])
+    assert len(load_evaluation(tmp_path).summaries) == 1
+    monkeypatch.setattr("megatron_entropic.formats.FileFormat.read", _as_if_from_the_future)
+    for read in (
+        lambda: load_evaluation(tmp_path),
+        lambda: read_generations(generations_path(tmp_path, "aime24")),
+        lambda: recorded_form(generations_path(tmp_path, "aime24")),
+    ):
+        with pytest.raises(NewerFormat, match=r"(evaluation\.json|aime24\.parquet): written by a newer meg"):
+            read()
+
+
+def _as_if_from_the_future(file_format: FileFormat, content: dict[str, Any], path: Path) -> dict[str, Any]:
+    return READ(replace(file_format, version=content["format_version"] - 1), content, path)
 
 
 def test_the_numbers(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_entropic.errors import UserError
+from megatron_entropic.formats import FileFormat
 from megatron_entropic.observability.rollouts import read_rollouts, recorded_steps, rollouts_path, write_rollouts
 from megatron_entropic.types import Prompt, Sample, Scores, Sequence
 
@@ -86,3 +88,16 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="not the recorded rollouts"):
         read_rollouts(tmp_path / "x.parquet")
+
+
+def test_files_of_other_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of before there were versions are read; a newer one is called what it is, and is not deleted."""
+    samples, batch, scores = step_of(3, reference=False)
+    path = rollouts_path(tmp_path, 12)
+    monkeypatch.setattr(FileFormat, "stamp", lambda self, content: content)
+    write_rollouts(path, 12, samples, batch, scores, {})
+    assert read_rollouts(path).step == 12
+    monkeypatch.setattr(FileFormat, "stamp", lambda self, content: {"format_version": 2, **content})
+    write_rollouts(path, 12, samples, batch, scores, {})
+    with pytest.raises(UserError, match=r"step_000012\.parquet: written by a newer .* \(rollouts format 2"):
+        read_rollouts(path)

@@ -1,11 +1,15 @@
 """Which directories count as checkpoints, and what happens to those that do not."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
+from megatron_entropic.errors import UserError
 from megatron_entropic.policy.checkpoint_files import (
+    MANIFEST,
+    STATE,
     CheckpointError,
     begin_checkpoint,
     checkpoint_path,
@@ -15,6 +19,7 @@ from megatron_entropic.policy.checkpoint_files import (
     latest_checkpoint,
     prune_checkpoints,
     read_state,
+    verify_checkpoint,
 )
 
 
@@ -185,3 +190,43 @@ def test_known_sums_are_not_computed_again_and_count(tmp_path):
     finish_checkpoint(directory, {"step": 5}, {"0.bin": "0" * 64})
     with pytest.raises(CheckpointError, match=r"step_00000005 is damaged: 0\.bin changed"):
         intact_checkpoint(tmp_path, lambda error: None)
+
+
+def rewrite_state(directory: Path, state: object, *, manifest: bool = True) -> None:
+    """As another version of the package would have written it."""
+    (directory / STATE).write_text(json.dumps(state))
+    content = json.loads((directory / MANIFEST).read_text())
+    content["files"][STATE] = (directory / STATE).stat().st_size
+    content["sha256"][STATE] = hashlib.sha256((directory / STATE).read_bytes()).hexdigest()
+    (directory / MANIFEST).write_text(json.dumps(content if manifest else {"of": "another form"}))
+
+
+def test_a_checkpoint_of_before_there_were_versions_is_read(tmp_path):
+    directory = save(tmp_path, 4)
+    assert json.loads((directory / STATE).read_text())["format_version"] == 1
+    rewrite_state(directory, {"step": 4})
+    assert read_state(directory) == {"step": 4}
+    assert intact_checkpoint(tmp_path, lambda error: pytest.fail(str(error))) == directory
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_checkpoint_of_a_newer_version_is_refused_and_left_as_it_is(tmp_path, manifest):
+    """It was taken for a damaged one, set aside, and the run went on from the one before."""
+    save(tmp_path, 3)
+    directory = save(tmp_path, 4)
+    rewrite_state(directory, {"format_version": 2, "step": 4}, manifest=manifest)
+    words = r"step_00000004/state\.json: written by a newer megatron_entropic \(checkpoint format 2; .* use the version"
+    for read in (read_state, verify_checkpoint):
+        with pytest.raises(UserError, match=words):
+            read(directory)
+    with pytest.raises(UserError, match=words):
+        intact_checkpoint(tmp_path, lambda error: pytest.fail(str(error)))
+    assert directory.is_dir()
+
+
+@pytest.mark.parametrize("state", [[1], {"format_version": "1"}, {"format_version": 0}, 5])
+def test_a_state_of_another_form_is_no_checkpoint(tmp_path, state):
+    directory = save(tmp_path, 4)
+    rewrite_state(directory, state)
+    with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
+        read_state(directory)
