@@ -22,6 +22,7 @@ from megatron_entropic.errors import Interrupted, RunError, StopAsked, UserError
 from megatron_entropic.evaluate_command import add_evaluate_parser
 from megatron_entropic.export_command import add_export_parser
 from megatron_entropic.observability.text import printable
+from megatron_entropic.options import number, whole
 from megatron_entropic.replay_command import add_replay_parser
 from megatron_entropic.rollouts_command import add_rollouts_parser
 from megatron_entropic.tune_command import add_tune_parser
@@ -207,17 +208,19 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--nodes", required=True, metavar="A,B,...", help="all nodes; the first collects the reports")
     look.add_argument("--node", default=os.environ.get("SLURMD_NODENAME"), help="this node (default: Slurm's name)")
     look.add_argument("--address", required=True, help="of the first node, as the others reach it")
-    look.add_argument("--port", type=int, required=True)
+    look.add_argument("--port", type=whole(0), required=True)
     look.add_argument("--token-file", default=os.environ.get("RAY_AUTH_TOKEN_PATH"), help="(default: Ray's)")
     look.add_argument("--gpus-per-node", default="0", metavar="N", help="as Slurm says it, such as 8 or h100:8")
-    look.add_argument("--timeout-s", type=float, default=300.0)
+    look.add_argument("--timeout-s", type=number(above=0), default=300.0)
     look.set_defaults(command=_preflight)
 
     plan = commands.add_parser("plan", help="parameters, memory, traffic and time of a configuration, by arithmetic")
     plan.add_argument("config", type=Path, metavar="CONFIG.yaml")
     plan.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="e.g. policy.tensor_parallel=4")
-    plan.add_argument("--gpus", type=int, metavar="N", help="GPUs there are (default: as many as configured)")
-    plan.add_argument("--gpu-memory-gb", type=float, default=80.0, metavar="G", help="of each GPU (default: 80)")
+    plan.add_argument("--gpus", type=whole(1), metavar="N", help="GPUs there are (default: as many as configured)")
+    plan.add_argument(
+        "--gpu-memory-gb", type=number(above=0), default=80.0, metavar="G", help="of each GPU (default: 80)"
+    )
     plan.add_argument("--model-config", type=Path, metavar="FILE.json", help="a config.json in place of model.hf_dir's")
     plan.add_argument("--suggest", action="store_true", help="search layouts for these GPUs and print the fastest")
     plan.add_argument("--buckets", action="store_true", help="list every bucket in which weights reach the engines")
@@ -231,12 +234,12 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--output", type=Path, required=True, help="JSON lines with logprobs and entropies (nats) added")
     score.add_argument("--backend", choices=["megatron", "vllm", "transformers"], default="megatron")
     for name in ("tensor", "pipeline", "data", "context", "expert"):
-        score.add_argument(f"--{name}-parallel", type=int, default=1, metavar="N")
+        score.add_argument(f"--{name}-parallel", type=whole(1), default=1, metavar="N")
     score.add_argument("--sequence-parallel", action="store_true")
-    score.add_argument("--temperature", type=float, default=1.0)
+    score.add_argument("--temperature", type=number(above=0), default=1.0)
     score.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     score.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    score.add_argument("--tokens-per-microbatch", type=int, default=16384)
+    score.add_argument("--tokens-per-microbatch", type=whole(1), default=16384)
     score.set_defaults(command=_score)
 
     add_convert_parsers(commands)

@@ -200,6 +200,11 @@ def _validate(reading: Reading) -> tuple[Config, list[str], set[str]]:
                     _repair(raw, path)
 
 
+def validation_problems(error: ValidationError) -> list[str]:
+    """What pydantic found, in the words of a user who wrote `key: value`."""
+    return [_describe(".".join(str(part) for part in item["loc"]) or "value", item) for item in error.errors()]
+
+
 def _names_of(path: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
     """The key of a problem's place, and the name to show, which has a table's row too.
 

@@ -19,6 +19,7 @@ from rich.text import Text
 from megatron_entropic.errors import RunError, UserError
 from megatron_entropic.observability.text import printable
 from megatron_entropic.observability.transfer import TransferProgress
+from megatron_entropic.options import number, whole
 
 if TYPE_CHECKING:
     from megatron_entropic.weights.compare import Difference
@@ -37,7 +38,7 @@ def add_convert_parsers(commands: Any) -> None:
     there.add_argument("--hf-dir", type=Path, required=True, help="Hugging Face directory with safetensors; only read")
     there.add_argument("--output-dir", type=Path, required=True, help="new directory; appears when it is complete")
     there.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the output (default: as in the input)")
-    there.add_argument("--workers", type=int, default=2, help="threads that read and write (default: %(default)s)")
+    there.add_argument("--workers", type=whole(1), default=2, help="threads that read and write (default: %(default)s)")
     there.set_defaults(command=_hf_to_megatron)
 
     back = directions.add_parser(
@@ -51,8 +52,10 @@ def add_convert_parsers(commands: Any) -> None:
         help="Hugging Face directory of the same model, for configuration and tokenizer (default: the checkpoint "
         "itself, where a conversion put them)",
     )
-    back.add_argument("--max-shard-gb", type=float, default=5.0, help="data per file, GB (default: %(default)s)")
-    back.add_argument("--workers", type=int, default=2, help="threads that read and write (default: %(default)s)")
+    back.add_argument(
+        "--max-shard-gb", type=number(above=0), default=5.0, help="data per file, GB (default: %(default)s)"
+    )
+    back.add_argument("--workers", type=whole(1), default=2, help="threads that read and write (default: %(default)s)")
     back.set_defaults(command=_megatron_to_hf)
 
     verify = commands.add_parser(
@@ -69,7 +72,7 @@ def add_convert_parsers(commands: Any) -> None:
         help="also load both, by megatron-core and by transformers, and compare log-probabilities and entropies over "
         "the whole vocabulary (in memory, on the CPU)",
     )
-    verify.add_argument("--workers", type=int, default=2, help="threads that compare (default: %(default)s)")
+    verify.add_argument("--workers", type=whole(1), default=2, help="threads that compare (default: %(default)s)")
     verify.set_defaults(command=_verify)
 
 

@@ -44,7 +44,13 @@ class PhaseTimeout(RunError):
     """A wait between processes passed its limit: the message names the phase and who is missing."""
 
 
-_PATHS = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EEXIST}
+_PATHS = {
+    errno.EISDIR: "is a directory, where a file is needed",
+    errno.ENOTDIR: "one of the directories it names is a file",
+    errno.ELOOP: "is a link that leads back to itself",
+    errno.ENAMETOOLONG: "a name in it is too long",
+    errno.EEXIST: "is there already and is no directory, which is needed here",
+}
 """A path that somebody gave is not what it has to be."""
 
 _CURES = {
@@ -71,7 +77,7 @@ _OUTAGES = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE,
 
 def explained(error: OSError) -> UserError | RunError | None:
     """What an error of the operating system means to the person who started the command; None: it is a bug of ours."""
-    what = error.strerror or str(error)
+    what = _PATHS.get(error.errno or 0) or error.strerror or str(error)
     if error.filename is not None:
         what = f"{os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}: {what}"
     if error.errno in _PATHS:
@@ -115,6 +121,6 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         kind = RunError if error.errno in _OUTAGES else UserError
-        raise kind(f"{path}: {error.strerror or error}") from error
+        raise kind(f"{path}: {_PATHS.get(error.errno or 0) or error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error}") from error

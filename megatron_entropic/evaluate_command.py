@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from megatron_entropic.cluster.environment import prepare_ray_environment
@@ -20,9 +21,14 @@ from megatron_entropic.config import (
     RolloutConfig,
     RunConfig,
 )
-from megatron_entropic.config_loading import ConfigError
+from megatron_entropic.config_loading import ConfigError, validation_problems
 from megatron_entropic.config_machine import evaluation_violations
+from megatron_entropic.errors import UserError
 from megatron_entropic.observability.text import printable
+from megatron_entropic.options import number, whole
+from megatron_entropic.weights.dimensions import read_dimensions
+
+_USUAL_PROMPT_TOKENS, _USUAL_RESPONSE_TOKENS = 1024, 8192
 
 
 def add_evaluate_parser(commands: Any) -> None:
@@ -39,11 +45,17 @@ def add_evaluate_parser(commands: Any) -> None:
         metavar="N|NAME=N",
         help="responses to each problem: for all, and for single benchmarks (8 aime24=32)",
     )
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy (default: 1)")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=-1)
-    parser.add_argument("--max-tokens", type=int, default=8192, help="of a response (default: 8192)")
-    parser.add_argument("--max-prompt-tokens", type=int, default=1024, help="a longer problem is an error")
+    parser.add_argument("--temperature", type=number(least=0), default=1.0, help="0: greedy (default: 1)")
+    parser.add_argument("--top-p", type=number(above=0, most=1), default=1.0)
+    parser.add_argument("--top-k", type=whole(-1), default=-1)
+    parser.add_argument(
+        "--max-tokens", type=whole(1), help="of a response (default: 8192, or what the model's positions leave)"
+    )
+    parser.add_argument(
+        "--max-prompt-tokens",
+        type=whole(1),
+        help="a longer problem is an error (default: 1024, or half of the model's positions)",
+    )
     parser.add_argument("--no-chat-template", action="store_true", help="prompts as they are in the file")
     parser.add_argument("--template-date", metavar="YYYY-MM-DD", help="for chat templates that ask for the date")
     parser.add_argument("--system-prompt", metavar="TEXT", help="as data.system_prompt")
@@ -51,17 +63,23 @@ def add_evaluate_parser(commands: Any) -> None:
     parser.add_argument("--prompt-key", default="prompt", metavar="KEY", help="as data.prompt_key (default: prompt)")
     parser.add_argument("--answer-key", metavar="KEY", help="as data.answer_key, for files that have it")
     parser.add_argument("--verifier", default="math", help="as reward.verifier (default: math)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="verifier processes (default: 2)")
-    parser.add_argument("--verifier-timeout", type=float, default=10.0, metavar="S", help="of a response, seconds")
-    parser.add_argument("--engines", type=int, default=1, metavar="N")
-    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs of each engine")
-    parser.add_argument("--max-concurrent-sequences", type=int, default=256, metavar="N", help="of each engine")
-    parser.add_argument("--kv-cache-gb", type=float, default=1.0, metavar="G", help="of each engine, on a CPU")
+    parser.add_argument("--workers", type=whole(0), default=2, metavar="N", help="verifier processes (default: 2)")
+    parser.add_argument(
+        "--verifier-timeout", type=number(above=0), default=10.0, metavar="S", help="of a response, seconds"
+    )
+    parser.add_argument("--engines", type=whole(1), default=1, metavar="N")
+    parser.add_argument("--tensor-parallel", type=whole(1), default=1, metavar="N", help="GPUs of each engine")
+    parser.add_argument("--max-concurrent-sequences", type=whole(1), default=256, metavar="N", help="of each engine")
+    parser.add_argument(
+        "--kv-cache-gb", type=number(above=0), default=1.0, metavar="G", help="of each engine, on a CPU"
+    )
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--ray-address", default="local", help="as cluster.address (default: local)")
-    parser.add_argument("--generate-timeout", type=float, default=86400.0, metavar="S", help="of a benchmark, seconds")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--generate-timeout", type=number(above=0), default=86400.0, metavar="S", help="of a benchmark, seconds"
+    )
+    parser.add_argument("--seed", type=whole(0), default=1)
     parser.add_argument("--label", help="name of the model in the table (default: that of its directory)")
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
     parser.set_defaults(command=_evaluate)
@@ -94,17 +112,23 @@ def evaluation_config(options: argparse.Namespace) -> Config:
     )
     samples = [word for word in options.samples if "=" not in word]
     samples_of = _pairs("--samples", [word for word in options.samples if "=" in word], problems)
+    problems += [
+        f"--samples {word!r}: expected an integer of at least 1"
+        for word in (*samples, *samples_of.values())
+        if not word.isascii() or not word.isdigit() or not int(word)
+    ]
     if len(samples) > 1:
         problems.append(f"--samples: more than one number for all benchmarks: {' '.join(samples)}")
-    if not benchmarks:
+    if problems or not benchmarks:
         raise ConfigError("evaluate", problems)
+    prompt_tokens, response_tokens = _lengths(options)
     try:
         config = Config(
             run=RunConfig(output_dir=options.output_dir.absolute()),
             model=ModelConfig(hf_dir=_hf_dir(options.model), dtype=options.dtype),
             data=DataConfig(
                 train_files=[Path(file) for file in benchmarks.values()],
-                max_prompt_tokens=options.max_prompt_tokens,
+                max_prompt_tokens=prompt_tokens,
                 apply_chat_template=not options.no_chat_template,
                 system_prompt=options.system_prompt,
                 prompt_suffix=options.prompt_suffix,
@@ -116,7 +140,7 @@ def evaluation_config(options: argparse.Namespace) -> Config:
             rollout=RolloutConfig(
                 engines=options.engines,
                 tensor_parallel=options.tensor_parallel,
-                max_response_tokens=options.max_tokens,
+                max_response_tokens=response_tokens,
                 max_concurrent_sequences=options.max_concurrent_sequences,
                 kv_cache_gb=options.kv_cache_gb,
             ),
@@ -135,12 +159,23 @@ def evaluation_config(options: argparse.Namespace) -> Config:
                 address=options.ray_address, device=options.device, generate_timeout_s=options.generate_timeout
             ),
         )
-    except ValueError as error:
-        raise ConfigError("evaluate", [*problems, str(error)]) from error
-    problems += [violation.message for violation in evaluation_violations(config)]
+    except ValidationError as error:
+        raise ConfigError("evaluate", validation_problems(error)) from error
+    problems = [violation.message for violation in evaluation_violations(config)]
     if problems:
         raise ConfigError("evaluate", problems)
     return config
+
+
+def _lengths(options: argparse.Namespace) -> tuple[int, int]:
+    """Most tokens of a prompt and of a response: as given, else what is usual and fits into the model's positions."""
+    try:
+        positions = read_dimensions(_hf_dir(options.model)).max_position_embeddings
+    except UserError:  # told with everything else that is wrong
+        positions = _USUAL_PROMPT_TOKENS + _USUAL_RESPONSE_TOKENS
+    prompt = options.max_prompt_tokens or max(1, min(_USUAL_PROMPT_TOKENS, positions // 2))
+    response = options.max_tokens or max(1, min(_USUAL_RESPONSE_TOKENS, positions - prompt))
+    return prompt, response
 
 
 def _hf_dir(model: Path) -> Path:

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from megatron_entropic.algorithms import find_policy_loss
 from megatron_entropic.config import Config
 from megatron_entropic.errors import UserError
+from megatron_entropic.files import directory_problem
 from megatron_entropic.learning import score_batch, update_policy
 from megatron_entropic.observability.rollouts import RecordedStep, read_rollouts, recorded_steps, rollouts_path
 from megatron_entropic.observability.settings_history import RunPart, read_parts
@@ -129,6 +130,8 @@ def _largest(recorded: list[np.ndarray], computed: list[torch.Tensor]) -> float:
 
 def _read(run_dir: Path, step: int) -> RecordedStep:
     path = rollouts_path(run_dir, step)
+    if problem := directory_problem(run_dir):
+        raise UserError(f"{run_dir}: {problem}")
     if not path.exists():
         kept = ", ".join(map(str, recorded_steps(run_dir))) or "none"
         raise UserError(

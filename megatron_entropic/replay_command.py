@@ -11,13 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_entropic.observability.text import printable
+from megatron_entropic.options import whole
 
 
 def add_replay_parser(commands: Any) -> None:
     """Add the command to argparse's subparsers."""
     replay = commands.add_parser("replay", help="compute one recorded step again in this process, without a cluster")
     replay.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    replay.add_argument("--step", type=int, required=True, metavar="N", help="a step whose rollouts were kept")
+    replay.add_argument("--step", type=whole(1), required=True, metavar="N", help="a step whose rollouts were kept")
     replay.add_argument("--checkpoint", type=Path, metavar="DIR", help="start from (default: that of step N - 1)")
     replay.set_defaults(command=_replay)
 

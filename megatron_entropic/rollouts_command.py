@@ -18,6 +18,7 @@ from megatron_entropic.observability.rollout_view import ResponseView, StepView,
 from megatron_entropic.observability.rollouts import read_rollouts, recorded_steps, rollouts_path
 from megatron_entropic.observability.summary import Run, load_run
 from megatron_entropic.observability.text import printable
+from megatron_entropic.options import whole
 from megatron_entropic.rewards import build_reader
 from megatron_entropic.rewards.readings import Reader
 
@@ -32,16 +33,18 @@ def add_rollouts_parser(commands: Any) -> None:
     parser.add_argument(
         "run_dir", type=Path, metavar="RUN_DIR", help="a run that has recorded steps, see logging.rollouts_every_steps"
     )
-    parser.add_argument("--step", type=int, metavar="N", help="(default: the newest that was recorded)")
-    parser.add_argument("--prompt", type=int, nargs="+", default=[], metavar="INDEX", help="prompts to show")
+    parser.add_argument("--step", type=whole(0), metavar="N", help="(default: the newest that was recorded)")
+    parser.add_argument("--prompt", type=whole(0), nargs="+", default=[], metavar="INDEX", help="prompts to show")
     parser.add_argument(
         "--prompts",
-        type=int,
+        type=whole(1),
         default=2,
         metavar="N",
         help="without --prompt: N, first those whose rewards differ (default: 2)",
     )
-    parser.add_argument("--max-tokens", type=int, default=2000, metavar="N", help="shown of a response (default: 2000)")
+    parser.add_argument(
+        "--max-tokens", type=whole(1), default=2000, metavar="N", help="shown of a response (default: 2000)"
+    )
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="(default: that of the run's model)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of showing")
     parser.set_defaults(command=_rollouts)

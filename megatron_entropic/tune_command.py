@@ -20,6 +20,7 @@ from megatron_entropic.algorithms.tuning import Plant, Proposal, identify_plant,
 from megatron_entropic.errors import UserError
 from megatron_entropic.observability.summary import Run, load_run
 from megatron_entropic.observability.text import printable
+from megatron_entropic.options import number, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +106,11 @@ def add_tune_parser(commands: Any) -> None:
     """Add `tune` to the subparsers of the command line."""
     parser = commands.add_parser("tune", help="propose K_p and K_i from how entropy followed alpha in a run")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="best one with entropy_control.controller=probe")
-    parser.add_argument("--settling-steps", type=float, default=50.0, metavar="N", help="rollout steps (default: 50)")
-    parser.add_argument("--target", type=float, metavar="H", help="nats (default: the run's last target)")
-    parser.add_argument("--last", type=int, metavar="N", help="look at the last N steps only")
+    parser.add_argument(
+        "--settling-steps", type=number(above=0), default=50.0, metavar="N", help="rollout steps (default: 50)"
+    )
+    parser.add_argument("--target", type=number(above=0), metavar="H", help="nats (default: the run's last target)")
+    parser.add_argument("--last", type=whole(1), metavar="N", help="look at the last N steps only")
     parser.set_defaults(command=_tune)
 
 

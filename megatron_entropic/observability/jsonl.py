@@ -85,7 +85,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(_lines(content[: _end_of_last_whole_line(content)]), start=1):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not valid JSON: {error}") from error
         if not isinstance(row, dict):

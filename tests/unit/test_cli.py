@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from megatron_entropic import __version__
+from megatron_entropic import __version__, evaluate_command
 from megatron_entropic.algorithms import find_policy_loss
 from megatron_entropic.cli import main
 from megatron_entropic.errors import UserError, missing_model
@@ -52,3 +54,62 @@ def test_every_command_finds_modules_in_the_current_directory(tmp_path: Path, mo
         find_policy_loss("loss_of_mine:loss")
     monkeypatch.chdir(tmp_path)
     assert find_policy_loss("loss_of_mine:loss").whole_sequences
+
+
+NUMBERS = {
+    "plan run.yaml": ["--gpus 0", "--gpus -4", "--gpus 1.5", "--gpu-memory-gb nan", "--gpu-memory-gb inf"],
+    "score --hf-dir m --tokens t --output o": ["--temperature 0", "--temperature nan", "--tensor-parallel 0"],
+    "evaluate --model m --benchmarks a=b --output-dir o": [
+        "--top-p 1.5",
+        "--top-p nan",
+        "--engines 0",
+        "--max-tokens 0",
+    ],
+    "export m --quantize int8 --output-dir o --calibration c": ["--max-prompts 0", "--max-kl nan", "--max-kl -1"],
+    "replay run": ["--step 0", "--step x"],
+    "rollouts run": ["--prompts 0", "--max-tokens -1", "--step -1"],
+    "tune run": ["--settling-steps nan", "--settling-steps 0", "--target inf", "--last 0"],
+    "convert hf-to-megatron --hf-dir m --output-dir o": ["--workers 0"],
+    "convert megatron-to-hf --megatron-dir m --output-dir o": ["--max-shard-gb nan", "--max-shard-gb 1e400"],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [(command, option) for command in NUMBERS for option in NUMBERS[command]]
+)
+def test_a_number_that_nothing_can_be_done_with_is_the_option_s_error(
+    command: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`plan --gpu-memory-gb nan` was a traceback, and `evaluate --samples 0` pydantic's own words."""
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), *option.split()])
+    assert ended.value.code == 2
+    name, value = option.split()
+    assert f"argument {name}: expected a" in (said := capsys.readouterr().err)
+    assert f"found '{value}'" in said
+
+
+@pytest.mark.parametrize("samples", ["0", "-3", "nan", "a=0", "\u0663"])
+def test_samples_of_an_evaluation_are_counted(samples: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["evaluate", "--model", "m", "--benchmarks", "a=b", "--output-dir", "o", f"--samples={samples}"]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert f"--samples {samples.removeprefix('a=')!r}: expected an integer of at least 1" in said
+    assert "pydantic" not in said
+
+
+@pytest.mark.parametrize(("positions", "lengths"), [(None, (1024, 8192)), (32768, (1024, 8192)), (64, (32, 32))])
+def test_lengths_of_an_evaluation_fit_the_model(
+    positions: int | None, lengths: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = SimpleNamespace(model=tmp_path, max_prompt_tokens=None, max_tokens=None)
+
+    def dimensions(_hf_dir: Path) -> Any:
+        if positions is None:
+            raise UserError("no such model")
+        return SimpleNamespace(max_position_embeddings=positions)
+
+    monkeypatch.setattr(evaluate_command, "read_dimensions", dimensions)
+    assert evaluate_command._lengths(options) == lengths
+    options.max_prompt_tokens, options.max_tokens = 7, 9
+    assert evaluate_command._lengths(options) == (7, 9)

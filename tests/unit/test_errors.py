@@ -55,7 +55,11 @@ def raises(monkeypatch: pytest.MonkeyPatch) -> Raises:
         (PermissionError(errno.EACCES, "Permission denied", "/runs/a"), 1, "/runs/a: Permission denied; the user"),
         (OSError(errno.EROFS, "Read-only file system", "/runs/a"), 1, "/runs/a: Read-only file system; choose a"),
         (OSError(errno.EMFILE, "Too many open files"), 1, "Too many open files; raise the limit of open files"),
-        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/etc/passwd/a"), 2, "/etc/passwd/a: Not a directory"),
+        (
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "/etc/passwd/a"),
+            2,
+            "/etc/passwd/a: one of the directories it names is a file",
+        ),
     ],
 )
 def test_every_failure_has_its_status_and_one_message(
@@ -98,7 +102,10 @@ def test_a_bug_of_ours_ends_with_its_traceback_and_1() -> None:
 
 
 def test_a_file_that_the_user_named_and_is_not_there_is_the_users(tmp_path: Path) -> None:
-    for path, message in ((tmp_path / "gone", "gone: No such file"), (tmp_path, "Is a directory")):
+    for path, message in (
+        (tmp_path / "gone", "gone: No such file"),
+        (tmp_path, "is a directory, where a file is needed"),
+    ):
         with pytest.raises(UserError, match=message), reading(path):
             path.read_bytes()
     binary = tmp_path / "binary"
