@@ -30,6 +30,7 @@ def token_weights(
     global_tokens: float,
     global_sequences: float,
     max_response_tokens: int,
+    tokens: int | None = None,
 ) -> Tensor:
     """Weights of all response tokens of one micro-batch.
 
@@ -39,6 +40,7 @@ def token_weights(
         global_tokens: N, response tokens of the whole optimizer step.
         global_sequences: S, sequences of the whole optimizer step; one with an empty response counts.
         max_response_tokens: n_max.
+        tokens: sum of the lengths, where the caller knows it; lengths on a GPU would have to be waited for.
 
     Returns:
         [sum of lengths] float32, sequence after sequence. Over the whole step and with l = 1 everywhere, the weights of
@@ -52,7 +54,7 @@ def token_weights(
         per_sequence = torch.full_like(lengths, 1.0 / _positive("global_tokens", global_tokens))
     else:
         per_sequence = _sequence_weights(mode, lengths, global_sequences, max_response_tokens)
-    return per_sequence.repeat_interleave(response_lengths).to(torch.float32)
+    return per_sequence.repeat_interleave(response_lengths, output_size=tokens).to(torch.float32)
 
 
 def high_prob_token_weights(
@@ -60,7 +62,7 @@ def high_prob_token_weights(
     high_prob: Tensor,
     response_lengths: Tensor,
     *,
-    global_high_prob_tokens: float,
+    global_high_prob_tokens: float | Tensor,
     global_sequences: float,
     max_response_tokens: int,
 ) -> Tensor:
@@ -74,7 +76,8 @@ def high_prob_token_weights(
         high_prob: [T] bool, T = sum of lengths, from `entropic_term`.
         response_lengths: [n] int.
         global_high_prob_tokens: high-probability tokens of the whole optimizer step under the current weights. Read by
-            "token-mean" only; counted in an earlier pass, so 0 is taken as 1 in case a token has crossed tau since.
+            "token-mean" only, a number or a tensor [] where a GPU has just counted them; 0 is taken as 1, in case a
+            token has crossed tau since an earlier pass.
         global_sequences: S.
         max_response_tokens: n_max.
 
@@ -84,16 +87,26 @@ def high_prob_token_weights(
     Raises:
         ValueError: the mode is unknown, the shapes disagree, or another count that the mode divides by is not positive.
     """
+    # Lengths on a GPU are not looked at: the host would wait for everything that the GPU still has to do.
+    if response_lengths.device.type == "cpu" and high_prob.shape != (int(response_lengths.sum()),):
+        raise ValueError(
+            f"{int(response_lengths.sum())} response tokens but a high-probability mask of {tuple(high_prob.shape)}"
+        )
     response_lengths = response_lengths.to(high_prob.device)
-    sequence = torch.arange(response_lengths.numel(), device=high_prob.device).repeat_interleave(response_lengths)
-    if sequence.shape != high_prob.shape:
-        raise ValueError(f"{sequence.numel()} response tokens but a high-probability mask of {tuple(high_prob.shape)}")
-    counts = torch.bincount(sequence[high_prob], minlength=response_lengths.numel()).to(torch.float64)
+    sequence = sequence_of_tokens(response_lengths, high_prob.numel())
+    nothing = torch.zeros(response_lengths.numel(), dtype=torch.float64, device=high_prob.device)
+    counts = nothing.index_add(0, sequence, high_prob.double())
     if mode == "token-mean":
-        per_sequence = torch.full_like(counts, 1.0 / max(float(global_high_prob_tokens), 1.0))
+        everywhere = torch.as_tensor(global_high_prob_tokens, dtype=torch.float64, device=high_prob.device)
+        per_sequence = (1.0 / everywhere.clamp(min=1.0)).expand_as(counts)
     else:
         per_sequence = _sequence_weights(mode, counts, global_sequences, max_response_tokens)
     return per_sequence[sequence].to(torch.float32).masked_fill(~high_prob, 0.0)
+
+
+def sequence_of_tokens(lengths: Tensor, tokens: int) -> Tensor:
+    """[tokens] int64: the number of each token's sequence; `lengths` [n] int add up to `tokens`."""
+    return torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths, output_size=tokens)
 
 
 def _sequence_weights(mode: str, counts: Tensor, global_sequences: float, max_response_tokens: int) -> Tensor:

@@ -23,8 +23,16 @@ class PackedSegments(PackedSeqParams):
     """What megatron-core passes to attention and RoPE of a packed micro-batch, and what our own modules need."""
 
     plan: SegmentPlan | None = None
+    """Goes to the device when the first layer asks for it, and serves all layers from there."""
     choices: torch.Tensor | None = None
     """`MicroBatch.choices`; recomputation too hands these parameters to every layer."""
+
+    def plan_on(self, device: torch.device) -> SegmentPlan:
+        """The plan with its tensors on `device`."""
+        assert self.plan is not None
+        if self.plan.order.device != device:
+            self.plan = self.plan.to(device)
+        return self.plan
 
 
 def packed_segments(micro_batch: MicroBatch) -> PackedSegments:
@@ -85,8 +93,7 @@ class SegmentedAttention(MegatronModule):
         Returns:
             [T, query heads * value_head_dim].
         """
-        plan = packed_seq_params.plan
-        assert plan is not None
+        plan = packed_seq_params.plan_on(query.device)
         if self._context_group is not None:
             key, value = self._of_all_ranks(key, value)
         outputs = [self._attend(query, key, value, group) for group in plan.groups]

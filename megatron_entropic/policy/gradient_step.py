@@ -73,11 +73,13 @@ class GradientStep:
         """How well `batch`, from `align`, fills the ranks; equal on all of them."""
         return batch_metrics(batch, self._attention_weight, self.parallel, self.device)
 
-    def measure(self, batch: list[MicroBatch], count: Callable[[torch.Tensor], float], options: OutputOptions) -> float:
-        """Global sum of `count(logprobs [R])` over micro-batches and replicas, in a pass without gradients."""
+    def measure(
+        self, batch: list[MicroBatch], count: Callable[[torch.Tensor], torch.Tensor], options: OutputOptions
+    ) -> float:
+        """Global sum of `count(logprobs [R])` [] over micro-batches and replicas, in a pass without gradients."""
 
         def collect(micro_batch: MicroBatch, statistics: TokenStatistics) -> torch.Tensor:
-            return torch.tensor([count(statistics.logprobs)], dtype=torch.float64, device=self.device)
+            return count(statistics.logprobs).double().reshape(1)
 
         return float(self._sums(run_forward(self.model, batch, collect, options), width=1))
 

@@ -66,14 +66,14 @@ def local_normalizers(fields: TokenFields, minibatch_sequences: int, data_parall
     """
     sequences = fields.lengths.numel()
     scale = sequences / (minibatch_sequences * data_parallel)
-    return Normalizers(tokens=float(fields.lengths.sum()), sequences=sequences, scale=scale)
+    return Normalizers(tokens=fields.advantages.numel(), sequences=sequences, scale=scale)
 
 
-def count_high_prob(logprobs: Tensor, settings: LossSettings) -> float:
-    """Number of tokens with pi > tau, by the same comparison as the loss. logprobs [T]."""
+def count_high_prob(logprobs: Tensor, settings: LossSettings) -> Tensor:
+    """Number [] of tokens with pi > tau, by the same comparison as the loss. logprobs [T]."""
     ones = torch.ones_like(logprobs)
     _, high_prob = entropic_term(logprobs, ones, ones, tau=settings.tau, clip_low=0.5, clip_high=0.5)
-    return float(high_prob.sum())
+    return high_prob.sum()
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,7 @@ def _weights(fields: TokenFields, settings: LossSettings, normalizers: Normalize
         global_tokens=normalizers.tokens,
         global_sequences=normalizers.sequences,
         max_response_tokens=settings.max_response_tokens,
+        tokens=fields.advantages.numel(),
     )
     return weights if normalizers.scale == 1.0 else weights * normalizers.scale
 
@@ -225,7 +226,7 @@ def _high_prob_weights(
         high_prob,
         fields.lengths,
         # The count was taken in another forward pass: a token on the threshold may have crossed it by rounding.
-        global_high_prob_tokens=max(normalizers.high_prob_tokens, float(high_prob.sum())),
+        global_high_prob_tokens=high_prob.sum().double().clamp(min=normalizers.high_prob_tokens),
         global_sequences=normalizers.sequences,
         max_response_tokens=settings.max_response_tokens,
     )

@@ -12,6 +12,7 @@ from megatron_entropic.algorithms import PolicyLoss, find_policy_loss, importanc
 from megatron_entropic.config import Config
 from megatron_entropic.config_algorithm import AlgorithmConfig
 from megatron_entropic.errors import UserError
+from megatron_entropic.policy.host_copies import to_device
 from megatron_entropic.types import Sequence
 
 
@@ -104,14 +105,14 @@ def token_fields(
         ValueError: a sequence lacks a field that the configured loss needs, or a field is not [R].
     """
     return TokenFields(
-        lengths=torch.tensor([sequence.response_length for sequence in sequences], dtype=torch.int64, device=device),
+        lengths=to_device(torch.tensor([s.response_length for s in sequences], dtype=torch.int64), device),
         old_logprobs=_column(sequences, "old_logprobs", device),
         advantages=_column(sequences, "advantages", device),
         correction=None if settings.correction == "none" else _correction(sequences, settings, device),
         reference_logprobs=(
             _column(sequences, "reference_logprobs", device) if settings.algorithm.kl.coefficient > 0 else None
         ),
-        marks=None if marks is None else torch.cat(list(marks)).to(device),
+        marks=None if marks is None else to_device(torch.cat(list(marks)), device),
     )
 
 
@@ -122,7 +123,8 @@ def _correction(sequences: Seq[Sequence], settings: LossSettings, device: torch.
         for s in sequences
         if s.old_logprobs is not None and s.rollout_logprobs is not None
     ]
-    return importance_weights(torch.cat(ratios), settings.correction, settings.correction_cap).to(device)
+    weights = importance_weights(torch.cat(ratios), settings.correction, settings.correction_cap)
+    return to_device(weights, device)
 
 
 def _column(sequences: Seq[Sequence], name: str, device: torch.device) -> Tensor:
@@ -133,4 +135,4 @@ def _column(sequences: Seq[Sequence], name: str, device: torch.device) -> Tensor
             found = "nothing" if part is None else f"shape {tuple(part.shape)}"
             raise ValueError(f"sequence {index}: {name} needs [{sequence.response_length}], got {found}")
         parts.append(part.to(dtype=torch.float32))
-    return torch.cat(parts).to(device)
+    return to_device(torch.cat(parts), device)

@@ -20,6 +20,7 @@ import torch
 
 from megatron_entropic.policy.context_cut import WHOLE, ContextCut
 from megatron_entropic.policy.data_parallel import spread
+from megatron_entropic.policy.host_copies import to_device
 from megatron_entropic.policy.segments import SegmentPlan, plan_segments
 from megatron_entropic.types import Sequence
 
@@ -66,7 +67,8 @@ class MicroBatch:
     owned: torch.Tensor | None
     """Under context parallelism `rows` and `targets` are this rank's [r], and this says which of the R they are."""
     plan: SegmentPlan
-    """How core attention batches the segments, computed once for all layers."""
+    """How core attention batches the segments, computed once for all layers. It stays where it is: Transformer Engine's
+    attention never looks at it."""
     max_seqlen: int
     """Tokens of the longest segment, before the cut."""
     response_lengths: tuple[int, ...]
@@ -79,13 +81,13 @@ class MicroBatch:
     """[tokens of this rank, layers with experts, k]: the experts to use, see `router_replay`. None: routers choose."""
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch with its packed tensors on `device`; `sequences` stay where they are."""
+        """The same micro-batch with its packed tensors on `device`; `plan` and `sequences` stay where they are."""
         moved = {
-            field.name: getattr(self, field.name).to(device)
+            field.name: to_device(getattr(self, field.name), device)
             for field in fields(self)
             if isinstance(getattr(self, field.name), torch.Tensor)
         }
-        return replace(self, plan=self.plan.to(device), **moved)
+        return replace(self, **moved)
 
     @property
     def response_tokens(self) -> int:

@@ -18,6 +18,7 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_entropic.policy.host_copies import parked_on_host
 from megatron_entropic.policy.router_replay import ReplayedChoice, storage_dtype
 
 
@@ -33,7 +34,7 @@ class PolicyRouter(TopKRouter):
         self._differing: torch.Tensor | None = None
         self.choice = ReplayedChoice()
         self.recorded: list[torch.Tensor] | None = None
-        """Set to a list, gets the experts [t, k] of each pass over a micro-batch, on the CPU."""
+        """Set to a list, gets the experts [t, k] of each pass over a micro-batch, parked on the host."""
 
     @property
     def place(self) -> int:
@@ -71,7 +72,7 @@ class PolicyRouter(TopKRouter):
                 self._differing = _added(self._differing, self.choice.differing)
         # Layers to be recomputed run without gradients first.
         if self.recorded is not None and (torch.is_grad_enabled() or not self.training):
-            self.recorded.append(self.choice.chosen.to("cpu", storage_dtype(self.num_experts)))
+            self.recorded.append(parked_on_host(self.choice.chosen.to(storage_dtype(self.num_experts))))
         return probs, routing_map
 
     def attach_and_log_load_balancing_loss(

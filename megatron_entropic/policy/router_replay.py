@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_entropic.errors import UserError
+from megatron_entropic.policy.host_copies import to_device
 from megatron_entropic.policy.microbatch import MicroBatch
 from megatron_entropic.policy.parallel import ParallelState
 
@@ -142,15 +143,16 @@ def collect_choices(
     found: dict[int, torch.Tensor] = {}
     for number, micro_batch in enumerate(micro_batches):
         whole = torch.zeros(_tokens(micro_batch), *shape, dtype=dtype, device=device)
-        rows = _own_rows(micro_batch, parallel).to(device)
+        rows = to_device(_own_rows(micro_batch, parallel), device)
         for place, of_layer in recorded.items():
-            whole[rows, place] = of_layer[number].to(device)
+            whole[rows, place] = to_device(of_layer[number], device)
         # Each element comes from one rank; as bytes, because backends do not add 16-bit integers.
         for group in (parallel.context_group, parallel.model_group):
             dist.all_reduce(whole.view(torch.uint8), group=group)
+        whole = whole.cpu()
         starts = micro_batch.cu_seqlens.tolist()
         for index, sequence, start in zip(micro_batch.indices, micro_batch.sequences, starts, strict=False):
-            found[index] = whole[start : start + sequence.tokens.numel()].cpu()
+            found[index] = whole[start : start + sequence.tokens.numel()].clone()
     return [found[index] for index in sorted(found)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 
@@ -13,7 +14,15 @@ from megatron_entropic.policy.parallel import ParallelState
 from megatron_entropic.policy.routing import Routing
 from megatron_entropic.types import Scores, Sequence
 
-Scored = tuple[tuple[int, ...], list[torch.Tensor], list[torch.Tensor]]
+
+class Scored(NamedTuple):
+    """Statistics of one micro-batch, still on the device."""
+
+    micro_batch: MicroBatch
+    logprobs: torch.Tensor
+    """[R]."""
+    entropies: torch.Tensor
+    """[R]."""
 
 
 def score(
@@ -40,7 +49,7 @@ def score(
     model.eval()
     try:
         with record.recording() if record else nullcontext():
-            scored = run_forward(model, micro_batches, _to_host, OutputOptions(temperature=temperature))
+            scored = run_forward(model, micro_batches, _scored, OutputOptions(temperature=temperature))
     finally:
         model.train(was_training)
     experts = record.recorded(micro_batches) if record else []
@@ -66,20 +75,21 @@ def score_sequences(
     return score(model, micro_batches, state, temperature=temperature, record=record)
 
 
-def _to_host(micro_batch: MicroBatch, statistics: TokenStatistics) -> Scored:
+def _scored(micro_batch: MicroBatch, statistics: TokenStatistics) -> Scored:
     assert statistics.entropies is not None
-    return (
-        micro_batch.indices,
-        micro_batch.split(statistics.logprobs.cpu()),
-        micro_batch.split(statistics.entropies.cpu()),
-    )
+    return Scored(micro_batch, statistics.logprobs, statistics.entropies)
 
 
 def _in_callers_order(scored: list[Scored], experts: list[torch.Tensor]) -> Scores:
+    """On the CPU, by one copy at the end of the pass: one for each micro-batch would make the host wait as often."""
+    columns = (torch.cat([of.logprobs for of in scored]), torch.cat([of.entropies for of in scored]))
+    parts = torch.stack(columns).cpu().split([of.logprobs.numel() for of in scored], dim=1)
     logprobs: dict[int, torch.Tensor] = {}
     entropies: dict[int, torch.Tensor] = {}
-    for indices, some_logprobs, some_entropies in scored:
-        logprobs.update(zip(indices, some_logprobs, strict=True))
-        entropies.update(zip(indices, some_entropies, strict=True))
+    for (micro_batch, *_), part in zip(scored, parts, strict=True):
+        # Copies, since a view is pickled with all of the memory that it looks at.
+        values = zip(micro_batch.indices, micro_batch.split(part[0]), micro_batch.split(part[1]), strict=True)
+        for index, of_logprobs, of_entropies in values:
+            logprobs[index], entropies[index] = of_logprobs.clone(), of_entropies.clone()
     order = sorted(logprobs)
     return Scores([logprobs[i] for i in order], [entropies[i] for i in order], experts)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_entropic.policy.context_cut import WHOLE, ContextCut
+from megatron_entropic.policy.host_copies import to_device
 
 SIMILAR = 0.75
 """Shortest over longest length within a group: at most a third more rows, and the same order of attention work."""
@@ -34,9 +35,9 @@ class SegmentGroup:
 
     def to(self, device: torch.device) -> SegmentGroup:
         """The same group with its tensors on `device`."""
-        keys = None if self.keys is None else self.keys.to(device)
-        mask = None if self.mask is None else self.mask.to(device)
-        return SegmentGroup(self.rows.to(device), self.count, self.length, keys, mask)
+        keys = None if self.keys is None else to_device(self.keys, device)
+        mask = None if self.mask is None else to_device(self.mask, device)
+        return SegmentGroup(to_device(self.rows, device), self.count, self.length, keys, mask)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class SegmentPlan:
 
     def to(self, device: torch.device) -> SegmentPlan:
         """The same plan with its index tensors on `device`."""
-        return SegmentPlan(tuple(group.to(device) for group in self.groups), self.order.to(device))
+        return SegmentPlan(tuple(group.to(device) for group in self.groups), to_device(self.order, device))
 
 
 def plan_segments(lengths: list[int], cut: ContextCut = WHOLE) -> SegmentPlan:

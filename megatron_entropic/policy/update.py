@@ -135,7 +135,7 @@ class PolicyUpdate:
             return global_counts(sequences, machinery.parallel, machinery.device)
         if freshly_scored:
             scored = [sequence.old_logprobs for sequence in sequences if sequence.old_logprobs is not None]
-            own = sum(count_high_prob(logprobs, settings) for logprobs in scored)
+            own = float(sum(count_high_prob(logprobs, settings) for logprobs in scored))
             return global_counts(sequences, machinery.parallel, machinery.device, own)
         options = OutputOptions(self._temperature, entropy=False, head=self._head)
         everywhere = machinery.measure(batch, lambda logprobs: count_high_prob(logprobs, settings), options)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_entropic.algorithms.aggregation import sequence_of_tokens
 from megatron_entropic.algorithms.losses.interface import LossInputs
 from megatron_entropic.algorithms.policy_loss import MAX_LOG_RATIO, PolicyLossTerms, clip_bounds, policy_loss
 
@@ -87,7 +88,7 @@ def gspo(inputs: LossInputs, algorithm: AlgorithmConfig) -> PolicyLossTerms:
     """
     assert inputs.lengths is not None
     lengths = inputs.lengths.to(inputs.logprobs.device)
-    sequence = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths)
+    sequence = sequence_of_tokens(lengths, inputs.logprobs.numel())
     difference = (inputs.logprobs.detach() - inputs.old_logprobs).double()
     mean = torch.zeros(lengths.numel(), dtype=torch.float64, device=lengths.device).index_add(0, sequence, difference)
     mean = (mean / lengths.clamp(min=1)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

@@ -40,5 +40,15 @@ def test_memory_of_policy_ranks_grows_in_place_unless_cuda_ipc_hands_it_out(monk
     assert ALLOCATOR not in policy_environment(with_transport("nccl"), "cuda"), "the user's own is kept"
 
 
+def test_a_float32_policy_on_a_gpu_multiplies_in_float32_and_not_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    config = with_transport("nccl")
+    for environment in (policy_environment(config, "cuda"), engine_environment(config, "cuda")):
+        assert environment["NVIDIA_TF32_OVERRIDE"] == "0"
+    assert "NVIDIA_TF32_OVERRIDE" not in policy_environment(config, "cpu")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    assert policy_environment(config, "cuda")["NVIDIA_TF32_OVERRIDE"] == "1", "the user's own is kept"
+
+
 def test_libraries_read_their_files_where_the_locale_is_c() -> None:
     assert engine_environment(with_transport("gloo"), "cpu")["PYTHONUTF8"] == "1"

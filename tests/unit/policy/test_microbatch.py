@@ -51,9 +51,12 @@ def test_a_micro_batch_without_sequences_is_padding_only():
 
 def test_to_moves_every_packed_tensor():
     moved = pack_one([sequence(2, 3)], [0]).to(torch.device("meta"))
-    tensors = [moved.tokens, moved.position_ids, moved.cu_seqlens, moved.rows, moved.targets, moved.plan.order]
-    assert {t.device.type for t in [*tensors, *(group.rows for group in moved.plan.groups)]} == {"meta"}
+    tensors = [moved.tokens, moved.position_ids, moved.cu_seqlens, moved.rows, moved.targets]
+    assert {t.device.type for t in tensors} == {"meta"}
     assert moved.sequences[0].tokens.device.type == "cpu"
+    assert moved.plan.order.device.type == "cpu", "it moves when an attention asks for it, which most never do"
+    plan = moved.plan.to(torch.device("meta"))
+    assert {t.device.type for t in [plan.order, *(group.rows for group in plan.groups)]} == {"meta"}
 
 
 def test_sequences_with_nothing_to_score_are_all_named():
