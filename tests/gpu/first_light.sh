@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The first things to run on a machine with one H100 or H200, from the smallest to a whole run; at most 8 minutes.
 #
-#   bash tests/gpu/first_light.sh [--site DIR] [--output DIR] [PART ...]
+#   bash tests/gpu/first_light.sh [--dry-run] [--site DIR] [--output DIR] [PART ...]
 #
 #   machine    driver, versions, and where each package comes from
 #   kernels    Triton kernels and fused heads against float64 and stored logits
@@ -12,23 +12,62 @@
 #
 # Each part has a limit of its own and is reported whatever became of the others. The last two need vLLM and Ray, where
 # they are missing they fail and say so. Nothing is downloaded: what the machine's python3 lacks lies in --site, a
-# folder made elsewhere with `pip install --no-deps --target DIR -r tests/gpu/first_light.txt`.
+# folder made elsewhere with `pip install --no-deps --target DIR -r tests/gpu/first_light.txt`. --dry-run runs nothing:
+# it prints each part's limit and command.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-output=runs/first_light site=
+all_parts=(machine kernels heads policy colocated large)
+refuse() { echo "first light: $*" >&2; exit 2; }
+
+output=runs/first_light site='' dry_run=
 while [[ ${1:-} == --* ]]; do
   case $1 in
-    --site) site=$(cd "${2:?}" && pwd) && shift 2 || exit 2 ;;
-    --output) output=${2:?} && shift 2 ;;
-    *) echo "first light: unknown option $1" >&2; exit 2 ;;
+    --dry-run) dry_run=yes && shift ;;
+    --site | --output)
+      [ -n "${2:-}" ] || refuse "$1 needs a folder"
+      if [ "$1" = --output ]; then
+        output=$2
+      else
+        site=$(cd "$2" 2>/dev/null && pwd) || refuse "--site $2 is no folder"
+      fi
+      shift 2
+      ;;
+    *) refuse "unknown option $1" ;;
   esac
 done
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(machine kernels heads policy colocated large)
+[ ${#parts[@]} -gt 0 ] || parts=("${all_parts[@]}")
+for part in "${parts[@]}"; do
+  [[ " ${all_parts[*]} " == *" $part "* ]] || refuse "unknown part $part, choose of ${all_parts[*]}"
+done
+
+python=${PYTHON:-python3}
+tests=("$python" -m pytest -q -p no:cacheprovider)
+grace_s=5
+
+# Sets limit_s and command. All limits with their grace are eight minutes.
+prepare() {
+  case $1 in
+    machine) limit_s=25 command=("$python" tests/gpu/machine.py) ;;
+    kernels) limit_s=60 command=("${tests[@]}" tests/gpu/test_triton_gpu.py tests/gpu/test_fused_heads_gpu.py) ;;
+    heads) limit_s=45 command=("$python" benchmarks/gpu/vocab_parallel_gpu.py --output-dir "$output" --repetitions 10) ;;
+    policy) limit_s=95 command=("$python" benchmarks/gpu/policy_gpu.py --output-dir "$output" --repetitions 1) ;;
+    colocated) limit_s=115 command=("${tests[@]}" tests/gpu/test_colocated_run_gpu.py -k "shares and ipc") ;;
+    large) limit_s=110 command=("${tests[@]}" tests/gpu/test_colocated_run_gpu.py -k large) ;;
+  esac
+}
+
+if [ -n "$dry_run" ]; then
+  for part in "${parts[@]}"; do
+    prepare "$part"
+    echo "$part: at most $((limit_s + grace_s)) s: ${command[*]}"
+  done
+  exit 0
+fi
+
 mkdir -p "$output"
 output=$(cd "$output" && pwd)
-python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${site:+:$site} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 FIRST_LIGHT_OUTPUT=$output
 # vLLM takes flashinfer's sampler for granted on CUDA; where it is absent PyTorch samples.
 "$python" -c 'import flashinfer' 2>/dev/null || export VLLM_USE_FLASHINFER_SAMPLER=0
@@ -37,23 +76,14 @@ export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO
 # vLLM finds this project's plug-in by the metadata of an installed package; a checkout has none until now.
 "$python" setup.py --quiet egg_info >/dev/null 2>&1 || echo "first light: no package metadata, vLLM's plug-in is missing"
 
-tests=("$python" -m pytest -q -p no:cacheprovider)
 failed=0
 printf '%-10s %-8s %s\n' part status seconds >"$output/summary.txt"
 for part in "${parts[@]}"; do
-  case $part in
-    machine) limit_s=30 command=("$python" tests/gpu/machine.py) ;;
-    kernels) limit_s=60 command=("${tests[@]}" tests/gpu/test_triton_gpu.py tests/gpu/test_fused_heads_gpu.py) ;;
-    heads) limit_s=50 command=("$python" benchmarks/gpu/vocab_parallel_gpu.py --output-dir "$output" --repetitions 10) ;;
-    policy) limit_s=100 command=("$python" benchmarks/gpu/policy_gpu.py --output-dir "$output" --repetitions 1) ;;
-    colocated) limit_s=120 command=("${tests[@]}" tests/gpu/test_colocated_run_gpu.py -k "shares and ipc") ;;
-    large) limit_s=120 command=("${tests[@]}" tests/gpu/test_colocated_run_gpu.py -k large) ;;
-    *) echo "first light: unknown part $part" >&2; exit 2 ;;
-  esac
+  prepare "$part"
   echo "== $part (at most $limit_s s)"
   started=$SECONDS
   status=0
-  timeout --kill-after=10 "$limit_s" "${command[@]}" >"$output/$part.log" 2>&1 || { status=$? && failed=1; }
+  timeout --kill-after=$grace_s "$limit_s" "${command[@]}" >"$output/$part.log" 2>&1 || { status=$? && failed=1; }
   case $status in 0) word=passed ;; 124 | 137) word=timeout ;; *) word=failed ;; esac
   printf '%-10s %-8s %d\n' "$part" $word $((SECONDS - started)) | tee -a "$output/summary.txt"
   [ $word = passed ] || tail -n 25 "$output/$part.log"

@@ -21,7 +21,7 @@ COMPILED = {
 
 
 def main() -> int:
-    """Looks at every package; a missing one is told, and is no failure here. Returns nvidia-smi's exit status."""
+    """Looks at every package; a missing one is told, and is no failure here. Returns nvidia-smi's status, 1 without it."""
     for name, compiled in COMPILED.items():
         try:
             module = importlib.import_module(name)
@@ -31,7 +31,11 @@ def main() -> int:
             continue
         sys.stdout.write(f"{name} {getattr(module, '__version__', '')} {module.__path__[0]}\n")
     query = "--query-gpu=name,driver_version,memory.total"
-    return subprocess.run(["nvidia-smi", query, "--format=csv"], check=False).returncode
+    try:
+        return subprocess.run(["nvidia-smi", query, "--format=csv"], check=False).returncode
+    except FileNotFoundError:
+        sys.stdout.write("no nvidia-smi: this machine has no NVIDIA driver\n")
+        return 1
 
 
 if __name__ == "__main__":
