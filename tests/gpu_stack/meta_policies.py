@@ -107,9 +107,42 @@ def _build(config: Any, state: Any) -> dict[str, Any]:
     found["optimizers"] = {f"{type(part).__module__}.{type(part).__name__}" for part in parts}
     found["state_bytes"] = sum(tensor.nbytes for tensor in optimizer.state_tensors())
     found["parameter_bytes"] = sum(parameter.nbytes for parameter in model.parameters())
-    # The optimizer's own is left out: it takes host memory, of a real model more than this machine may have.
     found["saved"] = len(model[0].sharded_state_dict())
-    return found
+    return found | _optimizer_shards(model, optimizer, config.policy)
+
+
+def _optimizer_shards(model: Any, optimizer: Any, policy: Any) -> dict[str, Any]:
+    """What a checkpoint holds of the optimizer in the format that is the default: without values, as everything here.
+
+    The format in which any layout reads it is left out: gathering takes host memory, of a real model more than this
+    machine may have.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+
+    from megatron_entropic.policy.optimizer_shards import can_write_shards, own_shards
+
+    if not policy.distributed_optimizer:
+        return {"shards": None}
+    parts = optimizer._parts()
+    model_state = {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(model)}
+    state = optimizer.sharded_state_dict(model_state, loading=False, format="dp_reshardable")
+    saved = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+    buckets = own_shards(parts, model_state)
+    pieces = sum(piece.numel for bucket in buckets for piece in bucket.pieces)
+    return {
+        "shards": {
+            "can be written": can_write_shards(parts),
+            "bytes": sum(tensor.data.nbytes for tensor in saved),
+            "devices": {tensor.data.device.type for tensor in saved},
+            "others": {
+                type(v).__name__ for v in nested_values(state) if not isinstance(v, ShardedTensor | ShardedObject)
+            },
+            "elements of own buckets": sum(bucket.numel for bucket in buckets),
+            "elements of their pieces": pieces,
+            "elements of parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+    }
 
 
 def _compare_with_map(model: Any, dimensions: Any, state: Any) -> dict[str, Any]:

@@ -5,12 +5,17 @@ Numbers are those of float32 arithmetic on the CPU; what is tested is everything
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import inspect
 import itertools
 import math
 from collections import Counter
+from types import CodeType
 from typing import Any
 
 import te_bindings
+import te_fused_attention
 import torch
 
 CALLS: Counter[str] = Counter()
@@ -21,11 +26,29 @@ Tensors = list[list[torch.Tensor]]
 def install() -> Any:
     """As `te_bindings.install`, with functions that compute."""
     bindings = te_bindings.install(_prepare)
-    permutation: Any = __import__("importlib").import_module("transformer_engine.pytorch.permutation")
+    permutation: Any = importlib.import_module("transformer_engine.pytorch.permutation")
     for function in (moe_permute_with_probs, moe_unpermute, moe_sort_chunks_by_index_with_probs):
         setattr(permutation, function.__name__, _counted(function))
     permutation.moe_sort_chunks_by_index = _counted(moe_sort_chunks_by_index)
+    utils: Any = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention.utils")
+    choose = utils.get_attention_backend
+
+    def choose_as_for_bfloat16(parameters: Any) -> Any:
+        return choose(dataclasses.replace(parameters, qkv_dtype=torch.bfloat16))
+
+    utils.get_attention_backend = choose_as_for_bfloat16
+    backends: Any = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention.backends")
+    refuses_float32: Any = inspect.unwrap(backends.FusedAttention.forward)
+    refuses_float32.__code__ = _with_float32(refuses_float32.__code__)
     return bindings
+
+
+def _with_float32(code: CodeType) -> CodeType:
+    """The same code, in which float32 is called by the name of float16."""
+    return code.replace(
+        co_names=tuple("float32" if name == "float16" else name for name in code.co_names),
+        co_consts=tuple(_with_float32(value) if isinstance(value, CodeType) else value for value in code.co_consts),
+    )
 
 
 def _prepare(bindings: Any) -> None:
@@ -53,11 +76,12 @@ def _prepare(bindings: Any) -> None:
         multi_tensor_scale_tensor,
         multi_tensor_l2norm,
         thd_get_partitioned_indices,
+        *te_fused_attention.FUNCTIONS,
     ):
         setattr(bindings, function.__name__, _counted(function))
-    # Of bfloat16 too: Transformer Engine then takes the attention that is PyTorch's own operations.
-    no_backend = (int(bindings.NVTE_Fused_Attn_Backend.NVTE_No_Backend), "emulated")
-    bindings.get_fused_attn_backend = lambda *_: no_backend
+    # What cuDNN has for bfloat16, which is what a GPU runs; the arithmetic here is float32.
+    backend = (int(bindings.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen), "emulated")
+    bindings.get_fused_attn_backend = lambda *_: backend
     bindings.get_cudnn_version = lambda: 92000
     bindings.get_cublasLt_version = lambda: 130100
     bindings.get_num_cublas_streams = lambda: 4

@@ -56,3 +56,12 @@ def test_a_policy_has_the_parameters_of_the_map(process: ProcessPoolExecutor, va
     # Two moments and the main parameters in float32 beside 2 bytes a parameter, or this rank's share of them.
     assert 0 < found["state_bytes"] <= 6 * found["parameter_bytes"] + 2**20
     assert found["saved"] >= found["parameters"] / 20
+    if (shards := found["shards"]) is not None:
+        assert shards["can be written"]
+        # A checkpoint takes this rank's state as it is, once.
+        assert shards["devices"] == {"meta"}
+        assert found["state_bytes"] <= shards["bytes"] + 2**20
+        assert shards["bytes"] <= 1.01 * found["state_bytes"] + 2**20
+        if not last:  # the first of its data-parallel ranks says where each parameter lies
+            assert shards["elements of parameters"] == shards["elements of their pieces"]
+            assert shards["elements of parameters"] <= shards["elements of own buckets"]

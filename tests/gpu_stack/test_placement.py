@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,10 +20,60 @@ CASES: dict[str, tuple[int, list[str]]] = {
         2,
         ["cluster.colocate=true", "policy.offload=all", "policy.data_parallel=4", "rollout.engines=16"],
     ),
+    "qwen3_8b, engines of two GPUs": (2, ["rollout.tensor_parallel=2", "rollout.engines=4"]),
     "qwen3_32b": (4, []),
     "qwen3_30b_a3b": (4, []),
     "qwen3_235b_a22b": (16, []),
 }
+
+STARTED = 2
+"""Ranks, and engines, that are started to look at their devices; all of a case would be a few minutes."""
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "NVIDIA_TF32_OVERRIDE",
+    "PYTORCH_ALLOC_CONF",
+)
+
+
+def devices_of_actors(config: Any, placement: Any) -> dict[str, list[dict[str, str | None]]]:
+    """Environment of the first ranks and engines, which are started as a run starts them, up to `start()`."""
+    import ray
+
+    from megatron_entropic.cluster import workers
+
+    def looking(actor: Any) -> Any:
+        class Looking(actor.__ray_metadata__.modified_class):  # type: ignore[misc, name-defined]
+            """The actor itself, which also says what it sees."""
+
+            def variables(self) -> dict[str, str | None]:
+                return {name: os.environ.get(name) for name in VARIABLES}
+
+        return ray.remote(max_restarts=0)(Looking)
+
+    def seen(made: list[Any]) -> list[dict[str, str | None]]:
+        return ray.get([actor.variables.remote() for actor in made], timeout=300)
+
+    def environment(variables: dict[str, str]) -> dict[str, Any]:
+        return {"runtime_env": {"env_vars": variables}}
+
+    of_rank, of_engine = (
+        environment(workers.policy_environment(config, "cuda")),
+        environment(workers.engine_environment(config, "cuda")),
+    )
+    rank, engine = looking(workers.PolicyWorker), looking(workers.EngineWorker)
+    ranks = [
+        rank.options(**placement.policy_options(index), **of_rank).remote(config, index, "cuda")
+        for index in range(STARTED)
+    ]
+    engines = [
+        engine.options(**placement.engine_options(index), **of_engine).remote(config, "cuda")
+        for index in range(STARTED)
+    ]
+    found = {"ranks": seen(ranks), "engines": seen(engines)}
+    for actor in ranks + engines:
+        ray.kill(actor)
+    return found
 
 
 def main(cases: dict[str, tuple[int, list[str]]], nodes: int) -> None:
@@ -59,6 +110,8 @@ def main(cases: dict[str, tuple[int, list[str]]], nodes: int) -> None:
                 "engines": engines,
                 "tensor": config.policy.tensor_parallel,
                 "gpus": [placement.policy_gpus, placement.engine_gpus],
+                "engine_tensor": config.rollout.tensor_parallel,
+                "seen": devices_of_actors(config, placement) if nodes == min(n for n, _ in CASES.values()) else None,
             }
             placement.release()
     finally:
@@ -73,6 +126,8 @@ def test_tensor_groups_stay_within_a_node(nodes: int) -> None:
     cases = {name: case for name, case in CASES.items() if case[0] == nodes}
     result = subprocess.run(
         [sys.executable, __file__, json.dumps(cases), str(nodes)],
+        # Ray refuses to count eight GPUs on a node where no device may be seen.
+        env={name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"},
         capture_output=True,
         text=True,
         check=False,
@@ -91,6 +146,27 @@ def test_tensor_groups_stay_within_a_node(nodes: int) -> None:
         assert max(used.values()) <= 8, name
         if "shared" in name:
             assert ranks == engines, f"{name}: engine i is not where rank i is"
+        if where["seen"] is not None:
+            _check_devices(name, where)
+
+
+def _check_devices(name: str, where: dict[str, Any]) -> None:
+    """Each actor sees the GPUs it counts for, and no other; engine i shares rank i's where they share."""
+    ranks, engines = where["seen"]["ranks"], where["seen"]["engines"]
+    devices = {side: [one["CUDA_VISIBLE_DEVICES"].split(",") for one in seen] for side, seen in where["seen"].items()}
+    assert {len(of) for of in devices["ranks"]} == {1}, name
+    assert {len(of) for of in devices["engines"]} == {where["engine_tensor"]}, name
+    for side, node in (("ranks", where["ranks"]), ("engines", where["engines"])):
+        assert node[0] == node[1], name
+        assert not set(devices[side][0]) & set(devices[side][1]), f"{name}: two {side} on one GPU"
+    if "shared" in name:
+        assert devices["ranks"] == devices["engines"], name
+    assert {one["CUDA_DEVICE_MAX_CONNECTIONS"] for one in ranks} == {"1"}
+    assert {one["CUDA_DEVICE_MAX_CONNECTIONS"] for one in engines} == {None}
+    assert {one["NVIDIA_TF32_OVERRIDE"] for one in ranks + engines} == {"0"}
+    expandable = None if "shared" in name else "expandable_segments:True"
+    assert {one["PYTORCH_ALLOC_CONF"] for one in ranks} == {expandable}
+    assert {one["PYTORCH_ALLOC_CONF"] for one in engines} == {None}
 
 
 if __name__ == "__main__":

@@ -33,13 +33,14 @@ offload, replay = _load("test_offload"), _load("test_router_replay")
 SCORED: dict[str, dict[str, Any]] = {
     "dp2": {"data_parallel": 2, "tokens_per_microbatch": 60},
     "full recomputation": {"data_parallel": 2, "recompute": "full"},
+    "cp2": {"context_parallel": 2, "tokens_per_microbatch": 60},
     "tp2": {"tensor_parallel": 2, "tokens_per_microbatch": 60},
     "tp2 sp": {"tensor_parallel": 2, "sequence_parallel": True, "tokens_per_microbatch": 60},
     "pp2": {"pipeline_parallel": 2, "tokens_per_microbatch": 60},
     "pp2 vpp2": {"pipeline_parallel": 2, "virtual_pipeline_parallel": 2, "tokens_per_microbatch": 60},
 }
 SCORED_EXPERTS = {
-    **{name: SCORED[name] for name in ("dp2", "tp2 sp", "pp2")},
+    **{name: SCORED[name] for name in ("dp2", "cp2", "tp2 sp", "pp2")},
     "ep2": {"data_parallel": 2, "expert_parallel": 2, "tokens_per_microbatch": 60},
     "ep2 tp2 sp, experts whole": {**SCORED["tp2 sp"], "expert_parallel": 2, "expert_tensor_parallel": 1},
 }
@@ -52,6 +53,8 @@ UPDATED: dict[str, dict[str, Any]] = {
     "dp2": updates._layout(DENSE, ("plain", "distributed")),
     "dp2, recomputed logits": updates._layout(DENSE[:1], (), output_head="recompute"),
     "dp2, stored logits": updates._layout(DENSE[:1], (), output_head="logits"),
+    "cp2": updates._layout((*DENSE, *updates.EXPERTS), context_parallel=2),
+    "cp2, full recomputation": updates._layout(DENSE[:1], (), context_parallel=2, recompute="full"),
     "tp2 sp": updates._layout(DENSE, tensor_parallel=2, sequence_parallel=True),
     "pp2": updates._layout(DENSE[:1], pipeline_parallel=2, recompute="full"),
     "ep2": updates._experts(("distributed",), expert_parallel=2),
