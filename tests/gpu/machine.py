@@ -21,7 +21,7 @@ COMPILED = {
 
 
 def main() -> int:
-    """Looks at every package; a missing one is told, and is no failure here. Returns nvidia-smi's status, 1 without it."""
+    """Looks at every package; one that is missing is no failure. Returns nvidia-smi's status, 1 without it."""
     for name, compiled in COMPILED.items():
         try:
             module = importlib.import_module(name)
