@@ -44,10 +44,21 @@ class Job:
             "cluster.policy_ranks_per_node": 1,
         } | {name.replace("__", "."): value for name, value in overrides.items()}
 
-    def submit(self, *options: str) -> None:
-        """From a folder that is not the checkout, so that paths and logs are relative to it."""
+    def submit(self, *options: str, directive: str | None = None) -> None:
+        """From a folder that is not the checkout, so that paths and logs are relative to it.
+
+        Args:
+            options: of sbatch; they win over the directives in the file.
+            directive: instead of the file's `--gpus-per-node=8`, as a site would write it into a copy of its own.
+        """
         overrides = [f"{name}={value}" for name, value in self._settings.items()]
         script, config = ROOT / "slurm/entropic_8b.sh", ROOT / "examples/countdown_cpu.yaml"
+        if directive is not None:
+            text = script.read_text(encoding="utf-8")
+            assert "--gpus-per-node=8" in text
+            script = self.folder / script.name
+            script.write_text(text.replace("--gpus-per-node=8", directive), encoding="utf-8")
+            options = (*options, f"--export=ALL,ME_CHECKOUT={ROOT}")
         self._submitted = time.monotonic()
         command = ("sbatch", "--parsable", *options, str(script), str(config), *overrides)
         self.id = self.cluster.run(*command, folder=self.folder)

@@ -36,12 +36,23 @@ def test_nothing_is_left_on_the_nodes(finished: Job) -> None:
 def test_preflight_names_the_node_and_what_it_lacks(
     cluster: PrivateCluster, countdown_dir: Path, tmp_path: Path
 ) -> None:
-    job = Job(cluster, tmp_path, countdown_dir, data__train_files=tmp_path / "nowhere.parquet", cluster__device="cuda")
-    job.submit("--gpus-per-node=h100:8")  # the other jobs ask for gpu:8, as the file says
-    job.await_end()
-    assert job.state() == "FAILED"
-    assert cluster.job(job.id)["ExitCode"] == "2:0"
-    for node in ("host0", "host1"):
-        assert re.search(rf"{node}: cannot read \S+/nowhere\.parquet", job.log())
-        assert f"{node}: 0 GPUs, 8 are needed" in job.log()
-    assert "nothing was started" in job.log()
+    jobs = []
+    # The other jobs ask for --gpus-per-node=8, as the file says.
+    ways: dict[str, tuple[tuple[str, ...], str | None]] = {
+        "typed": (("--gpus-per-node=h100:8",), None),
+        "gres": ((), "--gres=gpu:8"),
+    }
+    for way, (options, directive) in ways.items():
+        (tmp_path / way).mkdir()
+        missing = tmp_path / "nowhere.parquet"
+        job = Job(cluster, tmp_path / way, countdown_dir, data__train_files=missing, cluster__device="cuda")
+        job.submit(*options, directive=directive)
+        jobs.append(job)
+    for job in jobs:
+        job.await_end()
+        assert job.state() == "FAILED", job.log()
+        assert cluster.job(job.id)["ExitCode"] == "2:0"
+        for node in ("host0", "host1"):
+            assert re.search(rf"{node}: cannot read \S+/nowhere\.parquet", job.log())
+            assert f"{node}: 0 GPUs, 8 are needed" in job.log()
+        assert "nothing was started" in job.log()
