@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -82,7 +83,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its packed tensors on `device`; `plan` and `sequences` stay where they are."""
-        moved = {
+        moved: dict[str, Any] = {
             field.name: to_device(getattr(self, field.name), device)
             for field in fields(self)
             if isinstance(getattr(self, field.name), torch.Tensor)

@@ -81,7 +81,7 @@ def test_attention_and_rope_run_where_the_queries_are(size: int) -> None:
     attention = SegmentedAttention(config, 1, None, pg_collection=groups)
     query, key, value = heads(micro_batch, HEADS), heads(micro_batch, KEY_HEADS), heads(micro_batch, KEY_HEADS)
     freqs = torch.empty(micro_batch.max_seqlen, 1, 1, WIDTH, device=CUDA)
-    query = apply_rotary_packed(query, micro_batch.cu_seqlens, freqs, cp_group=dist.group.WORLD)
+    query = apply_rotary_packed(query, micro_batch.cu_seqlens, freqs, cp_group=parallel(size).context_group)
     parameters = packed_segments(micro_batch)
     for _ in range(2):
         result = attention(query, key, value, None, parameters)
@@ -95,7 +95,7 @@ def test_statistics_of_all_context_ranks_come_together(size: int) -> None:
     micro_batch = packed(size).to(CUDA)
     own = torch.empty(2, micro_batch.targets.numel(), device=CUDA)
     owned = torch.arange(own.shape[1], device=CUDA) if micro_batch.owned is None else micro_batch.owned
-    gathered = gather_tokens(own, owned, micro_batch.response_tokens, dist.group.WORLD)
+    gathered = gather_tokens(own, owned, micro_batch.response_tokens, parallel(size).context_group)
     assert gathered.shape == (2, sum(response for _, response in LENGTHS))
     assert gathered.device == CUDA
 

@@ -43,7 +43,7 @@ def devices_of_actors(config: Any, placement: Any) -> dict[str, list[dict[str, s
     from megatron_entropic.cluster import workers
 
     def looking(actor: Any) -> Any:
-        class Looking(actor.__ray_metadata__.modified_class):  # type: ignore[misc, name-defined]
+        class Looking(actor.__ray_metadata__.modified_class):
             """The actor itself, which also says what it sees."""
 
             def variables(self) -> dict[str, str | None]:

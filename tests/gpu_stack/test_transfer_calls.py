@@ -197,7 +197,7 @@ class RecordingExecutor(Executor):
     """vLLM's, whose workers are notes."""
 
     def __init__(self, calls: Calls) -> None:
-        self.sleeping_tags = set()
+        self.sleeping_tags: set[str] = set()
         self._calls = calls
 
     def collective_rpc(self, method: str, *_: Any, kwargs: dict[str, Any] | None = None, **__: Any) -> Any:
