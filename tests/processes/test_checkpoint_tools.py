@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-TOOLS = Path(__file__).resolve().parents[3] / "tools/checkpoint_convert"
+TOOLS = Path(__file__).resolve().parents[2] / "tools/checkpoint_convert"
 GATE = "model.layers.1.mlp.gate_proj.weight"
 Call = Callable[..., tuple[int, str, str]]
 

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[3] / "tools/run_and_reap.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "tools/run_and_reap.py"
 
 
 def reap(*command: str) -> subprocess.CompletedProcess[str]:
