@@ -5,7 +5,7 @@
     model       headers of all weight files, shapes against config.json; the reference's likewise; tokenizer
     modules     losses, verifiers and controllers given as module:attribute
     data        benchmarks, prompts with ground truths as the verifier sees them, warm start
-    output      the checkpoint to continue from
+    output      the checkpoint to continue from; the libraries of TensorBoard and W&B
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from megatron_entropic.config_loading import ConfigError
 from megatron_entropic.data import PromptDataset, load_checked_tokenizer
 from megatron_entropic.errors import RunError, UserError, explained
 from megatron_entropic.evaluator import Evaluator
-from megatron_entropic.policy.checkpoint_files import complete_checkpoints, read_state
+from megatron_entropic.observability.metrics import check_sinks
+from megatron_entropic.policy.checkpoint_files import complete_checkpoints, read_state, refuse_fewer_steps
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.types import Sequence
 from megatron_entropic.warm_start import warm_start_sequences
@@ -67,6 +68,7 @@ def open_inputs(config: Config) -> Iterator[Inputs]:
 
     with ExitStack() as closing:
         attempt(lambda: check_resumable(config))
+        attempt(lambda: check_sinks(config.logging))
         attempt(lambda: open_weights(config.model.hf_dir, config.model.megatron_dir))
         kl = config.algorithm.kl
         if kl.coefficient and (reference := kl.reference_hf_dir) is not None:
@@ -99,7 +101,8 @@ def check_resumable(config: Config) -> None:
     """The output folder holds no checkpoint, or one to continue from, by the sizes of its files.
 
     Raises:
-        UserError: `run.resume=never` and there is one, or there are some and none is whole.
+        UserError: `run.resume=never` and there is one; there are some and none is whole; more steps are done than
+            `train.steps`.
     """
     complete = complete_checkpoints(config.run.output_dir / "checkpoints")
     if complete and config.run.resume == "never":
@@ -108,6 +111,7 @@ def check_resumable(config: Config) -> None:
     for directory in reversed(complete):
         try:
             read_state(directory)
+            refuse_fewer_steps(config.train.steps, directory)
             return
         except RunError as error:
             found.append(str(error))

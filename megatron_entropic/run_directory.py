@@ -55,6 +55,8 @@ from megatron_entropic.policy.checkpoint_files import (
     checkpoint_path,
     intact_checkpoint,
     latest_checkpoint,
+    refuse_fewer_steps,
+    step_of,
 )
 from megatron_entropic.types import Sample, Scores, Sequence
 
@@ -67,7 +69,7 @@ class RunDirectory:
 
     Raises (on entry):
         RunError: another process holds the directory.
-        UserError: `run.resume=never` and there is a checkpoint.
+        UserError: `run.resume=never` and there is a checkpoint; fewer steps are asked for than are done.
     """
 
     def __init__(self, config: Config) -> None:
@@ -90,7 +92,7 @@ class RunDirectory:
                 raise UserError(
                     f"{self._newest} exists and run.resume=never; change run.output_dir, or use resume=auto"
                 )
-            self._refuse_fewer_steps()
+            refuse_fewer_steps(config.train.steps, self._newest)
             self._keep_settings_before()
             dump_config(config, self.path / "config.yaml")
             resolved = config.model_dump(mode="json")
@@ -107,7 +109,7 @@ class RunDirectory:
                     title=config.run.name,
                 )
             )
-            self.progress.resume(self._steps_done)
+            self.progress.resume(step_of(self._newest))
             self._open_files = files.pop_all()
         return self
 
@@ -156,19 +158,6 @@ class RunDirectory:
         self.progress.log(f"resuming after step {step} from {self._newest}")
         self._record_settings(step)
         return step
-
-    @property
-    def _steps_done(self) -> int:
-        """Step of the newest checkpoint, 0 without one."""
-        return 0 if self._newest is None else int(self._newest.name.removeprefix("step_"))
-
-    def _refuse_fewer_steps(self) -> None:
-        steps, done = self._config.train.steps, self._steps_done
-        if done > steps:
-            raise UserError(
-                f"train.steps={steps}, but this run has done {done} ({self._newest}), so nothing is left to train: set "
-                f"train.steps above {done}, or choose another run.output_dir"
-            )
 
     def _keep_settings_before(self) -> None:
         """Runs of older versions have no settings.jsonl: what they were computed under is in config.yaml until now."""

@@ -60,11 +60,8 @@ class MetricsWriter:
         Raises:
             UserError: a sink is asked for and its library is not installed.
         """
-        if config.tensorboard:
-            _optional_import("tensorboard", "logging.tensorboard=false")
+        check_sinks(config)
         self._wandb_mode = wandb_mode(config.wandb)
-        if self._wandb_mode != "off":
-            _optional_import("wandb", "logging.wandb=off")
         self._output_dir = output_dir
         self._config = config
         self._run_name = run_name
@@ -141,6 +138,18 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}, line {number}: no integer 'step' of 0 to {_MOST_STEPS:,}")
     of_step = {row["step"]: row for row in rows}
     return [of_step[step] for step in sorted(of_step)]
+
+
+def check_sinks(config: LoggingConfig) -> None:
+    """Import the sinks' libraries.
+
+    Raises:
+        UserError: a sink is asked for and its library is not installed, or WANDB_MODE is none of W&B's words.
+    """
+    if config.tensorboard:
+        _optional_import("tensorboard", "logging.tensorboard=false")
+    if wandb_mode(config.wandb) != "off":
+        _optional_import("wandb", "logging.wandb=off")
 
 
 def wandb_mode(setting: str) -> str:

@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_entropic.errors import RunError
+from megatron_entropic.errors import RunError, UserError
 from megatron_entropic.formats import CHECKPOINT, NewerFormat
 
 MANIFEST = "COMPLETE"
@@ -55,6 +55,25 @@ def latest_checkpoint(root: Path) -> Path | None:
     """The complete checkpoint with the highest step, or None."""
     complete = complete_checkpoints(root)
     return complete[-1] if complete else None
+
+
+def refuse_fewer_steps(steps: int, newest: Path | None) -> None:
+    """Do nothing if a run of `steps` steps in all has something to go on with after its newest checkpoint.
+
+    Raises:
+        UserError: it has done more.
+    """
+    done = step_of(newest)
+    if done > steps:
+        raise UserError(
+            f"train.steps={steps}, but this run has done {done} ({newest}), so nothing is left to train: set "
+            f"train.steps above {done}, or choose another run.output_dir"
+        )
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The step after which a checkpoint was written; 0 for None."""
+    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("step_"))
 
 
 def intact_checkpoint(

@@ -95,20 +95,30 @@ def test_everything_that_a_start_would_meet_is_told_at_once(files: Path, capsys:
         (["algorithm.policy_loss=math:pi"], "there is no function or class pi in math"),
         (["run.resume=never"], "exists and run.resume=never"),
         ([], "is damaged: x has"),
+        (["train.steps=1"], "train.steps=1, but this run has done 2"),
+        (["logging.wandb=auto"], "WANDB_MODE=never in the environment: expected online"),
     ],
 )
 def test_each_thing_that_is_opened(
-    overrides: list[str], expected: str, files: Path, capsys: pytest.CaptureFixture[str]
+    overrides: list[str],
+    expected: str,
+    files: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("WANDB_MODE", "never")
     shutil.copytree(files / "model", files.parent / "reference")
     config = files.parent / "reference" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 64}))
     (files.parent / "elsewhere").mkdir()
     (files.parent / "elsewhere" / ".metadata").write_bytes(b"no metadata")
-    if not overrides or overrides == ["run.resume=never"]:
+    if not overrides or overrides in (["run.resume=never"], ["train.steps=1"]):
         newest = files.parent / "run" / "checkpoints" / "step_00000002"
         newest.mkdir(parents=True)
         (newest / "COMPLETE").write_text('{"files": {"x": 5}}')
+    if overrides == ["train.steps=1"]:
+        (newest / "COMPLETE").write_text('{"files": {}}')
+        (newest / "state.json").write_text("{}")
     assert check(files, *overrides) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert expected in told, told
