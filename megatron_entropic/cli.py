@@ -21,6 +21,7 @@ from megatron_entropic.convert_command import add_convert_parsers
 from megatron_entropic.errors import Interrupted, RunError, StopAsked, UserError, explained
 from megatron_entropic.evaluate_command import add_evaluate_parser
 from megatron_entropic.export_command import add_export_parser
+from megatron_entropic.observability.phases import PhaseDisplay
 from megatron_entropic.observability.text import printable
 from megatron_entropic.options import number, whole
 from megatron_entropic.replay_command import add_replay_parser
@@ -158,6 +159,12 @@ def _score(options: argparse.Namespace) -> None:
     parallel = layout.world_size > 1 or layout.sequence_parallel or layout.expert_parallel > 1
     if options.backend != "megatron" and parallel:
         raise UserError(f"--backend {options.backend} runs in one process; parallel layouts need --backend megatron")
+    with PhaseDisplay(Console(stderr=True)) as phases:
+        phases.begin(f"scoring with {options.backend}")
+        _score_with(options, layout)
+
+
+def _score_with(options: argparse.Namespace, layout: PolicyConfig) -> None:
     files = {"hf_dir": options.hf_dir, "tokens_path": options.tokens, "output_path": options.output}
     if options.backend == "megatron":
         from megatron_entropic.policy.score_worker import score_file

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from megatron_entropic.observability.phases import PhaseDisplay
 from megatron_entropic.options import number, whole
 
 
@@ -47,7 +48,15 @@ def _export(options: argparse.Namespace) -> None:
         max_prompts=options.max_prompts,
         max_tokens=options.max_tokens,
     )
-    report = quantize_export(options.source, options.output_dir, options.quantize, calibration, max_kl=options.max_kl)
+    with PhaseDisplay(Console(stderr=True)) as phases:
+        report = quantize_export(
+            options.source,
+            options.output_dir,
+            options.quantize,
+            calibration,
+            max_kl=options.max_kl,
+            begin=phases.begin,
+        )
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{options.quantize}: {options.output_dir}, calibrated on {report.prompts} prompts")
     console.print(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from megatron_entropic.data.prompts import Messages, read_messages
 from megatron_entropic.data.rows import Row, read_rows
 from megatron_entropic.data.tokenizer import load_tokenizer, render_prompts
 from megatron_entropic.errors import UserError, missing_model
+from megatron_entropic.observability.phases import quiet
 from megatron_entropic.weights.atomic_directory import appears_when_complete
 from megatron_entropic.weights.hf_io import HfReader
 
@@ -74,6 +76,8 @@ class Calibration:
     max_prompts: int = 128
     max_tokens: int = 512
     """Prompts are cut to so many tokens."""
+    kl_tokens: int = 1024
+    """Positions over which the KL is taken; their log-probs over the whole vocabulary are held in memory."""
 
 
 def quantize_export(
@@ -82,8 +86,8 @@ def quantize_export(
     quantization: QuantizationFormat,
     calibration: Calibration,
     *,
-    kl_tokens: int = 1024,
     max_kl: float = MAX_KL,
+    begin: Callable[[str], None] = quiet,
 ) -> QuantizationReport:
     """Quantise a policy and write it as a Hugging Face directory of modelopt's layout.
 
@@ -92,32 +96,37 @@ def quantize_export(
         output_dir: new or empty; appears when it is complete.
         quantization: fp8 (weights and inputs E4M3, one scale a tensor), int8 (weights only, a scale a row),
             int8_activations (weights as int8, inputs with one scale a layer), nvfp4 (CUDA only).
-        kl_tokens: positions for the KL; their log-probs over the whole vocabulary are held in memory.
         max_kl: nats; a mean KL above it is refused, and nothing is written.
+        begin: told what begins; each part takes minutes with a large model.
 
     Raises:
         UserError: one error that lists everything that is wrong, before a model is loaded; the KL is above `max_kl`.
         ModuleNotFoundError: the extra `quant` is not installed.
         OSError: the output cannot be written.
     """
+    begin("reading prompts and the headers of the weights")
     prompts = _checked_prompts(source, output_dir, quantization, calibration)
     modelopt = _modelopt()
     import transformers
 
+    begin("loading the policy")
     hf_dir = find_hf_dir(source)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = transformers.AutoModelForCausalLM.from_pretrained(
         hf_dir, dtype="auto", local_files_only=True, trust_remote_code=False
     )
     model = model.to(device).eval()
-    compared = _first_tokens(prompts, kl_tokens)
+    compared = _first_tokens(prompts, calibration.kl_tokens)
+    begin("log-probs of the policy")
     reference = [_logprobs(model, tokens) for tokens in compared]
 
     def calibrate(candidate: torch.nn.Module) -> None:
         for tokens in prompts:
             _logprobs(candidate, tokens)
 
+    begin(f"calibrating on {len(prompts):,} prompts")
     model = modelopt.quantize(model, getattr(modelopt, _MODELOPT_CONFIGS[quantization]), forward_loop=calibrate)
+    begin("log-probs of the quantised policy")
     divergence = torch.cat(
         [_kl(before, _logprobs(model, tokens)) for before, tokens in zip(reference, compared, strict=True)]
     )
@@ -125,6 +134,7 @@ def quantize_export(
         float(divergence.mean()), float(divergence.max()), divergence.numel(), prompts=len(prompts)
     )
     refuse_another_policy(report, quantization, max_kl)
+    begin("writing")
     _write(model, hf_dir, output_dir)
     return report
 

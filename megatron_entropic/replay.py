@@ -10,6 +10,7 @@ several ranks are added in another order.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from megatron_entropic.config import Config
 from megatron_entropic.errors import UserError
 from megatron_entropic.files import directory_problem
 from megatron_entropic.learning import score_batch, update_policy
+from megatron_entropic.observability.phases import quiet
 from megatron_entropic.observability.rollouts import RecordedStep, read_rollouts, recorded_steps, rollouts_path
 from megatron_entropic.observability.settings_history import RunPart, read_parts
 from megatron_entropic.policy.checkpoint_files import checkpoint_path, complete_checkpoints, verify_checkpoint
@@ -55,24 +57,28 @@ class Replay:
     """Of old_logprobs, entropies and advantages, over all tokens."""
 
 
-def replay(run_dir: Path, step: int, checkpoint: Path | None = None) -> Replay:
+def replay(run_dir: Path, step: int, checkpoint: Path | None = None, *, begin: Callable[[str], None] = quiet) -> Replay:
     """Compute a recorded step again.
 
     Args:
         run_dir: of the run.
         step: whose rollouts were kept.
         checkpoint: to start from instead of that of the step before.
+        begin: told what begins.
 
     Raises:
         UserError: the step was not recorded, or there is no state to start from; says which there are.
         CheckpointError: the checkpoint is damaged.
     """
+    begin("reading the recorded step")
     recorded = _read(run_dir, step)
     part = _part_of(run_dir, step)
     config = _config_of_one_rank(run_dir, part)
     directory = checkpoint or _state_before(run_dir, step, config)
     if directory is not None:
+        begin("comparing the checkpoint with its checksums")
         verify_checkpoint(directory)
+    begin("building the policy")
     policy = Policy(
         config,
         rank=0,
@@ -83,7 +89,9 @@ def replay(run_dir: Path, step: int, checkpoint: Path | None = None) -> Replay:
     )
     try:
         if directory is not None:
+            begin("loading the checkpoint")
             policy.load_checkpoint(directory)
+        begin(f"score and update of {len(recorded.responses):,} responses")
         return _compare(recorded, config, _OneRank(policy), state=str(directory or config.model.hf_dir))
     finally:
         policy.close()

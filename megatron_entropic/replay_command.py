@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_entropic.observability.phases import PhaseDisplay
 from megatron_entropic.observability.text import printable
 from megatron_entropic.options import whole
 
@@ -26,7 +27,8 @@ def add_replay_parser(commands: Any) -> None:
 def _replay(options: argparse.Namespace) -> None:
     from megatron_entropic.replay import replay
 
-    found = replay(options.run_dir, options.step, options.checkpoint)
+    with PhaseDisplay(Console(stderr=True)) as phases:
+        found = replay(options.run_dir, options.step, options.checkpoint, begin=phases.begin)
     table = Table(title=Text(printable(f"step {found.step}, from {found.state}")), title_justify="left")
     for column in ("metric", "recorded", "replayed", "difference"):
         table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)

@@ -69,6 +69,10 @@ class PhaseDisplay:
         return Text(printable(f"{self._name}: {counted}{seconds}") if self._name else "", "cyan")
 
 
+def quiet(name: str) -> None:
+    """In place of `PhaseDisplay.begin` where nobody waits."""
+
+
 def phase_line(seconds: float, text: str) -> str:
     """A phase that began `seconds` after the command, as one line of a log."""
     return printable(f"{duration(seconds):>12}  {text}")

@@ -113,3 +113,21 @@ def test_lengths_of_an_evaluation_fit_the_model(
     assert evaluate_command._lengths(options) == lengths
     options.max_prompt_tokens, options.max_tokens = 7, 9
     assert evaluate_command._lengths(options) == (7, 9)
+
+
+def test_every_command_that_takes_minutes_says_what_it_is_doing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`score`, `export` and `replay` loaded a model without a word, as `evaluate` did."""
+    score = ["score", "--hf-dir", str(tmp_path), "--tokens", "t", "--output", "o", "--backend", "transformers"]
+    export = ["export", str(tmp_path), "--quantize", "int8", "--output-dir", str(tmp_path / "o"), "--calibration", "c"]
+    for command, phase in (
+        (score, "0 s  scoring with transformers"),
+        (export, "0 s  reading prompts and the headers of the weights"),
+        (["replay", str(tmp_path), "--step", "1"], "0 s  reading the recorded step"),
+    ):
+        assert main(command) == 2
+        said = capsys.readouterr()
+        assert phase in said.err
+        assert "error:" in said.err
+        assert not said.out
