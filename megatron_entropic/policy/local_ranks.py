@@ -10,14 +10,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from megatron_entropic.errors import PeerDied, PhaseTimeout
+from megatron_entropic.errors import PeerDied, PhaseTimeout, UserError
 
 _GRACE_S = 5.0
 _POLL_S = 0.05
 _SHOWN_CHARACTERS = 4000
+USER_ERROR_STATUS = 2
 
 
 def tell_phase(job_dir: Path, rank: int, phase: str) -> None:
@@ -27,6 +29,21 @@ def tell_phase(job_dir: Path, rank: int, phase: str) -> None:
     os.replace(unfinished, job_dir / f"phase-{rank}")
 
 
+def run_as_rank(run: Callable[[Path], None]) -> NoReturn:
+    """What a rank's module does as a program: call `run` with the job's folder and end.
+
+    What the person has to change is handed to the parent as such, without a traceback.
+    """
+    job_dir = Path(sys.argv[1])
+    try:
+        run(job_dir)
+    except UserError as error:
+        _refusal(job_dir, int(os.environ["RANK"])).write_text(str(error), encoding="utf-8")
+        # The other ranks may wait for this one in a collective, and what ends a process in order would wait for them.
+        os._exit(USER_ERROR_STATUS)
+    sys.exit(0)
+
+
 def run_local_ranks(module: str, job_dir: Path, world_size: int, *, stall_timeout_s: float) -> None:
     """Runs `python -m module job_dir` on `world_size` ranks until all have ended.
 
@@ -34,6 +51,7 @@ def run_local_ranks(module: str, job_dir: Path, world_size: int, *, stall_timeou
     unless OMP_NUM_THREADS is set, and write into `job_dir`.
 
     Raises:
+        UserError: what ranks found is for the person to change, see `run_as_rank`.
         PeerDied: a rank failed; the message has the phase and the errors of all that did.
         PhaseTimeout: no rank told a phase for `stall_timeout_s`; the message has the phase of each.
     """
@@ -64,6 +82,9 @@ def _watch(ranks: Sequence[subprocess.Popen[bytes]], job_dir: Path, stall_timeou
         time.sleep(_POLL_S)
     if any(process.returncode for process in ranks):
         _wait_for_the_others(ranks)
+        found = [_refusal(job_dir, rank) for rank in range(len(ranks))]
+        if refusals := sorted({path.read_text(encoding="utf-8") for path in found if path.exists()}):
+            raise UserError("\n".join(refusals))
         raise PeerDied("\n".join(_failure(job_dir, r, process) for r, process in enumerate(ranks) if process.poll()))
 
 
@@ -80,6 +101,10 @@ def _failure(job_dir: Path, rank: int, process: subprocess.Popen[bytes]) -> str:
         f"policy rank {rank} failed in phase {_phase(job_dir, rank)} with exit status {process.returncode}:\n"
         f"{text[-_SHOWN_CHARACTERS:]}"
     )
+
+
+def _refusal(job_dir: Path, rank: int) -> Path:
+    return job_dir / f"refusal-{rank}"
 
 
 def _phase(job_dir: Path, rank: int) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from megatron_entropic.errors import UserError
 from megatron_entropic.policy.alignment import pack_alike
 from megatron_entropic.policy.data_parallel import attention_weight, data_parallel_shards, sequence_costs
 from megatron_entropic.policy.load_weights import load_weights
-from megatron_entropic.policy.local_ranks import run_local_ranks, tell_phase
+from megatron_entropic.policy.local_ranks import run_as_rank, run_local_ranks, tell_phase
 from megatron_entropic.policy.parallel import ParallelState, initialise_model_parallel, layout_problems
 from megatron_entropic.policy.platform import Device, Platform, select_platform
 from megatron_entropic.policy.score import score
@@ -162,4 +161,4 @@ def _score_own_share(
 
 
 if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]))
+    run_as_rank(run_rank)
