@@ -7,6 +7,7 @@ process this runs in is killed from outside instead, and that is counted (`pool`
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from math_verify import LatexExtractionConfig, parse
 
 from megatron_entropic.errors import UserError
 from megatron_entropic.rewards.boxed import gold_answer, last_boxed
-from megatron_entropic.rewards.math_forms import compared_as_written, normalised, plain_number, prepared
+from megatron_entropic.rewards.math_forms import base, compared_as_written, normalised, plain_number, prepared, scaled
 from megatron_entropic.rewards.math_values import equal, undefined
 
 _ANSWER_CHARACTERS = 300
@@ -52,8 +53,12 @@ def math_answer(response: str, ground_truth: Any, extra_info: Mapping[str, Any])
 
 def _equal(gold: str, answer: str) -> bool:
     """Whether two prepared answers of different writing are equal."""
-    if compared_as_written(gold) or compared_as_written(answer):
+    if compared_as_written(gold) or compared_as_written(answer) or _of_different_kinds(gold, answer):
         return False
+    if scaled(gold) != gold:
+        gold, answer = scaled(gold), scaled(answer)
+    elif scaled(answer) != answer and _equal(gold, scaled(answer)):
+        return True  # otherwise million is a unit that the question asks for, and ignored as all units are
     golds, answers = ([value for value in _parse(text) if not undefined(value)] for text in (gold, answer))
     if not golds:
         raise UserError(f"the ground truth {gold!r} cannot be read as mathematics")
@@ -64,6 +69,18 @@ def _equal(gold: str, answer: str) -> bool:
         # with itself raises here, and the check before training finds it.
         any(equal(one, one) for one in golds)
         return False
+
+
+def _of_different_kinds(gold: str, answer: str) -> bool:
+    """What math-verify takes for the same: numbers in different bases, and sets for tuples or intervals."""
+    bases = base(gold), base(answer)
+    if None not in bases and bases[0] != bases[1]:
+        return True
+    kinds = [
+        (text.startswith(r"\{") and "," in text, re.fullmatch(r"\([^()]*\)", text) is not None)
+        for text in (gold, answer)
+    ]
+    return kinds in ([(True, False), (False, True)], [(False, True), (True, False)])
 
 
 def _parse(latex: str) -> list[Any]:

@@ -8,15 +8,29 @@ Imports no computer algebra, so that reading an answer stays quick.
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 
-# Sizes of brackets and spaces are no part of a value, nor are dollar signs, of mathematics or of money.
+_TEXT = r"\\(?:text|textrm|mathrm|mbox)\s*\{"
+# Sizes of brackets and spaces are no part of a value, nor are signs of mathematics or of money.
 _DROPPED = re.compile(
     r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])|\\[,;:!> ]|\\q?quad(?![a-zA-Z])|~|\\displaystyle(?![a-zA-Z])|\s"
 )
 _SPELLINGS = (
     (re.compile(r"\\?\$"), ""),
+    (re.compile(rf"{_TEXT}\s*[€£¥₹]\s*\}}|[€£¥₹]|{_TEXT}\s*(?:USD|EUR|GBP)\s*\}}(?=\s*[\d.])"), ""),
+    (
+        re.compile(rf"(?<=\d)\s*(?:\\[ ,;~])?\s*(?:{_TEXT}\s*)?([aApP])(?:\.\s?)?[mM]\.?(?![a-zA-Z])\s*\}}?"),
+        lambda found: f" {found.group(1).lower()}m",
+    ),
+    (re.compile(r"\\(?:land|wedge)(?![a-zA-Z])|\u2227"), r"\\wedge "),
+    (re.compile(r"\\(?:lor|vee)(?![a-zA-Z])|\u2228"), r"\\vee "),
+    (re.compile(r"\\(?:lnot|neg)(?![a-zA-Z])|\u00ac"), r"\\neg "),
+    (re.compile(r"\\pmod\s*(\w)"), r"\\pmod{\1}"),
+    (re.compile(r"_\{(\w)\}"), r"_\1"),
+    # 1'000'000 is a number, other strokes are derivatives, feet or minutes.
+    (re.compile(r"(?<![\d'])\d{1,3}(?:'\d{3})+(?![\d'])"), lambda found: found.group().replace("'", "")),
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\frac\s*(\d)\s*(\d)(?!\d)"), r"\\frac{\1}{\2}"),
     (re.compile(r"\{,\}"), ","),
@@ -30,8 +44,30 @@ _SPELLINGS = (
     (re.compile("\N{MINUS SIGN}"), "-"),
 )
 _LEADING_ZEROS = re.compile(r"(?<![\w.,}])0+(?=\d)")
-# math-verify drops the first two without a word, and reads the last two as products or sums of their parts.
-_AS_WRITTEN = re.compile(r"\\ldots|\\(?:forall|exists|nexists)(?![a-zA-Z])|\d\.\d+\.\d|(?<![\w^{}\\.,])[\d.,]*\d\s+\d")
+# Each with what math-verify makes of it.
+_AS_WRITTEN = re.compile(
+    "|".join(
+        (
+            r"\\ldots|\\(?:forall|exists|nexists)(?![a-zA-Z])",  # dropped
+            r"'|\\prime(?![a-zA-Z])",  # dropped: f' is f, 5'10'' is 510
+            r"\d [ap]m(?![a-zA-Z])",  # dropped: 10 am is 10 pm
+            r"\d\.\d+\.\d|(?<![\w^{}\\.,])[\d.,]*\d\s+\d",  # products or sums of their parts
+            r"\d\s*:\s*\d+\s*:\s*\d",  # quotients: 1:2:3 is 1:3:2
+            # The first number alone: 3 ft 4 in is 3 ft 5 in.
+            rf"\d\s*(?:{_TEXT}(?!\s*(?:or|and)\s*\}})[^{{}}]*\}}|(?!(?:or|and)\b)(?<=\s)[a-z]{{2,}})\s*\d",
+        )
+    )
+)
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALE = re.compile(rf"(?<=[\d}}])\s*(?:\\[ ,;~])?\s*(?:{_TEXT}\s*)?({'|'.join(_SCALES)})s?(?![a-z])\s*(\}}?)")
+_BASE = re.compile(r"[0-9A-Fa-f]_(?:(\d)(?!\d)|\{(\d+)\})$")
+_UNIT_WORDS = re.compile(r"(?<=[\d}])\s+([a-z]{4,}(?:\s+[a-z]+)*)$")
+_MIXED_PERCENT = re.compile(r"(?<![\d.^_}])(\d+)\\frac\{(\d+)\}\{(\d+)\}(?=\s*\\?%)")
+_DOUBLE_FACTORIAL = re.compile(r"(?<![\w.)}])(\d{1,3})!!(?!!)")
+_DEGREES = re.compile(
+    r"\\(sin|cos|tan|cot|sec|csc)\s*(?:\{|(?:\\left)?\()?\s*(\d+(?:\.\d+)?)\s*\^\s*"
+    r"(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})\s*(?:(?:\\right)?\)|\})?"
+)
 
 _GROUPED_BY_SPACES = re.compile(r"(?<![\d.,\\])\d{1,3}(?:(?:\s|\\,)\d{3})+(?![\d])")
 _MIXED = re.compile(r"(?<![\d.,/])(\d+)\s+(\d+)/(\d+)(?!\d)")
@@ -55,13 +91,28 @@ def normalised(answer: str) -> str:
 def prepared(answer: str) -> str:
     """The answer in a spelling that math-verify understands, with its spaces."""
     answer = _REPEATING.sub(_repeating, _spelled(answer))
-    scientific = _SCIENTIFIC.fullmatch(answer)
-    return rf"{scientific.group(1)} \times 10^{{{scientific.group(2)}}}" if scientific else answer
+    if scientific := _SCIENTIFIC.fullmatch(answer):
+        return rf"{scientific.group(1)} \times 10^{{{scientific.group(2)}}}"
+    answer = _UNIT_WORDS.sub(r"\\text{ \1}", answer)
+    answer = _MIXED_PERCENT.sub(_improper, answer)
+    answer = _DOUBLE_FACTORIAL.sub(lambda found: str(math.prod(range(int(found.group(1)), 0, -2))), answer)
+    return _DEGREES.sub(r"\\\1\\left(\\frac{\2\\pi}{180}\\right)", answer)
 
 
 def compared_as_written(answer: str) -> bool:
     """Whether a prepared answer says something that would be lost in parsing: ellipses, quantifiers, odd numbers."""
     return _AS_WRITTEN.search(answer) is not None
+
+
+def base(answer: str) -> str | None:
+    """The base that a prepared answer names, as 2 in 101_2."""
+    found = _BASE.search(answer)
+    return found and (found.group(1) or found.group(2))
+
+
+def scaled(answer: str) -> str:
+    r"""A prepared answer with 5 \text{ million} as 5 \cdot 10^6; the same one if there is no such word in it."""
+    return _SCALE.sub(lambda found: rf"\cdot 10^{{{_SCALES[found.group(1)]}}}" + _rest(found.group()), answer)
 
 
 def plain_number(answer: str) -> Fraction | None:
@@ -83,6 +134,16 @@ def _spelled(answer: str) -> str:
         answer = pattern.sub(spelling, answer)
     answer = _GROUPED_BY_SPACES.sub(lambda found: re.sub(r"\s|\\,", "", found.group()), answer)
     return _MIXED.sub(r"\1\\frac{\2}{\3}", answer).strip()
+
+
+def _rest(word: str) -> str:
+    r"""Of \text{ million dollars} the unit is left, with its command."""
+    return r"\text{" if "{" in word and not word.endswith("}") else ""
+
+
+def _improper(found: re.Match[str]) -> str:
+    whole, above, below = map(int, found.groups())
+    return rf"\frac{{{whole * below + above}}}{{{below}}}"
 
 
 def _repeating(found: re.Match[str]) -> str:

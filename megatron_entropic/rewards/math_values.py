@@ -19,7 +19,8 @@ _LARGEST_FACTORIAL = 20_000
 _DIGITS = 60
 _EXACT = sympy.Float("1e-40", 50)
 _ROUNDED = sympy.Float("3.5e-7", 50)
-"""A decimal of seven digits stands for an irrational number: 1.414214 for the root of 2, 3.4641 for none."""
+"""A decimal of seven digits stands for an irrational number: 1.414214 for the root of 2, 3.4641 for none. Decimals that
+are parts of an irrational number are exact: the root of 2.0000001 is another one."""
 
 _Ratio = tuple[int, int]
 """Numerator and denominator, not reduced: reducing large ones takes longer than everything else."""
@@ -52,7 +53,10 @@ def _equal(gold: Any, answer: Any) -> bool:
     parts = _parts(gold, answer)
     if parts is not None:
         return _matched(*parts, ordered=not isinstance(gold, sympy.FiniteSet))
+    gold, answer = _with_imaginary_unit(gold, answer)
     if _is_number(gold) and _is_number(answer):
+        if _in_percent(gold) == _in_percent(answer):
+            return _same_number(_meanings(gold)[0], _meanings(answer)[0])
         return any(_same_number(one, other) for one in _meanings(gold) for other in _meanings(answer))
     return _by_math_verify(gold, answer)
 
@@ -97,10 +101,25 @@ def _is_number(value: Any) -> bool:
     )
 
 
+def _with_imaginary_unit(gold: Any, answer: Any) -> tuple[Any, Any]:
+    """Both with the imaginary unit in the place of the symbol i, where that is the only one."""
+    values = (gold, answer)
+    if not all(isinstance(value, sympy.Expr) for value in values):
+        return values
+    symbols = gold.free_symbols | answer.free_symbols
+    if {symbol.name for symbol in symbols} != {"i"}:
+        return values
+    return tuple(value.xreplace(dict.fromkeys(symbols, sympy.I)) for value in values)
+
+
+def _in_percent(value: sympy.Expr) -> bool:
+    return bool(value.has(sympy.UnevaluatedExpr))
+
+
 def _meanings(value: sympy.Expr) -> list[sympy.Expr]:
-    """25 % is 25 to some and 0.25 to others: both are right."""
+    """25 % is 25 to some and 0.25 to others: both are right, unless the other side is in percent too."""
     percent = sympy.UnevaluatedExpr(sympy.Rational(1, 100))
-    if not value.has(sympy.UnevaluatedExpr):
+    if not _in_percent(value):
         return [value]
     return [value.xreplace({percent: sympy.Integer(1)}), value.xreplace({percent: sympy.Rational(1, 100)})]
 
@@ -109,7 +128,8 @@ def _same_number(gold: sympy.Expr, answer: sympy.Expr) -> bool:
     one, other = _ratio(gold), _ratio(answer)
     if one is not None and other is not None:
         return one[0] * other[1] == other[0] * one[1]
-    tolerance = _ROUNDED if gold.has(sympy.Float) or answer.has(sympy.Float) else _EXACT
+    decimal = any(ratio and value.has(sympy.Float) for ratio, value in ((one, gold), (other, answer)))
+    tolerance = _ROUNDED if decimal else _EXACT
     values = [_without_decimals(value).doit().evalf(_DIGITS) for value in (gold, answer)]
     difference, sizes = abs(values[0] - values[1]), [abs(value) for value in values]
     if any(size.is_infinite for size in sizes):
