@@ -8,9 +8,10 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import ray
 from ray.exceptions import GetTimeoutError
 
@@ -21,6 +22,11 @@ from megatron_entropic.config import ClusterConfig, Device
 from megatron_entropic.errors import RunError
 
 POLL_S = 0.5
+QUICK_S = 10.0
+"""A start of Ray that fails sooner was not slow, but impossible."""
+QUICK_RETRIES = 2
+END_S = 10.0
+MESSAGE_CHARACTERS = 600
 
 
 @contextmanager
@@ -55,7 +61,9 @@ def _start_local(config: ClusterConfig, cpus: int, folder: Path) -> None:
     if not is_prepared():
         raise RunError("call cluster.environment.prepare_ray_environment before ray is imported")
     deadline = time.monotonic() + config.startup_timeout_s
+    quick_failures = 0
     while True:
+        began = time.monotonic()
         try:
             ray.init(
                 address="local",
@@ -70,12 +78,28 @@ def _start_local(config: ClusterConfig, cpus: int, folder: Path) -> None:
             return
         except Exception as error:
             # Ray gives its own servers 30 s, which a machine busy with other work can exceed, and raises a bare
-            # Exception then. Another attempt is worth it as long as the run's own limit lasts.
+            # Exception then. Another attempt is worth it as long as the run's own limit lasts. What fails at once
+            # fails again: a second and third attempt are for ports that another process took.
             ray.shutdown()
-            if time.monotonic() > deadline:
-                raise RunError(
-                    f"ray start: Ray did not come up on this machine within {config.startup_timeout_s:g} s: {error}"
-                ) from error
+            _end_servers(folder)
+            quick_failures += time.monotonic() - began < QUICK_S
+            if quick_failures > QUICK_RETRIES or time.monotonic() > deadline:
+                raise RunError(f"ray start: Ray did not come up on this machine: {_reason(error)}") from error
+
+
+def _end_servers(folder: Path) -> None:
+    """End what a failed start left: Ray knows its servers only when all of them are up."""
+    servers = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if str(folder) in " ".join(process.cmdline()):
+                process.kill()
+                servers.append(process)
+    psutil.wait_procs(servers, timeout=END_S)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:MESSAGE_CHARACTERS]
 
 
 def _interpreter() -> dict[str, str]:
