@@ -31,11 +31,18 @@ WARNINGS = (
         r"If you are using transformer_engine as the transformer implementation, the core_attn",
         "about fused attention, while core_attn is recomputed with unfused layers only",
     ),
+    Noise(
+        r"invalid escape sequence '\\-'", "a docstring of megatron-core 0.19, told where it is compiled at each start"
+    ),
     Noise(r"full scope is deprecated", "megatron-core 0.19 about a default of its own (CUDA graphs, which are off)"),
 )
 """Python warnings."""
 
 LOGS = {
+    "torch.utils.cpp_extension": Noise(
+        r"No CUDA runtime is found, using CUDA_HOME",
+        "a torch built for CUDA on a machine without: megatron-core 0.19 asks",
+    ),
     "megatron.core.models.gpt.gpt_model": Noise(
         r"GPTModel IS DEPRECATED", "megatron-core 0.19 recommends HybridModel, which 0.16 lacks"
     ),
