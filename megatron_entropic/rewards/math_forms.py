@@ -19,7 +19,12 @@ _DROPPED = re.compile(
 )
 _SPELLINGS = (
     (re.compile(r"\\?\$"), ""),
-    (re.compile(rf"{_TEXT}\s*[€£¥₹]\s*\}}|[€£¥₹]|{_TEXT}\s*(?:USD|EUR|GBP)\s*\}}(?=\s*[\d.])"), ""),
+    (
+        re.compile(
+            rf"{_TEXT}\s*[\u20ac\u00a3\u00a5\u20b9]\s*\}}|[\u20ac\u00a3\u00a5\u20b9]|{_TEXT}\s*(?:USD|EUR|GBP)\s*\}}(?=\s*[\d.])"
+        ),
+        "",
+    ),
     (
         re.compile(rf"(?<=\d)\s*(?:\\[ ,;~])?\s*(?:{_TEXT}\s*)?([aApP])(?:\.\s?)?[mM]\.?(?![a-zA-Z])\s*\}}?"),
         lambda found: f" {found.group(1).lower()}m",
