@@ -9,6 +9,7 @@ Any other keys of a line are carried along.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,8 +88,22 @@ def write_scored_file(
     """Writes each line with `logprobs` and `entropies` (nats; null where unknown) of the tokens after its prompt.
 
     The file appears when it is complete, with the folders above it.
+
+    Raises:
+        UserError: values that are no numbers, which JSON does not know; nothing is written.
     """
     path = Path(path)
+    broken = [
+        number
+        for number, values in enumerate(zip(logprobs, entropies, strict=True), start=1)
+        if not all(math.isfinite(value) for part in values for value in part or ())
+    ]
+    if broken:
+        raise UserError(
+            f"{path}: not written: the model gives NaN or infinite log-probs for {len(broken)} of {len(lines)} lines, "
+            f"the first of them sequence {broken[0]}. Look for such values in its weights (`megatron-entropic convert` "
+            "names them), or take a higher --temperature"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
     with unfinished.open("w", encoding="utf-8") as file:
