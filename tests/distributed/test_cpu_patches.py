@@ -37,3 +37,7 @@ def test_one_gather_rotates_like_the_loop_over_segments(answers):
 
 def test_the_random_state_tracker_forks_and_restores(answers):
     assert answers["rng_restored"]
+
+
+def test_a_rank_does_not_wait_for_what_it_never_uses(answers):
+    assert answers["unused"] == []

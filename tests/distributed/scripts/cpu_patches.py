@@ -45,6 +45,7 @@ def main() -> None:
         "rope_difference": float((rotate() - looped).abs().max()),
         "rope_scale": float(looped.abs().max()),
         "rng_restored": rng_restored(),
+        "unused": [name for name in ("torch._inductor.compile_fx", "wandb") if name in sys.modules],
     }
     sys.stdout.write(json.dumps(result))
 
