@@ -11,6 +11,7 @@ from megatron_entropic.config import Config
 from megatron_entropic.data import load_checked_tokenizer
 from megatron_entropic.evaluation.summary import BenchmarkSummary
 from megatron_entropic.evaluator import Evaluator, model_identity
+from megatron_entropic.files import make_directory
 from megatron_entropic.observability.phases import PhaseDisplay
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.weights.hf_io import HfReader
@@ -39,7 +40,7 @@ def evaluate(config: Config, directory: Path, label: str) -> list[BenchmarkSumma
         evaluator = Evaluator(config, load_checked_tokenizer(config.model.hf_dir))
         pending = evaluator.pending(directory, model)
         if pending:
-            directory.mkdir(parents=True, exist_ok=True)
+            make_directory(directory)
             with RewardScorer(config.reward) as scorer, launch_engines(config, phases.begin) as engines:
                 for name in pending:
                     responses = len(evaluator.problems[name]) * config.evaluation.samples(name)

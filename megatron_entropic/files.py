@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_entropic.errors import UserError
+
 _KINDS = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -49,6 +51,19 @@ def new_directory_problem(path: Path) -> str | None:
     longest = os.pathconf(place, "PC_NAME_MAX")
     too_long = next((part for part in path.parts if len(os.fsencode(part)) > longest), None)
     return None if too_long is None else f"a name in it is longer than {longest} bytes"
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory that somebody named, with those above it, unless it is there.
+
+    Raises:
+        UserError: there can be none, as below /proc.
+        OSError: the file system refuses, or the path is that of a file; see `errors.explained`.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no directory can be made there") from error
 
 
 def _problem(path: Path, wanted: Callable[[int], bool], noun: str, access: int) -> str | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_entropic.errors import UserError, reading
+from megatron_entropic.files import make_directory
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def write_scored_file(
             f"the first of them sequence {broken[0]}. Look for such values in its weights (`megatron-entropic convert` "
             "names them), or take a higher --temperature"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     unfinished = path.with_name(path.name + ".unfinished")
     with unfinished.open("w", encoding="utf-8") as file:
         for line, line_logprobs, line_entropies in zip(lines, logprobs, entropies, strict=True):

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from megatron_entropic.config import LoggingConfig
 from megatron_entropic.errors import UserError
+from megatron_entropic.files import directory_problem
 from megatron_entropic.observability.jsonl import JsonLinesWriter, read_json_lines
 
 METRICS_FILE = "metrics.jsonl"
@@ -125,8 +126,10 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         UserError: no such file, no step in it, or a damaged line; the message names the run.
     """
     path = run_dir / METRICS_FILE
-    if not run_dir.is_dir():
+    if not run_dir.exists():
         raise UserError(f"{run_dir}: no such run directory")
+    if problem := directory_problem(run_dir):
+        raise UserError(f"{run_dir}: {problem}")
     if not path.is_file():
         raise UserError(f"{run_dir}: not a run directory, it has no {METRICS_FILE}")
     rows = read_json_lines(path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 
+from megatron_entropic.files import make_directory
 from megatron_entropic.observability.text import printable
 
 
@@ -29,7 +30,7 @@ def render_page(template: Path, **values: Any) -> str:
 
 def write_page(path: Path, page: str) -> Path:
     """Write a page as a whole: one that is being looked at is replaced, never half there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(page, encoding="utf-8", errors="backslashreplace")
     os.replace(unfinished, path)

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_entropic.errors import UserError
+from megatron_entropic.files import make_directory
 from megatron_entropic.names import OFF, controller_entry
 from megatron_entropic.observability import plots
 from megatron_entropic.observability.metrics import ENTROPY_BAND
@@ -51,7 +52,7 @@ def write_report(run_dirs: Sequence[Path], output_dir: Path) -> Path:
         UserError: naming every run that cannot be read, and why.
     """
     runs = _load(run_dirs)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_directory(output_dir)
     figures = []
     for plot in plots.PLOTS:
         light, dark = (plots.render(plot, runs, theme) for theme in (plots.LIGHT, plots.DARK))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_entropic.errors import UserError
+from megatron_entropic.errors import UserError, reading
 from megatron_entropic.weights.dimensions import ModelDimensions, read_dimensions
 from megatron_entropic.weights.experts import ExpertDimensions
 
@@ -66,9 +66,11 @@ def read_model(path: Path, name: str) -> PlannedModel:
     Raises:
         UserError: not readable, or a model that cannot be planned for; all reasons in one message.
     """
+    with reading(path):
+        text = path.read_text(encoding="utf-8")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(config).__name__}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_entropic.files import make_directory
 from megatron_entropic.weights.safetensors_files import sync
 
 SPACE_MARGIN_BYTES = 16 * 2**20
@@ -20,7 +21,7 @@ def appears_when_complete(output_dir: Path) -> Iterator[Path]:
     An existing `output_dir` steps aside as `.NAME.replaced` until the new one is in place. What an interrupted process
     left behind is removed at the next start.
     """
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(output_dir.parent)
     partial = output_dir.with_name(f".{output_dir.name}.partial")
     replaced = output_dir.with_name(f".{output_dir.name}.replaced")
     shutil.rmtree(partial, ignore_errors=True)

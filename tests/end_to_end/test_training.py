@@ -21,6 +21,7 @@ import torch
 from chaos import SETTINGS, Chaos
 from training_run import Run
 
+from megatron_entropic.observability.rollouts import recorded_steps
 from megatron_entropic.weights.conversion import hf_to_megatron
 
 PUBLIC_METRICS = """
@@ -147,7 +148,8 @@ def test_a_finished_run_is_left_alone(uninterrupted: Run) -> None:
 def test_a_killed_driver_leaves_no_process_and_the_run_continues_bit_for_bit(
     uninterrupted: Run, countdown_run: Callable[..., Run]
 ) -> None:
-    run = countdown_run("killed_driver", "logging.wandb=offline")
+    recording = ("logging.rollouts_every_steps=1", "logging.rollouts_keep_last=2")
+    run = countdown_run("killed_driver", "logging.wandb=offline", *recording)
     process = run.start()
     try:
         _wait_for_step(run, process, 3)
@@ -159,8 +161,9 @@ def test_a_killed_driver_leaves_no_process_and_the_run_continues_bit_for_bit(
     _await_end_of(family)
     run.finish()
     assert run.reproducible_metrics() == uninterrupted.reproducible_metrics()
-    recorded = [path.name for path in run.directory.glob("wandb/offline-run-*/*.wandb")]
-    assert recorded == [f"run-{(run.directory / 'wandb_run_id').read_text().strip()}.wandb"] * 2, "one W&B run"
+    assert recorded_steps(run.directory) == [5, 6]
+    offline = [path.name for path in run.directory.glob("wandb/offline-run-*/*.wandb")]
+    assert offline == [f"run-{(run.directory / 'wandb_run_id').read_text().strip()}.wandb"] * 2, "one W&B run"
 
 
 def test_lost_engines_are_replaced_within_the_step_bit_for_bit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -131,3 +132,22 @@ def test_every_command_that_takes_minutes_says_what_it_is_doing(
         assert phase in said.err
         assert "error:" in said.err
         assert not said.out
+
+
+def test_a_page_where_no_directory_can_be_made_is_the_users(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`report --output /proc/x` was a traceback."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 1.0}\n')
+    (tmp_path / "file").touch()
+    assert main(["report", str(tmp_path / "file")]) == 2
+    assert "file: is a file, not a directory" in capsys.readouterr().err
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "file")]) == 2
+    assert "file: is there already and is no directory" in capsys.readouterr().err
+
+    def refuse(*_: Any, **__: Any) -> None:  # as below /proc, to root
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/x")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert main(["report", str(tmp_path), "--output", "/proc/x"]) == 2
+    assert "/proc/x: no directory can be made there" in capsys.readouterr().err
