@@ -17,7 +17,7 @@ from megatron_entropic.observability.pages import render_page, write_page
 from megatron_entropic.observability.rollout_view import ResponseView, StepView, view_step
 from megatron_entropic.observability.rollouts import read_rollouts, recorded_steps, rollouts_path
 from megatron_entropic.observability.summary import Run, load_run
-from megatron_entropic.observability.text import printable
+from megatron_entropic.observability.text import printable, shortened
 from megatron_entropic.options import whole
 from megatron_entropic.rewards import build_reader
 from megatron_entropic.rewards.readings import Reader
@@ -113,8 +113,8 @@ def show(view: StepView, console: Console) -> None:
     console.print(legend)
     for group in view.groups:
         console.rule(f"prompt {group.index}")
-        console.print(Text(printable(group.prompt), style="dim"))
-        console.print(Text(printable(f"ground truth: {group.ground_truth}")))
+        console.print(Text(printable(shortened(group.prompt, 4000)), style="dim"))
+        console.print(Text(printable(shortened(f"ground truth: {group.ground_truth}", 1000))))
         for response in group.responses:
             console.print(_heading(response))
             console.print(_coloured(response, view.entropy_scale))
@@ -125,7 +125,7 @@ def _heading(response: ResponseView) -> Text:
     reward = "none" if sample.reward is None else f"{sample.reward:g}"
     text = Text(f"\n[{sample.sample_index}] ")
     text.append(f"reward {reward}", "bold green" if sample.correct else "bold red")
-    answer = "none" if response.answer is None else printable(response.answer)
+    answer = "none" if response.answer is None else printable(shortened(response.answer, 200))
     text.append(f"  answer read: {answer}  A {response.advantage:+.3f}  {len(sample.response_tokens)} tokens")
     text.append(f"  entropy {response.mean_entropy:.3f}")
     if sample.finish_reason == "length":

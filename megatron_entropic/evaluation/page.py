@@ -11,6 +11,7 @@ from megatron_entropic.evaluation.generations import Generation
 from megatron_entropic.evaluation.store import StoredEvaluation, load_evaluation
 from megatron_entropic.evaluation.summary import BenchmarkSummary, Problem
 from megatron_entropic.observability.pages import render_page, write_page
+from megatron_entropic.observability.text import shortened
 
 EVALUATION_PAGE = "evaluation.html"
 _RESPONSES_SHOWN = 2
@@ -78,9 +79,5 @@ def _problem(problem: Problem) -> dict[str, Any]:
 
 
 def _response(generation: Generation) -> dict[str, Any]:
-    text = generation.response
-    hidden = len(text) - _CHARACTERS_SHOWN
-    if hidden > 0:
-        half = _CHARACTERS_SHOWN // 2
-        text = f"{text[:half]}\n[... {hidden:,} characters ...]\n{text[-half:]}"
+    text = shortened(generation.response, _CHARACTERS_SHOWN)
     return {"generation": generation, "text": text, "tokens": len(generation.response_tokens)}

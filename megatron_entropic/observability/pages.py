@@ -9,13 +9,14 @@ from typing import Any
 import jinja2
 
 from megatron_entropic.files import make_directory
-from megatron_entropic.observability.text import printable
+from megatron_entropic.observability.text import printable, shortened
 
 
 def render_page(template: Path, **values: Any) -> str:
     """Fill in a template; everything in `values` is escaped, and a name that is missing is an error.
 
-    Control characters, which HTML does not allow and a terminal would obey, are shown as signs.
+    Control characters, which HTML does not allow and a terminal would obey, are shown as signs. Templates have the
+    filter `shortened`.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
@@ -25,6 +26,7 @@ def render_page(template: Path, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["shortened"] = shortened
     return environment.get_template(template.name).render(**values)
 
 

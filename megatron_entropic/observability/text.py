@@ -15,6 +15,15 @@ def printable(text: str) -> str:
     return _ACTS.sub(_sign, text)
 
 
+def shortened(text: str, characters: int) -> str:
+    """The text with its middle left out, and said so, where it is longer: a line of a megabyte hides what is around."""
+    hidden = len(text) - characters
+    if hidden <= 0:
+        return text
+    first, last = characters // 2, characters - characters // 2
+    return f"{text[:first]}\n[... {hidden:,} characters ...]\n{text[-last:]}"
+
+
 def _sign(match: re.Match[str]) -> str:
     code = ord(match[0])
     if code < 0x20:

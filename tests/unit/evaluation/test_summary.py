@@ -138,6 +138,25 @@ def test_a_paired_comparison() -> None:
         compare("x", first, other)
 
 
+def test_hostile_text_of_models_and_data_stays_text_and_a_line_of_a_megabyte_is_cut(tmp_path: Path) -> None:
+    hostile = "\x1b[2J<script>alert(1)</script></pre>\u202e\x9b1m\x00"
+    rows = [
+        replace(
+            generation(0, sample, correct=bool(sample)),
+            **dict.fromkeys(("prompt", "response", "answer", "ground_truth"), hostile + "x" * 1_000_000),
+        )
+        for sample in range(2)
+    ]
+    directory = tmp_path / "hostile"
+    write_generations(generations_path(directory, "aime24"), rows, SETTINGS)
+    write_summary(directory, hostile, [summarise_stored(directory, "aime24")[1]])
+    page = write_evaluation_page([directory], tmp_path / "page").read_text()
+    assert "<script" not in page
+    assert not set("\x1b\x9b\x00\u202e") & set(page)
+    assert "\u241b[2J&lt;script&gt;alert(1)" in page
+    assert len(page) < 40_000
+
+
 def test_the_page_shows_pass_rates_and_escapes_what_it_shows(tmp_path: Path) -> None:
     for label, rates in (("one", [3, 0]), ("two", [3, 1])):
         directory = tmp_path / label
