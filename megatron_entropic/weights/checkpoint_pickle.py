@@ -111,9 +111,9 @@ def read_checkpoint_metadata(path: Path, *, only_known: bool = False) -> Checkpo
         UserError: the file cannot be understood, or holds what it must not.
         OSError: it cannot be read.
     """
-    data = path.read_bytes()
+    unpickler = _Unpickler(path.read_bytes(), only_known=only_known)
     try:
-        return _interpret(_Unpickler(data, only_known=only_known).load())
+        return _interpret(unpickler.load())
     except _ForeignName as error:
         raise UserError(
             f"{path}: not loaded: it calls for {error}, which no checkpoint of this kind needs. The file may have been "
@@ -122,7 +122,8 @@ def read_checkpoint_metadata(path: Path, *, only_known: bool = False) -> Checkpo
     except _NewerFormat as error:
         raise UserError(f"{path}: {error}") from error
     except UNREADABLE as error:
-        raise UserError(f"{path}: damaged, or of an unknown kind: {error!r}") from error
+        called = f"; it calls for {', '.join(unpickler.ignored[:3])}, which is never done" if unpickler.ignored else ""
+        raise UserError(f"{path}: damaged, or of an unknown kind: {error!r}{called}") from error
 
 
 class _ForeignName(Exception):
@@ -189,6 +190,8 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes, *, only_known: bool) -> None:
         super().__init__(io.BytesIO(data))
         self._only_known = only_known
+        self.ignored: list[str] = []
+        """Names without a stand-in, as they came."""
         self._classes: dict[tuple[str, str], type[_Record]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -201,6 +204,7 @@ class _Unpickler(pickle.Unpickler):
         if kind not in _RECORDS and kind not in _ENUMS:
             if self._only_known:
                 raise _ForeignName(f"{module}.{name}")
+            self.ignored.append(f"{module}.{name}")
             return _Ignored
         if kind not in self._classes:
             self._classes[kind] = type(name, (_Record,), {"kind": kind})
@@ -266,6 +270,8 @@ def _place(index: Any, where: Any) -> StoredPlace:
 
 
 def _kind(value: Any) -> tuple[str, str]:
+    if isinstance(value, _Ignored):
+        return "", "an object of an unknown class"
     return value.kind if isinstance(value, _Record) else ("", type(value).__name__)
 
 

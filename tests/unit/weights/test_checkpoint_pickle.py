@@ -105,7 +105,7 @@ def _programs(mark: Path) -> dict[str, bytes]:
 def test_a_foreign_checkpoint_that_would_run_a_command_is_refused(tmp_path: Path, kind: str):
     mark = tmp_path / "ran"
     (tmp_path / ".metadata").write_bytes(b"\x80\x04" + _programs(mark)[kind] + b".")
-    with pytest.raises(UserError, match=r"\.metadata"):
+    with pytest.raises(UserError, match=r"\.metadata.*(it calls for|_Record)"):
         TorchDistReader(tmp_path)
     with pytest.raises(CheckpointError, match="is not loaded"):
         check_only_data(tmp_path)
