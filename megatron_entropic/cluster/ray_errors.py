@@ -73,7 +73,8 @@ def _sentence(error: RayError, peer: str) -> str:
 
 def _memory(text: str) -> str:
     """What the node and the process used, out of Ray's explanation of several paragraphs."""
-    node = re.search(r"was running was ([\d.]+\s?\w+) / ([\d.]+\s?\w+)", text)
+    # Ray 2.60 "was 22.4GB used / 23.5GB limit", earlier "was running was 22.4GB / 23.5GB".
+    node = re.search(r" was ([\d.]+\s?\w+)(?: used)? / ([\d.]+\s?\w+)", text)
     process = re.search(r"memory used=([\d.]+\s?\w+)", text)
     parts = [f"{node[1]} of {node[2]} in use"] if node else []
     parts += [f"{process[1]} of it by this process"] if process else []

@@ -18,6 +18,12 @@ usage on this node, use `ray logs raylet.out -ip 10.0.0.7`.
 Top 10 memory users:
 PID	MEM(GB)	COMMAND
 """
+MEMORY_SINCE_2_56 = """Memory on the node (IP: 127.0.0.1, ID: 5f1c) was 23.50GB used / 23.54GB limit (0.998)
+OOM kill reason: Memory usage 25232932864B exceeded threshold of 24012353536B (95.0% of 25276514304B limit)
+Object store memory usage: [- objects pinned: 3]
+Ray killed 1 worker(s) based on the killing policy
+(actor ID: 3f, name=PolicyWorker.__init__, pid=81, actual memory used=0.58GB, worker ID=77)
+"""
 CLASSES = [
     found
     for _, found in inspect.getmembers(ray_errors, inspect.isclass)
@@ -51,6 +57,11 @@ def test_a_process_that_the_memory_monitor_ended_is_a_lost_one_with_its_figures(
         "of it by this process). Use less: "
     )
     assert "RAY_memory_usage_threshold" in str(told)
+
+
+def test_the_memory_of_node_and_process_are_read_from_the_newer_text_too() -> None:
+    told = translated(ray_errors.OutOfMemoryError(MEMORY_SINCE_2_56), "policy rank 0", "score")
+    assert "23.50GB of 23.54GB in use, 0.58GB of it by this process" in str(told)
 
 
 def test_a_full_object_store_says_where_it_lies() -> None:
