@@ -58,10 +58,13 @@ class CudaIs(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if "device" in kwargs:
             kwargs["device"] = self._device(kwargs["device"])
+        kwargs.pop("pin_memory", None)
         if "out_dtype" in kwargs and self.replacement.type == "cpu":
             # Products of bfloat16 into float32 have a kernel on CUDA only; the operands' bits are the same in float32.
             wide = kwargs.pop("out_dtype")
             args = tuple(argument.to(wide) for argument in args)
+        if func is torch.Tensor.pin_memory:
+            return args[0]
         if func is torch.Tensor.cuda:
             return args[0].to(self.replacement)
         if func is torch.Tensor.to:
