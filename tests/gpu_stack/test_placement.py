@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -76,19 +77,39 @@ def devices_of_actors(config: Any, placement: Any) -> dict[str, list[dict[str, s
     return found
 
 
+def _give_nodes_time() -> None:
+    """Ray gives a node half a minute to register and has no setting for it; a busy machine takes longer."""
+    from ray._private import services
+
+    ask: Any = services.get_node
+
+    def ask_patiently(*arguments: Any, **options: Any) -> Any:
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                return ask(*arguments, **options)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+
+    services.get_node = ask_patiently
+
+
 def main(cases: dict[str, tuple[int, list[str]]], nodes: int) -> None:
     """Reserves room for every case in one cluster and prints the node of every rank and engine, as JSON."""
     os.environ.update(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_DEDUP_LOGS="0")
     from megatron_entropic.cluster.environment import prepare_ray_environment
-    from megatron_entropic.cluster.placement import reserve
     from megatron_entropic.config import ClusterConfig
-    from megatron_entropic.config_loading import load_config
 
     prepare_ray_environment(ClusterConfig())
     import ray
     from ray.cluster_utils import Cluster
     from ray.util.placement_group import placement_group_table
 
+    from megatron_entropic.cluster.placement import reserve
+    from megatron_entropic.config_loading import load_config
+
+    _give_nodes_time()
     node = {"num_cpus": 96, "num_gpus": 8, "object_store_memory": 80 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     for _ in range(nodes - 1):
