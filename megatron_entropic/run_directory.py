@@ -294,15 +294,19 @@ class RunDirectory:
     def preserving(self, policy: PolicyGroup, step: int) -> Iterator[None]:
         """If the block fails, save the policy as of `step` before the error goes on: the step is not lost.
 
-        For blocks during which the policy stands still, such as generation.
+        For blocks during which the policy stands still, such as generation. Where it cannot be saved any more, as when
+        ranks went with an engine, both errors are told, and what can be done is what the second one allows.
         """
         try:
             yield
         except RunError as error:
-            self.check_checkpoint(policy, wait=True)
-            if not checkpoint_path(self._checkpoints, step).exists():
-                self.checkpoint(policy, step)
+            try:
                 self.check_checkpoint(policy, wait=True)
+                if not checkpoint_path(self._checkpoints, step).exists():
+                    self.checkpoint(policy, step)
+                    self.check_checkpoint(policy, wait=True)
+            except RunError as refusal:
+                raise type(refusal)(f"{error}\nstep {step} could not be saved: {refusal}") from error
             raise type(error)(
                 f"{error}\nstep {step} is saved in {checkpoint_path(self._checkpoints, step)}; "
                 "the same command continues after it"

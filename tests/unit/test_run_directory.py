@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 import yaml
 
+from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.config import Config
 from megatron_entropic.config_loading import dump_config
+from megatron_entropic.errors import PeerDied, RunError
 from megatron_entropic.observability.progress import Progress
 from megatron_entropic.observability.rollouts import recorded_steps, rollouts_path
 from megatron_entropic.observability.settings_history import read_parts
@@ -129,3 +132,18 @@ def test_a_recorded_step_has_the_checkpoint_before_it(tmp_path: Path) -> None:
     train: dict[str, object] = {"steps": 9, "record_steps": [3, 6]}
     run = run_directory(tmp_path, train=train, checkpoint={"every_steps": 4})
     assert [step for step in range(1, 10) if run.checkpoint_due(step)] == [2, 4, 5, 8, 9]
+
+
+class LostPolicy:
+    """Its ranks are gone."""
+
+    def check_checkpoint(self, *, wait: bool) -> None:
+        raise PeerDied("check_checkpoint: policy rank 0 was ended because its node ran out of memory")
+
+
+def test_when_ranks_go_with_an_engine_both_losses_are_told(tmp_path: Path) -> None:
+    run = run_directory(tmp_path)
+    run.progress = Progress(60)
+    told = "(?s)generate: the process of engine 0 died.*step 1 could not be saved: .*ran out of memory"
+    with pytest.raises(PeerDied, match=told), run.preserving(cast(PolicyGroup, LostPolicy()), 1):
+        raise RunError("generate: the process of engine 0 died")
