@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "distribu
 from benchmarks.markdown import markdown_table
 from benchmarks.policies import free_port, policy
 from benchmarks.ranks import run_processes
-from megatron_entropic.policy.data_parallel import data_parallel_shards
-from megatron_entropic.policy.gather import gather_hf_tensors, sends_weights
-from megatron_entropic.policy.load_weights import named_entries
+from megatron_entropic.models.dimensions import read_dimensions
+from megatron_entropic.policy.batch.balance import data_parallel_shards
+from megatron_entropic.policy.model.load import named_entries
 from megatron_entropic.policy.policy import Policy
+from megatron_entropic.policy.publish.gather import gather_hf_tensors, sends_weights
 from megatron_entropic.types import Sequence
-from megatron_entropic.weights.dimensions import read_dimensions
 
 TEMPERATURE = 0.7
 REFERENCE = "one rank"

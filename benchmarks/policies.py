@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from megatron_entropic.config import Config
+from megatron_entropic.config.run import Config
+from megatron_entropic.models.dimensions import read_dimensions
+from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.types import Sequence
-from megatron_entropic.weights.dimensions import read_dimensions
-from megatron_entropic.weights.parameter_map import ParameterMap
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ import torch.distributed as dist
 
 from benchmarks.policies import ModelSize, free_port, write_model
 from benchmarks.ranks import run_processes
-from megatron_entropic.config import PolicyConfig, RolloutConfig
-from megatron_entropic.policy.publish import Publisher
+from megatron_entropic.checkpoints.hf import HfReader
+from megatron_entropic.config.run import PolicyConfig, RolloutConfig
+from megatron_entropic.models.dimensions import read_dimensions
+from megatron_entropic.models.parameter_map import ParameterMap
+from megatron_entropic.policy.publish.publisher import Publisher
 from megatron_entropic.types import GenerationRequest, Prompt, Sample
-from megatron_entropic.weights.checksums import checksums, mismatches
-from megatron_entropic.weights.dimensions import read_dimensions
-from megatron_entropic.weights.hf_io import HfReader
-from megatron_entropic.weights.parameter_map import ParameterMap
-from megatron_entropic.weights.plan import PublishPlan, publish_plan
+from megatron_entropic.weight_sync.checksums import checksums, mismatches
+from megatron_entropic.weight_sync.plan import PublishPlan, publish_plan
 
 LAYOUT = {"tensor_parallel": 2, "pipeline_parallel": 2}
 RANKS = 4
@@ -123,15 +123,15 @@ def _policy_rank(
     engine_workers: int,
 ) -> Iterator[Any]:
     """On rank 0: the senders, then for each repetition the time of the broadcast and the start of the publication."""
-    from megatron_entropic.policy.load_weights import load_weights
-    from megatron_entropic.policy.parallel import initialise_model_parallel
-    from megatron_entropic.policy.platform import select_platform
+    from megatron_entropic.policy.megatron.parallel import initialise_model_parallel
+    from megatron_entropic.policy.megatron.platform import select_platform
+    from megatron_entropic.policy.model.load import load_weights
 
     platform = select_platform("cpu")
     platform.init_process_group(
         rank=rank, world_size=ranks, master_address="127.0.0.1", master_port=port, timeout_s=TIMEOUT_S
     )
-    from megatron_entropic.policy.model import build_model
+    from megatron_entropic.policy.model.build import build_model
 
     policy = PolicyConfig(**LAYOUT)
     parallel = initialise_model_parallel(policy)

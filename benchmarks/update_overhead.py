@@ -131,7 +131,7 @@ class BareModel:
 
     def _losses(self, micro_batch: Any) -> torch.Tensor:
         """[1, T] cross-entropy of the next token at every position, by GPTModel's own last step."""
-        from megatron_entropic.policy.attention import packed_segments
+        from megatron_entropic.policy.model.attention import packed_segments
 
         (model,) = self._owner.model
         labels = micro_batch.tokens.roll(-1, dims=1)

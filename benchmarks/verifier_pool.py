@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_entropic.config import RewardConfig
+from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.data.problems import Problems
 from megatron_entropic.data.prompts import read_truth
 from megatron_entropic.data.rows import read_rows

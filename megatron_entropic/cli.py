@@ -14,19 +14,20 @@ from rich.table import Table
 
 from megatron_entropic import __version__
 from megatron_entropic.cluster.environment import prepare_ray_environment
-from megatron_entropic.config import Config, PolicyConfig
-from megatron_entropic.config_checks import violations
-from megatron_entropic.config_loading import ConfigError, batch_arithmetic, config_warnings, load_config, read_config
-from megatron_entropic.convert_command import add_convert_parsers
+from megatron_entropic.commands.convert import add_convert_parsers
+from megatron_entropic.commands.evaluate import add_evaluate_parser
+from megatron_entropic.commands.export import add_export_parser
+from megatron_entropic.commands.options import number, whole
+from megatron_entropic.commands.replay import add_replay_parser
+from megatron_entropic.commands.rollouts import add_rollouts_parser
+from megatron_entropic.commands.tune import add_tune_parser
+from megatron_entropic.config.checks import violations
+from megatron_entropic.config.load import ConfigError, batch_arithmetic, config_warnings, read_config
+from megatron_entropic.config.run import Config, PolicyConfig
 from megatron_entropic.errors import Interrupted, RunError, StopAsked, UserError, explained
-from megatron_entropic.evaluate_command import add_evaluate_parser
-from megatron_entropic.export_command import add_export_parser
+from megatron_entropic.files.text import printable
 from megatron_entropic.observability.phases import PhaseDisplay
-from megatron_entropic.observability.text import printable
-from megatron_entropic.options import number, whole
-from megatron_entropic.replay_command import add_replay_parser
-from megatron_entropic.rollouts_command import add_rollouts_parser
-from megatron_entropic.tune_command import add_tune_parser
+from megatron_entropic.training.machine import load_checked_config
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 STOPPED = 75
@@ -68,7 +69,7 @@ def main(arguments: Args[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> None:
-    config = load_config(options.config, options.overrides)
+    config = load_checked_config(options.config, options.overrides)
     console = Console()
     table = Table(title=f"{config.run.name}: what one step means", title_justify="left", show_header=False)
     for name, value in batch_arithmetic(config):
@@ -77,14 +78,14 @@ def _train(options: argparse.Namespace) -> None:
     for warning in config_warnings(config):
         console.print(f"[yellow]warning:[/] {escape(printable(warning))}", soft_wrap=True)
     if options.check:
-        from megatron_entropic.preconditions import open_inputs
+        from megatron_entropic.training.preconditions import open_inputs
 
         with open_inputs(config) as inputs:
             console.print(printable("\n".join(inputs.prompts.report.lines())), markup=False, soft_wrap=True)
         return
     # Ray reads its settings when the trainer imports it.
     prepare_ray_environment(config.cluster)
-    from megatron_entropic.trainer import train
+    from megatron_entropic.training.trainer import train
 
     console.print(printable(f"done: {train(config)}"), markup=False, soft_wrap=True)
 
@@ -92,7 +93,7 @@ def _train(options: argparse.Namespace) -> None:
 def _preflight(options: argparse.Namespace) -> None:
     from megatron_entropic.cluster import preflight
 
-    config, broken = read_config(options.config, options.overrides, check_machine=False)
+    config, broken = read_config(options.config, options.overrides)
     if broken:
         raise ConfigError(str(options.config), broken)
     if options.token_file is None:
@@ -124,7 +125,7 @@ def _plan(options: argparse.Namespace) -> None:
         return not any(violations(config))
 
     # What this machine has says nothing about the one that is planned for.
-    config, problems = read_config(options.config, options.overrides, check_machine=False)
+    config, problems = read_config(options.config, options.overrides)
     table = ParameterTable(find_model(config.model.hf_dir, options.model_config))
     memory_gb = options.gpu_memory_gb
     plan = make_plan(config, table, gpus=options.gpus, gpu_memory_gb=memory_gb, known_problems=problems)
@@ -183,7 +184,7 @@ def _score_with(options: argparse.Namespace, layout: PolicyConfig) -> None:
 def _report(options: argparse.Namespace) -> None:
     from megatron_entropic.evaluation.page import write_evaluation_page
     from megatron_entropic.evaluation.store import is_evaluation
-    from megatron_entropic.observability.report import write_report
+    from megatron_entropic.reports.report import write_report
 
     output_dir = options.output or options.run_dirs[0] / "report"
     evaluations = [is_evaluation(directory) for directory in options.run_dirs]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 from megatron_entropic.cluster.environment import prepare_ray_environment
-from megatron_entropic.config import ClusterConfig
+from megatron_entropic.config.run import ClusterConfig
 
 # Before any test imports Ray: the sessions of this process are private ones.
 prepare_ray_environment(ClusterConfig())

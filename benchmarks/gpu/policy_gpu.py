@@ -33,11 +33,11 @@ from benchmarks.gpu.rates import product_rate, seconds
 from benchmarks.machine import cpu_model
 from benchmarks.markdown import markdown_table
 from benchmarks.policies import batch, free_port, random_weights
-from megatron_entropic.config import Config
+from megatron_entropic.config.run import Config
+from megatron_entropic.models.dimensions import ModelDimensions, read_dimensions
+from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.types import Sequence
-from megatron_entropic.weights.dimensions import ModelDimensions, read_dimensions
-from megatron_entropic.weights.parameter_map import ParameterMap
 
 CONFIG = Path(__file__).resolve().parents[2] / (
     "megatron_entropic/planning/model_configs/OpenReasoning-Nemotron-1.5B.json"
@@ -242,8 +242,8 @@ def _policy(hf_dir: Path, device: torch.device, dtype: str, **options: Any) -> I
 
 def _gradients(policy: Policy) -> dict[str, torch.Tensor]:
     """Gradients of the last update by Hugging Face name: one rank holds them all."""
-    from megatron_entropic.policy.gather import gather_hf_tensors
-    from megatron_entropic.policy.load_weights import named_entries
+    from megatron_entropic.policy.model.load import named_entries
+    from megatron_entropic.policy.publish.gather import gather_hf_tensors
 
     entries = named_entries(policy.model, policy.parameter_map, policy.parallel)
     values = {entry.megatron_name: value.main_grad for entry, value in entries if not entry.buffer}

@@ -22,8 +22,8 @@ import yaml
 from grid import Overrides, arguments, digest
 from pydantic import Field, model_validator
 
-from megatron_entropic.config_base import Section
-from megatron_entropic.config_loading import read_config
+from megatron_entropic.config.base import Section
+from megatron_entropic.config.load import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 Table = Literal["targets", "offset", "disturbances", "tuning", "sensitivity"]
@@ -184,7 +184,7 @@ def load_cases(path: Path) -> Cases:
         if run.seed == run.case.seeds[0]:
             for number, settings in enumerate(run.settings, start=1):
                 config = ROOT / cases.tasks[run.case.task].config
-                wrong = read_config(config, arguments(settings), check_machine=False)[1]
+                wrong = read_config(config, arguments(settings))[1]
                 problems |= dict.fromkeys(f"{run.name}, leg {number}: {problem}" for problem in wrong)
     if problems:
         raise ValueError("the study cannot run\n" + "\n".join(f"  - {problem}" for problem in problems))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_entropic.rewards.countdown import countdown
+from megatron_entropic.rewards.verifiers.countdown import countdown
 
 
 def with_product(response: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:

@@ -21,8 +21,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from megatron_entropic.config_base import Section
-from megatron_entropic.config_loading import read_config
+from megatron_entropic.config.base import Section
+from megatron_entropic.config.load import read_config
 
 Overrides = dict[str, Any]
 """Dotted key of the base configuration: value."""
@@ -170,7 +170,7 @@ def check_cells(grid: Grid, config: Path) -> None:
     for cell in grid.cells("report"):
         if cell.seed != grid.report_seeds[0]:
             continue
-        found, wrong = read_config(config, arguments(cell.overrides), check_machine=False)
+        found, wrong = read_config(config, arguments(cell.overrides))
         where = f"{cell.regime}, {cell.method}, setting {cell.setting_index}"
         if found.evaluation.every_steps == 0 or found.train.steps % found.evaluation.every_steps:
             wrong.append("evaluation.every_steps must divide train.steps: the tables are about the last step")

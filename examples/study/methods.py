@@ -37,9 +37,9 @@ from prepare import prepare
 from ray_node import ray_node
 from run import FINISHED, HERE
 
-from megatron_entropic.config_base import Section
-from megatron_entropic.config_loading import read_config
-from megatron_entropic.observability.summary import Run, load_run
+from megatron_entropic.config.base import Section
+from megatron_entropic.config.load import read_config
+from megatron_entropic.reports.run import Run, load_run
 
 CONFIG = HERE.parent / "countdown_cpu.yaml"
 LAST_STEPS = 5
@@ -64,7 +64,7 @@ class Methods(Section):
         return [
             f"{name}: {problem}"
             for name in self.methods
-            for problem in read_config(CONFIG, arguments(self.overrides(name)), check_machine=False)[1]
+            for problem in read_config(CONFIG, arguments(self.overrides(name)))[1]
         ]
 
 

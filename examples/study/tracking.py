@@ -40,8 +40,8 @@ from rows import Results
 from tracking_report import write_tracking_report
 from tracking_results import TUNED, read_results, write_results
 
-from megatron_entropic.observability.summary import load_run
-from megatron_entropic.tune_command import tune_run
+from megatron_entropic.commands.tune import tune_run
+from megatron_entropic.reports.run import load_run
 
 HERE = Path(__file__).resolve().parent
 FINISHED = "finished"

@@ -14,9 +14,9 @@ import pyarrow
 from cases import CaseRun
 from rows import Results, grouped, series
 
-from megatron_entropic.algorithms.tuning import Plant, identify_plant, settled_after
-from megatron_entropic.observability.parquet import write_parquet
-from megatron_entropic.observability.summary import load_run
+from megatron_entropic.algorithms.entropy_control.tuning import Plant, identify_plant, settled_after
+from megatron_entropic.files.parquet import write_parquet
+from megatron_entropic.reports.run import load_run
 
 TUNED = "tuned-leg{leg}.json"
 """What `tune` proposed for a leg, in the run's directory."""

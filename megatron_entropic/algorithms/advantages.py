@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_entropic.names import ADVANTAGES
+from megatron_entropic.config.names import ADVANTAGES
 
 EPSILON = 1e-6
 """Added to standard deviations, as verl does."""

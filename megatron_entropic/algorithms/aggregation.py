@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from megatron_entropic.config_algorithm import Aggregation
+    from megatron_entropic.config.algorithm import Aggregation
 
 
 def token_weights(

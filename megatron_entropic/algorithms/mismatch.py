@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_entropic.algorithms.policy_loss import MAX_LOG_RATIO
+from megatron_entropic.algorithms.losses.policy_loss import MAX_LOG_RATIO
 
 
 def mismatch_metrics(policy_logprobs: Tensor, rollout_logprobs: Tensor) -> dict[str, float]:

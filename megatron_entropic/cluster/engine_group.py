@@ -9,11 +9,11 @@ from typing import Any
 
 import ray
 
+from megatron_entropic.cluster.actors import EngineWorker, engine_environment
 from megatron_entropic.cluster.placement import Placement
 from megatron_entropic.cluster.processes import ActorProcess, kill_processes, write_stacks
 from megatron_entropic.cluster.waiting import answered, dead_peers, gather, receive_streams
-from megatron_entropic.cluster.workers import EngineWorker, engine_environment
-from megatron_entropic.config import Config, Sampling
+from megatron_entropic.config.run import Config, Sampling
 from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError
 from megatron_entropic.types import GenerationRequest, Prompt, Sample
 

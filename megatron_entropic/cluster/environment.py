@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 
-from megatron_entropic.config import ClusterConfig
+from megatron_entropic.config.run import ClusterConfig
 from megatron_entropic.errors import RunError
 
 _LOCAL = {

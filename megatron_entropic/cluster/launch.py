@@ -12,7 +12,7 @@ from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.cluster.processes import kill_processes, write_stacks
 from megatron_entropic.cluster.session import ray_session
 from megatron_entropic.cluster.turns import DeviceTurns
-from megatron_entropic.config import Config
+from megatron_entropic.config.run import Config
 from megatron_entropic.errors import PhaseTimeout
 
 Announce = Callable[[str], None]

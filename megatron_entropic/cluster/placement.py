@@ -15,7 +15,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_entropic.cluster.head_watch import head_refusal
-from megatron_entropic.config import Config, Device
+from megatron_entropic.config.run import Config, Device
 from megatron_entropic.errors import RunError
 
 

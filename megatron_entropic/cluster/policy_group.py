@@ -11,15 +11,15 @@ from typing import Any
 
 import ray
 
+from megatron_entropic.cluster.actors import PolicyWorker, policy_environment
 from megatron_entropic.cluster.placement import Placement
 from megatron_entropic.cluster.processes import ActorProcess
 from megatron_entropic.cluster.waiting import answered, gather
-from megatron_entropic.cluster.workers import PolicyWorker, policy_environment
-from megatron_entropic.config import ClusterConfig, Config
-from megatron_entropic.policy.data_parallel import attention_weight, data_parallel_shards, sequence_costs
+from megatron_entropic.config.run import ClusterConfig, Config
+from megatron_entropic.models.dimensions import read_dimensions
+from megatron_entropic.policy.batch.balance import attention_weight, data_parallel_shards, sequence_costs
 from megatron_entropic.types import Scores, Sequence
-from megatron_entropic.weights.dimensions import read_dimensions
-from megatron_entropic.weights.plan import PublishPlan
+from megatron_entropic.weight_sync.plan import PublishPlan
 
 
 class PolicyGroup:

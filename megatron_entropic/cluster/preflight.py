@@ -21,7 +21,7 @@ from typing import cast
 from rich.table import Table
 
 from megatron_entropic.cluster.node_report import OLDEST_DRIVER, NodeReport, look_at_this_node
-from megatron_entropic.config import Config
+from megatron_entropic.config.run import Config
 from megatron_entropic.errors import RunError, reading
 
 REPORT_BYTES = 2**20

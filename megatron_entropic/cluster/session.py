@@ -18,7 +18,7 @@ from ray.exceptions import GetTimeoutError
 from megatron_entropic.cluster.environment import is_prepared
 from megatron_entropic.cluster.ray_errors import LOST, translated
 from megatron_entropic.cluster.session_folder import session_folder, short_paths
-from megatron_entropic.config import ClusterConfig, Device
+from megatron_entropic.config.run import ClusterConfig, Device
 from megatron_entropic.errors import RunError
 
 POLL_S = 0.5

@@ -3,7 +3,7 @@
 from megatron_entropic.data.dataset import PromptDataset
 from megatron_entropic.data.model_files import load_checked_tokenizer
 from megatron_entropic.data.prompts import PromptForm
+from megatron_entropic.data.sft import WarmStartPairs
 from megatron_entropic.data.tokenizer import load_tokenizer
-from megatron_entropic.data.warm_start import WarmStartPairs
 
 __all__ = ["PromptDataset", "PromptForm", "WarmStartPairs", "load_checked_tokenizer", "load_tokenizer"]

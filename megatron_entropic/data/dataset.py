@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from megatron_entropic.config import DataConfig
+from megatron_entropic.config.run import DataConfig
+from megatron_entropic.data.filters import find_duplicates, find_overlap
 from megatron_entropic.data.order import Arrangement, EpochOrder, MixedOrder, as_stored, easy_to_hard, shuffled
-from megatron_entropic.data.overlap import find_duplicates, find_overlap
 from megatron_entropic.data.pass_rates import read_pass_rates, recorded_form
 from megatron_entropic.data.problems import Problems, Row
 from megatron_entropic.data.prompts import PromptForm, lookup, problem_text, read_truth

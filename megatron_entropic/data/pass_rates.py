@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from megatron_entropic.errors import UserError
-from megatron_entropic.formats import EVALUATION, NewerFormat
+from megatron_entropic.files.formats import EVALUATION, NewerFormat
 
 _COLUMNS = ["prompt", "reward"]
 _SETTINGS_KEY = b"megatron_entropic.evaluation"

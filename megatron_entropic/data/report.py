@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_entropic.config import DataConfig
-from megatron_entropic.data.overlap import Duplicates, Overlap
+from megatron_entropic.config.run import DataConfig
+from megatron_entropic.data.filters import Duplicates, Overlap
 from megatron_entropic.data.problems import Problems
 
 _SHOWN = 5

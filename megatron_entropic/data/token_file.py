@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_entropic.errors import UserError, reading
-from megatron_entropic.files import make_directory
+from megatron_entropic.files.paths import make_directory
 
 
 @dataclass(frozen=True)

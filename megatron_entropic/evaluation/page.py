@@ -10,8 +10,8 @@ from megatron_entropic.evaluation.comparison import Comparison, compare
 from megatron_entropic.evaluation.generations import Generation
 from megatron_entropic.evaluation.store import StoredEvaluation, load_evaluation
 from megatron_entropic.evaluation.summary import BenchmarkSummary, Problem
-from megatron_entropic.observability.pages import render_page, write_page
-from megatron_entropic.observability.text import shortened
+from megatron_entropic.files.text import shortened
+from megatron_entropic.reports.pages import render_page, write_page
 
 EVALUATION_PAGE = "evaluation.html"
 _RESPONSES_SHOWN = 2

@@ -19,7 +19,7 @@ from megatron_entropic.errors import UserError
 from megatron_entropic.evaluation.generations import read_generations
 from megatron_entropic.evaluation.summary import BenchmarkSummary, Problem, problems_of, summarise
 from megatron_entropic.evaluation.table import in_paper_order, markdown, overall
-from megatron_entropic.formats import EVALUATION, NewerFormat
+from megatron_entropic.files.formats import EVALUATION, NewerFormat
 
 SUMMARY_FILE = "evaluation.json"
 TABLE_FILE = "table.md"

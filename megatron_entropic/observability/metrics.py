@@ -15,10 +15,10 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Protocol
 
-from megatron_entropic.config import LoggingConfig
+from megatron_entropic.config.run import LoggingConfig
 from megatron_entropic.errors import UserError
-from megatron_entropic.files import directory_problem
-from megatron_entropic.observability.jsonl import JsonLinesWriter, read_json_lines
+from megatron_entropic.files.jsonl import JsonLinesWriter, read_json_lines
+from megatron_entropic.files.paths import directory_problem
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_run_id"

@@ -15,8 +15,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.text import Text
 
+from megatron_entropic.files.text import printable
 from megatron_entropic.observability.live import live_display
-from megatron_entropic.observability.text import printable
 
 _QUIET_S = 30.0
 """After so long without a line, plain output says how far a counted phase is."""

@@ -20,10 +20,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from megatron_entropic.files.text import printable
 from megatron_entropic.observability.live import live_display
 from megatron_entropic.observability.metrics import ENTROPY_BAND
 from megatron_entropic.observability.phases import duration, phase_line
-from megatron_entropic.observability.text import printable
 from megatron_entropic.observability.yardsticks import MismatchYardstick
 
 _HISTORY = 40

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from megatron_entropic.config import LoggingConfig
+from megatron_entropic.config.run import LoggingConfig
 from megatron_entropic.errors import UserError
-from megatron_entropic.observability.rollouts import (
+from megatron_entropic.observability.records import (
     recorded_metrics,
     recorded_steps,
     rollouts_path,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_entropic.observability.jsonl import JsonLinesWriter
+from megatron_entropic.files.jsonl import JsonLinesWriter
 from megatron_entropic.types import Sample
 
 SAMPLES_FILE = "samples.jsonl"

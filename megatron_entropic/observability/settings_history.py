@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_entropic.errors import UserError
-from megatron_entropic.observability.jsonl import read_json_lines
+from megatron_entropic.files.jsonl import read_json_lines
 
 SETTINGS_FILE = "settings.jsonl"
 _SAMPLED_BYTES = 1 << 20

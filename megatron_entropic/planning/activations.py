@@ -25,10 +25,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_entropic.config import Dtype, PolicyConfig
+from megatron_entropic.config.run import Dtype, PolicyConfig
+from megatron_entropic.models.latent_attention import LatentAttention
 from megatron_entropic.planning.models import PlannedModel
 from megatron_entropic.planning.parameters import ITEM_BYTES
-from megatron_entropic.weights.latent_attention import LatentAttention
 
 Attention = Literal["sdpa", "flash"]
 HeadName = Literal["logits", "recompute", "fused_loss"]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_entropic.config import Config, PolicyConfig
+from megatron_entropic.config.run import Config, PolicyConfig
 from megatron_entropic.planning.activations import rank_tokens
 from megatron_entropic.planning.hardware import Hardware
 from megatron_entropic.planning.memory import overlaps, repeats_feed_forward

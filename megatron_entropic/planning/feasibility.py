@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from megatron_entropic.config import Config
+from megatron_entropic.config.run import Config
 from megatron_entropic.planning.memory import GIB, MEMORY_KINDS, RolloutMemory, StageMemory, sequences_that_fit
 from megatron_entropic.planning.models import PlannedModel
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from megatron_entropic.config import Dtype
+from megatron_entropic.config.run import Dtype
 
 
 def _constant(value: float, unit: str, source: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_entropic.config import Config
+from megatron_entropic.config.run import Config
 from megatron_entropic.planning.memory import optimizer_bytes_per_element, overlaps
 from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from math import prod
 
-from megatron_entropic.config import Config, Dtype
+from megatron_entropic.config.run import Config, Dtype
 from megatron_entropic.planning.activations import (
     Attention,
     backward_bytes,

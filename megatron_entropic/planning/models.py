@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_entropic.errors import UserError, reading
-from megatron_entropic.weights.dimensions import ModelDimensions, read_dimensions
-from megatron_entropic.weights.experts import ExpertDimensions
+from megatron_entropic.models.dimensions import ModelDimensions, read_dimensions
+from megatron_entropic.models.read_config import ExpertDimensions
 
 KNOWN_MODELS = Path(__file__).parent / "model_configs"
 """One file for each model, NAME.json, with the dimensions of its published config.json."""

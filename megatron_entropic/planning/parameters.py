@@ -12,10 +12,10 @@ from functools import cached_property
 from math import lcm, prod
 from typing import Any, Literal
 
-from megatron_entropic.config import Dtype, PolicyConfig
+from megatron_entropic.config.run import Dtype, PolicyConfig
+from megatron_entropic.models.parameter_map import Entry, ParameterMap
 from megatron_entropic.planning.models import PlannedModel
-from megatron_entropic.weights.parameter_map import Entry, ParameterMap
-from megatron_entropic.weights.plan import PublishPlan, publish_plan
+from megatron_entropic.weight_sync.plan import PublishPlan, publish_plan
 
 Part = Literal["embedding", "layers", "output"]
 

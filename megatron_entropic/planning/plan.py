@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_entropic.config import Config
+from megatron_entropic.config.run import Config
 from megatron_entropic.planning.communication import Traffic, gradient_traffic, microbatch_traffic
 from megatron_entropic.planning.feasibility import gpus_in_use, layout_problems, memory_problems
 from megatron_entropic.planning.hardware import Hardware, hardware_of

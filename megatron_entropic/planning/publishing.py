@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_entropic.config import Config
+from megatron_entropic.config.run import Config
 from megatron_entropic.planning.hardware import Hardware
 from megatron_entropic.planning.parameters import ParameterTable
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_entropic.config import Config
-from megatron_entropic.names import POLICY_LOSSES
+from megatron_entropic.config.names import POLICY_LOSSES
+from megatron_entropic.config.run import Config
 from megatron_entropic.planning.communication import Direction, gradient_traffic, microbatch_traffic
 from megatron_entropic.planning.hardware import Hardware
 from megatron_entropic.planning.memory import RolloutMemory, overlaps, repeats_feed_forward

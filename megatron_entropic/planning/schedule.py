@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_entropic.config import Config
+from megatron_entropic.config.run import Config
 
 MEAN_PROMPT_SHARE = 0.25
 """Assumed mean prompt over data.max_prompt_tokens: competition problems have 100 to 300 tokens."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from megatron_entropic.config import Config, PolicyConfig
+from megatron_entropic.config.run import Config, PolicyConfig
 from megatron_entropic.planning.feasibility import gpus_in_use, layout_problems, memory_problems
 from megatron_entropic.planning.hardware import Hardware, hardware_of
 from megatron_entropic.planning.memory import GIB, rollout_memory, stage_memory

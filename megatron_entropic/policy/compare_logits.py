@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_entropic.config import PolicyConfig
-from megatron_entropic.policy.load_torch_dist import load_torch_dist
-from megatron_entropic.policy.parallel import destroy_model_parallel, initialise_model_parallel
-from megatron_entropic.policy.platform import select_platform
-from megatron_entropic.policy.score import score_sequences
+from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.models.dimensions import read_dimensions
+from megatron_entropic.policy.megatron.parallel import destroy_model_parallel, initialise_model_parallel
+from megatron_entropic.policy.megatron.platform import select_platform
+from megatron_entropic.policy.model.load_torch_dist import load_torch_dist
+from megatron_entropic.policy.step.score import score_sequences
 from megatron_entropic.tensor_parallel import logprob_and_entropy
 from megatron_entropic.types import Scores, Sequence
-from megatron_entropic.weights.dimensions import read_dimensions
 
 _SEED = 20
 _LENGTHS = (5, 17, 64)
@@ -72,7 +72,7 @@ def _by_policy(hf_dir: Path, megatron_dir: Path, sequences: list[Sequence]) -> S
         rank=0, world_size=1, master_address="127.0.0.1", master_port=port, timeout_s=_TIMEOUT_S
     )
     try:
-        from megatron_entropic.policy.model import build_model
+        from megatron_entropic.policy.model.build import build_model
 
         policy = PolicyConfig()
         state = initialise_model_parallel(policy)

@@ -14,38 +14,38 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_entropic.config import Config
+from megatron_entropic.config.run import Config
 from megatron_entropic.errors import UserError
-from megatron_entropic.policy import checkpoint
-from megatron_entropic.policy.background_export import BackgroundExport
-from megatron_entropic.policy.checkpoint_writer import CheckpointWriter
-from megatron_entropic.policy.collectives import sum_of_token_statistics
-from megatron_entropic.policy.control import (
+from megatron_entropic.models.dimensions import read_dimensions
+from megatron_entropic.models.parameter_map import ParameterMap
+from megatron_entropic.policy.batch.balance import attention_weight
+from megatron_entropic.policy.megatron.collectives import sum_of_token_statistics
+from megatron_entropic.policy.megatron.parallel import destroy_model_parallel, initialise_model_parallel
+from megatron_entropic.policy.megatron.platform import Device, select_platform
+from megatron_entropic.policy.model.load import load_weights
+from megatron_entropic.policy.model.transformer_config import DTYPES
+from megatron_entropic.policy.publish.publisher import BUCKET_BYTES, Published, Publisher, SenderType
+from megatron_entropic.policy.state import checkpoint
+from megatron_entropic.policy.state.background_export import BackgroundExport
+from megatron_entropic.policy.state.checkpoint_writer import CheckpointWriter
+from megatron_entropic.policy.state.export import export_hf
+from megatron_entropic.policy.state.offload import PARTS, DeviceMemory, Part
+from megatron_entropic.policy.step.control import (
     EntropyControl,
     EntropyMeasurement,
     build_control,
     collect_control_state,
     restore_control_state,
 )
-from megatron_entropic.policy.data_parallel import attention_weight
-from megatron_entropic.policy.export import export_hf
-from megatron_entropic.policy.gradient_step import GradientStep
-from megatron_entropic.policy.load_weights import load_weights
-from megatron_entropic.policy.loss_fields import LossSettings
-from megatron_entropic.policy.offload import PARTS, DeviceMemory, Part
-from megatron_entropic.policy.optimizer import PolicyOptimizer, wrap_data_parallel
-from megatron_entropic.policy.parallel import destroy_model_parallel, initialise_model_parallel
-from megatron_entropic.policy.platform import Device, select_platform
-from megatron_entropic.policy.publish import BUCKET_BYTES, Published, Publisher, SenderType
-from megatron_entropic.policy.score import score_sequences
-from megatron_entropic.policy.transformer_config import DTYPES
-from megatron_entropic.policy.update import PolicyUpdate
-from megatron_entropic.policy.warm_start import warm_start_optimizer, warm_start_step
+from megatron_entropic.policy.step.gradient_step import GradientStep
+from megatron_entropic.policy.step.loss_fields import LossSettings
+from megatron_entropic.policy.step.optimizer import PolicyOptimizer, wrap_data_parallel
+from megatron_entropic.policy.step.score import score_sequences
+from megatron_entropic.policy.step.sft import warm_start_optimizer, warm_start_step
+from megatron_entropic.policy.step.update import PolicyUpdate
 from megatron_entropic.types import Scores, Sequence
-from megatron_entropic.weights.dimensions import read_dimensions
-from megatron_entropic.weights.parameter_map import ParameterMap
-from megatron_entropic.weights.plan import PublishPlan, publish_plan
-from megatron_entropic.weights.transport import GlooSender, local_address
+from megatron_entropic.weight_sync.gloo import GlooSender, local_address
+from megatron_entropic.weight_sync.plan import PublishPlan, publish_plan
 
 
 class Policy:
@@ -317,7 +317,7 @@ class Policy:
 
     def _load(self, hf_dir: Path, megatron_dir: Path | None = None) -> torch.nn.ModuleList:
         # Imports megatron-core, which the platform must have prepared for.
-        from megatron_entropic.policy.model import build_model
+        from megatron_entropic.policy.model.build import build_model
 
         dimensions = self.parameter_map.dimensions
         model = build_model(dimensions, self.config.policy, self.config.model.dtype, self.parallel, self.platform)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_entropic.config import Dtype
+from megatron_entropic.checkpoints.hf import HfReader
+from megatron_entropic.config.run import Dtype
 from megatron_entropic.data.token_file import read_token_file, write_scored_file
 from megatron_entropic.tensor_parallel import logprob_and_entropy
-from megatron_entropic.weights.hf_io import HfReader
 
 
 def score_file(hf_dir: Path, tokens_path: Path, output_path: Path, temperature: float, dtype: Dtype) -> None:

@@ -17,19 +17,19 @@ from typing import Any
 
 import torch
 
-from megatron_entropic.config import Dtype, PolicyConfig
+from megatron_entropic.checkpoints.hf import HfReader
+from megatron_entropic.config.run import Dtype, PolicyConfig
 from megatron_entropic.data.token_file import TokenLine, read_token_file, write_scored_file
 from megatron_entropic.errors import UserError
-from megatron_entropic.policy.alignment import pack_alike
-from megatron_entropic.policy.data_parallel import attention_weight, data_parallel_shards, sequence_costs
-from megatron_entropic.policy.load_weights import load_weights
+from megatron_entropic.models.dimensions import read_dimensions
+from megatron_entropic.policy.batch.balance import attention_weight, data_parallel_shards, sequence_costs
 from megatron_entropic.policy.local_ranks import run_as_rank, run_local_ranks, tell_phase
-from megatron_entropic.policy.parallel import ParallelState, initialise_model_parallel, layout_problems
-from megatron_entropic.policy.platform import Device, Platform, select_platform
-from megatron_entropic.policy.score import score
+from megatron_entropic.policy.megatron.parallel import ParallelState, initialise_model_parallel, layout_problems
+from megatron_entropic.policy.megatron.platform import Device, Platform, select_platform
+from megatron_entropic.policy.model.load import load_weights
+from megatron_entropic.policy.step.alignment import pack_alike
+from megatron_entropic.policy.step.score import score
 from megatron_entropic.types import Scores, Sequence
-from megatron_entropic.weights.dimensions import read_dimensions
-from megatron_entropic.weights.hf_io import HfReader
 
 _MICROBATCHES_PER_REPORT = 16
 
@@ -129,7 +129,7 @@ def run_rank(job_dir: Path) -> None:
 
 
 def _load_model(job: _Job, policy: PolicyConfig, platform: Platform, state: ParallelState) -> torch.nn.ModuleList:
-    from megatron_entropic.policy.model import build_model
+    from megatron_entropic.policy.model.build import build_model
 
     platform.manual_seed(0)
     dimensions = HfReader(Path(job.hf_dir)).parameter_map.dimensions

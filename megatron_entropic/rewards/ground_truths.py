@@ -13,8 +13,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_entropic.rewards.boxed import gold_answer
 from megatron_entropic.rewards.verdict import Verdict
+from megatron_entropic.rewards.verifiers.boxed import gold_answer
 
 # Primes, since no ground truth but themselves equals them by chance.
 _ANOTHER_NUMBER = ("7919", "7907")

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from types import TracebackType
 
-from megatron_entropic.config import RewardConfig
-from megatron_entropic.rewards.boxed import last_boxed
+from megatron_entropic.config.names import verifier_entry
+from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.rewards.pool import VerifierPool
 from megatron_entropic.rewards.verdict import Job, Verdict, judge
-from megatron_entropic.rewards.verifiers import INSTANT, build_verifier, takes_batches
+from megatron_entropic.rewards.verifier import build_verifier, takes_batches
+from megatron_entropic.rewards.verifiers.boxed import last_boxed
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class Judge:
         self.name = name
         self._batch_size = config.batch_size
         self._pool: VerifierPool | None = None
-        if config.workers == 0 or name in INSTANT:
+        if config.workers == 0 or verifier_entry(name).instant:
             self._verifier = build_verifier(name, config.format_pattern)
         else:
             self._pool = VerifierPool(config, name)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from megatron_entropic.config import RewardConfig
+from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.errors import RunError
 from megatron_entropic.rewards.process import VerifierProcess
 from megatron_entropic.rewards.verdict import Job, Verdict

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import IO
 
-from megatron_entropic.config import RewardConfig
+from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.errors import RunError, UserError
 from megatron_entropic.rewards.verdict import Job, Verdict
 

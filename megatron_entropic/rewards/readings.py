@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_entropic.rewards.boxed import last_boxed
-from megatron_entropic.rewards.math_forms import normalised
-from megatron_entropic.rewards.verifiers import build_verifier
+from megatron_entropic.rewards.verifier import build_verifier
+from megatron_entropic.rewards.verifiers.boxed import last_boxed
+from megatron_entropic.rewards.verifiers.math_reading import normalised
 
 Reader = Callable[[str], str | None]
 """Response text -> the answer as written, None if there is none."""

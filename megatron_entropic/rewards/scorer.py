@@ -12,7 +12,7 @@ from statistics import fmean
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from megatron_entropic.config import RewardConfig
+from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.rewards.ground_truths import Trial, trials
 from megatron_entropic.rewards.judge import Judge, Judging
 from megatron_entropic.rewards.overlong import overlong_penalty

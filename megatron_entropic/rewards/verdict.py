@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_entropic.errors import UserError
-from megatron_entropic.rewards.verifiers import BatchVerifier, Verifier, takes_batches
+from megatron_entropic.rewards.verifier import BatchVerifier, Verifier, takes_batches
 
 Job = tuple[str, Any, Mapping[str, Any]]
 """Response, ground truth, extra_info."""

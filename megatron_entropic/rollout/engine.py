@@ -15,17 +15,17 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_entropic.config import Dtype, RolloutConfig, Sampling, Transport
+from megatron_entropic.config.run import Dtype, RolloutConfig, Sampling, Transport
 from megatron_entropic.data.model_files import stop_token_ids
 from megatron_entropic.errors import UserError
-from megatron_entropic.rollout.environment import Device, prepare_environment
+from megatron_entropic.models.dimensions import read_dimensions
+from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.rollout.noise import silence_known_noise
+from megatron_entropic.rollout.vllm_setup import Device, prepare_environment
 from megatron_entropic.types import GenerationRequest, Sample
-from megatron_entropic.weights.checksums import Piece
-from megatron_entropic.weights.dimensions import read_dimensions
-from megatron_entropic.weights.parameter_map import ParameterMap
-from megatron_entropic.weights.plan import PublishPlan
-from megatron_entropic.weights.transport import FlatContents
+from megatron_entropic.weight_sync.checksums import Piece
+from megatron_entropic.weight_sync.gloo import FlatContents
+from megatron_entropic.weight_sync.plan import PublishPlan
 
 if TYPE_CHECKING:
     from megatron_entropic.rollout.ipc_transport import IpcReceiver

@@ -16,7 +16,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
-from megatron_entropic.weights.checksums import Piece, checksum
+from megatron_entropic.weight_sync.checksums import Piece, checksum
 
 
 def expert_pieces(module: Any) -> Iterator[Piece]:

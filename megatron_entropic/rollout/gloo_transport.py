@@ -16,8 +16,8 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from megatron_entropic.weights.receiving import Arrivals
-from megatron_entropic.weights.transport import FlatContents, GlooReceiver
+from megatron_entropic.weight_sync.gloo import FlatContents, GlooReceiver
+from megatron_entropic.weight_sync.receiving import Arrivals
 
 
 @dataclass

@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_entropic.errors import PeerDied, UserError
-from megatron_entropic.weights.shared_block import SharedBlock
-from megatron_entropic.weights.transport import FlatContents, SendingRanks, listening_store, named_wait
+from megatron_entropic.weight_sync.gloo import FlatContents, SendingRanks, listening_store, named_wait
+from megatron_entropic.weight_sync.shared_memory import SharedBlock
 
 _LOADED = "loaded"
 """The answer to a bucket that is in the engine; any other is what went wrong there."""

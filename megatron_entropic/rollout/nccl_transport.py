@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import torch
 
 from megatron_entropic.errors import UserError
-from megatron_entropic.weights.shared_block import SharedBlock
-from megatron_entropic.weights.transport import FlatContents, SendingRanks
+from megatron_entropic.weight_sync.gloo import FlatContents, SendingRanks
+from megatron_entropic.weight_sync.shared_memory import SharedBlock
 
 # One broadcast a bucket: larger than any bucket. vLLM allocates what a bucket needs, not this.
 _PACKED = {"packed": True, "packed_buffer_size_bytes": 2**40, "packed_num_buffers": 1}

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_entropic.config import Dtype, RolloutConfig
+from megatron_entropic.checkpoints.hf import HfReader
+from megatron_entropic.config.run import Dtype, RolloutConfig
 from megatron_entropic.data.token_file import read_token_file, write_scored_file
 from megatron_entropic.errors import UserError
+from megatron_entropic.models.dimensions import ModelDimensions
 from megatron_entropic.rollout.engine import RolloutEngine
-from megatron_entropic.weights.dimensions import ModelDimensions
-from megatron_entropic.weights.hf_io import HfReader
 
 # vLLM computes full-vocabulary log-probs for every prompt token of a forward pass.
 _TOKENS_PER_FORWARD = 2048

@@ -13,7 +13,7 @@ import pickle
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_entropic.weights.checkpoint_pickle import UNREADABLE
+from megatron_entropic.checkpoints.checkpoint_pickle import UNREADABLE
 
 _ID_CLASS = ("vllm.distributed.device_communicators.pynccl_wrapper", "ncclUniqueId")
 _CTYPES_UNPICKLE = ("_ctypes", "_unpickle")

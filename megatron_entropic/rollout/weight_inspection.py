@@ -24,7 +24,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from megatron_entropic.rollout.expert_inspection import expert_pieces
-from megatron_entropic.weights.checksums import Piece, checksum
+from megatron_entropic.weight_sync.checksums import Piece, checksum
 
 _IDENTITY_ROWS = 256
 

@@ -22,8 +22,8 @@ import signal
 import sys
 from typing import Any
 
-from megatron_entropic.policy.cpu_patches import import_megatron
-from megatron_entropic.policy.noise import silence_known_noise
+from megatron_entropic.policy.megatron.cpu_patches import import_megatron
+from megatron_entropic.policy.megatron.noise import silence_known_noise
 
 PRELOADED = (
     "megatron.core.models.gpt.gpt_model",

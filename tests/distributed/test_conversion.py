@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import random_sequences, transformers_statistics, write_tiny_model
 
-from megatron_entropic.weights.conversion import hf_to_megatron, megatron_to_hf
+from megatron_entropic.checkpoints.convert import hf_to_megatron, megatron_to_hf
 
 SCRIPT = Path(__file__).parent / "scripts/conversion_layouts.py"
 TEMPERATURE = 0.7

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from megatron_entropic.policy.megatron_versions import check_megatron_version, installed_megatron_version
+from megatron_entropic.policy.megatron.megatron_versions import check_megatron_version, installed_megatron_version
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_a_platform_refuses_an_unknown_megatron_before_touching_anything(tmp_pat
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.20.0\n")
     code = (
-        "import sys, torch; from megatron_entropic.policy.platform import select_platform\n"
+        "import sys, torch; from megatron_entropic.policy.megatron.platform import select_platform\n"
         "before = torch.cuda.current_device\n"
         "try:\n    select_platform('cpu')\n"
         "except ValueError as error:\n    print(error)\n"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny_models import write_tiny_model
 
-from megatron_entropic.config import PolicyConfig
+from megatron_entropic.config.run import PolicyConfig
 from megatron_entropic.planning.activations import layer_bytes
 from megatron_entropic.planning.memory import optimizer_bytes_per_element
 from megatron_entropic.planning.models import PlannedModel, find_model

@@ -14,7 +14,7 @@ RANK = """
 import socket, sys
 import torch.distributed as dist
 from megatron_entropic.errors import PhaseTimeout
-from megatron_entropic.policy.platform import select_platform
+from megatron_entropic.policy.megatron.platform import select_platform
 
 rank, port, descriptor = map(int, sys.argv[1:4])
 try:

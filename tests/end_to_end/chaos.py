@@ -30,8 +30,8 @@ import psutil
 from rich.console import Console
 from training_run import ROOT, Run, countdown_settings
 
-from megatron_entropic.observability.rollouts import read_rollouts, recorded_steps, rollouts_path
-from megatron_entropic.policy.checkpoint_files import MANIFEST, CheckpointError, complete_checkpoints, read_state
+from megatron_entropic.checkpoints.run_checkpoints import MANIFEST, CheckpointError, complete_checkpoints, read_state
+from megatron_entropic.observability.records import read_rollouts, recorded_steps, rollouts_path
 
 OWN_NETWORK = ("unshare", "--net", "bash", "-c", 'ip link set lo up && exec "$@"', "run")
 """The run's processes alone in a network namespace, whose only link can be cut. Needs root."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_entropic.rewards.math_answer import math_answer
+from megatron_entropic.rewards.verifiers.math import math_answer
 
 
 def digit_share(response: str, ground_truth: Any, extra_info: dict[str, Any]) -> float:

@@ -13,7 +13,7 @@ import pytest
 from training_run import ROOT, Run
 
 from megatron_entropic.cli import main
-from megatron_entropic.run_directory import RunDirectory
+from megatron_entropic.training.run_directory import RunDirectory
 
 
 @pytest.fixture
@@ -105,10 +105,10 @@ def test_a_missing_ray_cluster(countdown_run: Callable[..., Run]) -> None:
 
 
 def test_a_run_directory_in_use(countdown_run: Callable[..., Run]) -> None:
-    from megatron_entropic.config_loading import load_config
+    from megatron_entropic.training.machine import load_checked_config
 
     run = countdown_run("locked")
-    config = load_config(run.arguments[0], run.arguments[1:])
+    config = load_checked_config(run.arguments[0], run.arguments[1:])
     with RunDirectory(config):
         status, message = _fails(run)
     assert status == 1

@@ -19,7 +19,7 @@ from megatron_entropic.cluster.placement import reserve
 from megatron_entropic.cluster.processes import ActorProcess, dump_stacks, kill_processes, this_process
 from megatron_entropic.cluster.session import ray_session
 from megatron_entropic.cluster.waiting import dead_peers, gather, receive_streams
-from megatron_entropic.config import ClusterConfig, Config
+from megatron_entropic.config.run import ClusterConfig, Config
 from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError
 from megatron_entropic.observability.stacks import offer_stacks
 
@@ -217,7 +217,7 @@ def test_a_session_leaves_no_process(tmp_path: Path) -> None:
     script = tmp_path / "session.py"
     script.write_text(
         "import time\n"
-        "from megatron_entropic.config import ClusterConfig\n"
+        "from megatron_entropic.config.run import ClusterConfig\n"
         "from megatron_entropic.cluster.environment import prepare_ray_environment\n"
         "prepare_ray_environment(ClusterConfig())\n"
         "from megatron_entropic.cluster.session import ray_session\n"

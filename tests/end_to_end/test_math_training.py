@@ -12,7 +12,7 @@ from math_assets import PROBLEMS, write_model
 from string_rewards import boxed_as_it_is, first_digit_is_even
 from training_run import Run
 
-from megatron_entropic.observability.rollouts import RecordedStep, read_rollouts, recorded_steps, rollouts_path
+from megatron_entropic.observability.records import RecordedStep, read_rollouts, recorded_steps, rollouts_path
 
 STEPS, PROMPTS, SAMPLES, LIMIT = 4, 4, 4, 24
 

@@ -21,8 +21,8 @@ import torch
 from chaos import SETTINGS, Chaos
 from training_run import Run
 
-from megatron_entropic.observability.rollouts import recorded_steps
-from megatron_entropic.weights.conversion import hf_to_megatron
+from megatron_entropic.checkpoints.convert import hf_to_megatron
+from megatron_entropic.observability.records import recorded_steps
 
 PUBLIC_METRICS = """
 step entropy/mean entropy/target entropy/alpha entropy/alpha_unclipped entropy/integral entropy/high_prob_fraction

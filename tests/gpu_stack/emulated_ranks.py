@@ -23,7 +23,7 @@ te_emulation.install()
 import no_driver  # noqa: E402
 import torch  # noqa: E402
 
-from megatron_entropic.policy import platform  # noqa: E402
+from megatron_entropic.policy.megatron import platform  # noqa: E402
 
 
 class CudaOnCpu(platform.CudaPlatform):

@@ -34,7 +34,8 @@ def install() -> None:
 
     dist.new_group = new_group
 
-    from megatron_entropic.policy import model, transformer_config
+    from megatron_entropic.policy.model import build as model
+    from megatron_entropic.policy.model import transformer_config
 
     def on_meta(*arguments: Any, **options: Any) -> Any:
         config = transformer_config.build_transformer_config(*arguments, **options)
@@ -45,7 +46,7 @@ def install() -> None:
 
 
 def _platform() -> Any:
-    from megatron_entropic.policy.platform import CudaPlatform
+    from megatron_entropic.policy.megatron.platform import CudaPlatform
 
     class CudaOnMeta(CudaPlatform):
         @property
@@ -68,13 +69,13 @@ def build(example: str, model: str, overrides: list[str], *, last: bool) -> dict
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_entropic.config_loading import load_config
-    from megatron_entropic.policy import parallel
+    from megatron_entropic.config.load import load_config
+    from megatron_entropic.policy.megatron import parallel
 
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(MODEL_CONFIGS / f"{model}.json", Path(folder) / "config.json")
         overrides = [f"model.hf_dir={folder}", *overrides]
-        config = load_config(ROOT / f"examples/{example}.yaml", overrides, check_machine=False)
+        config = load_config(ROOT / f"examples/{example}.yaml", overrides)
         world = config.policy.world_size
         dist.init_process_group("fake", store=FakeStore(), rank=world - 1 if last else 0, world_size=world)
         try:
@@ -86,10 +87,10 @@ def build(example: str, model: str, overrides: list[str], *, last: bool) -> dict
 
 
 def _build(config: Any, state: Any) -> dict[str, Any]:
-    from megatron_entropic.policy.model import build_model
-    from megatron_entropic.policy.optimizer import PolicyOptimizer, wrap_data_parallel
-    from megatron_entropic.policy.transformer_config import DTYPES
-    from megatron_entropic.weights.dimensions import read_dimensions
+    from megatron_entropic.models.dimensions import read_dimensions
+    from megatron_entropic.policy.model.build import build_model
+    from megatron_entropic.policy.model.transformer_config import DTYPES
+    from megatron_entropic.policy.step.optimizer import PolicyOptimizer, wrap_data_parallel
 
     dimensions = read_dimensions(config.model.hf_dir)
     platform = _platform()
@@ -120,7 +121,7 @@ def _optimizer_shards(model: Any, optimizer: Any, policy: Any) -> dict[str, Any]
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
-    from megatron_entropic.policy.optimizer_shards import can_write_shards, own_shards
+    from megatron_entropic.policy.state.optimizer_shards import can_write_shards, own_shards
 
     if not policy.distributed_optimizer:
         return {"shards": None}
@@ -147,8 +148,8 @@ def _optimizer_shards(model: Any, optimizer: Any, policy: Any) -> dict[str, Any]
 
 def _compare_with_map(model: Any, dimensions: Any, state: Any) -> dict[str, Any]:
     """Names and shapes of the policy's parameters beside those of the parameter map."""
-    from megatron_entropic.policy.load_weights import named_entries
-    from megatron_entropic.weights.parameter_map import ParameterMap
+    from megatron_entropic.models.parameter_map import ParameterMap
+    from megatron_entropic.policy.model.load import named_entries
 
     parameter_map = ParameterMap(dimensions)
     seen: Counter[str] = Counter()

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from no_driver import Stream
 
-from megatron_entropic.weights.transport import FlatContents
+from megatron_entropic.weight_sync.gloo import FlatContents
 
 HOST = "127.0.0.1"
 WORKERS = 2

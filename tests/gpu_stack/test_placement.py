@@ -41,7 +41,7 @@ def devices_of_actors(config: Any, placement: Any) -> dict[str, list[dict[str, s
     """Environment of the first ranks and engines, which are started as a run starts them, up to `start()`."""
     import ray
 
-    from megatron_entropic.cluster import workers
+    from megatron_entropic.cluster import actors as workers
 
     def looking(actor: Any) -> Any:
         class Looking(actor.__ray_metadata__.modified_class):
@@ -99,7 +99,7 @@ def main(cases: dict[str, tuple[int, list[str]]], nodes: int) -> None:
     """Reserves room for every case in one cluster and prints the node of every rank and engine, as JSON."""
     os.environ.update(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_DEDUP_LOGS="0")
     from megatron_entropic.cluster.environment import prepare_ray_environment
-    from megatron_entropic.config import ClusterConfig
+    from megatron_entropic.config.run import ClusterConfig
 
     prepare_ray_environment(ClusterConfig())
     import ray
@@ -107,7 +107,7 @@ def main(cases: dict[str, tuple[int, list[str]]], nodes: int) -> None:
     from ray.util.placement_group import placement_group_table
 
     from megatron_entropic.cluster.placement import reserve
-    from megatron_entropic.config_loading import load_config
+    from megatron_entropic.config.load import load_config
 
     _give_nodes_time()
     node = {"num_cpus": 96, "num_gpus": 8, "object_store_memory": 80 * 2**20}
@@ -121,7 +121,7 @@ def main(cases: dict[str, tuple[int, list[str]]], nodes: int) -> None:
         for name, (_, overrides) in cases.items():
             settings = ["model.hf_dir=.", "cluster.startup_timeout_s=60", "cluster.address=auto", *overrides]
             example = EXAMPLES / f"{name.partition(',')[0]}.yaml"
-            config = load_config(example, settings, check_machine=False)
+            config = load_config(example, settings)
             placement = reserve(config, "cuda")
             tables = {s.group.id: placement_group_table(s.group) for s in placement.policy + placement.engines}
             sides = (placement.policy, placement.engines)

@@ -18,7 +18,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferInitI
 from vllm.v1.executor import abstract
 
 from megatron_entropic.rollout import engine, ipc_transport, nccl_transport
-from megatron_entropic.weights.transport import FlatContents
+from megatron_entropic.weight_sync.gloo import FlatContents
 
 CONTENTS = FlatContents(("a.weight", "b.bias"), ((2, 3), (5,)), "bfloat16")
 PACKAGE = Path(engine.__file__).parents[1]
@@ -109,7 +109,7 @@ def test_packed_sequences_have_the_fields_that_te_attention_takes() -> None:
     from megatron.core.packed_seq_params import PackedSeqParams
     from transformer_engine.pytorch import DotProductAttention
 
-    from megatron_entropic.policy.attention import PackedSegments
+    from megatron_entropic.policy.model.attention import PackedSegments
 
     taken = inspect.signature(DotProductAttention.forward).parameters
     # megatron-core hands these over by name; ours are more, and must not reach Transformer Engine.

@@ -31,12 +31,12 @@ from vllm.v1.worker import gpu_worker
 from vllm.v1.worker.gpu_worker import Worker
 
 from megatron_entropic.cluster.turns import DeviceTurns
+from megatron_entropic.models.dimensions import read_dimensions
+from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.rollout.engine import RolloutEngine
 from megatron_entropic.rollout.ipc_transport import DeviceMemory, IpcReceiver, _update_info
-from megatron_entropic.weights.dimensions import read_dimensions
-from megatron_entropic.weights.parameter_map import ParameterMap
-from megatron_entropic.weights.plan import PublishPlan, publish_plan
-from megatron_entropic.weights.transport import FlatContents
+from megatron_entropic.weight_sync.gloo import FlatContents
+from megatron_entropic.weight_sync.plan import PublishPlan, publish_plan
 
 MODEL_CONFIGS = Path(__file__).resolve().parents[2] / "megatron_entropic/planning/model_configs"
 SENDER = {"master_address": "10.0.0.1", "master_port": 4321, "world_size": 9, "timeout_s": 60.0}

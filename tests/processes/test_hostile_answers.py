@@ -9,7 +9,7 @@ import time
 import psutil
 import whole_steps
 
-from megatron_entropic.config import RewardConfig
+from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.types import Prompt, Sample
 

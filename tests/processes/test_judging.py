@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_entropic.config import RewardConfig
+from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.errors import RunError
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.rewards.judge import Judge

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import whole_steps
 
-from megatron_entropic.config import RewardConfig
+from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.types import Prompt, Sample
 
@@ -172,7 +172,7 @@ def test_math_verify_survives_a_tower_of_powers() -> None:
 def test_verifier_processes_do_not_outlive_a_killed_driver(verifier: str) -> None:
     program = (
         "import sys, time\n"
-        "from megatron_entropic.config import RewardConfig\n"
+        "from megatron_entropic.config.run import RewardConfig\n"
         "from megatron_entropic.rewards.pool import VerifierPool\n"
         f"pool = VerifierPool(RewardConfig(workers=2), {verifier!r})\n"
         "asked = [pool.submit([('pid', '', {})]) for _ in range(2)]\n"

@@ -11,7 +11,7 @@ import whole_steps
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_entropic.config import RewardConfig
+from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.rewards import RewardScorer, build_verifier
 from megatron_entropic.rewards.judge import Judge
 from megatron_entropic.rewards.overlong import overlong_penalty

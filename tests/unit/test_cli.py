@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from megatron_entropic import __version__, evaluate_command
+from megatron_entropic import __version__
 from megatron_entropic.algorithms import find_policy_loss
 from megatron_entropic.cli import main
+from megatron_entropic.commands import evaluate as evaluate_command
 from megatron_entropic.errors import UserError, missing_model
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_entropic.config import Config
-from megatron_entropic.config_loading import (
+from megatron_entropic.config.load import (
     ConfigError,
     batch_arithmetic,
     config_warnings,
@@ -18,6 +17,8 @@ from megatron_entropic.config_loading import (
     key_names,
     load_config,
 )
+from megatron_entropic.config.run import Config
+from megatron_entropic.training.machine import load_checked_config
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -63,13 +64,13 @@ def write(folder: Path, **sections: Any) -> Path:
 
 def problems_of(path: Path, *overrides: str, check_machine: bool = True) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides, check_machine=check_machine)
+        (load_checked_config if check_machine else load_config)(path, overrides)
     assert all(problem in str(caught.value).replace("\n    ", "\n") for problem in caught.value.violations)
     return caught.value.violations
 
 
 def test_a_good_configuration_loads_with_absolute_paths(machine: Path) -> None:
-    config = load_config(write(machine), ["policy.tensor_parallel=2", "run.output_dir=out"])
+    config = load_checked_config(write(machine), ["policy.tensor_parallel=2", "run.output_dir=out"])
     assert config.policy.tensor_parallel == 2
     assert config.model.hf_dir == machine / "model"
     assert config.data.train_files == [machine / "train.jsonl"]
@@ -78,7 +79,7 @@ def test_a_good_configuration_loads_with_absolute_paths(machine: Path) -> None:
 
 
 def test_overrides_are_yaml_and_the_last_one_wins(machine: Path) -> None:
-    config = load_config(
+    config = load_checked_config(
         write(machine),
         [
             "optimizer.learning_rate=3e-4",
@@ -222,7 +223,7 @@ def test_parallel_layout_against_the_model(machine: Path) -> None:
     ],
 )
 def test_the_output_head_follows_the_loss(machine: Path, control: dict[str, Any], head: str, resolved: str) -> None:
-    config = load_config(write(machine, entropy_control=control, policy={"output_head": head}))
+    config = load_checked_config(write(machine, entropy_control=control, policy={"output_head": head}))
     assert config.output_head == resolved
 
 
@@ -247,9 +248,9 @@ def test_rollouts_in_eight_bits_need_a_gpu_and_are_best_corrected(machine: Path)
         "rollout.quantization=fp8 needs a GPU, but cluster.device is cpu",
         "cluster.check_weights=true with rollout.quantization=fp8: engines do not hold the weights as they are sent",
     ]
-    (warning,) = config_warnings(load_config(path))
+    (warning,) = config_warnings(load_checked_config(path))
     assert "tis is recommended" in warning
-    assert config_warnings(load_config(path, ["rollout.importance_correction=tis"])) == []
+    assert config_warnings(load_checked_config(path, ["rollout.importance_correction=tis"])) == []
 
 
 def test_sharing_devices_has_conditions(machine: Path) -> None:
@@ -260,7 +261,8 @@ def test_sharing_devices_has_conditions(machine: Path) -> None:
         *["cluster.colocate=true"] * 2,
         "cluster.colocate=true fills nodes one after the other; cluster.policy_ranks_per_node must be null",
     ]
-    config = load_config(write(machine), ["cluster.colocate=true", "policy.offload=all", "policy.data_parallel=2"])
+    colocated = ["cluster.colocate=true", "policy.offload=all", "policy.data_parallel=2"]
+    config = load_checked_config(write(machine), colocated)
     assert config_warnings(config) == ["cluster.colocate=true: 1 of 2 devices stand still during rollouts"]
     assert config.cluster.transport_on("cuda") == "ipc"
     assert config.cluster.transport_on("cpu") == "gloo"
@@ -277,13 +279,13 @@ def test_a_transport_that_is_asked_for_has_conditions(machine: Path) -> None:
     assert problems_of(path, *cluster, "cluster.transport=nccl") == [
         "cluster.transport=nccl refuses two processes on one GPU, as cluster.colocate=true has them: use ipc or gloo"
     ]
-    assert load_config(path, [*cluster, "cluster.transport=gloo"]).cluster.transport_on("cuda") == "gloo"
+    assert load_checked_config(path, [*cluster, "cluster.transport=gloo"]).cluster.transport_on("cuda") == "gloo"
 
 
 def test_router_replay_needs_routers(machine: Path) -> None:
     (problem,) = problems_of(write(machine), "policy.moe_router_replay=score")
     assert problem.startswith("policy.moe_router_replay=score needs a model with experts")
-    load_config(write(machine), ["policy.moe_router_replay=off"])
+    load_checked_config(write(machine), ["policy.moe_router_replay=off"])
 
 
 def test_latent_attention_of_engines(machine: Path) -> None:
@@ -300,7 +302,7 @@ def test_latent_attention_of_engines(machine: Path) -> None:
     sizes = QWEN3 | published | routing | experts | weights | {"num_key_value_heads": QWEN3["num_attention_heads"]}
     model = sizes | {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
     (machine / "model" / "config.json").write_text(json.dumps(model))
-    load_config(write(machine), ["cluster.device=cpu", "cluster.check_weights=true"])
+    load_checked_config(write(machine), ["cluster.device=cpu", "cluster.check_weights=true"])
     (machine / "model" / "config.json").write_text(json.dumps(model | {"kv_lora_rank": 256}))
     (problem,) = problems_of(write(machine), "cluster.device=cpu")
     assert "= (512, 64) only, the model has (256, 64)" in problem
@@ -309,7 +311,7 @@ def test_latent_attention_of_engines(machine: Path) -> None:
 def test_lengths_against_the_positions_of_the_model(machine: Path) -> None:
     (problem,) = problems_of(write(machine), "rollout.max_response_tokens=49")
     assert "= 65 tokens, but the model's positions end at 64" in problem
-    load_config(write(machine), ["rollout.max_response_tokens=48"])
+    load_checked_config(write(machine), ["rollout.max_response_tokens=48"])
 
 
 def test_an_incomplete_model_directory(machine: Path) -> None:
@@ -327,7 +329,7 @@ def test_weights_of_a_distributed_checkpoint(machine: Path) -> None:
     (machine / "model" / "model.safetensors").unlink()
     (machine / "model" / ".metadata").touch()
     assert "name it as model.megatron_dir too" in problems_of(write(machine))[0]
-    config = load_config(write(machine), ["model.megatron_dir=model"])
+    config = load_checked_config(write(machine), ["model.megatron_dir=model"])
     assert config.model.megatron_dir == config.model.hf_dir
     (problem,) = problems_of(write(machine), "model.megatron_dir=nowhere")
     assert (
@@ -366,21 +368,21 @@ def test_gpus_are_counted_for_a_run_of_this_machine(machine: Path) -> None:
     path = write(machine)
     (problem,) = problems_of(path, "cluster.device=cuda", "policy.data_parallel=32", "rollout.engines=32")
     assert "32 policy ranks and 32 rollout ranks need 64 GPUs" in problem
-    load_config(path, ["cluster.device=cuda", "policy.data_parallel=32", "cluster.address=auto"])
+    load_checked_config(path, ["cluster.device=cuda", "policy.data_parallel=32", "cluster.address=auto"])
 
 
 def test_a_configuration_for_another_machine(tmp_path: Path) -> None:
     path = write(tmp_path, model={"hf_dir": "/somewhere/else"})
-    load_config(path, check_machine=False)
+    load_config(path)
     assert len(problems_of(path)) == 2
 
 
 def test_what_is_written_reads_back_equal(machine: Path) -> None:
-    config = load_config(
+    config = load_checked_config(
         write(machine), ["entropy_control.controller=off", "logging.wandb=off", "algorithm.kl.coefficient=1e-3"]
     )
     dump_config(config, machine / "out" / "config.yaml")
-    assert load_config(machine / "out" / "config.yaml") == config
+    assert load_checked_config(machine / "out" / "config.yaml") == config
 
 
 def test_batch_arithmetic_of_the_published_setting(tmp_path: Path) -> None:
@@ -397,7 +399,7 @@ def test_batch_arithmetic_of_the_published_setting(tmp_path: Path) -> None:
         policy={"tensor_parallel": 2, "pipeline_parallel": 2, "data_parallel": 4, "tokens_per_microbatch": 18432},
         warm_start={"steps": 2, "file": "pairs.jsonl", "sequences_per_step": 8},
     )
-    rows = dict(batch_arithmetic(load_config(path, ["algorithm.optimizer_steps_per_rollout=2"], check_machine=False)))
+    rows = dict(batch_arithmetic(load_config(path, ["algorithm.optimizer_steps_per_rollout=2"])))
     assert rows == {
         "responses per step": "512 prompts x 8 = 4,096",
         "optimizer steps": "2,000 steps x 2 = 4,000",
@@ -415,8 +417,8 @@ def test_batch_arithmetic_of_the_published_setting(tmp_path: Path) -> None:
 
 
 def test_warnings_speak_only_when_something_is_odd(machine: Path) -> None:
-    assert config_warnings(load_config(write(machine))) == []
-    odd = load_config(
+    assert config_warnings(load_checked_config(write(machine))) == []
+    odd = load_checked_config(
         write(machine),
         [
             "policy.tokens_per_microbatch=8",
@@ -430,13 +432,14 @@ def test_warnings_speak_only_when_something_is_odd(machine: Path) -> None:
 
 def test_a_schedule_that_ends_early_is_noticed(machine: Path) -> None:
     moving = ["train.steps=200", "entropy_control.target_schedule={kind: linear, end: 0.2, steps: 200}"]
-    assert config_warnings(load_config(write(machine), moving)) == []
+    assert config_warnings(load_checked_config(write(machine), moving)) == []
     four = [*moving, "algorithm.optimizer_steps_per_rollout=4", "entropy_control.feedback=auto"]
-    config = load_config(write(machine), four)
+    config = load_checked_config(write(machine), four)
     (warning,) = config_warnings(config)
     assert "it ends with step 50 of 200; for the whole run take 800" in warning
     assert "200 optimizer steps: until step 50)" in dict(batch_arithmetic(config))["entropy control"]
-    assert config_warnings(load_config(write(machine), [*four, "entropy_control.target_schedule.steps=800"])) == []
+    whole = load_checked_config(write(machine), [*four, "entropy_control.target_schedule.steps=800"])
+    assert config_warnings(whole) == []
 
 
 def test_key_names_cover_the_tree() -> None:
@@ -465,7 +468,7 @@ def test_losses_and_controllers_that_cannot_work_are_named_together(machine: Pat
 
 def test_the_output_head_follows_the_policy_loss(machine: Path) -> None:
     def head(*overrides: str) -> str:
-        return load_config(write(machine), overrides).output_head
+        return load_checked_config(write(machine), overrides).output_head
 
     assert head() == "fused_loss"
     assert head("algorithm.policy_loss=clip_cov") == "fused_loss"
@@ -479,7 +482,7 @@ def test_the_output_head_follows_the_policy_loss(machine: Path) -> None:
 
 def test_feedback_follows_what_was_scored(machine: Path) -> None:
     def feedback(*overrides: str) -> str:
-        return load_config(write(machine), overrides).feedback
+        return load_checked_config(write(machine), overrides).feedback
 
     assert feedback() == "score_pass"
     assert feedback("algorithm.epochs_per_rollout=2") == "previous_step"
@@ -493,4 +496,4 @@ def test_deltas_need_gloo(machine: Path) -> None:
     assert problems_of(path, *asked) == [
         "rollout.publish=delta needs gloo, the transport here is nccl: use full or cluster.transport=gloo"
     ]
-    assert load_config(path, [*asked, "cluster.transport=gloo"]).rollout.publish == "delta"
+    assert load_checked_config(path, [*asked, "cluster.transport=gloo"]).rollout.publish == "delta"

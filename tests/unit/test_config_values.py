@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from test_config import QWEN3
 
-from megatron_entropic.config_loading import ConfigError, key_names, load_config, read_config
+from megatron_entropic.config.load import ConfigError, key_names, read_config
+from megatron_entropic.training.machine import load_checked_config
 
 FILE = """model:
   hf_dir: model
@@ -36,7 +37,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def value_of(key: str, *overrides: str) -> Any:
-    value: Any = load_config("run.yaml", overrides)
+    value: Any = load_checked_config("run.yaml", overrides)
     for part in key.split("."):
         value = getattr(value, part)
     return value
@@ -186,7 +187,7 @@ def test_a_value_that_cannot_work_is_refused_by_name(machine: Path, override: st
     Path("loop.jsonl").symlink_to("loop.jsonl")
     Path("dangling.jsonl").symlink_to("gone.jsonl")
     with pytest.raises(ConfigError) as caught:
-        load_config("run.yaml", [override])
+        load_checked_config("run.yaml", [override])
     key = override.partition("=")[0]
     name = {"a.b.c": "unknown key a", "": "override", "..": "override", "train.steps.x": "train.steps"}.get(key, key)
     assert all(name in problem for problem in caught.value.violations), caught.value
@@ -219,7 +220,7 @@ def test_a_value_that_cannot_work_is_refused_by_name(machine: Path, override: st
 def test_a_file_that_is_wrong_is_told_with_line_and_key(machine: Path, text: str, expected: str) -> None:
     (machine / "run.yaml").write_text(FILE + text)
     with pytest.raises(ConfigError) as caught:
-        load_config("run.yaml")
+        load_checked_config("run.yaml")
     assert any(expected in problem for problem in caught.value.violations), caught.value
 
 
@@ -231,7 +232,7 @@ def test_a_bomb_of_aliases_does_not_go_off(machine: Path) -> None:
     bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "\n".join(levels) + "\nrun: {name: *i}\n"
     (machine / "run.yaml").write_text(bomb + FILE)
     with pytest.raises(ConfigError, match=r"run\.name: needs a single value, this is a list"):
-        load_config("run.yaml")
+        load_checked_config("run.yaml")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_a_bomb_of_aliases_does_not_go_off(machine: Path) -> None:
 def test_a_configuration_that_is_no_file_is_called_what_it_is(tmp_path: Path, make: Any, expected: str) -> None:
     make(tmp_path / "run.yaml")
     with pytest.raises(ConfigError) as caught:
-        load_config(tmp_path / "run.yaml")
+        load_checked_config(tmp_path / "run.yaml")
     assert expected in str(caught.value)
 
 
@@ -257,6 +258,6 @@ def test_a_configuration_that_is_no_file_is_called_what_it_is(tmp_path: Path, ma
 def test_values_of_another_kind_crash_no_key(machine: Path, value: str) -> None:
     keys = list(key_names())
     single = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
-    read_config("run.yaml", [f"{key}={value}" for key in single], check_machine=False)
+    read_config("run.yaml", [f"{key}={value}" for key in single])
     for section in set(keys) - set(single):
-        read_config("run.yaml", [f"{section}={value}"], check_machine=False)
+        read_config("run.yaml", [f"{section}={value}"])

@@ -15,11 +15,12 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from megatron_entropic.config import Config
-from megatron_entropic.config_loading import load_config
+from megatron_entropic.config.load import load_config
+from megatron_entropic.config.run import Config
 from megatron_entropic.data import PromptDataset, WarmStartPairs, load_tokenizer
+from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.rewards import build_verifier
-from megatron_entropic.weights.dimensions import read_dimensions
+from megatron_entropic.training.machine import load_checked_config
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -48,7 +49,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def countdown_config(assets: Path, *overrides: str) -> Config:
     """The shipped configuration, with the generated files in place of the ones quickstart.sh makes."""
-    return load_config(
+    return load_checked_config(
         EXAMPLES / "countdown_cpu.yaml",
         [
             f"model.hf_dir={assets}/model",
@@ -177,7 +178,7 @@ def test_countdown_configuration(assets: Path) -> None:
 
 
 def test_qwen3_8b_configuration_is_the_published_setting() -> None:
-    config = load_config(EXAMPLES / "qwen3_8b.yaml", check_machine=False)
+    config = load_config(EXAMPLES / "qwen3_8b.yaml")
     rollout, control, optimizer = config.rollout, config.entropy_control, config.optimizer
     assert (rollout.prompts_per_step, rollout.samples_per_prompt, rollout.temperature) == (512, 8, 0.6)
     assert (config.data.max_prompt_tokens, rollout.max_response_tokens) == (1024, 8192)
@@ -193,7 +194,7 @@ def test_qwen3_8b_configuration_is_the_published_setting() -> None:
 
 def differences(first: str, second: str) -> dict[str, Any]:
     """What a recipe has otherwise than another, names aside: {dotted key: value in the second}."""
-    configs = [load_config(EXAMPLES / f"{name}.yaml", check_machine=False) for name in (first, second)]
+    configs = [load_config(EXAMPLES / f"{name}.yaml") for name in (first, second)]
     left, right = (dict(flat(config.model_dump(mode="json"))) for config in configs)
     return {key: right[key] for key in right if left[key] != right[key] and not key.startswith("run.")}
 
@@ -242,4 +243,4 @@ def test_the_rows_of_the_paper_are_configurations_that_can_run() -> None:
     rows = re.findall(r"\| `(examples/\S+\.yaml)((?: [\w.]+=\S+)+)` \|", page)
     assert len(rows) == 6
     for recipe, overrides in rows:
-        load_config(EXAMPLES.parent / recipe, overrides.split(), check_machine=False)
+        load_config(EXAMPLES.parent / recipe, overrides.split())

@@ -7,13 +7,13 @@ import re
 
 import pytest
 
-from megatron_entropic.errors import UserError
-from megatron_entropic.quantized_export import (
+from megatron_entropic.commands.quantized_export import (
     MAX_KL,
     QuantizationFormat,
     QuantizationReport,
     refuse_another_policy,
 )
+from megatron_entropic.errors import UserError
 
 
 def _report(kl_mean: float) -> QuantizationReport:

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_entropic.cli import main
-from megatron_entropic.config_loading import load_config
-from megatron_entropic.preconditions import open_inputs
+from megatron_entropic.training.machine import load_checked_config
+from megatron_entropic.training.preconditions import open_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "countdown_cpu.yaml"
@@ -125,7 +125,10 @@ def test_each_thing_that_is_opened(
 
 
 def test_a_start_needs_neither_ray_nor_vllm_to_be_checked() -> None:
-    code = "import sys, megatron_entropic.preconditions; print(sorted({'ray', 'vllm', 'megatron'} & set(sys.modules)))"
+    code = (
+        "import sys, megatron_entropic.training.preconditions;"
+        "print(sorted({'ray', 'vllm', 'megatron'} & set(sys.modules)))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
     )
@@ -133,7 +136,7 @@ def test_a_start_needs_neither_ray_nor_vllm_to_be_checked() -> None:
 
 
 def test_what_was_opened_is_what_the_run_gets(files: Path) -> None:
-    config = load_config(EXAMPLE, arguments(files, "warm_start.steps=2", "warm_start.sequences_per_step=4"))
+    config = load_checked_config(EXAMPLE, arguments(files, "warm_start.steps=2", "warm_start.sequences_per_step=4"))
     with open_inputs(config) as inputs:
         assert len(inputs.prompts) == 20
         assert [len(lesson) for lesson in inputs.lessons] == [4, 4]

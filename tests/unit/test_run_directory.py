@@ -9,15 +9,15 @@ import pytest
 import torch
 import yaml
 
+from megatron_entropic.checkpoints.run_checkpoints import MANIFEST, checkpoint_path
 from megatron_entropic.cluster.policy_group import PolicyGroup
-from megatron_entropic.config import Config
-from megatron_entropic.config_loading import dump_config
+from megatron_entropic.config.load import dump_config
+from megatron_entropic.config.run import Config
 from megatron_entropic.errors import PeerDied, RunError
 from megatron_entropic.observability.progress import Progress
-from megatron_entropic.observability.rollouts import recorded_steps, rollouts_path
+from megatron_entropic.observability.records import recorded_steps, rollouts_path
 from megatron_entropic.observability.settings_history import read_parts
-from megatron_entropic.policy.checkpoint_files import MANIFEST, checkpoint_path
-from megatron_entropic.run_directory import RunDirectory
+from megatron_entropic.training.run_directory import RunDirectory
 from megatron_entropic.types import Prompt, Sample, Scores, Sequence
 
 

@@ -13,9 +13,9 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from megatron_entropic.config_loading import load_config
 from megatron_entropic.data import PromptDataset, WarmStartPairs, load_tokenizer
 from megatron_entropic.rewards import build_verifier
+from megatron_entropic.training.machine import load_checked_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "study"))
 
@@ -110,7 +110,7 @@ def test_held_out_problems_are_nowhere_else(assets: Path) -> None:
 
 
 def test_the_trainer_reads_the_files(assets: Path) -> None:
-    config = load_config(
+    config = load_checked_config(
         STUDY / "chain.yaml",
         [
             f"model.hf_dir={assets}/model",

@@ -11,7 +11,7 @@ import yaml
 
 from megatron_entropic.algorithms import POLICY_LOSSES
 from megatron_entropic.algorithms.entropy_control import CONTROLLERS
-from megatron_entropic.config_algorithm import AlgorithmConfig, EntropyControlConfig
+from megatron_entropic.config.algorithm import AlgorithmConfig, EntropyControlConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "study"))
 

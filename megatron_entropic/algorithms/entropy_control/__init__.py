@@ -7,12 +7,12 @@ stay equal bit for bit. `steering` says what a controller can ask for, `factorie
 """
 
 from megatron_entropic.algorithms.entropy_control.controller import Controller
-from megatron_entropic.algorithms.entropy_control.entropic import EntropyController
 from megatron_entropic.algorithms.entropy_control.factories import build_controller
-from megatron_entropic.algorithms.entropy_control.microbatch_local import MicrobatchLocalController
+from megatron_entropic.algorithms.entropy_control.proportional_integral import EntropyController
+from megatron_entropic.algorithms.entropy_control.published import MicrobatchLocalController
 from megatron_entropic.algorithms.entropy_control.schedules import Schedule, Setpoint
 from megatron_entropic.algorithms.entropy_control.steering import Steering
-from megatron_entropic.names import CONTROLLERS
+from megatron_entropic.config.names import CONTROLLERS
 
 __all__ = [
     "CONTROLLERS",

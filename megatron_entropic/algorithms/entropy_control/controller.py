@@ -11,7 +11,7 @@ from megatron_entropic.algorithms.entropy_control.schedules import Setpoint
 from megatron_entropic.algorithms.entropy_control.steering import Steering
 
 if TYPE_CHECKING:
-    from megatron_entropic.config_algorithm import EntropyControlConfig
+    from megatron_entropic.config.algorithm import EntropyControlConfig
 
 _BASE_STATE = ("H", "H_initial", "observations", "step")
 

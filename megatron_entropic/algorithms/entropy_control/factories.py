@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_entropic.algorithms.entropy_control.controller import Controller
-from megatron_entropic.algorithms.entropy_control.entropic import EntropyController
-from megatron_entropic.algorithms.entropy_control.probe import Probe
-from megatron_entropic.algorithms.entropy_control.rivals import (
+from megatron_entropic.algorithms.entropy_control.baselines import (
     AdaptiveEntropyCoefficient,
     ConstantAlpha,
     Dmmpt,
     Entrocraft,
     EntropyBonus,
 )
+from megatron_entropic.algorithms.entropy_control.controller import Controller
+from megatron_entropic.algorithms.entropy_control.probe import Probe
+from megatron_entropic.algorithms.entropy_control.proportional_integral import EntropyController
 from megatron_entropic.algorithms.entropy_control.schedules import Schedule, Setpoint
+from megatron_entropic.config.names import CONTROLLERS, controller_entry, unknown_name
+from megatron_entropic.config.plugins import find_attribute
 from megatron_entropic.errors import UserError
-from megatron_entropic.names import CONTROLLERS, controller_entry, unknown_name
-from megatron_entropic.plugins import find_attribute
 
 if TYPE_CHECKING:
-    from megatron_entropic.config_algorithm import EntropyControlConfig
+    from megatron_entropic.config.algorithm import EntropyControlConfig
 
 
 def build_controller(config: EntropyControlConfig) -> Controller:

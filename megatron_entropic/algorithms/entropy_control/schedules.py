@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from megatron_entropic.config_algorithm import EntropyControlConfig, GainScheduleConfig
+    from megatron_entropic.config.algorithm import EntropyControlConfig, GainScheduleConfig
 
 
 @dataclass(frozen=True, slots=True)

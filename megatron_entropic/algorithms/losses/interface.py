@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from megatron_entropic.algorithms.policy_loss import MAX_LOG_RATIO, PolicyLossTerms
+from megatron_entropic.algorithms.losses.policy_loss import MAX_LOG_RATIO, PolicyLossTerms
 
 if TYPE_CHECKING:
-    from megatron_entropic.config_algorithm import AlgorithmConfig
+    from megatron_entropic.config.algorithm import AlgorithmConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_entropic import names
 from megatron_entropic.algorithms.losses.interface import PolicyLoss
+from megatron_entropic.config import names
+from megatron_entropic.config.plugins import find_attribute
 from megatron_entropic.errors import UserError
-from megatron_entropic.plugins import find_attribute
 
 _KEY = "algorithm.policy_loss"
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from policy_ranks import Rendezvous
 
-from megatron_entropic.policy.forward import OutputOptions
-from megatron_entropic.policy.microbatch import pack
+from megatron_entropic.policy.batch.microbatch import pack
 from megatron_entropic.policy.policy import Policy
+from megatron_entropic.policy.step.forward import OutputOptions
 from megatron_entropic.types import Sequence
 
 

@@ -19,8 +19,8 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from policy_ranks import RANK, Rendezvous, hf_parameters, replica_part
 
 from megatron_entropic.errors import RunError
-from megatron_entropic.policy import checkpoint, checkpoint_writer
 from megatron_entropic.policy.policy import Policy
+from megatron_entropic.policy.state import checkpoint, checkpoint_writer
 from megatron_entropic.types import Sequence
 
 STEPS_BEFORE, STEPS_AFTER = 2, 2

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from policy_ranks import RANK, Rendezvous, hf_gradients, replica_part
 
-from megatron_entropic.policy.control import EntropyControl, MicrobatchLocalControl
 from megatron_entropic.policy.policy import Policy
+from megatron_entropic.policy.step.control import EntropyControl, MicrobatchLocalControl
 from megatron_entropic.types import Sequence
 
 LAYOUTS: dict[str, dict[str, Any]] = {

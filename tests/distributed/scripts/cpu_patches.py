@@ -9,9 +9,9 @@ import sys
 import torch
 import torch.distributed as dist
 
-from megatron_entropic.policy.cpu_patches import apply_cpu_patches, patches_for
-from megatron_entropic.policy.megatron_versions import check_megatron_version, installed_megatron_version
-from megatron_entropic.policy.noise import silence_known_noise
+from megatron_entropic.policy.megatron.cpu_patches import apply_cpu_patches, patches_for
+from megatron_entropic.policy.megatron.megatron_versions import check_megatron_version, installed_megatron_version
+from megatron_entropic.policy.megatron.noise import silence_known_noise
 
 
 def rotate() -> torch.Tensor:

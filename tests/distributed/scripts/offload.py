@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from policy_ranks import Rendezvous, replica_part, sequences_with_advantages
 
-from megatron_entropic.policy.offload import PARTS
 from megatron_entropic.policy.policy import Policy
+from megatron_entropic.policy.state.offload import PARTS
 from megatron_entropic.types import Sequence
 
 STEPS = 3

@@ -14,9 +14,9 @@ import psutil
 import torch
 from policy_ranks import Rendezvous, replica_part
 
-from megatron_entropic.policy.checkpoint import checkpoint_path
 from megatron_entropic.policy.policy import Policy
-from megatron_entropic.policy.warm_start import warm_start_step
+from megatron_entropic.policy.state.checkpoint import checkpoint_path
+from megatron_entropic.policy.step.sft import warm_start_step
 from megatron_entropic.types import Sequence
 
 OPTIMIZER = {"learning_rate": 1e-3, "weight_decay": 0.5, "epsilon": 1e-5}

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_entropic.config import Config
-from megatron_entropic.policy.control import build_control
-from megatron_entropic.policy.data_parallel import data_parallel_shards
-from megatron_entropic.policy.gather import gather_hf_tensors, sends_weights
-from megatron_entropic.policy.load_weights import load_weights, named_entries
-from megatron_entropic.policy.loss_fields import LossSettings
+from megatron_entropic.config.run import Config
+from megatron_entropic.policy.batch.balance import data_parallel_shards
+from megatron_entropic.policy.model.load import load_weights, named_entries
 from megatron_entropic.policy.policy import Policy
-from megatron_entropic.policy.update import PolicyUpdate
+from megatron_entropic.policy.publish.gather import gather_hf_tensors, sends_weights
+from megatron_entropic.policy.step.control import build_control
+from megatron_entropic.policy.step.loss_fields import LossSettings
+from megatron_entropic.policy.step.update import PolicyUpdate
 from megatron_entropic.types import Sequence
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

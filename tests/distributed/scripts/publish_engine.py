@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from megatron_entropic.config import RolloutConfig
+from megatron_entropic.config.run import RolloutConfig
+from megatron_entropic.models.dimensions import read_dimensions
+from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.observability.stacks import stacks_of_family
 from megatron_entropic.rollout.engine import RolloutEngine
 from megatron_entropic.types import GenerationRequest, Prompt
-from megatron_entropic.weights.checksums import checksums, mismatches
-from megatron_entropic.weights.dimensions import read_dimensions
-from megatron_entropic.weights.parameter_map import ParameterMap
-from megatron_entropic.weights.plan import PublishPlan, publish_plan
+from megatron_entropic.weight_sync.checksums import checksums, mismatches
+from megatron_entropic.weight_sync.plan import PublishPlan, publish_plan
 
 WAIT_S = 240
 NAMES = ("zero", "one", "two")

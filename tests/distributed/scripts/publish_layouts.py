@@ -13,18 +13,18 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megatron_entropic.config import PolicyConfig
+from megatron_entropic.config.run import PolicyConfig
 from megatron_entropic.errors import RunError
-from megatron_entropic.policy.load_weights import load_weights
-from megatron_entropic.policy.parallel import ParallelState, destroy_model_parallel, initialise_model_parallel
-from megatron_entropic.policy.platform import Platform, select_platform
-from megatron_entropic.policy.publish import Publisher
-from megatron_entropic.weights.checksums import checksums
-from megatron_entropic.weights.dimensions import read_dimensions
-from megatron_entropic.weights.parameter_map import ParameterMap
-from megatron_entropic.weights.plan import PublishPlan, publish_plan
-from megatron_entropic.weights.receiving import Arrivals
-from megatron_entropic.weights.transport import FlatContents, GlooReceiver, GlooSender, SendingRanks
+from megatron_entropic.models.dimensions import read_dimensions
+from megatron_entropic.models.parameter_map import ParameterMap
+from megatron_entropic.policy.megatron.parallel import ParallelState, destroy_model_parallel, initialise_model_parallel
+from megatron_entropic.policy.megatron.platform import Platform, select_platform
+from megatron_entropic.policy.model.load import load_weights
+from megatron_entropic.policy.publish.publisher import Publisher
+from megatron_entropic.weight_sync.checksums import checksums
+from megatron_entropic.weight_sync.gloo import FlatContents, GlooReceiver, GlooSender, SendingRanks
+from megatron_entropic.weight_sync.plan import PublishPlan, publish_plan
+from megatron_entropic.weight_sync.receiving import Arrivals
 
 BUCKET_BYTES = 200_000
 RECEIVERS = 2
@@ -86,7 +86,7 @@ def exports(
     model: Any, plan: PublishPlan, parameter_map: ParameterMap, parallel: ParallelState, hf_dir: Path
 ) -> dict[str, Any]:
     """Three exports of which two are kept, and one that fails, as rank 0 sees them."""
-    from megatron_entropic.policy.background_export import BackgroundExport
+    from megatron_entropic.policy.state.background_export import BackgroundExport
 
     output = hf_dir.with_name(f"{hf_dir.name}_exports")
     export = BackgroundExport(model, plan, parameter_map, parallel, template_dir=hf_dir, keep_last=2)
@@ -129,7 +129,7 @@ def publish_from_each_rank(publisher: Publisher, plan: PublishPlan, rank: int, h
 def publish_layout(
     platform: Platform, policy: PolicyConfig, hf_dir: Path, counted: Counted
 ) -> tuple[ParallelState, dict[str, Any]]:
-    from megatron_entropic.policy.model import build_model
+    from megatron_entropic.policy.model.build import build_model
 
     parallel = initialise_model_parallel(policy)
     platform.manual_seed(1)

@@ -7,13 +7,13 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_entropic.config import PolicyConfig
-from megatron_entropic.policy.load_weights import load_weights
-from megatron_entropic.policy.parallel import initialise_model_parallel
-from megatron_entropic.policy.platform import select_platform
-from megatron_entropic.weights.dimensions import read_dimensions
-from megatron_entropic.weights.parameter_map import ParameterMap
-from megatron_entropic.weights.plan import publish_plan
+from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.models.dimensions import read_dimensions
+from megatron_entropic.models.parameter_map import ParameterMap
+from megatron_entropic.policy.megatron.parallel import initialise_model_parallel
+from megatron_entropic.policy.megatron.platform import select_platform
+from megatron_entropic.policy.model.load import load_weights
+from megatron_entropic.weight_sync.plan import publish_plan
 
 
 def main(directory: Path) -> None:
@@ -25,8 +25,8 @@ def main(directory: Path) -> None:
         master_port=int(os.environ["MASTER_PORT"]),
         timeout_s=300,
     )
-    from megatron_entropic.policy.model import build_model
-    from megatron_entropic.policy.publish import Publisher
+    from megatron_entropic.policy.model.build import build_model
+    from megatron_entropic.policy.publish.publisher import Publisher
 
     policy = PolicyConfig(tensor_parallel=2)
     parallel = initialise_model_parallel(policy)

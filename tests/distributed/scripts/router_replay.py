@@ -17,7 +17,7 @@ import torch.distributed as dist
 from policy_ranks import Rendezvous, hf_gradients, replica_part, sequences_with_advantages
 
 from megatron_entropic.policy.policy import Policy
-from megatron_entropic.policy.score import score
+from megatron_entropic.policy.step.score import score
 from megatron_entropic.types import Sequence
 
 OTHER_TOKENS_PER_MICROBATCH = 77

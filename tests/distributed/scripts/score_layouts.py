@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 
-from megatron_entropic.config import PolicyConfig
-from megatron_entropic.policy.load_weights import load_weights
-from megatron_entropic.policy.parallel import destroy_model_parallel, initialise_model_parallel
-from megatron_entropic.policy.platform import Platform, select_platform
+from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.models.dimensions import read_dimensions
+from megatron_entropic.policy.megatron.parallel import destroy_model_parallel, initialise_model_parallel
+from megatron_entropic.policy.megatron.platform import Platform, select_platform
+from megatron_entropic.policy.model.load import load_weights
 from megatron_entropic.types import Scores, Sequence
-from megatron_entropic.weights.dimensions import read_dimensions
 
 
 def score_layout(platform: Platform, policy: PolicyConfig, hf_dir: Path, case: dict) -> Scores | None:
-    from megatron_entropic.policy.model import build_model
-    from megatron_entropic.policy.score import score_sequences
+    from megatron_entropic.policy.model.build import build_model
+    from megatron_entropic.policy.step.score import score_sequences
 
     state = initialise_model_parallel(policy)
     platform.manual_seed(1)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_entropic.cluster.environment import prepare_ray_environment
-from megatron_entropic.config import Config
-from megatron_entropic.config_loading import load_config
+from megatron_entropic.config.run import Config
 from megatron_entropic.errors import RunError
+from megatron_entropic.training.machine import load_checked_config
 from megatron_entropic.types import Prompt
 
 
@@ -49,7 +49,7 @@ def broken_publication(weights: Any, version: int, actor: Any, config: Config) -
 def broken_start(config: Config, victim: str) -> dict[str, Any]:
     """Publishes and generates, then publishes while `victim` (policy or engine) is lost; one engine may be replaced."""
     from megatron_entropic.cluster.launch import launch
-    from megatron_entropic.cluster.weight_publisher import WeightPublisher
+    from megatron_entropic.cluster.weight_sync import WeightPublisher
 
     prompts = [Prompt(index, [3, 4, 5], "", None) for index in range(2)]
     with launch(config) as (policy, engines):
@@ -70,7 +70,7 @@ def broken_start(config: Config, victim: str) -> dict[str, Any]:
 
 
 def main(output: Path, config_file: str, *overrides: str) -> None:
-    config = load_config(Path(config_file), list(overrides))
+    config = load_checked_config(Path(config_file), list(overrides))
     prepare_ray_environment(config.cluster)
     output.write_text(json.dumps({victim: broken_start(config, victim) for victim in ("policy", "engine")}))
 

@@ -15,12 +15,12 @@ import torch
 from rollout_engine_run import plain, publish, requests_of_step
 from safetensors.torch import load_file
 
-from megatron_entropic.config import RolloutConfig
+from megatron_entropic.config.run import RolloutConfig
+from megatron_entropic.models.dimensions import read_dimensions
+from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.rollout.engine import RolloutEngine
-from megatron_entropic.weights.checksums import checksums, mismatches
-from megatron_entropic.weights.dimensions import read_dimensions
-from megatron_entropic.weights.parameter_map import ParameterMap
-from megatron_entropic.weights.plan import publish_plan
+from megatron_entropic.weight_sync.checksums import checksums, mismatches
+from megatron_entropic.weight_sync.plan import publish_plan
 
 
 def main(directory: Path, tensor_parallel: int) -> None:

@@ -19,15 +19,15 @@ import torch
 from safetensors.torch import load_file
 from torch.multiprocessing import reductions
 
-from megatron_entropic.config import RolloutConfig
+from megatron_entropic.config.run import RolloutConfig
 from megatron_entropic.errors import PeerDied
+from megatron_entropic.models.dimensions import read_dimensions
+from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.rollout.engine import RolloutEngine
 from megatron_entropic.rollout.ipc_transport import DeviceMemory, IpcSender
-from megatron_entropic.weights.checksums import checksums, mismatches
-from megatron_entropic.weights.dimensions import read_dimensions
-from megatron_entropic.weights.parameter_map import ParameterMap
-from megatron_entropic.weights.plan import Bucket, PublishPlan, publish_plan
-from megatron_entropic.weights.transport import FlatContents
+from megatron_entropic.weight_sync.checksums import checksums, mismatches
+from megatron_entropic.weight_sync.gloo import FlatContents
+from megatron_entropic.weight_sync.plan import Bucket, PublishPlan, publish_plan
 
 GPU = "GPU-of-this-test"
 TIMEOUT_S = 60.0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_entropic.cluster.environment import prepare_ray_environment
-from megatron_entropic.config import Config
+from megatron_entropic.config.run import Config
 from megatron_entropic.types import Prompt, Sample
 
 

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from megatron_entropic.config import RolloutConfig
+from megatron_entropic.config.run import RolloutConfig
 from megatron_entropic.errors import PhaseTimeout
+from megatron_entropic.models.dimensions import read_dimensions
+from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.rollout.engine import RolloutEngine
 from megatron_entropic.types import GenerationRequest, Prompt, Sample
-from megatron_entropic.weights.dimensions import read_dimensions
-from megatron_entropic.weights.parameter_map import ParameterMap
-from megatron_entropic.weights.plan import PublishPlan, publish_plan
-from megatron_entropic.weights.transport import FlatContents, GlooSender
+from megatron_entropic.weight_sync.gloo import FlatContents, GlooSender
+from megatron_entropic.weight_sync.plan import PublishPlan, publish_plan
 
 HOST = "127.0.0.1"
 RESPONSE_TOKENS = 40

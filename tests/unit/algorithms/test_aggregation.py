@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_entropic.algorithms import entropic_term, high_prob_token_weights, policy_loss, token_weights
-from megatron_entropic.config_algorithm import Aggregation
+from megatron_entropic.config.algorithm import Aggregation
 
 MODES = get_args(Aggregation)
 BUDGET = 16

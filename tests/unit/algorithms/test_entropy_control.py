@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_entropic.algorithms import EntropyController, MicrobatchLocalController, build_controller
-from megatron_entropic.config_algorithm import EntropyControlConfig
+from megatron_entropic.config.algorithm import EntropyControlConfig
 
 TOKENS = 1000
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_entropic.algorithms import POLICY_LOSSES, PolicyLossTerms, find_policy_loss
 from megatron_entropic.algorithms.losses import BatchTokens, LossInputs, PolicyLoss
-from megatron_entropic.config_algorithm import AlgorithmConfig
+from megatron_entropic.config.algorithm import AlgorithmConfig
 
 LENGTHS = torch.tensor([4, 1, 7, 3])
 N = int(LENGTHS.sum())

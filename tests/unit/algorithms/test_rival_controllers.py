@@ -20,7 +20,7 @@ from megatron_entropic.algorithms.entropy_control import (
     Steering,
     build_controller,
 )
-from megatron_entropic.config_algorithm import EntropyControlConfig
+from megatron_entropic.config.algorithm import EntropyControlConfig
 from megatron_entropic.errors import UserError
 
 TOKENS = 100

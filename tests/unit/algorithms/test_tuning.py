@@ -12,9 +12,9 @@ import pytest
 
 from megatron_entropic.algorithms import EntropyController, build_controller
 from megatron_entropic.algorithms.entropy_control import Controller
-from megatron_entropic.algorithms.tuning import Plant, identify_plant, propose_gains, settled_after
+from megatron_entropic.algorithms.entropy_control.tuning import Plant, identify_plant, propose_gains, settled_after
 from megatron_entropic.cli import main
-from megatron_entropic.config_algorithm import EntropyControlConfig
+from megatron_entropic.config.algorithm import EntropyControlConfig
 
 Dynamics = Callable[[float, float], float]
 """(H, alpha) -> change of H in an optimizer step."""

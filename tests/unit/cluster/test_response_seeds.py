@@ -12,8 +12,8 @@ import pytest
 
 from megatron_entropic.cluster import engine_group
 from megatron_entropic.cluster.engine_group import EngineGroup
-from megatron_entropic.config import Config
-from megatron_entropic.judged_rollouts import JudgedRollouts
+from megatron_entropic.config.run import Config
+from megatron_entropic.training.rollouts import JudgedRollouts
 from megatron_entropic.types import GenerationRequest, Prompt, Sample
 
 

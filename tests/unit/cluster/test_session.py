@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from megatron_entropic.cluster import session
-from megatron_entropic.config import ClusterConfig
+from megatron_entropic.config.run import ClusterConfig
 from megatron_entropic.errors import RunError
 
 

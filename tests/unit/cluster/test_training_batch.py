@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_entropic.cluster.engine_group import sample_seed
-from megatron_entropic.config import Config
-from megatron_entropic.training_batch import (
+from megatron_entropic.config.run import Config
+from megatron_entropic.training.training_batch import (
     attach_scores,
     entropy_profile,
     importance,

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from megatron_entropic.cluster import weight_publisher
-from megatron_entropic.cluster.weight_publisher import WeightPublisher
-from megatron_entropic.config import ClusterConfig
+from megatron_entropic.cluster import weight_sync as weight_publisher
+from megatron_entropic.cluster.weight_sync import WeightPublisher
+from megatron_entropic.config.run import ClusterConfig
 from megatron_entropic.errors import PeerDied, RunError
 
 

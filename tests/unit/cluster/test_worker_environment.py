@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_entropic.cluster.workers import engine_environment, policy_environment
-from megatron_entropic.config import Config, Transport
+from megatron_entropic.cluster.actors import engine_environment, policy_environment
+from megatron_entropic.config.run import Config, Transport
 
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
 

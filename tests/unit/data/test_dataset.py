@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from megatron_entropic.config import DataConfig
+from megatron_entropic.config.run import DataConfig
 from megatron_entropic.data import PromptDataset, PromptForm, WarmStartPairs, load_tokenizer
 
 

@@ -11,10 +11,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_entropic.config import DataConfig, RewardConfig
+from megatron_entropic.config.run import DataConfig, RewardConfig
 from megatron_entropic.data import PromptDataset
+from megatron_entropic.data.filters import find_duplicates, find_overlap
 from megatron_entropic.data.order import MixedOrder, shuffled
-from megatron_entropic.data.overlap import find_duplicates, find_overlap
 from megatron_entropic.rewards import RewardScorer
 
 

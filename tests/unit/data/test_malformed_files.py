@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_entropic.config import DataConfig
+from megatron_entropic.config.run import DataConfig
 from megatron_entropic.data import PromptDataset, WarmStartPairs
 from megatron_entropic.errors import UserError
 

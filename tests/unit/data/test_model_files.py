@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_entropic.config import DataConfig
+from megatron_entropic.config.run import DataConfig
 from megatron_entropic.data import PromptDataset, WarmStartPairs, load_checked_tokenizer, load_tokenizer
 from megatron_entropic.data.tokenizer import render_prompts
 from megatron_entropic.errors import UserError

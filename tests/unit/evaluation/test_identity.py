@@ -13,13 +13,13 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_entropic.config import Config, DataConfig
+from megatron_entropic.commands.evaluate import _apart_at_commas
+from megatron_entropic.config.run import Config, DataConfig
 from megatron_entropic.data import PromptDataset, load_tokenizer
 from megatron_entropic.errors import UserError
-from megatron_entropic.evaluate_command import _apart_at_commas
 from megatron_entropic.evaluation.generations import Generation, write_generations
 from megatron_entropic.evaluation.store import generations_path
-from megatron_entropic.evaluator import Evaluator, model_identity
+from megatron_entropic.training.evaluator import Evaluator, model_identity
 
 ROWS = [{"problem": "1+1", "answer": "2"}, {"problem": "1+2", "answer": "3"}]
 MODEL = {"files_sha256": "x"}

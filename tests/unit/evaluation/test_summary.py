@@ -15,7 +15,7 @@ from megatron_entropic.evaluation.page import write_evaluation_page
 from megatron_entropic.evaluation.store import generations_path, load_evaluation, summarise_stored, write_summary
 from megatron_entropic.evaluation.summary import problems_of, summarise
 from megatron_entropic.evaluation.table import in_paper_order
-from megatron_entropic.formats import FileFormat, NewerFormat
+from megatron_entropic.files.formats import FileFormat, NewerFormat
 
 READ = FileFormat.read
 SETTINGS = {"sampling": {"temperature": 1.0}}
@@ -61,7 +61,7 @@ def test_files_of_a_newer_version_are_refused_as_such(tmp_path: Path, monkeypatc
     stored(tmp_path, "aime24", [0, 1])
     write_summary(tmp_path, "a run", [summarise_stored(tmp_path, "aime24")[1]])
     assert len(load_evaluation(tmp_path).summaries) == 1
-    monkeypatch.setattr("megatron_entropic.formats.FileFormat.read", _as_if_from_the_future)
+    monkeypatch.setattr("megatron_entropic.files.formats.FileFormat.read", _as_if_from_the_future)
     for read in (
         lambda: load_evaluation(tmp_path),
         lambda: read_generations(generations_path(tmp_path, "aime24")),

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_entropic.errors import RunError
-from megatron_entropic.observability.jsonl import JsonLinesWriter, read_json_lines
+from megatron_entropic.files.jsonl import JsonLinesWriter, read_json_lines
 
 ROWS = st.lists(st.dictionaries(st.text(max_size=8), st.text() | st.integers() | st.none(), max_size=4), max_size=6)
 
@@ -114,7 +114,7 @@ def test_a_full_disk_loses_nothing_that_was_written(tmp_path: Path) -> None:
     program = f"""
         import resource
         from pathlib import Path
-        from megatron_entropic.observability.jsonl import JsonLinesWriter
+        from megatron_entropic.files.jsonl import JsonLinesWriter
 
         writer = JsonLinesWriter(Path({str(path)!r}))
         writer.append({{"step": 1}})

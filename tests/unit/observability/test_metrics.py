@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from megatron_entropic.config import LoggingConfig
+from megatron_entropic.config.run import LoggingConfig
 from megatron_entropic.errors import UserError
 from megatron_entropic.observability.metrics import MetricsWriter, read_metrics, wandb_mode
 
@@ -122,7 +122,7 @@ def test_wandb_offline_without_a_key_and_resumed_by_id(tmp_path: Path) -> None:
     program = f"""
         import sys
         from pathlib import Path
-        from megatron_entropic.config import LoggingConfig
+        from megatron_entropic.config.run import LoggingConfig
         from megatron_entropic.observability.metrics import MetricsWriter
 
         config = LoggingConfig(tensorboard=False, wandb="auto", wandb_project="test")

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from megatron_entropic.cli import main
+from megatron_entropic.files.text import printable
 from megatron_entropic.observability.metrics import read_metrics
-from megatron_entropic.observability.report import write_report
-from megatron_entropic.observability.summary import load_run, summarise
-from megatron_entropic.observability.text import printable
-from megatron_entropic.observability.verdicts import verdicts
+from megatron_entropic.reports.advice import verdicts
+from megatron_entropic.reports.report import write_report
+from megatron_entropic.reports.run import load_run, summarise
 
 ODD_VALUES: list[Any] = [
     None,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_entropic.errors import UserError
-from megatron_entropic.formats import FileFormat
-from megatron_entropic.observability.rollouts import read_rollouts, recorded_steps, rollouts_path, write_rollouts
+from megatron_entropic.files.formats import FileFormat
+from megatron_entropic.observability.records import read_rollouts, recorded_steps, rollouts_path, write_rollouts
 from megatron_entropic.types import Prompt, Sample, Scores, Sequence
 
 

@@ -13,8 +13,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from megatron_entropic.cli import main
-from megatron_entropic.observability.rollout_view import token_texts, view_step
-from megatron_entropic.observability.rollouts import read_rollouts, rollouts_path, write_rollouts
+from megatron_entropic.observability.records import read_rollouts, rollouts_path, write_rollouts
+from megatron_entropic.reports.rollouts import token_texts, view_step
 from megatron_entropic.types import Prompt, Sample, Scores, Sequence
 
 TEXT = "So <b>x</b> is \\boxed{4} or \u00e9\u6f22\U0001f642 done"

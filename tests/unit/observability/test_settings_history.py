@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from megatron_entropic.observability.report import write_report
 from megatron_entropic.observability.settings_history import (
     RunPart,
     parts_of_steps,
@@ -16,8 +15,9 @@ from megatron_entropic.observability.settings_history import (
     record_part,
     sampled_digest,
 )
-from megatron_entropic.observability.summary import Run, load_run, summarise
-from megatron_entropic.observability.verdicts import verdicts
+from megatron_entropic.reports.advice import verdicts
+from megatron_entropic.reports.report import write_report
+from megatron_entropic.reports.run import Run, load_run, summarise
 
 
 def settings(**changed: Any) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_entropic.observability.summary import Run, summarise
-from megatron_entropic.observability.verdicts import saturated_steps, verdicts
+from megatron_entropic.reports.advice import saturated_steps, verdicts
+from megatron_entropic.reports.run import Run, summarise
 
 
 def run(entropies: list[float], controller: str = "pi", target: float = 0.5, **columns: Any) -> Run:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_entropic.config import Config
-from megatron_entropic.config_loading import read_config
+from megatron_entropic.config.load import read_config
+from megatron_entropic.config.run import Config
 from megatron_entropic.planning.models import KNOWN_MODELS, read_model
 from megatron_entropic.planning.parameters import ParameterTable
 
@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 
 def example(name: str, *overrides: str) -> Config:
     """A shipped configuration, whether or not it can run here."""
-    config, _ = read_config(EXAMPLES / f"{name}.yaml", overrides, check_machine=False)
+    config, _ = read_config(EXAMPLES / f"{name}.yaml", overrides)
     return config
 
 

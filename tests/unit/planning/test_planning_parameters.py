@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from planned import known, tiny_config
 
-from megatron_entropic.config import PolicyConfig
+from megatron_entropic.config.run import PolicyConfig
 from megatron_entropic.planning.models import find_model, read_model
 from megatron_entropic.planning.parameters import ParameterShard, ParameterTable, gradient_buffer
 

@@ -11,8 +11,8 @@ from planned import EXAMPLES, example, known, tiny_config
 from rich.console import Console
 
 from megatron_entropic.cli import main
-from megatron_entropic.config import Config
-from megatron_entropic.config_checks import violations
+from megatron_entropic.config.checks import violations
+from megatron_entropic.config.run import Config
 from megatron_entropic.planning.plan import make_plan
 from megatron_entropic.planning.report import sections, show
 from megatron_entropic.planning.suggest import MEMORY_SHARE, Suggestion, suggest

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_entropic.errors import UserError
-from megatron_entropic.policy.checkpoint_files import (
+from megatron_entropic.checkpoints.run_checkpoints import (
     MANIFEST,
     STATE,
     CheckpointError,
@@ -21,6 +20,7 @@ from megatron_entropic.policy.checkpoint_files import (
     read_state,
     verify_checkpoint,
 )
+from megatron_entropic.errors import UserError
 
 
 def save(root: Path, step: int, content: str = "tensors") -> Path:

@@ -15,12 +15,12 @@ from test_microbatch_loss import LENGTHS, PUSHED, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from megatron_entropic.config_algorithm import Aggregation
-from megatron_entropic.policy.host_copies import parked_on_host, to_device
-from megatron_entropic.policy.loss import MicrobatchLoss
-from megatron_entropic.policy.loss_fields import TokenFields
-from megatron_entropic.policy.microbatch import PackingRules, pack_one
-from megatron_entropic.policy.normalizers import Normalizers
+from megatron_entropic.config.algorithm import Aggregation
+from megatron_entropic.policy.batch.host_copies import parked_on_host, to_device
+from megatron_entropic.policy.batch.microbatch import PackingRules, pack_one
+from megatron_entropic.policy.step.loss import MicrobatchLoss
+from megatron_entropic.policy.step.loss_fields import TokenFields
+from megatron_entropic.policy.step.normalizers import Normalizers
 from megatron_entropic.types import Sequence
 
 CUDA = torch.device("cuda", 0)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_entropic.errors import UserError
-from megatron_entropic.policy import load_weights as module
-from megatron_entropic.weights.parameter_map import ParameterMap
+from megatron_entropic.models.parameter_map import ParameterMap
+from megatron_entropic.policy.model import load as module
 
 
 @pytest.fixture

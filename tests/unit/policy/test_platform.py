@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from megatron_entropic.config import PolicyConfig
+from megatron_entropic.config.run import PolicyConfig
 from megatron_entropic.errors import UserError
-from megatron_entropic.policy.platform import transformer_engine_is_usable
+from megatron_entropic.policy.megatron.platform import transformer_engine_is_usable
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_selective_recomputation_is_of_what_the_layers_keep(transformer_engine: 
     """Fused attention keeps no scores: with it `core_attn`, which was asked for everywhere, saved nothing."""
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_entropic.policy.transformer_config import _recompute
+    from megatron_entropic.policy.model.transformer_config import _recompute
 
     platform: Any = SimpleNamespace(transformer_engine=transformer_engine)
     options = _recompute(PolicyConfig(recompute="selective"), platform)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_entropic.policy.segments import SIMILAR, plan_segments
+from megatron_entropic.policy.batch.segments import SIMILAR, plan_segments
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30))
@@ -34,7 +34,7 @@ def test_each_place_of_a_batch_is_a_row_of_one_segment_in_order(lengths):
 
 @pytest.mark.parametrize("lengths", [[7], [5, 17, 1, 30, 11], [3] * 9, [40, 1, 1, 39, 2]])
 def test_attention_and_its_gradients_equal_those_of_single_segments(lengths):
-    from megatron_entropic.policy.attention import PackedSegments, SegmentedAttention
+    from megatron_entropic.policy.model.attention import PackedSegments, SegmentedAttention
 
     heads, groups, head_dim, total = 6, 2, 22, sum(lengths)
     generator = torch.Generator().manual_seed(3)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from megatron_entropic.config import RewardConfig
+from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.rewards import RewardScorer, build_verifier
-from megatron_entropic.rewards.instruction_checks import CHECKS, count_sentences
-from megatron_entropic.rewards.languages import guess_language
+from megatron_entropic.rewards.verifiers.instruction_checks import CHECKS, count_sentences
+from megatron_entropic.rewards.verifiers.languages import guess_language
 
 ifeval = build_verifier("ifeval")
 

@@ -11,12 +11,12 @@ import sys
 
 import pytest
 
-from megatron_entropic.config import RolloutConfig
+from megatron_entropic.config.run import RolloutConfig
 from megatron_entropic.data.model_files import stop_token_ids
 from megatron_entropic.rollout.engine import RolloutEngine, check_complete
-from megatron_entropic.rollout.environment import prepare_environment
 from megatron_entropic.rollout.score_backend import score_file
-from megatron_entropic.weights.transport import FlatContents
+from megatron_entropic.rollout.vllm_setup import prepare_environment
+from megatron_entropic.weight_sync.gloo import FlatContents
 
 MODEL = {"embed": (7, 4), "norm": (4,), "head": (7, 4)}
 

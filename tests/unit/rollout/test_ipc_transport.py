@@ -12,7 +12,7 @@ import torch
 
 from megatron_entropic.errors import PeerDied, PhaseTimeout
 from megatron_entropic.rollout.ipc_transport import DeviceMemory, IpcReceiver, IpcSender, packing_options
-from megatron_entropic.weights.transport import FlatContents
+from megatron_entropic.weight_sync.gloo import FlatContents
 
 HOST = "127.0.0.1"
 CONTENTS = FlatContents(("a.weight", "b.bias"), ((2, 3), (5,)), "bfloat16")

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from megatron_entropic.errors import PeerDied, PhaseTimeout
-from megatron_entropic.weights import transport
-from megatron_entropic.weights.receiving import Arrivals
-from megatron_entropic.weights.shared_block import SharedBlock
-from megatron_entropic.weights.transport import FlatContents, GlooReceiver, GlooSender
+from megatron_entropic.weight_sync import gloo as transport
+from megatron_entropic.weight_sync.gloo import FlatContents, GlooReceiver, GlooSender
+from megatron_entropic.weight_sync.receiving import Arrivals
+from megatron_entropic.weight_sync.shared_memory import SharedBlock
 
 HOST = "127.0.0.1"
 PATIENT_S = 60.0
@@ -169,7 +169,7 @@ def test_sender_without_receivers_says_how_far_each_has_come(background):
 
 STANDING_SENDER = """
 import time, torch
-from megatron_entropic.weights.transport import FlatContents, GlooSender
+from megatron_entropic.weight_sync.gloo import FlatContents, GlooSender
 sender = GlooSender("127.0.0.1", 1, 60.0, name="policy rank 3")
 print(sender.address[1], flush=True)
 sender.accept()

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from megatron_entropic.checkpoints.checkpoint_pickle import read_checkpoint_metadata
+from megatron_entropic.checkpoints.checkpoint_trust import check_only_data
+from megatron_entropic.checkpoints.convert import hf_to_megatron, megatron_to_hf
+from megatron_entropic.checkpoints.run_checkpoints import CheckpointError
+from megatron_entropic.checkpoints.torch_dist import TorchDistReader
 from megatron_entropic.errors import UserError
-from megatron_entropic.policy.checkpoint_files import CheckpointError
-from megatron_entropic.policy.checkpoint_trust import check_only_data
-from megatron_entropic.weights.checkpoint_pickle import read_checkpoint_metadata
-from megatron_entropic.weights.conversion import hf_to_megatron, megatron_to_hf
-from megatron_entropic.weights.torch_dist_reader import TorchDistReader
 
 
 class _EnumsByName(pickle.Pickler):

@@ -20,9 +20,9 @@ import torch
 from conftest import build_tiny
 from safetensors.torch import load_file, save_file
 
-from megatron_entropic.weights.conversion import hf_to_megatron, megatron_to_hf
-from megatron_entropic.weights.safetensors_files import read_header
-from megatron_entropic.weights.torch_dist_reader import TorchDistReader
+from megatron_entropic.checkpoints.convert import hf_to_megatron, megatron_to_hf
+from megatron_entropic.checkpoints.safetensors_files import read_header
+from megatron_entropic.checkpoints.torch_dist import TorchDistReader
 
 ROOT = Path(__file__).resolve().parents[3]
 FLIPS = 120
@@ -180,7 +180,7 @@ def test_failed_writes_leave_nothing(tmp_path: Path, qwen3_dir: Path, megatron_d
 
 def test_a_killed_conversion_leaves_no_output_and_the_next_succeeds(tmp_path: Path, qwen3_dir: Path):
     script = (
-        "import sys, time; from pathlib import Path; from megatron_entropic.weights.conversion import hf_to_megatron\n"
+        "import sys, time; from pathlib import Path; from megatron_entropic.checkpoints.convert import hf_to_megatron\n"
         "hf_to_megatron(Path(sys.argv[1]), Path(sys.argv[2]), report=lambda _: time.sleep(60))"
     )
     output = tmp_path / "out"

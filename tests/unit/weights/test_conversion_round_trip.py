@@ -11,10 +11,10 @@ from conftest import FAMILIES, build_tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_entropic.weights import conversion
-from megatron_entropic.weights.compare import compare_weights
-from megatron_entropic.weights.conversion import hf_to_megatron, megatron_to_hf
-from megatron_entropic.weights.hf_io import HfReader
+from megatron_entropic.checkpoints import convert as conversion
+from megatron_entropic.checkpoints.compare import compare_weights
+from megatron_entropic.checkpoints.convert import hf_to_megatron, megatron_to_hf
+from megatron_entropic.checkpoints.hf import HfReader
 
 
 def nobody(_nbytes: int) -> None:

@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_entropic.weights.shared_block import SharedBlock
+from megatron_entropic.weight_sync.shared_memory import SharedBlock
 
 WRITE = """
 import sys
-from megatron_entropic.weights.shared_block import SharedBlock
+from megatron_entropic.weight_sync.shared_memory import SharedBlock
 SharedBlock.open(sys.argv[1], sys.argv[2]).bytes[5:8] = 7
 """
 

@@ -10,9 +10,9 @@ import pytest
 import transformers
 
 from megatron_entropic.errors import UserError
-from megatron_entropic.weights.architectures import ARCHITECTURES
-from megatron_entropic.weights.config_values import REQUIRED_SIZES
-from megatron_entropic.weights.dimensions import ModelDimensions, read_dimensions
+from megatron_entropic.models.config_values import REQUIRED_SIZES
+from megatron_entropic.models.dimensions import ModelDimensions, read_dimensions
+from megatron_entropic.models.families import ARCHITECTURES
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 64}
 CLASSES = {

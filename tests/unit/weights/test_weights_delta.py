@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from megatron_entropic.weights.checksums import Piece, checksum, checksums, mismatches
-from megatron_entropic.weights.delta import Delta, bitmap_bytes, bits_of
-from megatron_entropic.weights.transport import FlatContents, GlooReceiver, GlooSender
+from megatron_entropic.weight_sync.checksums import Piece, checksum, checksums, mismatches
+from megatron_entropic.weight_sync.delta import Delta, bitmap_bytes, bits_of
+from megatron_entropic.weight_sync.gloo import FlatContents, GlooReceiver, GlooSender
 
 HOST = "127.0.0.1"
 

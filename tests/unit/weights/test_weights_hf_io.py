@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from megatron_entropic.checkpoints import hf as hf_io
+from megatron_entropic.checkpoints.hf import HfReader, write_hf_directory
 from megatron_entropic.errors import UserError
-from megatron_entropic.weights import hf_io
-from megatron_entropic.weights.hf_io import HfReader, write_hf_directory
 
 
 def entries(directory: Path) -> list[str]:
@@ -280,8 +280,8 @@ _KILLED_WRITER = """
 import os, signal, sys
 from pathlib import Path
 from megatron_entropic.errors import UserError
-from megatron_entropic.weights import hf_io
-from megatron_entropic.weights.hf_io import HfReader, write_hf_directory
+from megatron_entropic.checkpoints import hf as hf_io
+from megatron_entropic.checkpoints.hf import HfReader, write_hf_directory
 reader = HfReader(Path(sys.argv[1]))
 def tensors():
     for name in reader.names[:5]:

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_entropic.weights.dimensions import ModelDimensions
-from megatron_entropic.weights.layouts import (
+from megatron_entropic.models.dimensions import ModelDimensions
+from megatron_entropic.models.layouts import (
     ColumnShard,
     Layout,
     QkvInterleaved,

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from megatron_entropic.weights.dimensions import ModelDimensions, read_dimensions
-from megatron_entropic.weights.parameter_map import ParameterMap, to_global_name, to_local_name
+from megatron_entropic.models.dimensions import ModelDimensions, read_dimensions
+from megatron_entropic.models.parameter_map import ParameterMap, to_global_name, to_local_name
 
 Tiny = tuple[PreTrainedModel, Path]
 

@@ -6,11 +6,11 @@ from math import prod
 
 import pytest
 
-from megatron_entropic.weights.dimensions import ModelDimensions
-from megatron_entropic.weights.experts import ExpertDimensions, SigmoidRouting
-from megatron_entropic.weights.latent_attention import LatentAttention
-from megatron_entropic.weights.parameter_map import ParameterMap
-from megatron_entropic.weights.plan import PublishPlan, publish_plan
+from megatron_entropic.models.dimensions import ModelDimensions
+from megatron_entropic.models.latent_attention import LatentAttention
+from megatron_entropic.models.parameter_map import ParameterMap
+from megatron_entropic.models.read_config import ExpertDimensions, SigmoidRouting
+from megatron_entropic.weight_sync.plan import PublishPlan, publish_plan
 
 MIB = 2**20
 

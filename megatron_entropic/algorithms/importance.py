@@ -1,0 +1,83 @@
+"""Correction for a policy that is not quite the one that sampled: engine numerics, and staleness in decoupled PPO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from megatron_entropic.algorithms.losses.policy_loss import MAX_LOG_RATIO
+
+
+def importance_ratios(old_logprobs: Tensor, rollout_logprobs: Tensor, level: str) -> Tensor:
+    """pi_old / pi_rollout of ONE response's tokens, before any truncation; constants.
+
+        token      exp(clamp(logp_old - logp_rollout, -20, 20)), each token's own
+        sequence   exp(clamp(sum over the response, -20, 20)), the same for all its tokens
+
+    Both log-probabilities must be of the same distribution up to numerics: same temperature, no top-p or top-k
+    renormalisation on one side only.
+
+    Args:
+        old_logprobs: [R] log-probabilities that the policy's own score pass gives the sampled tokens.
+        rollout_logprobs: [R] as the engine reported them.
+        level: "token" or "sequence".
+
+    Returns:
+        [R] in the dtype of `old_logprobs`, without gradient.
+
+    Raises:
+        ValueError: shapes differ or the level is unknown.
+    """
+    if old_logprobs.shape != rollout_logprobs.shape:
+        raise ValueError(f"policy log-probs {tuple(old_logprobs.shape)} but rollout's {tuple(rollout_logprobs.shape)}")
+    difference = (old_logprobs - rollout_logprobs).detach()
+    if level == "sequence":
+        difference = difference.sum().expand_as(difference)
+    elif level != "token":
+        raise ValueError(f"unknown level {level!r} of importance correction: token or sequence")
+    return torch.exp(difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
+def importance_weights(ratios: Tensor, method: str, cap: float) -> Tensor:
+    """Weights of the policy loss from the ratios w of `importance_ratios`.
+
+        tis   min(w, cap)                         truncated: F. Yao et al., "Your efficient RL framework secretly brings
+                                                  you off-policy RL training", 2025
+        mis   w where 1 / cap <= w <= cap, else 0 masked: a token (or response) that is too far off teaches nothing
+
+    Args:
+        ratios: [T].
+        method: "tis" or "mis".
+        cap: > 1.
+
+    Raises:
+        ValueError: the method is unknown, or cap <= 1.
+    """
+    if not cap > 1:
+        raise ValueError(f"importance cap must be > 1, not {cap}")
+    if method == "tis":
+        return ratios.clamp(max=cap)
+    if method == "mis":
+        return ratios.masked_fill((ratios > cap) | (ratios < 1.0 / cap), 0.0)
+    raise ValueError(f"unknown importance correction {method!r}: tis or mis")
+
+
+def importance_metrics(ratios: Seq[Tensor], method: str, cap: float) -> dict[str, float]:
+    """What the correction had to do, from the ratios of all responses before truncation.
+
+    importance/ratio_mean, importance/ratio_max   of w; the mean is 1 when both policies agree
+    importance/cut_fraction                       share of tokens whose w was truncated or masked
+    importance/effective_fraction                 (sum w)^2 / (T sum w^2): share of the sample that is left
+    """
+    raw = torch.cat([torch.ones(0), *ratios]).double()
+    if raw.numel() == 0:
+        raw = torch.ones(1, dtype=torch.float64)
+    cut = importance_weights(raw, method, cap) != raw
+    return {
+        "importance/ratio_mean": float(raw.mean()),
+        "importance/ratio_max": float(raw.max()),
+        "importance/cut_fraction": float(cut.double().mean()),
+        "importance/effective_fraction": float(raw.sum().square() / (raw.numel() * raw.square().sum())),
+    }

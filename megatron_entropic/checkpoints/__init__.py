@@ -1,0 +1,1 @@
+"""Every kind of directory that holds weights: read, written, converted, compared."""

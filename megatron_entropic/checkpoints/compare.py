@@ -1,0 +1,105 @@
+"""Bit-for-bit comparison of a Hugging Face directory with a distributed checkpoint, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_entropic.checkpoints.convert import PIECE_BYTES
+from megatron_entropic.checkpoints.hf import HfReader
+from megatron_entropic.checkpoints.open_weights import MegatronCheckpoint
+from megatron_entropic.checkpoints.pieces import pieces_of
+from megatron_entropic.models.parameter_map import Entry
+
+
+@dataclass
+class Difference:
+    """How one tensor differs between the two."""
+
+    name: str
+    """Of the Hugging Face tensor."""
+    hf_dtype: torch.dtype
+    megatron_dtype: torch.dtype
+    values: int
+    differing: int = 0
+    """Values whose bits differ; with different dtypes, after conversion of the Hugging Face tensor."""
+    largest: float = 0.0
+    """Largest absolute difference among values that are numbers on both sides."""
+    hf_nan: int = 0
+    megatron_nan: int = 0
+
+    @property
+    def is_equal(self) -> bool:
+        """Same bits, after conversion of the Hugging Face tensor where dtypes differ, and no NaN on either side."""
+        return not (self.differing or self.hf_nan or self.megatron_nan)
+
+    @property
+    def was_converted(self) -> bool:
+        """Whether the dtypes differ."""
+        return self.hf_dtype != self.megatron_dtype
+
+
+def compare_weights(
+    hf_dir: Path,
+    megatron_dir: Path,
+    *,
+    workers: int = 2,
+    begin: Callable[[int], None],
+    report: Callable[[int], None],
+) -> list[Difference]:
+    """All tensors of the model, in the order of the forward pass.
+
+    Args:
+        hf_dir, megatron_dir: are only read.
+        workers: threads.
+        begin, report: get the number of bytes of all tensors and of those just compared.
+
+    Raises:
+        ValueError: from `HfReader` or `MegatronCheckpoint`: one of them is not the whole model.
+    """
+    reader = HfReader(hf_dir)
+    checkpoint = MegatronCheckpoint(megatron_dir, reader.parameter_map)
+    entries = [entry for entry in reader.parameter_map.entries if entry.exported]
+    begin(sum(prod(entry.shape) * checkpoint.dtype(entry).itemsize for entry in entries))
+
+    def compare(entry: Entry) -> list[Difference]:
+        return _compare_entry(reader, checkpoint, entry, report)
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="compare") as pool:
+        return [difference for some in pool.map(compare, entries) for difference in some]
+
+
+def _compare_entry(
+    reader: HfReader, checkpoint: MegatronCheckpoint, entry: Entry, report: Callable[[int], None]
+) -> list[Difference]:
+    dimensions, dtype = reader.parameter_map.dimensions, checkpoint.dtype(entry)
+    differences = {
+        name: Difference(name, reader.stored_dtype(name), dtype, prod(shape))
+        for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True)
+    }
+    for piece in pieces_of(entry, dimensions, PIECE_BYTES // dtype.itemsize):
+        values = checkpoint.rows(entry, piece.start, piece.stop)
+        for rows, found in zip(piece.sources, piece.separate(dimensions, values), strict=True):
+            _compare_values(differences[rows.name], reader[rows.name][rows.start : rows.stop], found)
+        report(values.nbytes)
+    return list(differences.values())
+
+
+def _compare_values(difference: Difference, hf: Tensor, megatron: Tensor) -> None:
+    """Add what differs in some rows of a tensor."""
+    wanted = hf.to(megatron.dtype)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[megatron.dtype.itemsize]
+    difference.hf_nan += int(hf.isnan().sum())
+    difference.megatron_nan += int(megatron.isnan().sum())
+    unequal = wanted.contiguous().view(bits) != megatron.contiguous().view(bits)
+    count = int(unequal.sum())
+    if count:
+        difference.differing += count
+        distance = (wanted[unequal].double() - megatron[unequal].double()).abs().nan_to_num(nan=0.0)
+        difference.largest = max(difference.largest, float(distance.max()))

@@ -1,0 +1,188 @@
+"""The two Ray actors: a policy rank and a rollout engine. Thin: the work is in `policy/` and `rollout/`.
+
+Their modules are imported inside the actors, so that a policy rank never loads vLLM, an engine never loads
+megatron-core, and the driver loads neither.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from megatron_entropic.cluster.network import use_interface_of
+from megatron_entropic.cluster.processes import ActorProcess, this_process
+from megatron_entropic.config.run import Config, Device, Sampling, Transport
+from megatron_entropic.observability.stacks import offer_stacks
+from megatron_entropic.types import GenerationRequest, Sample, Sequence
+from megatron_entropic.weight_sync.checksums import Piece
+from megatron_entropic.weight_sync.plan import PublishPlan
+
+_MESSAGE_EVERY_S = 0.1
+"""Finished responses leave an engine at most so often: a message costs it about a millisecond."""
+
+if TYPE_CHECKING:
+    from megatron_entropic.policy.policy import Policy
+    from megatron_entropic.policy.publish.publisher import SenderType
+    from megatron_entropic.rollout.engine import RolloutEngine
+
+
+def engine_environment(config: Config, device: Device) -> dict[str, str]:
+    """Environment of an engine's actor; it must be there before the process imports torch or vLLM."""
+    environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    # Libraries open their own text files without naming an encoding, which fails where the locale is C.
+    environment["PYTHONUTF8"] = "1"
+    if device == "cpu":
+        # Ranks and engines share the cores. Threads that spin while they wait made generation ten times slower.
+        environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    else:
+        # Transformer Engine multiplies float32 in TF32, ten bits of mantissa, and so does PyTorch in NVIDIA's images. A
+        # float32 policy and its engines then differ by 3e-4 in a log-probability. bfloat16 is not concerned.
+        environment["NVIDIA_TF32_OVERRIDE"] = os.environ.get("NVIDIA_TF32_OVERRIDE", "0")
+    if config.cluster.address == "local" and config.cluster.transport_on(device) == "gloo":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    return environment
+
+
+def policy_environment(config: Config, device: Device) -> dict[str, str]:
+    """Environment of a policy rank's actor; as above."""
+    environment = engine_environment(config, device)
+    if device == "cpu":
+        return environment
+    # Megatron-core's overlap of communication and computation relies on one hardware queue.
+    environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    # Every micro-batch has another length, which leaves holes between blocks of a fixed size. CUDA IPC hands out such
+    # blocks, and takes no others.
+    chosen_by_user = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    if config.cluster.transport_on(device) != "ipc" and not chosen_by_user:
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    return environment
+
+
+def _join_network(config: Config) -> None:
+    if config.cluster.address != "local":
+        use_interface_of(ray.util.get_node_ip_address())
+
+
+@ray.remote(max_restarts=0)
+class PolicyWorker:
+    """One policy rank."""
+
+    def __init__(self, config: Config, rank: int, device: Device) -> None:
+        self._config = config
+        self._rank = rank
+        self._device = device
+        self._policy: Policy
+        self._listener: socket.socket | None = None
+        offer_stacks()
+        _join_network(config)
+
+    def place(self) -> ActorProcess:
+        """Where this actor's process is."""
+        return this_process()
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Where this rank listens from now on, for the process group's store: address of its node, and port."""
+        address = ray.util.get_node_ip_address()
+        self._listener = socket.create_server((address, 0))
+        return address, self._listener.getsockname()[1]
+
+    def start(self, master_address: str, master_port: int) -> int:
+        """Join the process group and build the model; returns the data-parallel replica this rank belongs to."""
+        from megatron_entropic.policy.policy import Policy
+        from megatron_entropic.rollout.ipc_transport import IpcSender
+        from megatron_entropic.rollout.nccl_transport import NcclSender
+        from megatron_entropic.weight_sync.gloo import GlooSender
+
+        sender_types: dict[Transport, SenderType] = {"gloo": GlooSender, "nccl": NcclSender, "ipc": IpcSender}
+        self._policy = Policy(
+            self._config,
+            rank=self._rank,
+            world_size=self._config.policy.world_size,
+            master_address=master_address,
+            master_port=master_port,
+            device=self._device,
+            sender_type=sender_types[self._config.cluster.transport_on(self._device)],
+            listener=self._listener,
+        )
+        return self._policy.parallel.data_rank
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Run a method of the policy."""
+        return getattr(self._policy, method)(*arguments)
+
+    def call_with(self, method: str, sequences: list[Sequence], options: dict[str, Any]) -> Any:
+        """Run a method on this replica's sequences, which arrive through the object store."""
+        return getattr(self._policy, method)(sequences, **options)
+
+
+@ray.remote(max_restarts=0)
+class EngineWorker:
+    """One rollout engine."""
+
+    def __init__(self, config: Config, device: Device) -> None:
+        self._config = config
+        self._device = device
+        self._engine: RolloutEngine
+        offer_stacks()
+        _join_network(config)
+
+    def place(self) -> ActorProcess:
+        """Where this actor's process is."""
+        return this_process()
+
+    def ping(self) -> None:
+        """Answer, if there is a process to do so."""
+
+    def start(self) -> None:
+        """Load vLLM and the starting weights."""
+        from megatron_entropic.rollout.engine import RolloutEngine
+
+        self._engine = RolloutEngine(
+            self._config.model.hf_dir,
+            self._config.model.dtype,
+            self._config.rollout,
+            max_model_tokens=self._config.max_engine_tokens,
+            seed=self._config.run.seed,
+            device=self._device,
+            transport=self._config.cluster.transport_on(self._device),
+            sleeps=self._config.cluster.colocate,
+            # What the engine would load is not the policy's: it has to wait for the first publication.
+            load_weights=self._config.model.megatron_dir is None,
+        )
+
+    def sleep(self) -> None:
+        """Give device memory back."""
+        self._engine.sleep()
+
+    def wake(self, parts: list[str]) -> None:
+        """Take device memory again."""
+        self._engine.wake(parts)
+
+    def connect(self, senders: list[dict[str, Any]], rank_offset: int) -> None:
+        """Join the policy's weight-transfer groups."""
+        self._engine.connect(senders, rank_offset)
+
+    def receive(self, plan: PublishPlan, version: int) -> None:
+        """Take in the weights that the policy publishes."""
+        self._engine.receive(plan, version)
+
+    def weight_pieces(self) -> list[Piece]:
+        """Checksums of the weights in this engine."""
+        return self._engine.weight_pieces()
+
+    def generate(self, requests: list[GenerationRequest], sampling: Sampling) -> Iterator[list[tuple[int, Sample]]]:
+        """Responses with the positions of their requests, soon after they are finished, several in one message."""
+        ready: list[tuple[int, Sample]] = []
+        sent = time.monotonic()
+        for finished in self._engine.respond(requests, sampling):
+            ready += finished
+            if ready and time.monotonic() - sent >= _MESSAGE_EVERY_S:
+                yield ready
+                ready, sent = [], time.monotonic()
+        if ready:
+            yield ready

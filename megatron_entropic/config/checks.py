@@ -1,0 +1,319 @@
+"""What a single value cannot tell: combinations that cannot work on any machine.
+
+Each check yields `Violation`s and names the keys it used, so that a verdict drawn from an unreadable value can be
+dropped. Nothing here looks at the disk; `config_machine` does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_entropic.config.names import (
+    ADVANTAGES,
+    CONTROLLERS,
+    OFF,
+    POLICY_LOSSES,
+    VERIFIERS,
+    controller_entry,
+    unknown_name,
+)
+from megatron_entropic.config.run import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One thing that is wrong."""
+
+    keys: tuple[str, ...]
+    """The dotted keys the verdict was drawn from."""
+    message: str
+
+
+def violations(config: Config) -> Iterator[Violation]:
+    """Combinations that cannot work on any machine."""
+    checks = (
+        *(_batch, _parallelism, _optimizer, _data, reward_violations, _policy_loss),
+        *(_entropy_control, _placement, _colocation, _transport, _publish, benchmark_violations),
+    )
+    for check in checks:
+        yield from check(config)
+
+
+def _batch(config: Config) -> Iterator[Violation]:
+    rollout, algorithm, policy = config.rollout, config.algorithm, config.policy
+    steps = algorithm.optimizer_steps_per_rollout
+    if rollout.prompts_per_step % steps:
+        yield Violation(
+            ("rollout.prompts_per_step", "algorithm.optimizer_steps_per_rollout"),
+            f"rollout.prompts_per_step={rollout.prompts_per_step} is not divisible by "
+            f"algorithm.optimizer_steps_per_rollout={steps}: each optimizer step takes whole prompt groups",
+        )
+    elif config.sequences_per_optimizer_step < policy.data_parallel:
+        yield Violation(
+            ("rollout", "algorithm.optimizer_steps_per_rollout", "policy.data_parallel"),
+            f"policy.data_parallel={policy.data_parallel} is more than the {config.sequences_per_optimizer_step} "
+            "responses of an optimizer step: some replicas would have nothing to do",
+        )
+    if rollout.samples_per_prompt < 2:
+        yield Violation(
+            ("rollout.samples_per_prompt", "algorithm.advantage"),
+            f"rollout.samples_per_prompt={rollout.samples_per_prompt}: algorithm.advantage={algorithm.advantage} "
+            "compares the responses to one prompt and needs at least 2",
+        )
+    if config.warm_start.steps and config.warm_start.sequences_per_step < policy.data_parallel:
+        yield Violation(
+            ("warm_start.sequences_per_step", "policy.data_parallel"),
+            f"warm_start.sequences_per_step={config.warm_start.sequences_per_step} is fewer than "
+            f"policy.data_parallel={policy.data_parallel}",
+        )
+
+
+def _parallelism(config: Config) -> Iterator[Violation]:
+    policy = config.policy
+    if policy.sequence_parallel and policy.tensor_parallel == 1:
+        yield Violation(
+            ("policy.sequence_parallel", "policy.tensor_parallel"),
+            "policy.sequence_parallel=true needs policy.tensor_parallel > 1: it splits activations over those ranks",
+        )
+    if policy.virtual_pipeline_parallel > 1 and policy.pipeline_parallel == 1:
+        yield Violation(
+            ("policy.virtual_pipeline_parallel", "policy.pipeline_parallel"),
+            f"policy.virtual_pipeline_parallel={policy.virtual_pipeline_parallel} needs policy.pipeline_parallel > 1: "
+            "stages take turns with their chunks",
+        )
+    if policy.fp8 != "off" and config.cluster.device == "cpu":
+        yield Violation(
+            ("policy.fp8", "cluster.device"), f"policy.fp8={policy.fp8} needs a GPU, but cluster.device is cpu"
+        )
+    if policy.fp8 != "off" and config.model.dtype == "float32":
+        yield Violation(
+            ("policy.fp8", "model.dtype"),
+            f"policy.fp8={policy.fp8} needs model.dtype=bfloat16: what is not computed in 8 bits stays in 16",
+        )
+    if policy.output_head == "fused_loss" and not config.loss_adds_up_over_tokens:
+        yield Violation(
+            ("policy.output_head", "entropy_control", "algorithm.policy_loss"),
+            "policy.output_head=fused_loss takes each token's gradient in the forward pass, but with "
+            f"entropy_control.denominator={config.entropy_control.denominator}, feedback={config.feedback} and "
+            f"algorithm.policy_loss={config.algorithm.policy_loss} "
+            "a token's loss depends on the other tokens of its micro-batch: use auto or recompute",
+        )
+
+
+def _publish(config: Config) -> Iterator[Violation]:
+    if config.rollout.quantization != "off" and config.cluster.device == "cpu":
+        yield Violation(
+            ("rollout.quantization", "cluster.device"),
+            f"rollout.quantization={config.rollout.quantization} needs a GPU, but cluster.device is cpu",
+        )
+    if config.rollout.quantization != "off" and config.cluster.check_weights:
+        yield Violation(
+            ("rollout.quantization", "cluster.check_weights"),
+            f"cluster.check_weights=true with rollout.quantization={config.rollout.quantization}: engines do not hold "
+            "the weights as they are sent",
+        )
+
+
+def _transport(config: Config) -> Iterator[Violation]:
+    cluster, key = config.cluster, "cluster.transport"
+    if cluster.transport in ("nccl", "ipc") and cluster.device != "cuda":
+        yield Violation(
+            (key, "cluster.device"),
+            f"{key}={cluster.transport} is for GPUs: set cluster.device=cuda, or {key}=auto",
+        )
+    if cluster.transport == "nccl" and cluster.colocate:
+        yield Violation(
+            (key, "cluster.colocate"),
+            f"{key}=nccl refuses two processes on one GPU, as cluster.colocate=true has them: use ipc or gloo",
+        )
+    if cluster.transport == "ipc" and not cluster.colocate:
+        yield Violation(
+            (key, "cluster.colocate"),
+            f"{key}=ipc hands memory over within one GPU, which needs cluster.colocate=true: use nccl or gloo",
+        )
+    transport = cluster.transport_on("cuda" if cluster.device == "cuda" else "cpu")
+    if config.rollout.publish == "delta" and transport != "gloo":
+        yield Violation(
+            ("rollout.publish", "cluster.device", key),
+            f"rollout.publish=delta needs gloo, the transport here is {transport}: use full or {key}=gloo",
+        )
+
+
+def _optimizer(config: Config) -> Iterator[Violation]:
+    optimizer = config.optimizer
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        yield Violation(
+            ("optimizer.min_learning_rate", "optimizer.learning_rate"),
+            f"optimizer.min_learning_rate={optimizer.min_learning_rate:g} is above "
+            f"optimizer.learning_rate={optimizer.learning_rate:g}",
+        )
+
+
+def _policy_loss(config: Config) -> Iterator[Violation]:
+    """The loss exists, its numbers make sense, and the layout gives it all the tokens it looks at."""
+    name, options = config.algorithm.policy_loss, config.algorithm.loss_options
+    if problem := unknown_name(name, POLICY_LOSSES, own="module:function"):
+        yield Violation(("algorithm.policy_loss",), f"algorithm.policy_loss={name!r}: {problem}")
+    advantage = config.algorithm.advantage
+    if problem := unknown_name(advantage, ADVANTAGES):
+        yield Violation(("algorithm.advantage",), f"algorithm.advantage={advantage!r}: {problem}")
+    for low, high in (("steer_weight_min", "steer_weight_max"), ("clip_cov_low", "clip_cov_high")):
+        if getattr(options, low) > getattr(options, high):
+            yield Violation(
+                (f"algorithm.loss_options.{low}", f"algorithm.loss_options.{high}"),
+                f"algorithm.loss_options.{low}={getattr(options, low):g} is above {high}={getattr(options, high):g}",
+            )
+    entry = POLICY_LOSSES.get(name)
+    looks_further = entry is None or entry.whole_sequences or entry.plan
+    if looks_further and config.policy.context_parallel > 1:
+        yield Violation(
+            ("algorithm.policy_loss", "policy.context_parallel"),
+            f"algorithm.policy_loss={name} needs whole sequences, and policy.context_parallel="
+            f"{config.policy.context_parallel} splits them over ranks: use 1",
+        )
+
+
+def _entropy_control(config: Config) -> Iterator[Violation]:
+    control, rivals = config.entropy_control, config.entropy_control.rivals
+    local = control.feedback == "microbatch_local"
+    if problem := unknown_name(control.controller, (OFF, *CONTROLLERS), own="module:Class"):
+        keys = ("entropy_control.controller",)
+        yield Violation(keys, f"entropy_control.controller={control.controller!r}: {problem}")
+    elif local and control.enabled and not controller_entry(control.controller).answers_error:
+        yield Violation(
+            ("entropy_control.feedback", "entropy_control.controller"),
+            f"entropy_control.feedback=microbatch_local is the published code's: controllers p and pi have it, "
+            f"{control.controller} has not",
+        )
+    moving = control.fixed_target is None or control.gain_schedule.kind != "constant"
+    if local and control.enabled and (moving or control.start != "immediately"):
+        yield Violation(
+            ("entropy_control",),
+            "entropy_control.feedback=microbatch_local needs a fixed target in nats, constant gains and "
+            "start=immediately: the published code has nothing else",
+        )
+    if control.controller == "probe" and abs(rivals.alpha) + rivals.probe_amplitude > 1:
+        yield Violation(
+            ("entropy_control.rivals.alpha", "entropy_control.rivals.probe_amplitude"),
+            f"entropy_control.rivals: alpha={rivals.alpha:g} and probe_amplitude={rivals.probe_amplitude:g} take alpha "
+            "beyond 1",
+        )
+    for place, low, high in zip(("first", "last"), rivals.entrocraft_lower, rivals.entrocraft_upper, strict=True):
+        if control.controller == "entrocraft" and low > high:
+            yield Violation(
+                ("entropy_control.rivals.entrocraft_lower", "entropy_control.rivals.entrocraft_upper"),
+                f"entropy_control.rivals: the {place} entrocraft_lower={low:g} is above entrocraft_upper={high:g}",
+            )
+
+
+def _data(config: Config) -> Iterator[Violation]:
+    data = config.data
+    if data.file_weights is not None and len(data.file_weights) != len(data.train_files):
+        yield Violation(
+            ("data.file_weights", "data.train_files"),
+            f"data.file_weights has {len(data.file_weights)} numbers for {len(data.train_files)} data.train_files",
+        )
+    if data.pass_rate_min > data.pass_rate_max:
+        yield Violation(
+            ("data.pass_rate_min", "data.pass_rate_max"),
+            f"data.pass_rate_min={data.pass_rate_min:g} is above data.pass_rate_max={data.pass_rate_max:g}",
+        )
+    if data.pass_rates is None and data.order == "easy_to_hard":
+        yield Violation(
+            ("data.order", "data.pass_rates"),
+            "data.order=easy_to_hard needs data.pass_rates, a file of recorded responses",
+        )
+    if data.pass_rates is None and (data.pass_rate_min > 0 or data.pass_rate_max < 1):
+        yield Violation(
+            ("data.pass_rates", "data.pass_rate_min", "data.pass_rate_max"),
+            "data.pass_rate_min and pass_rate_max need data.pass_rates, a file of recorded responses",
+        )
+
+
+def reward_violations(config: Config) -> Iterator[Violation]:
+    """Verifiers that do not exist, and rewards that do not go together."""
+    reward = config.reward
+    for key, name in (("reward.verifier", reward.verifier), *(("reward.added", name) for name in reward.added)):
+        if problem := unknown_name(name, VERIFIERS, own="module:function"):
+            yield Violation((key,), f"{key}={name!r}: {problem}")
+    if reward.verifier in reward.added:
+        yield Violation(
+            ("reward.added", "reward.verifier"), f"reward.added: {reward.verifier} is reward.verifier already"
+        )
+    try:
+        re.compile(reward.format_pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        yield Violation(("reward.format_pattern",), f"reward.format_pattern: not a regular expression: {error}")
+    if reward.overlong_buffer_tokens > config.rollout.max_response_tokens:
+        yield Violation(
+            ("reward.overlong_buffer_tokens", "rollout.max_response_tokens"),
+            f"reward.overlong_buffer_tokens={reward.overlong_buffer_tokens} is more than "
+            f"rollout.max_response_tokens={config.rollout.max_response_tokens}",
+        )
+
+
+def _placement(config: Config) -> Iterator[Violation]:
+    per_node, ranks = config.cluster.policy_ranks_per_node, config.policy.world_size
+    touched = ("cluster.policy_ranks_per_node", "policy")
+    if per_node is not None and ranks % per_node:
+        yield Violation(touched, f"cluster.policy_ranks_per_node={per_node} does not divide {ranks} policy ranks")
+    if per_node is not None and per_node < ranks and config.cluster.address == "local":
+        yield Violation(
+            touched, f"cluster.policy_ranks_per_node={per_node}: {ranks} ranks need several nodes, a local run has one"
+        )
+
+
+def _colocation(config: Config) -> Iterator[Violation]:
+    if not config.cluster.colocate:
+        return
+    rollout, ranks = config.rollout, config.policy.world_size
+    key = "cluster.colocate"
+    if config.policy.offload != "all":
+        yield Violation(
+            (key, "policy.offload"),
+            f"{key}=true needs policy.offload=all: engines generate in the memory of the policy",
+        )
+    if rollout.tensor_parallel > 1:
+        yield Violation(
+            (key, "rollout.tensor_parallel"),
+            f"{key}=true: an engine shares the device of one policy rank, so rollout.tensor_parallel="
+            f"{rollout.tensor_parallel} cannot be",
+        )
+    if rollout.engines > ranks:
+        yield Violation(
+            (key, "rollout.engines", "policy"),
+            f"{key}=true: rollout.engines={rollout.engines}, but there are {ranks} policy ranks to share devices with",
+        )
+    if config.cluster.policy_ranks_per_node is not None:
+        yield Violation(
+            (key, "cluster.policy_ranks_per_node"),
+            f"{key}=true fills nodes one after the other; cluster.policy_ranks_per_node must be null",
+        )
+
+
+def benchmark_violations(config: Config) -> Iterator[Violation]:
+    """Benchmarks that cannot be named or sampled so."""
+    evaluation = config.evaluation
+    key = "evaluation.benchmarks"
+    for name in evaluation.benchmarks:
+        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
+            yield Violation(
+                (key,), f"{key}: {name!r}: a name becomes a file name; use letters, digits, dots, dashes, underscores"
+            )
+    if evaluation.every_steps and not evaluation.benchmarks:
+        yield Violation(
+            (key, "evaluation.every_steps"),
+            f"evaluation.every_steps={evaluation.every_steps}, but evaluation.benchmarks names no file",
+        )
+    for name, samples in evaluation.samples_of.items():
+        if name not in evaluation.benchmarks:
+            yield Violation(("evaluation.samples_of", key), f"evaluation.samples_of: no benchmark is called {name!r}")
+        if samples < 1:
+            yield Violation(("evaluation.samples_of",), f"evaluation.samples_of: {name}={samples}: at least 1")
+    greedy = config.evaluation_sampling.temperature == 0
+    if greedy and any(evaluation.samples(name) > 1 for name in evaluation.benchmarks):
+        yield Violation(
+            ("evaluation",), "evaluation.temperature=0 gives the same response every time: use 1 sample per prompt"
+        )

@@ -1,0 +1,87 @@
+"""Prompts and rewards: what is asked, and how the answers are judged."""
+
+from __future__ import annotations
+
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from megatron_entropic.config.base import Count, Seconds, Section, one_is_a_list
+from megatron_entropic.config.names import VERIFIERS
+
+
+class DataConfig(Section):
+    """Prompts."""
+
+    train_files: Annotated[list[Path], BeforeValidator(one_is_a_list)] = Field(
+        min_length=1, description="Parquet, JSON lines, or a directory that datasets' save_to_disk wrote."
+    )
+    file_weights: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="Share of each train file in every stretch of prompts. None: every row counts alike."
+    )
+    max_prompt_tokens: Count = Field(1024, ge=1)
+    too_long: Literal["error", "drop"] = Field("error", description="What to do with prompts over max_prompt_tokens.")
+    skip_malformed: bool = Field(False, description="Leave out rows that cannot be used instead of refusing to start.")
+    apply_chat_template: bool = Field(False, description="Format prompts with the tokenizer's chat template.")
+    template_date: date | None = Field(
+        None,
+        description="Day (YYYY-MM-DD) for chat templates that ask for the date. None: such a template is refused, as "
+        "prompts would change from day to day.",
+    )
+    system_prompt: str | None = Field(None, description="System message of prompts that have none.")
+    prompt_suffix: str = Field("", description="Text after each problem.")
+    prompt_key: str = Field(
+        "prompt", min_length=1, description="Column of messages, or of a string; dots lead into nested columns."
+    )
+    answer_key: str | None = Field(
+        None,
+        min_length=1,
+        description="Column of the ground truth. None: reward_model.ground_truth, answer or ground_truth.",
+    )
+    duplicates: Literal["keep", "drop"] = Field("keep", description="Later copies of a problem; reported either way.")
+    benchmark_overlap: Literal["keep", "drop"] = Field(
+        "keep", description="Training problems that equal or overlap one of evaluation.benchmarks; reported either way."
+    )
+    overlap_words: int = Field(13, ge=2, description="Problems overlap if they share so many words in a row.")
+    pass_rates: Path | None = Field(
+        None,
+        description="Responses of an `evaluate` of the train file (NAME.parquet): for pass_rate_min, _max and order.",
+    )
+    pass_rate_min: float = Field(0.0, ge=0, le=1, description="Leave out prompts whose recorded pass rate is lower.")
+    pass_rate_max: float = Field(1.0, ge=0, le=1, description="Leave out prompts whose recorded pass rate is higher.")
+    order: Literal["shuffled", "as_stored", "easy_to_hard"] = Field(
+        "shuffled", description="Order of an epoch. easy_to_hard: a curriculum, falling recorded pass rates."
+    )
+    order_blur: float = Field(
+        0.2, ge=0, description="easy_to_hard: prompts further apart than this share of an epoch keep their order."
+    )
+
+
+class RewardConfig(Section):
+    """How a response is judged."""
+
+    verifier: str = Field("math", description=f"{', '.join(VERIFIERS)}, or module:function.")
+    added: dict[str, float] = Field(
+        {}, description="Name: weight of further rewards, named as verifiers are, which are added to the verifier's."
+    )
+    format_pattern: str = Field(
+        r".*\\boxed\{.+\}[^{}]*",
+        description="What the whole response must match for `format` (a dot is any character).",
+    )
+    overlong_buffer_tokens: Count = Field(
+        0, ge=0, description="DAPO's soft punishment over the last so many tokens before max_response_tokens; 0: none."
+    )
+    overlong_weight: float = Field(1.0, ge=0, description="Punishment of a response of max_response_tokens.")
+    batch_size: int = Field(64, ge=1, description="Responses of one call of a verifier that takes batches.")
+    workers: int = Field(1, ge=0, le=1024, description="Verifier processes; 0 judges in the driver.")
+    timeout_s: Seconds = Field(
+        30.0, description="Wall time of one response or batch; a process that passes it is killed."
+    )
+    cpu_time_s: Seconds = Field(
+        5.0, description="CPU time of one response: what a busy machine does not use up. Ends in a timeout too."
+    )
+    memory_limit_gb: float = Field(
+        4.0, gt=0, description="Address space of each process of a built-in verifier; module:function has no limit."
+    )

@@ -1,0 +1,451 @@
+"""The typed tree of every knob. Units are in the names; one name for one thing everywhere.
+
+Only shape and type live here, with the checks that need a single section. `config_loading` reads YAML and
+dotted overrides into this tree and refuses combinations that cannot work, all violations in one error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from megatron_entropic.config.algorithm import AlgorithmConfig, EntropyControlConfig
+from megatron_entropic.config.base import LARGEST, Count, Ranks, Seconds, Section, off_is_a_word, one_line
+from megatron_entropic.config.data import DataConfig, RewardConfig
+from megatron_entropic.config.names import POLICY_LOSSES
+
+Dtype = Literal["float32", "bfloat16"]
+Device = Literal["cpu", "cuda"]
+PublishMode = Literal["full", "delta"]
+Transport = Literal["gloo", "nccl", "ipc"]
+
+
+def _ray_address(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if value not in ("local", "auto") and not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise ValueError(f"expected local, auto, or host:port with a port up to 65535, not {value!r}")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one response is drawn. Temperature 0 takes the most probable token each time."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_response_tokens: int
+
+
+class RunConfig(Section):
+    """Identity of a run and where its files go."""
+
+    name: Annotated[str, AfterValidator(one_line)] = Field("run", max_length=128)
+    output_dir: Path = Field(Path("runs/run"), description="Everything a run writes lies below this folder.")
+    seed: int = Field(1, ge=0, le=LARGEST)
+    resume: Literal["auto", "never"] = Field(
+        "auto",
+        description="auto: continue from the newest complete checkpoint in output_dir; never: refuse if one exists.",
+    )
+
+
+class ModelConfig(Section):
+    """The policy's starting point, a Hugging Face directory (config.json, safetensors, tokenizer)."""
+
+    hf_dir: Path
+    megatron_dir: Path | None = Field(
+        None,
+        description="A distributed checkpoint (torch_dist) whose weights are taken instead: a conversion, a checkpoint "
+        "of another run or of Megatron-LM's training script. Configuration and tokenizer come from hf_dir, which for a "
+        "conversion may be the same directory.",
+    )
+    dtype: Dtype = Field("bfloat16", description="Parameter and activation dtype of policy and engines.")
+
+
+class PolicyConfig(Section):
+    """How the megatron-core policy is laid out over ranks and micro-batches."""
+
+    tensor_parallel: Ranks = 1
+    pipeline_parallel: Ranks = 1
+    virtual_pipeline_parallel: Ranks = Field(
+        1,
+        description="Chunks of layers on each stage (interleaved 1F1B): a smaller bubble, more traffic.",
+    )
+    data_parallel: Ranks = 1
+    context_parallel: Ranks = Field(
+        1,
+        description="Ranks that share each sequence's tokens; tokens_per_microbatch counts those of all of them.",
+    )
+    expert_parallel: Ranks = Field(
+        1, description="Ranks that share out the experts of a layer; taken from data and context parallelism."
+    )
+    expert_tensor_parallel: Ranks | None = Field(
+        None, description="Tensor parallel size of experts. None: tensor_parallel."
+    )
+    moe_aux_loss_coefficient: float = Field(
+        0.0, ge=0, description="Weight of the load-balancing loss of layers with experts; 0 switches it off."
+    )
+    moe_router_replay: Annotated[Literal["off", "score"], BeforeValidator(off_is_a_word)] = Field(
+        "off",
+        description="score: updates send each token to the experts that the score pass chose, so that the ratio of new "
+        "and old probability is one of weights, not of routes.",
+    )
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = True
+    tokens_per_microbatch: Count = Field(
+        16384, ge=1, description="Packed tokens of one forward; a longer sequence goes alone."
+    )
+    output_head: Literal["auto", "logits", "recompute", "fused_loss"] = Field(
+        "auto",
+        description="How the last stage turns hidden states into log-probs. logits: stores its vocabulary shard of "
+        "logits. recompute: stores none, computes them twice. fused_loss: stores none, takes the gradient in the "
+        "forward pass. auto: fused_loss if each token's loss is known before the forward pass, else recompute.",
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="What backward computes again instead of keeping it. full: every layer. selective: with "
+        "Transformer Engine's layers the feed-forward part or the experts, with others attention.",
+    )
+    offload: Annotated[Literal["off", "optimizer", "all"], BeforeValidator(off_is_a_word)] = Field(
+        "off",
+        description="What leaves the policy's devices for host memory while engines generate. optimizer: Adam's "
+        "moments and float32 main parameters. all: gradient buffers and parameters too.",
+    )
+    fp8: Annotated[Literal["off", "e4m3", "hybrid"], BeforeValidator(off_is_a_word)] = Field(
+        "off",
+        description="Transformer Engine's 8-bit products in the layers, on GPUs that have them; the output layer stays "
+        "in model.dtype. hybrid: e4m3 forward, e5m2 for gradients.",
+    )
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = Field(
+        "tensorwise", description="How values are scaled into 8 bits; mxfp8 needs Blackwell."
+    )
+    distributed_timeout_s: Seconds = Field(600.0, description="Limit of every collective between policy ranks.")
+
+    @property
+    def offloaded_parts(self) -> tuple[str, ...]:
+        """What policy.offload names, as `policy.offload.PARTS` calls it."""
+        return {"off": (), "optimizer": ("optimizer",), "all": ("optimizer", "gradients", "parameters")}[self.offload]
+
+    @property
+    def token_alignment(self) -> int:
+        """Tokens of a product come in multiples of this; 8-bit products want whole blocks of 16, or of 32 for mxfp8."""
+        if self.fp8 == "off":
+            return 1
+        return 32 if self.fp8_recipe == "mxfp8" else 16
+
+    @property
+    def world_size(self) -> int:
+        """Number of policy ranks."""
+        return self.stage_ranks * self.pipeline_parallel
+
+    @property
+    def stage_ranks(self) -> int:
+        """Number of ranks of each pipeline stage."""
+        return self.tensor_parallel * self.context_parallel * self.data_parallel
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """policy.expert_tensor_parallel with None resolved."""
+        return self.expert_tensor_parallel or self.tensor_parallel
+
+    @property
+    def expert_replicas(self) -> int:
+        """Number of ranks that hold the same expert parameters."""
+        return max(1, self.stage_ranks // (self.expert_tensor_size * self.expert_parallel))
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(1e-6, gt=0, le=1)
+    min_learning_rate: float = Field(0.0, ge=0, le=1)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Count = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
+    weight_decay: float = Field(0.01, ge=0, description="Not applied to norms and biases.")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0, le=1)
+    gradient_clip: float = Field(1.0, ge=0, description="Global norm; 0 switches clipping off.")
+
+
+class RolloutConfig(Section):
+    """Sampling from vLLM engines."""
+
+    engines: Ranks = 1
+    tensor_parallel: Ranks = Field(1, description="vLLM tensor parallel size of each engine.")
+    prompts_per_step: Count = Field(512, ge=1)
+    samples_per_prompt: Count = Field(8, ge=1)
+    max_resamples: int = Field(
+        0,
+        ge=0,
+        lt=1000,
+        description="DAPO's dynamic sampling: replace groups all right or all wrong, so often a step at most.",
+    )
+    max_response_tokens: Count = Field(8192, ge=1)
+    temperature: float = Field(
+        1.0, ge=0.01, le=100, description="Of training's samples. vLLM takes what is below 0.01 for 0.01."
+    )
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(-1, ge=-1)
+    max_concurrent_sequences: Count = Field(256, ge=1, description="vLLM max_num_seqs per engine.")
+    kv_cache_gb: float = Field(1.0, gt=0, description="KV cache on CPU; on GPU gpu_memory_fraction decides.")
+    gpu_memory_fraction: float = Field(0.85, gt=0, lt=1)
+    enforce_eager: bool | None = Field(None, description="None: eager on CPU, compiled with CUDA graphs on GPU.")
+    quantization: Annotated[Literal["off", "fp8"], BeforeValidator(off_is_a_word)] = Field(
+        "off",
+        description="fp8: engines round what they are sent to 8 bits, on GPUs that can multiply them. They sample from "
+        "another distribution than the policy's: use importance_correction=tis and watch mismatch/*.",
+    )
+    publish: PublishMode = Field(
+        "full",
+        description="How new weights reach the engines. full: all of them. delta: only elements whose bits changed, "
+        "over gloo; both ends keep a copy of the weights. Worth it in bfloat16 at small learning rates.",
+    )
+    importance_correction: Literal["none", "tis", "mis"] = Field(
+        "none",
+        description="Weight of the policy loss, from w = pi_old / pi_rollout. tis: min(w, importance_cap). "
+        "mis: w inside [1 / importance_cap, importance_cap], else 0.",
+    )
+    importance_level: Literal["token", "sequence"] = Field(
+        "token", description="sequence: w is the product over the response, the same for each of its tokens."
+    )
+    importance_cap: float = Field(2.0, gt=1)
+
+    @property
+    def samples_per_step(self) -> int:
+        """Responses of one rollout."""
+        return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the responses of a training step are drawn."""
+        return Sampling(self.temperature, self.top_p, self.top_k, self.max_response_tokens)
+
+
+class WarmStartConfig(Section):
+    """A short supervised run on (prompt, response) pairs before reinforcement learning; 0 steps switches it off."""
+
+    steps: Count = Field(0, ge=0)
+    file: Path | None = Field(None, description="Parquet or JSON lines with the columns prompt and response.")
+    sequences_per_step: Count = Field(256, ge=1)
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    warmup_steps: Count = Field(10, ge=0)
+
+    @model_validator(mode="after")
+    def _needs_a_file(self) -> WarmStartConfig:
+        if self.steps and self.file is None:
+            raise ValueError("warm_start.file is needed when warm_start.steps > 0")
+        return self
+
+
+class TrainConfig(Section):
+    """Length of the run."""
+
+    steps: Count = Field(2000, ge=0, description="Rollout steps.")
+    record_steps: list[Annotated[int, Field(ge=1)]] = Field(
+        [],
+        description="Steps of which the rollouts and the checkpoint before are kept, for `replay`. Rollouts of steps "
+        "with an update that was skipped are kept anyway.",
+    )
+    max_skipped_steps: Count = Field(
+        10, ge=1, description="The run ends when so many steps in a row had an update skipped for not being finite."
+    )
+
+
+class EvaluationConfig(Section):
+    """Benchmarks: files of problems that are answered several times each, during training or by `evaluate`."""
+
+    benchmarks: dict[str, Path] = Field(
+        {}, description="Name: file, in a layout of data.train_files. Names and order of the table's columns."
+    )
+    every_steps: Count = Field(0, ge=0, description="Evaluate after every so many training steps; 0: never.")
+    samples_per_prompt: Count = Field(8, ge=1, description="N of avg@N, pass@N and maj@N.")
+    samples_of: dict[str, int] = Field({}, description="Name: N of the benchmarks with an N of their own.")
+    temperature: float | None = Field(None, ge=0, description="None: rollout.temperature. 0: greedy.")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(-1, ge=-1)
+    max_response_tokens: Count | None = Field(None, ge=1, description="None: rollout.max_response_tokens.")
+    seed: int = Field(1, ge=0, le=LARGEST, description="Of the responses; the same at every evaluation of a run.")
+
+    def samples(self, benchmark: str) -> int:
+        """N of one benchmark."""
+        return self.samples_of.get(benchmark, self.samples_per_prompt)
+
+
+class CheckpointConfig(Section):
+    """Resumable state: model, optimizer, controller, RNG, data position."""
+
+    every_steps: Count = Field(50, ge=0, description="0: only at the end.")
+    asynchronous: bool = Field(
+        True, description="Write beside the next steps, from a copy of the state in host memory; false: wait for it."
+    )
+    format: Literal["dp_reshardable", "fully_reshardable"] = Field(
+        "dp_reshardable",
+        description="What is written of the distributed optimizer, by megatron-core's names. dp_reshardable: each "
+        "rank's shard as it is. fully_reshardable: whole tensors by parameter, for programs that know no shards; every "
+        "rank gathers the state of its model-parallel part, which takes nine times the host memory of a shard at 4 "
+        "replicas and stops training meanwhile. Either is resumed under any layout.",
+    )
+    keep_last: int = Field(2, ge=1, description="Of checkpoints, and of the exports of export_every_steps.")
+    keep_every: Count = Field(0, ge=0, description="Checkpoints of steps it divides stay for ever; 0: none.")
+    accept_unverified: bool = Field(
+        False, description="Resume from a checkpoint of an older version, which has no checksums to compare with."
+    )
+    export_every_steps: Count = Field(
+        0,
+        ge=0,
+        description="Write the policy to exports/ as a Hugging Face directory while training goes on; 0: never.",
+    )
+    export_hf: bool = Field(True, description="Write the final policy as a Hugging Face directory.")
+
+
+class LoggingConfig(Section):
+    """Sinks beside metrics.jsonl, which is always written."""
+
+    tensorboard: bool = True
+    wandb: Annotated[Literal["off", "auto", "offline", "online"], BeforeValidator(off_is_a_word)] = Field(
+        "auto", description="auto: as WANDB_MODE says; without it online with WANDB_API_KEY, else offline."
+    )
+    wandb_project: str = "megatron_entropic"
+    samples_per_step: int = Field(4, ge=0, description="Responses written to samples.jsonl each step.")
+    rollouts_every_steps: Count = Field(
+        20, ge=0, description="Keep all rollouts of every so many steps in rollouts/, token by token; 0: never."
+    )
+    rollouts_keep_last: Annotated[Count, Field(ge=1)] | None = Field(
+        20,
+        description="So many of these steps stay, the newest; null: all. Those of train.record_steps and steps with a "
+        "skipped update are not counted and always stay.",
+    )
+    rollouts_keep_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        1000.0,
+        description="Megabytes (10^6 bytes) that these files may take together: the oldest go, the newest stays "
+        "however large it is. null: no limit.",
+    )
+
+
+class ClusterConfig(Section):
+    """Ray, placement and the limits of every wait between processes."""
+
+    address: Annotated[str, AfterValidator(_ray_address)] = Field(
+        "local", description="local starts Ray on loopback; auto or host:port joins a running cluster."
+    )
+    nodes: list[Annotated[str, Field(pattern=r"^[\w.:-]+$")]] = Field(
+        [], description="Names or addresses of the Ray nodes that must have joined before the run starts."
+    )
+    policy_ranks_per_node: int | None = Field(
+        None, ge=1, description="Exactly so many policy ranks on a node; null fills nodes one after the other."
+    )
+    colocate: bool = Field(
+        False,
+        description="Engine i shares the device of policy rank i: one sleeps while the other works. On a CPU, where "
+        "vLLM cannot give memory back, only the order is that of GPUs.",
+    )
+    max_restarts: int = Field(
+        0, ge=0, description="After the loss of a process: so many new starts from the newest checkpoint by itself."
+    )
+    max_engine_restarts: int = Field(
+        2, ge=0, description="So many lost engines are replaced within the step that loses them, before a new attempt."
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    transport: Literal["auto"] | Transport = Field(
+        "auto",
+        description="What carries weights to the engines. auto: nccl on GPUs, ipc with colocate, gloo on a CPU. gloo "
+        "goes through host memory and works everywhere.",
+    )
+    startup_timeout_s: Seconds = 600.0
+    generate_timeout_s: Seconds = 3600.0
+    score_timeout_s: Seconds = 1800.0
+    update_timeout_s: Seconds = 3600.0
+    publish_timeout_s: Seconds = 600.0
+    check_weights: bool = Field(
+        False, description="After every publication compare a checksum of each tensor inside the engines; costs time."
+    )
+    checkpoint_timeout_s: Seconds = 1800.0
+
+    def transport_on(self, device: Device) -> Transport:
+        """What carries weights to the engines. NCCL refuses two processes on one GPU."""
+        if self.transport != "auto":
+            return self.transport
+        if device == "cpu":
+            return "gloo"
+        return "ipc" if self.colocate else "nccl"
+
+
+class Config(Section):
+    """One run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    reward: RewardConfig = RewardConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    entropy_control: EntropyControlConfig = EntropyControlConfig()
+    policy: PolicyConfig = PolicyConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def sequences_per_optimizer_step(self) -> int:
+        """Responses of one optimizer step."""
+        return self.rollout.samples_per_step // self.algorithm.optimizer_steps_per_rollout
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest sequence the policy can meet: prompt and response."""
+        return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+    @property
+    def evaluation_sampling(self) -> Sampling:
+        """How the responses to benchmark problems are drawn."""
+        own = self.evaluation
+        return Sampling(
+            self.rollout.temperature if own.temperature is None else own.temperature,
+            own.top_p,
+            own.top_k,
+            own.max_response_tokens or self.rollout.max_response_tokens,
+        )
+
+    @property
+    def max_engine_tokens(self) -> int:
+        """Longest sequence an engine can meet, benchmarks included."""
+        longest = self.rollout.max_response_tokens
+        if self.evaluation.benchmarks:
+            longest = max(longest, self.evaluation_sampling.max_response_tokens)
+        return self.data.max_prompt_tokens + longest
+
+    @property
+    def loss_adds_up_over_tokens(self) -> bool:
+        """Whether each token's loss depends on nothing but the token and what is known before the forward pass.
+
+        Nothing is known of a loss given as module:function, so it gets whole micro-batches.
+        """
+        control, loss = self.entropy_control, self.algorithm.policy_loss
+        entry = POLICY_LOSSES.get(loss)
+        if entry is None or entry.whole_sequences or self.feedback == "microbatch_local":
+            return False
+        return not control.steers_alpha or control.denominator == "all_tokens"
+
+    @property
+    def output_head(self) -> Literal["logits", "recompute", "fused_loss"]:
+        """policy.output_head with `auto` resolved."""
+        if self.policy.output_head != "auto":
+            return self.policy.output_head
+        return "fused_loss" if self.loss_adds_up_over_tokens else "recompute"
+
+    @property
+    def feedback(self) -> str:
+        """entropy_control.feedback with `auto` resolved."""
+        if self.entropy_control.feedback != "auto":
+            return self.entropy_control.feedback
+        algorithm = self.algorithm
+        rescored = algorithm.epochs_per_rollout == 1 or algorithm.proximal_logprobs == "each_epoch"
+        return "score_pass" if algorithm.optimizer_steps_per_rollout == 1 and rescored else "previous_step"

@@ -1,0 +1,70 @@
+"""Directories that appear complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_entropic.files.paths import make_directory
+
+SPACE_MARGIN_BYTES = 16 * 2**20
+"""Free space asked for beyond the tensors: headers, metadata, tokenizer."""
+
+
+@contextmanager
+def appears_when_complete(output_dir: Path) -> Iterator[Path]:
+    """A hidden sibling of `output_dir`, flushed and renamed to it if the body succeeds, removed if it does not.
+
+    An existing `output_dir` steps aside as `.NAME.replaced` until the new one is in place. What an interrupted process
+    left behind is removed at the next start.
+    """
+    make_directory(output_dir.parent)
+    partial = output_dir.with_name(f".{output_dir.name}.partial")
+    replaced = output_dir.with_name(f".{output_dir.name}.replaced")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        for path in partial.iterdir():
+            sync(path)
+        sync(partial)
+        if output_dir.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            output_dir.rename(replaced)
+        partial.rename(output_dir)
+        sync(output_dir.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def output_problems(output_dir: Path, needed_bytes: int) -> list[str]:
+    """Why a new directory of that size cannot be written there; empty if nothing speaks against it."""
+    problems = []
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        problems.append(f"{output_dir}: exists and is not empty; nothing is written over it")
+    parent = next(path for path in output_dir.absolute().parents if path.exists())
+    if not parent.is_dir():
+        return [*problems, f"{output_dir}: {parent} is a file"]
+    free = shutil.disk_usage(parent).free
+    # What an interrupted conversion left is removed first.
+    partial = output_dir.with_name(f".{output_dir.name}.partial")
+    free += sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
+    needed = needed_bytes + SPACE_MARGIN_BYTES
+    if free < needed:
+        problems.append(
+            f"{output_dir}: {needed / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB are free on that disk"
+        )
+    return problems
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a directory (which makes the names in it durable)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

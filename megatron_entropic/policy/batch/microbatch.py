@@ -1,0 +1,229 @@
+"""Packs sequences of different lengths into micro-batches without padding between them.
+
+Shapes: T packed tokens of a micro-batch (padding tail included), R response tokens in it, n sequences.
+
+    tokens      p0 p1 r0 r1 | p0 r0 r1 r2 | pad      T = 9 with the multiple 3
+    rows              1  2       4  5  6             the positions whose logits predict a response token
+    targets           r0 r1      r0 r1 r2            R = 5, sequence after sequence
+
+Under context parallelism each segment is padded and cut (see `context_cut`), and a rank's micro-batch holds its own
+part of the tokens. All ranks of a group pack the same sequences, so each knows the target of a row whose next token is
+held by another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from megatron_entropic.policy.batch.balance import spread
+from megatron_entropic.policy.batch.context_cut import WHOLE, ContextCut
+from megatron_entropic.policy.batch.host_copies import to_device
+from megatron_entropic.policy.batch.segments import SegmentPlan, plan_segments
+from megatron_entropic.types import Sequence
+
+TAIL_TOKENS = 64
+"""Length of the segments of a padding tail: attention over them costs nothing."""
+
+
+@dataclass(frozen=True)
+class PackingRules:
+    """What a layout asks of micro-batches (`ParallelState.packing`)."""
+
+    token_multiple: int = 1
+    """The tokens of each rank are padded to a multiple of this."""
+    cut: ContextCut = WHOLE
+    """This rank's part of each sequence."""
+    count_multiple: int = 1
+    """There must be a multiple of this many micro-batches."""
+    equal_tokens: bool = False
+    """All micro-batches of a pass are padded to one length."""
+
+    @property
+    def total_multiple(self) -> int:
+        """The tokens of all context-parallel ranks are padded to a multiple of this."""
+        return self.token_multiple * self.cut.segment_multiple
+
+
+NO_RULES = PackingRules()
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some sequences laid end to end, with what the last stage needs to give statistics of the response tokens."""
+
+    tokens: torch.Tensor
+    """[1, T] int64; under context parallelism this rank's [1, T / size]."""
+    position_ids: torch.Tensor
+    """As `tokens`, from 0 in each sequence."""
+    cu_seqlens: torch.Tensor
+    """[segments + 1] int32, where each segment starts before the cut, and T. A padding tail is the last segments."""
+    rows: torch.Tensor
+    """[R] int64, places in `tokens` whose logits predict the response tokens, in the order of `targets`."""
+    targets: torch.Tensor
+    """[R] int64, the response tokens of all sequences, one sequence after the other."""
+    owned: torch.Tensor | None
+    """Under context parallelism `rows` and `targets` are this rank's [r], and this says which of the R they are."""
+    plan: SegmentPlan
+    """How core attention batches the segments, computed once for all layers. It stays where it is: Transformer Engine's
+    attention never looks at it."""
+    max_seqlen: int
+    """Tokens of the longest segment, before the cut."""
+    response_lengths: tuple[int, ...]
+    """Response tokens of each sequence; they sum to R."""
+    sequences: tuple[Sequence, ...]
+    """The sequences themselves, as the caller gave them (on the caller's device)."""
+    indices: tuple[int, ...]
+    """Where each sequence stood in the caller's list."""
+    choices: torch.Tensor | None = None
+    """[tokens of this rank, layers with experts, k]: the experts to use, see `router_replay`. None: routers choose."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch with its packed tensors on `device`; `plan` and `sequences` stay where they are."""
+        moved: dict[str, Any] = {
+            field.name: to_device(getattr(self, field.name), device)
+            for field in fields(self)
+            if isinstance(getattr(self, field.name), torch.Tensor)
+        }
+        return replace(self, **moved)
+
+    @property
+    def response_tokens(self) -> int:
+        """R, over all context-parallel ranks."""
+        return sum(self.response_lengths)
+
+    def places(self, targets: slice) -> slice | torch.Tensor:
+        """Which of the R response tokens some of this rank's `targets` are."""
+        return targets if self.owned is None else self.owned[targets]
+
+    def split(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Cuts a [R] tensor into one tensor per sequence."""
+        return list(values.split(list(self.response_lengths)))
+
+
+def pack(
+    sequences: list[Sequence], tokens_per_microbatch: int, rules: PackingRules = NO_RULES, *, at_least: int = 1
+) -> list[MicroBatch]:
+    """Distributes sequences over as few micro-batches as first-fit decreasing needs, of close lengths; deterministic.
+
+    Args:
+        sequences: Each with at least one prompt and one response token.
+        tokens_per_microbatch: Budget of one micro-batch, over its context-parallel ranks; a longer sequence gets one
+            of its own.
+        rules: Of the layout.
+        at_least: Number of micro-batches wanted at least, so that data-parallel ranks can agree on one number; those
+            for which there is no sequence left hold padding only and R = 0.
+
+    Raises:
+        ValueError: a sequence without prompt or response.
+    """
+    lengths = [_rounded_up(sequence.tokens.numel(), rules.cut.segment_multiple) for sequence in sequences]
+    groups = first_fit_decreasing(lengths, tokens_per_microbatch)
+    count = _rounded_up(max(len(groups), at_least), rules.count_multiple)
+    level = spread(lengths, count)
+    # Stages of a pipeline wait for the longest one. A level deal may exceed the budget where first fit does not.
+    if all(len(group) == 1 or sum(lengths[i] for i in group) <= tokens_per_microbatch for group in level):
+        groups = level
+    while len(groups) < count:
+        groups = _halve_largest(groups, lengths)
+    longest = max(sum(lengths[i] for i in group) for group in groups) if rules.equal_tokens else 0
+    return [pack_one([sequences[i] for i in group], group, rules, at_least_tokens=longest) for group in groups]
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def first_fit_decreasing(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices of `lengths` in groups whose sums stay within `budget`; an item over the budget is alone in its group.
+
+    Within a group lengths fall; ties keep the order given.
+    """
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = next((i for i, free in enumerate(room) if lengths[index] <= free), len(groups))
+        if place == len(groups):
+            groups.append([])
+            room.append(budget)
+        groups[place].append(index)
+        room[place] -= lengths[index]
+    return groups
+
+
+def _halve_largest(groups: list[list[int]], lengths: list[int]) -> list[list[int]]:
+    """Splits the fullest group that holds several items in two of similar size; adds an empty one if none does."""
+    divisible = [group for group in groups if len(group) > 1]
+    if not divisible:
+        return [*groups, []]
+    fullest = max(divisible, key=lambda group: sum(lengths[i] for i in group))
+    halves: tuple[list[int], list[int]] = ([], [])
+    for index in fullest:
+        min(halves, key=lambda half: sum(lengths[i] for i in half)).append(index)
+    place = groups.index(fullest)
+    return [*groups[:place], *halves, *groups[place + 1 :]]
+
+
+def pack_one(
+    sequences: list[Sequence], indices: list[int], rules: PackingRules = NO_RULES, *, at_least_tokens: int = 0
+) -> MicroBatch:
+    """One micro-batch of these sequences, in this order.
+
+    Args:
+        sequences: Each with at least one prompt and one response token; may be empty.
+        indices: Where each stood in the caller's list, to find its statistics again.
+        rules: Of the layout; how many micro-batches there are does not matter here.
+        at_least_tokens: T is padded to this, and to at least 1.
+
+    Raises:
+        ValueError: a sequence without prompt or response.
+    """
+    bad = [i for i, s in zip(indices, sequences, strict=True) if s.prompt_length < 1 or s.response_length < 1]
+    if bad:
+        raise ValueError(f"sequences {bad} lack a prompt or a response token, so they have nothing to score")
+    cut = rules.cut
+    segments = _segments([sequence.tokens.numel() for sequence in sequences], rules, at_least_tokens)
+    starts = [0, *accumulate(segments)]
+    tokens = torch.zeros(starts[-1], dtype=torch.int64)
+    for sequence, start in zip(sequences, starts, strict=False):
+        tokens[start : start + sequence.tokens.numel()] = sequence.tokens
+    rows_of_all = [
+        torch.arange(start + s.prompt_length - 1, start + s.tokens.numel() - 1)
+        for s, start in zip(sequences, starts, strict=False)
+    ]
+    rows = torch.cat([torch.empty(0, dtype=torch.int64), *rows_of_all])
+    own_rows = cut.rows(torch.tensor(segments))
+    place, owned = _own_places(rows, own_rows, starts[-1]) if cut.size > 1 else (rows, None)
+    return MicroBatch(
+        tokens=tokens[own_rows].unsqueeze(0),
+        position_ids=cut.positions(torch.tensor(segments)).unsqueeze(0),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        rows=place,
+        targets=tokens[(rows if owned is None else rows[owned]) + 1],
+        owned=owned,
+        plan=plan_segments(segments, cut),
+        max_seqlen=max(segments),
+        response_lengths=tuple(s.response_length for s in sequences),
+        sequences=tuple(sequences),
+        indices=tuple(indices),
+    )
+
+
+def _segments(lengths: list[int], rules: PackingRules, at_least_tokens: int) -> list[int]:
+    """Padded lengths of the sequences, then of the tail."""
+    multiple = rules.cut.segment_multiple
+    segments = [_rounded_up(length, multiple) for length in lengths]
+    padding = _rounded_up(max(sum(segments), at_least_tokens, 1), rules.total_multiple) - sum(segments)
+    whole, rest = divmod(padding, _rounded_up(TAIL_TOKENS, multiple))
+    return [*segments, *[_rounded_up(TAIL_TOKENS, multiple)] * whole, *([rest] if rest else [])]
+
+
+def _own_places(rows: torch.Tensor, own_rows: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(places in `own_rows` of those `rows` that are among them, which of `rows` these are)."""
+    place = torch.full((total,), -1)
+    place[own_rows] = torch.arange(own_rows.numel())
+    owned = (place[rows] >= 0).nonzero().squeeze(1)
+    return place[rows[owned]], owned

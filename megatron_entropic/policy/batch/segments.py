@@ -1,0 +1,118 @@
+"""How attention over packed segments is batched: segments of similar length run together, padded on the right.
+
+A loop over 256 short segments spends its time starting kernels; one padded batch of all of them spends it on padding
+when lengths differ. Groups in which the shortest is at least `SIMILAR` of the longest bound the padding.
+
+Under context parallelism a rank's queries are two chunks of each segment (see `context_cut`), and keys and values those
+of all ranks, one rank's after the other. Chunk j sees the segment's chunks 0 to j, so each chunk is a batch of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_entropic.policy.batch.context_cut import WHOLE, ContextCut
+from megatron_entropic.policy.batch.host_copies import to_device
+
+SIMILAR = 0.75
+"""Shortest over longest length within a group: at most a third more rows, and the same order of attention work."""
+
+
+@dataclass(frozen=True)
+class SegmentGroup:
+    """Segments, or one chunk of each, that run as one batch [count, length]."""
+
+    rows: torch.Tensor
+    """[count * length] int64: the packed row of each place of the batch; places of padding repeat a real row."""
+    count: int
+    length: int
+    keys: torch.Tensor | None = None
+    """[count * seen] int64: the rows of keys and values in those of all context-parallel ranks; None: `rows`."""
+    mask: torch.Tensor | None = None
+    """[count, 1, length, seen] bool: which keys a query sees; None: the causal mask."""
+
+    def to(self, device: torch.device) -> SegmentGroup:
+        """The same group with its tensors on `device`."""
+        keys = None if self.keys is None else to_device(self.keys, device)
+        mask = None if self.mask is None else to_device(self.mask, device)
+        return SegmentGroup(to_device(self.rows, device), self.count, self.length, keys, mask)
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """All groups, and how to put their outputs back in packed order."""
+
+    groups: tuple[SegmentGroup, ...]
+    order: torch.Tensor
+    """[T] int64 (under context parallelism [T / size]): for each row its place in the concatenated outputs."""
+
+    def to(self, device: torch.device) -> SegmentPlan:
+        """The same plan with its index tensors on `device`."""
+        return SegmentPlan(tuple(group.to(device) for group in self.groups), to_device(self.order, device))
+
+
+def plan_segments(lengths: list[int], cut: ContextCut = WHOLE) -> SegmentPlan:
+    """Groups segments, given by length in packed order, by similar length.
+
+    Args:
+        lengths: Tokens of each segment, all positive; under context parallelism multiples of `cut.segment_multiple`.
+        cut: This rank's part of them.
+    """
+    assert min(lengths) > 0, "an empty segment has no place in a plan"
+    # Of a whole segment there is one chunk.
+    chunk = torch.tensor(lengths) // cut.segment_multiple
+    own = torch.tensor(lengths) // cut.size
+    start = own.cumsum(0) - own
+    by_length = torch.argsort(chunk, descending=True, stable=True)
+    groups = []
+    order = torch.empty(int(own.sum()), dtype=torch.int64)
+    offset = 0
+    for place, index in enumerate(cut.chunks):
+        for members in _similar_runs(by_length, chunk):
+            longest = int(chunk[members[0]])
+            column = torch.arange(longest)
+            # Padding repeats the chunk's last row: finite values, which no real query sees.
+            within = torch.minimum(column, chunk[members, None] - 1)
+            rows = (start + place * chunk)[members, None] + within
+            real = column < chunk[members, None]
+            order[rows[real]] = offset + torch.arange(rows.numel()).view_as(rows)[real]
+            seen = _seen_keys(chunk[members], start[members], index, cut, order.numel()) if cut.size > 1 else ()
+            groups.append(SegmentGroup(rows.flatten(), len(members), longest, *seen))
+            offset += rows.numel()
+    return SegmentPlan(tuple(groups), order)
+
+
+def _seen_keys(
+    chunk: torch.Tensor, start: torch.Tensor, index: int, cut: ContextCut, own_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`SegmentGroup.keys` and `mask` for the chunks `index` of some segments.
+
+    Args:
+        chunk: [n] tokens of a chunk of each segment, the longest first.
+        start: [n] the segment's first row on each rank.
+        index: of the queries' chunk; they see the chunks up to it.
+        cut: of the group.
+        own_rows: rows of each rank.
+    """
+    longest = int(chunk[0])
+    column = torch.arange((index + 1) * longest)
+    position = torch.minimum(column, (index + 1) * chunk[:, None] - 1)
+    held = position // chunk[:, None]
+    second = held >= cut.size
+    rank = torch.where(second, 2 * cut.size - 1 - held, held)
+    keys = rank * own_rows + start[:, None] + second * chunk[:, None] + position % chunk[:, None]
+    query = index * chunk[:, None] + torch.minimum(torch.arange(longest), chunk[:, None] - 1)
+    return keys.flatten(), (column <= query[:, :, None]).unsqueeze(1)
+
+
+def _similar_runs(by_length: torch.Tensor, length: torch.Tensor) -> list[torch.Tensor]:
+    """Cuts indices sorted by falling length wherever the length falls below SIMILAR of the run's first."""
+    runs: list[list[int]] = []
+    for index in by_length.tolist():
+        if runs and length[index] >= SIMILAR * length[runs[-1][0]]:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return [torch.tensor(run) for run in runs]

@@ -1,0 +1,1 @@
+"""megatron-core itself: platform, parallel state, and what has to be patched."""

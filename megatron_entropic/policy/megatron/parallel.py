@@ -1,0 +1,191 @@
+"""Which part of the policy this rank holds: sizes, ranks and groups of every kind of parallelism."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.errors import UserError
+from megatron_entropic.policy.batch.context_cut import ContextCut
+from megatron_entropic.policy.batch.microbatch import PackingRules
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """This rank's place in the layout. Groups are megatron-core's own; sizes of 1 have a group of one."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    context_rank: int
+    context_size: int
+    virtual_size: int
+    """Chunks of the model on each pipeline stage."""
+    expert_rank: int
+    expert_size: int
+    expert_tensor_rank: int
+    expert_tensor_size: int
+    expert_data_rank: int
+    """Which of the copies of its experts this rank holds."""
+    sequence_parallel: bool
+    token_alignment: int
+    """Tokens of each product must be a multiple of this, see `PolicyConfig.token_alignment`."""
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    context_group: dist.ProcessGroup
+    data_context_group: dist.ProcessGroup
+    """Ranks that hold the same parameters and different tokens (data x context parallel)."""
+    model_group: dist.ProcessGroup
+    """Ranks that together hold one replica of the policy (tensor x pipeline parallel)."""
+    expert_group: dist.ProcessGroup
+    """Ranks that together hold one copy of a stage's experts: expert tensor ranks of the first expert-parallel rank,
+    then those of the next."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output layer, hence the token statistics."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def is_first_of_stage(self) -> bool:
+        """True on one rank of each pipeline stage; it is the first of its tensor and of its expert group."""
+        return self.tensor_rank == 0 and self.data_rank == 0 and self.context_rank == 0
+
+    def first_rank_of_stage(self, stage: int) -> int:
+        """Global rank for which `is_first_of_stage` holds on that pipeline stage: stages are the outermost cut."""
+        return stage * (self.world_size // self.pipeline_size)
+
+    @property
+    def reports(self) -> bool:
+        """True on exactly one rank of each data-parallel replica: the first of its last stage's tensor ranks."""
+        return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last stage of this rank's own pipeline, the source of broadcasts within it."""
+        return dist.get_global_rank(self.pipeline_group, self.pipeline_size - 1)
+
+    @property
+    def packing(self) -> PackingRules:
+        """What micro-batches must be like.
+
+        With sequence parallelism tensor ranks get equal parts of the tokens. Interleaved stages run micro-batches in
+        groups of one for each stage, of equal length: between two stages that send in both directions at once,
+        megatron-core's exchange of lengths mixes them up.
+        """
+        interleaved = self.virtual_size > 1
+        return PackingRules(
+            token_multiple=self.token_alignment * (self.tensor_size if self.sequence_parallel else 1),
+            cut=ContextCut(self.context_rank, self.context_size),
+            count_multiple=self.pipeline_size if interleaved else 1,
+            equal_tokens=interleaved,
+        )
+
+    @property
+    def replicas_meet(self) -> bool:
+        """Whether replicas exchange tokens within a forward pass, so that all must run as many: experts do that."""
+        return self.expert_size * self.expert_tensor_size > self.tensor_size
+
+    def tensor_place(self, *, of_expert: bool) -> tuple[int, int]:
+        """(rank, size) of the tensor parallelism that cuts a dense parameter, or one of an expert."""
+        if of_expert:
+            return self.expert_tensor_rank, self.expert_tensor_size
+        return self.tensor_rank, self.tensor_size
+
+    def describe(self) -> str:
+        """Short name for messages, such as `rank 3 (tp 1, pp 1, dp 0)`."""
+        context = f"cp {self.context_rank}, " if self.context_size > 1 else ""
+        experts = f", ep {self.expert_rank}" if self.expert_size > 1 else ""
+        place = f"tp {self.tensor_rank}, pp {self.pipeline_rank}, {context}dp {self.data_rank}{experts}"
+        return f"rank {self.rank} ({place})"
+
+
+def layout_problems(policy: PolicyConfig, world_size: int) -> list[str]:
+    """Why a layout cannot be built on `world_size` ranks; empty if it can."""
+    problems = []
+    if policy.world_size != world_size:
+        problems.append(
+            f"tensor x pipeline x context x data parallel = {policy.world_size}, but there are {world_size} ranks"
+        )
+    return problems
+
+
+def initialise_model_parallel(policy: PolicyConfig) -> ParallelState:
+    """Creates megatron-core's process groups for this layout; torch.distributed must be initialised.
+
+    Raises:
+        UserError: the layout is not supported or does not fit the number of ranks (all reasons in one message).
+    """
+    from megatron.core import parallel_state
+
+    problems = layout_problems(policy, dist.get_world_size())
+    if problems:
+        raise UserError("the policy cannot be laid out as asked:\n" + "\n".join(f"  - {p}" for p in problems))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=policy.tensor_parallel,
+        pipeline_model_parallel_size=policy.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=virtual if (virtual := policy.virtual_pipeline_parallel) > 1 else None,
+        context_parallel_size=policy.context_parallel,
+        expert_model_parallel_size=policy.expert_parallel,
+        expert_tensor_parallel_size=policy.expert_tensor_parallel,
+        distributed_timeout_minutes=policy.distributed_timeout_s / 60,
+    )
+    return _current_state(policy)
+
+
+def _current_state(policy: PolicyConfig) -> ParallelState:
+    from megatron.core import parallel_state
+
+    return ParallelState(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=policy.tensor_parallel,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=policy.pipeline_parallel,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=policy.data_parallel,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=policy.context_parallel,
+        virtual_size=policy.virtual_pipeline_parallel,
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_size=policy.expert_parallel,
+        expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        expert_tensor_size=policy.expert_tensor_size,
+        expert_data_rank=parallel_state.get_expert_data_parallel_rank(),
+        # With one tensor rank there is nothing to split: megatron-core would only warn and switch it off.
+        sequence_parallel=policy.sequence_parallel and policy.tensor_parallel > 1,
+        token_alignment=policy.token_alignment,
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        context_group=parallel_state.get_context_parallel_group(),
+        data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        model_group=parallel_state.get_model_parallel_group(),
+        expert_group=parallel_state.get_expert_tensor_and_model_parallel_group(),
+    )
+
+
+def destroy_model_parallel() -> None:
+    """Ends the groups, so that another layout can be initialised in the same processes.
+
+    megatron-core only forgets most of them. Each keeps threads of gloo that wake up a hundred times a second, and a
+    layout has some thirty groups.
+    """
+    from megatron.core import parallel_state
+
+    for group in parallel_state._global_process_group_list or ():
+        if group is not None:  # None stands for the group of all ranks
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()

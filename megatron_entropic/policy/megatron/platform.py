@@ -1,0 +1,232 @@
+"""The one place that knows the device: CPU with gloo, or CUDA with NCCL, chosen once at start.
+
+A platform is taken before anything of megatron-core is used: it checks the installed version, silences known noise and,
+on a CPU, patches what assumes CUDA.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import resource
+import socket
+from abc import ABC, abstractmethod
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from megatron_entropic.errors import PhaseTimeout, UserError
+from megatron_entropic.policy.megatron.cpu_patches import PACKED_ROTARY, apply_cpu_patches
+from megatron_entropic.policy.megatron.megatron_versions import check_megatron_version, installed_megatron_version
+from megatron_entropic.policy.megatron.noise import silence_known_noise
+
+Device = Literal["auto", "cpu", "cuda"]
+
+log = logging.getLogger(__name__)
+
+
+class Platform(ABC):
+    """Device and communication of one policy rank."""
+
+    backend: str
+    """torch.distributed's name of the communication library."""
+    fused_kernels: bool
+    """Whether megatron-core's fused element-wise kernels are used."""
+    transformer_engine: bool
+    """Whether layers are Transformer Engine's, else megatron-core's with our norms and attention."""
+    fused_weight_gradients: bool
+    """Whether products add weight gradients to float32 buffers themselves (apex's `fused_weight_gradient_mlp_cuda`)."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where this process's tensors live."""
+
+    @abstractmethod
+    def peak_memory_mb(self) -> float:
+        """Highest memory use of this process so far, in units of 2**20 bytes."""
+
+    @abstractmethod
+    def memory_mb(self) -> float:
+        """Memory use of this process now, as `peak_memory_mb` counts it."""
+
+    @abstractmethod
+    def empty_cache(self) -> None:
+        """Hand memory that is free here back to the device, for other processes."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait for copies between device and host."""
+
+    def init_process_group(
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        master_address: str,
+        master_port: int,
+        timeout_s: float,
+        listener: socket.socket | None = None,
+    ) -> None:
+        """Joins the process group of all policy ranks; `timeout_s` also limits each of its collectives.
+
+        Args:
+            rank, world_size: this process, and how many there are.
+            master_address, master_port: where rank 0 is to be met.
+            timeout_s: for the ranks to come together.
+            listener: of rank 0, listening there already, so that no other program can take the port meanwhile; the
+                group owns it from here on. None: rank 0 opens the port itself.
+
+        Raises:
+            PhaseTimeout: not all ranks joined in time.
+        """
+        timeout = timedelta(seconds=timeout_s)
+        try:
+            store = dist.TCPStore(
+                master_address,
+                master_port,
+                world_size,
+                is_master=rank == 0,
+                timeout=timeout,
+                master_listen_fd=listener.detach() if listener else None,
+            )
+            dist.init_process_group(self.backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        except dist.DistError as error:
+            raise PhaseTimeout(
+                f"phase rendezvous: policy rank {rank} did not meet all {world_size} ranks at "
+                f"{master_address}:{master_port} within {timeout_s:g} s: {error}"
+            ) from error
+
+    def manual_seed(self, seed: int) -> None:
+        """Seeds torch and megatron-core's per-rank generators; model parallelism must be initialised."""
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed)
+
+
+class CpuPlatform(Platform):
+    """CPU with gloo."""
+
+    backend = "gloo"
+    fused_kernels = False
+    transformer_engine = False
+    fused_weight_gradients = False
+
+    def __init__(self, megatron_version: tuple[int, int]) -> None:
+        apply_cpu_patches(megatron_version)
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    def peak_memory_mb(self) -> float:
+        """Peak resident set of the process (Linux counts it in units of 1024 bytes)."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    def memory_mb(self) -> float:
+        """Resident set of the process."""
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * resource.getpagesize() / 2**20
+
+    def empty_cache(self) -> None:
+        """Nothing: freed storages go back to the system by themselves."""
+
+    def synchronize(self) -> None:
+        """Nothing: copies are complete when they return."""
+
+
+class CudaPlatform(Platform):
+    """CUDA with NCCL, one GPU a rank."""
+
+    backend = "nccl"
+    fused_kernels = True
+
+    def __init__(self) -> None:
+        self.transformer_engine = transformer_engine_is_usable()
+        if not self.transformer_engine:
+            PACKED_ROTARY.apply()
+        # apex's extension, where a site or an image has it, was never run beside the output heads, which add to the
+        # same float32 buffers themselves; it would save less than a hundredth of an update.
+        self.fused_weight_gradients = False
+        # A launcher that gives each process its own GPU makes it device 0; torchrun numbers them.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's GPU."""
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def peak_memory_mb(self) -> float:
+        """Peak of torch's allocator on this GPU."""
+        return torch.cuda.max_memory_allocated() / 2**20
+
+    def memory_mb(self) -> float:
+        """What torch's allocator has given out on this GPU."""
+        return torch.cuda.memory_allocated() / 2**20
+
+    def empty_cache(self) -> None:
+        """Free the allocator's unused blocks, and those that an engine has looked at and let go of."""
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
+
+    def synchronize(self) -> None:
+        """Wait for the current stream."""
+        torch.cuda.current_stream().synchronize()
+
+
+@functools.cache
+def transformer_engine_is_usable() -> bool:
+    """Whether policies are built of Transformer Engine's layers: it is installed, all of it, and imports.
+
+    Logs the reason where it does not, since megatron-core's own layers are slower and know no fp8.
+
+    Raises:
+        UserError: what is installed is broken in a way that megatron-core cannot be imported beside.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        log.info("Transformer Engine is not installed: the policy uses megatron-core's own layers")
+        return False
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except ImportError as error:
+        # megatron-core expects this one and does without Transformer Engine too.
+        log.warning("Transformer Engine is installed but not usable, megatron-core's own layers are used: %s", error)
+        return False
+    except (OSError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"Transformer Engine is installed but broken ({type(error).__name__}: {error}), and megatron-core cannot "
+            "be imported beside it. Build it again for this torch (bash tools/environment.sh gpu) or remove it "
+            "(pip uninstall transformer-engine transformer-engine-cu13 transformer-engine-torch)"
+        ) from error
+    return True
+
+
+@functools.cache
+def select_platform(device: Device = "auto") -> Platform:
+    """The platform of this process; asked again, the same object.
+
+    Args:
+        device: "auto" takes CUDA where torch finds a GPU.
+
+    Raises:
+        UserError: CUDA asked for where there is none, or megatron-core missing or of an unknown version.
+    """
+    version = check_megatron_version(installed_megatron_version())
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for, but torch finds no GPU (cluster.device=cpu runs without one)")
+    silence_known_noise()
+    # One hardware queue keeps megatron-core's communication ahead of the computation it overlaps with; it insists.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # float32 is to mean float32, also in Transformer Engine's products (`cluster.workers.engine_environment`).
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        return CudaPlatform()
+    return CpuPlatform(version)

@@ -1,0 +1,126 @@
+"""Core attention on torch's scaled_dot_product_attention, for packed sequences, where Transformer Engine is absent."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_entropic.policy.batch.segments import SegmentGroup, SegmentPlan
+
+if TYPE_CHECKING:
+    from megatron_entropic.policy.batch.microbatch import MicroBatch
+
+
+@dataclass
+class PackedSegments(PackedSeqParams):
+    """What megatron-core passes to attention and RoPE of a packed micro-batch, and what our own modules need."""
+
+    plan: SegmentPlan | None = None
+    """Goes to the device when the first layer asks for it, and serves all layers from there."""
+    choices: torch.Tensor | None = None
+    """`MicroBatch.choices`; recomputation too hands these parameters to every layer."""
+
+    def plan_on(self, device: torch.device) -> SegmentPlan:
+        """The plan with its tensors on `device`."""
+        assert self.plan is not None
+        if self.plan.order.device != device:
+            self.plan = self.plan.to(device)
+        return self.plan
+
+
+def packed_segments(micro_batch: MicroBatch) -> PackedSegments:
+    """The attention parameters of a micro-batch."""
+    return PackedSegments(
+        qkv_format="thd",
+        cu_seqlens_q=micro_batch.cu_seqlens,
+        cu_seqlens_kv=micro_batch.cu_seqlens,
+        max_seqlen_q=micro_batch.max_seqlen,
+        max_seqlen_kv=micro_batch.max_seqlen,
+        plan=micro_batch.plan,
+        choices=micro_batch.choices,
+    )
+
+
+class SegmentedAttention(MegatronModule):
+    """Causal grouped-query attention within each segment of a packed micro-batch.
+
+    Segments of similar length run as one batch, padded on the right (see `segments`): under the causal mask no real
+    query sees a padded key, and outputs of padded queries are dropped, so their gradients are exactly zero.
+
+    Under context parallelism T counts this rank's rows. Keys and values of all ranks are gathered, one collective for
+    both, and their gradients scattered back with one.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **_unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self._context_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        assert config.attention_dropout == 0.0
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: None,
+        packed_seq_params: PackedSegments,
+        **_unused: Any,
+    ) -> torch.Tensor:
+        """Attends within segments.
+
+        Args:
+            query: [T, query heads, head_dim].
+            key: [T, key/value heads, head_dim].
+            value: [T, key/value heads, value_head_dim], where heads may be narrower.
+            attention_mask: None, the mask is causal.
+            packed_seq_params: With the plan of the T packed rows.
+
+        Returns:
+            [T, query heads * value_head_dim].
+        """
+        plan = packed_seq_params.plan_on(query.device)
+        if self._context_group is not None:
+            key, value = self._of_all_ranks(key, value)
+        outputs = [self._attend(query, key, value, group) for group in plan.groups]
+        packed = torch.cat(outputs).index_select(0, plan.order)
+        return packed.flatten(1)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: SegmentGroup) -> torch.Tensor:
+        """[count * length, query heads, value_head_dim] for the rows of one group."""
+        keys = group.rows if group.keys is None else group.keys
+        q, k, v = (
+            tensor.index_select(0, rows).unflatten(0, (group.count, -1)).transpose(1, 2)
+            for tensor, rows in ((query, group.rows), (key, keys), (value, keys))
+        )
+        # Kernels that keep no matrix of scores want values as wide as keys.
+        padded = F.pad(v, (0, q.shape[-1] - v.shape[-1])) if v.shape[-1] < q.shape[-1] else v
+        output = F.scaled_dot_product_attention(
+            q, k, padded, attn_mask=group.mask, is_causal=group.mask is None, scale=self.scale, enable_gqa=True
+        )
+        return output[..., : v.shape[-1]].transpose(1, 2).flatten(0, 1)
+
+    def _of_all_ranks(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[size * T, heads, width] of each, rank after rank; in backward gradients are summed over ranks."""
+        own = torch.cat((key, value), dim=2)
+        gathered = gather_from_sequence_parallel_region(own, group=self._context_group)
+        key, value = gathered.split((key.shape[2], value.shape[2]), dim=2)
+        return key, value
+
+    def sharded_state_dict(self, *_position: Any, **_options: Any) -> dict[str, Any]:
+        """Nothing: attention has no parameters."""
+        return {}

@@ -1,0 +1,63 @@
+"""Fills this rank's parameters and buffers from a checkpoint of any kind; each rank reads only its own slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_entropic.checkpoints.open_weights import open_weights
+from megatron_entropic.checkpoints.unusable_tensors import UnusableTensors
+from megatron_entropic.models.parameter_map import Entry, ParameterMap, to_global_name
+from megatron_entropic.policy.megatron.parallel import ParallelState
+
+
+def named_entries(
+    model: torch.nn.ModuleList, parameter_map: ParameterMap, state: ParallelState
+) -> Iterator[tuple[Entry, torch.Tensor]]:
+    """This rank's parameters with the map's rows for them, and its buffers that a checkpoint holds.
+
+    Args:
+        model: The chunks of this rank's stage, not wrapped.
+
+    Raises:
+        KeyError: a parameter that the map does not know.
+    """
+    first_expert = parameter_map.first_expert(state.expert_rank, state.expert_size)
+    for index, chunk in enumerate(model):
+        first_layer = parameter_map.first_layer(state.pipeline_rank, state.pipeline_size, index, state.virtual_size)
+        for name, parameter in chunk.named_parameters():
+            yield parameter_map.by_megatron_name(to_global_name(name, first_layer, first_expert)), parameter
+        for name, buffer in chunk.named_buffers():
+            global_name = to_global_name(name, first_layer)
+            if parameter_map.is_buffer(global_name):
+                yield parameter_map.by_megatron_name(global_name), buffer
+
+
+def load_weights(
+    model: torch.nn.ModuleList, hf_dir: Path, state: ParallelState, *, megatron_dir: Path | None = None
+) -> None:
+    """Copies the checkpoint into every parameter and buffer, converting to its dtype; padded rows become zero.
+
+    Args:
+        model: the chunks of this rank's stage, not wrapped.
+        hf_dir: Hugging Face directory of the model.
+        state: this rank's place.
+        megatron_dir: distributed checkpoint with the weights; None: they are in `hf_dir`.
+
+    Raises:
+        UserError: the checkpoint is incomplete or does not fit its config.json (see `open_weights`); tensors hold NaN
+            or infinite values.
+    """
+    tensors = open_weights(hf_dir, megatron_dir)
+    parameter_map = tensors.parameter_map
+    unusable = UnusableTensors()
+    with torch.no_grad():
+        for entry, parameter in named_entries(model, parameter_map, state):
+            rank, size = state.tensor_place(of_expert=entry.expert is not None)
+            shard = parameter_map.to_megatron_shard(entry, tensors, rank, size)
+            assert shard.shape == parameter.shape, f"{entry.megatron_name}: {shard.shape} for {parameter.shape}"
+            unusable.check(" + ".join(entry.hf_names), shard)
+            parameter.copy_(shard)
+    unusable.raise_if_any(hf_dir if megatron_dir is None else megatron_dir, "not started")

@@ -1,0 +1,134 @@
+"""From hidden states to statistics of response tokens on the last stage, by one of three output heads.
+
+    logits       a shard of logits [R, V/tp] lives from forward to backward; its gradient replaces it in place
+    recompute    blocks of logits, computed in forward and again in backward; any loss
+    fused_loss   blocks of logits, whose gradient is taken in forward; a loss that is a sum over tokens
+
+Nothing upcasts logits on the way: megatron's Float16Module, which would, does not wrap this model, and the statistics
+take bfloat16 logits as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+
+from megatron_entropic.policy.batch.microbatch import MicroBatch
+from megatron_entropic.policy.model.context_parallel import gather_tokens
+from megatron_entropic.policy.step.forward import Output, OutputOptions
+from megatron_entropic.tensor_parallel import fused_logprob_and_entropy, fused_policy_loss, logprob_and_entropy
+
+LOSS_SCALE = 1.0
+"""What reaches the loss in the backward pass. The policy's loss carries its normalisers itself, and megatron-core
+multiplies it by nothing (`optimizer.wrap_data_parallel`; no grad_scale_func is set)."""
+
+
+class OutputHead:
+    """The output layer's weight shard and what is done with it.
+
+    Args:
+        output_layer: megatron's ColumnParallelLinear; used as a module by the `logits` head only.
+        group: tensor-parallel.
+        vocab_size: token ids that exist; weight rows beyond are padding.
+        sequence_parallel: hidden states come as this rank's part of the tokens.
+        context_group: context-parallel; None where there is one rank.
+    """
+
+    def __init__(
+        self,
+        output_layer: Any,
+        group: dist.ProcessGroup,
+        vocab_size: int,
+        sequence_parallel: bool,
+        context_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._output_layer = output_layer
+        self._group = group
+        self._vocab_size = vocab_size
+        self._sequence_parallel = sequence_parallel
+        self._context_group = context_group
+        if sequence_parallel:
+            _leave_gathering_to_the_head(output_layer)
+
+    def run(
+        self, hidden_states: torch.Tensor, weight: torch.Tensor, micro_batch: MicroBatch, options: OutputOptions
+    ) -> Output:
+        """Statistics of the micro-batch's R response tokens, equal on all tensor and context parallel ranks.
+
+        Args:
+            hidden_states: [T, 1, H] of this rank's tokens, or [T/tp, 1, H] with sequence parallelism.
+            weight: [V/tp, H] of the output layer, the embedding's where they are tied.
+            micro_batch: names the rows and targets.
+            options: which statistics, and which head. Without gradients `fused_loss` is `recompute`.
+        """
+        logprobs, entropies, loss = self._of_own_tokens(hidden_states, weight, micro_batch, options)
+        if self._context_group is None:
+            return Output(logprobs, entropies, loss)
+        assert micro_batch.owned is not None
+        own = logprobs.unsqueeze(0) if entropies is None else torch.stack((logprobs, entropies))
+        gathered = gather_tokens(own, micro_batch.owned, micro_batch.response_tokens, self._context_group)
+        return Output(gathered[0], None if entropies is None else gathered[1], loss)
+
+    def _of_own_tokens(
+        self, hidden_states: torch.Tensor, weight: torch.Tensor, micro_batch: MicroBatch, options: OutputOptions
+    ) -> Output:
+        if options.head == "logits":
+            return self._from_logits(hidden_states, weight, micro_batch, options)
+        shared: dict[str, Any] = {
+            "group": self._group,
+            "temperature": options.temperature,
+            "vocab_size": self._vocab_size,
+            "need_entropy": options.entropy,
+            "sequence_parallel": self._sequence_parallel,
+            "rows": micro_batch.rows,
+            "main_grad": getattr(weight, "main_grad", None) if torch.is_grad_enabled() else None,
+        }
+        hidden = hidden_states.squeeze(1)
+        if options.head == "recompute" or options.token_loss is None or not torch.is_grad_enabled():
+            logprobs, entropies = fused_logprob_and_entropy(
+                hidden, weight, micro_batch.targets, entropy_gradient=options.entropy_gradient, **shared
+            )
+            return Output(logprobs, entropies, None)
+        # Without response tokens, of no sequence or of others' parts of sequences, there is no loss to ask for.
+        token_loss = options.token_loss(micro_batch) if micro_batch.targets.numel() else _no_loss
+        loss, logprobs, entropies = fused_policy_loss(
+            hidden, weight, micro_batch.targets, token_loss, gradient_scale=LOSS_SCALE, **shared
+        )
+        return Output(logprobs, entropies, loss)
+
+    def _from_logits(
+        self, hidden_states: torch.Tensor, weight: torch.Tensor, micro_batch: MicroBatch, options: OutputOptions
+    ) -> Output:
+        if self._sequence_parallel:
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True, group=self._group
+            )
+        logits, _bias = self._output_layer(hidden_states.index_select(0, micro_batch.rows), weight=weight)
+        logprobs, entropies = logprob_and_entropy(
+            logits.squeeze(1),
+            micro_batch.targets,
+            group=self._group,
+            temperature=options.temperature,
+            need_entropy=options.entropy,
+            entropy_gradient=options.entropy_gradient,
+            vocab_size=self._vocab_size,
+        )
+        return Output(logprobs, entropies, None)
+
+
+def _no_loss(logprobs: torch.Tensor, entropies: torch.Tensor | None, tokens: slice) -> torch.Tensor:
+    return logprobs.sum() * 0.0
+
+
+def _leave_gathering_to_the_head(output_layer: Any) -> None:
+    """The head gathers tokens itself, to select rows before the large matrix product.
+
+    The gather's backward sums the input gradients of all tensor ranks while it scatters them, so the layer must neither
+    gather nor sum.
+    """
+    output_layer.sequence_parallel = False
+    output_layer.disable_grad_reduce = True
+    assert not output_layer.allreduce_dgrad

@@ -1,0 +1,1 @@
+"""The policy's half of bringing weights to the engines."""

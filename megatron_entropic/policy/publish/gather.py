@@ -1,0 +1,213 @@
+"""From parameters spread over tensor and pipeline ranks to whole Hugging Face tensors, one flat bucket at a time.
+
+owner stage:    shards of a bucket, flat --one gather over TP--> unshard --> Hugging Face tensors, flat
+                experts: over expert TP x EP instead; where the ranks share memory, each writes its part of them
+                --one send--> first stage, unless each stage's own first tensor rank is where they are wanted
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_entropic.models.parameter_map import ParameterMap
+from megatron_entropic.policy.megatron.parallel import ParallelState
+from megatron_entropic.policy.model.transformer_config import DTYPES
+from megatron_entropic.policy.publish.shared_flats import SharedFlats
+from megatron_entropic.weight_sync.gloo import FlatContents, named_wait
+from megatron_entropic.weight_sync.plan import Bucket, BucketItem, PublishPlan
+
+
+class Workspace:
+    """Buffers of a pass over many buckets, one for each purpose, taken again for the next bucket.
+
+    On a CPU fresh memory costs a page fault every 4 KiB, which takes longer than what is done with it here.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+        self.shared: dict[bool, SharedFlats] = {}
+        """For buckets of experts (True) and dense ones: where all ranks of a gathering write, if they can."""
+
+    def take(self, purpose: str, elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """[elements] with arbitrary values, until the next call with the same purpose."""
+        buffer = self._buffers.get(purpose)
+        nbytes = elements * dtype.itemsize
+        if buffer is None or buffer.numel() < nbytes or buffer.device != device:
+            buffer = self._buffers[purpose] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return buffer[:nbytes].view(dtype)
+
+    def release(self) -> None:
+        """Give all memory back."""
+        self._buffers.clear()
+
+
+def sends_weights(parallel: ParallelState) -> bool:
+    """Whether this rank takes part in a gather: of those that hold the same parameters, the first one sends."""
+    return any(takes_part(parallel, of_experts=of_experts) for of_experts in (False, True))
+
+
+def takes_part(parallel: ParallelState, *, of_experts: bool) -> bool:
+    """Whether this rank's copy of its stage's experts, or of the rest, is the one that is gathered."""
+    if of_experts:
+        return parallel.expert_data_rank == 0
+    return parallel.data_rank == 0 and parallel.context_rank == 0
+
+
+def peers(*, of_experts: bool) -> str:
+    """For messages: with whom a rank gathers."""
+    return "the expert-parallel ranks of its stage" if of_experts else "the tensor ranks of its stage"
+
+
+def gather_bucket(
+    bucket: Bucket,
+    values: Mapping[str, torch.Tensor],
+    parameter_map: ParameterMap,
+    parallel: ParallelState,
+    phase: str,
+    workspace: Workspace,
+    *,
+    to_first_stage: bool = True,
+) -> torch.Tensor | None:
+    """Bring one bucket to one rank; called by all ranks for which `sends_weights` holds.
+
+    Args:
+        bucket: of the plan that all ranks share.
+        values: this rank's shards by global Megatron name.
+        parameter_map: of the model.
+        parallel: this rank's place.
+        phase: what the run is doing, for messages.
+        workspace: of this pass.
+        to_first_stage: bring it to rank 0; otherwise it stays on the first tensor rank of its own stage.
+
+    Returns:
+        [bucket.elements] of the bucket's dtype on that rank, in the order of `bucket.hf_names`, in the workspace: its
+        memory is taken again for the bucket after the next. None on other ranks.
+
+    Raises:
+        PhaseTimeout, PeerDied: naming bucket, this rank and its peers.
+    """
+    where = f"{phase}: bucket {bucket.index} ({bucket.items[0].entry.megatron_name} ..)"
+    flat = None
+    if parallel.pipeline_rank == bucket.owner_stage and takes_part(parallel, of_experts=bucket.of_experts):
+        with named_wait(where, f"policy {parallel.describe()}", peers(of_experts=bucket.of_experts)):
+            flats = workspace.shared.get(bucket.of_experts)
+            if flats is not None:
+                whole = _write_together(bucket, values, parameter_map, parallel, flats)
+                flat = whole if parallel.is_first_of_stage else None
+            elif (shards := _gather_shards(bucket, values, parallel, workspace)) is not None:
+                flat = _join(bucket, shards, parameter_map, workspace)
+    if not to_first_stage or bucket.owner_stage == 0 or not parallel.is_first_of_stage:
+        return flat
+    return _send_to_first_stage(bucket, flat, values, parallel, where, workspace)
+
+
+def gather_hf_tensors(
+    plan: PublishPlan,
+    values: Mapping[str, torch.Tensor],
+    parameter_map: ParameterMap,
+    parallel: ParallelState,
+    phase: str,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of the whole model on rank 0, in plan order; nothing on other ranks.
+
+    All ranks for which `sends_weights` holds must exhaust it. A tensor is a view of its bucket's buffer, which holds
+    it until the next but one bucket begins: copy what is kept.
+    """
+    workspace = Workspace()
+    for bucket in plan.buckets:
+        flat = gather_bucket(bucket, values, parameter_map, parallel, phase, workspace)
+        if flat is not None:
+            yield from FlatContents.of_bucket(bucket).split(flat)
+
+
+def _gather_shards(
+    bucket: Bucket, values: Mapping[str, torch.Tensor], parallel: ParallelState, workspace: Workspace
+) -> torch.Tensor | None:
+    """[ranks, shard_elements] on the stage's first rank: every rank's part of the bucket, in one collective."""
+    dtype, device = DTYPES[bucket.dtype], next(iter(values.values())).device
+    group = parallel.expert_group if bucket.of_experts else parallel.tensor_group
+    gathered = None
+    if parallel.is_first_of_stage:
+        size = group.size() * bucket.shard_elements
+        gathered = workspace.take("gathered", size, dtype, device).view(group.size(), -1)
+    mine = workspace.take("mine", bucket.shard_elements, dtype, device) if gathered is None else gathered[0]
+    held = [values[item.entry.megatron_name].detach() for item in bucket.held_by(parallel.expert_rank)]
+    for part, shard in zip(mine.split([value.numel() for value in held]), held, strict=True):
+        part.copy_(shard.flatten())
+    if group.size() > 1:
+        parts = None if gathered is None else list(gathered)
+        dist.gather(mine, parts, dst=dist.get_global_rank(group, 0), group=group)
+    return gathered
+
+
+def _join(bucket: Bucket, shards: torch.Tensor, parameter_map: ParameterMap, workspace: Workspace) -> torch.Tensor:
+    """[bucket.elements]: whole Hugging Face tensors without padding, from shards [ranks, shard_elements]."""
+    flat = workspace.take(f"flat {bucket.index % 2}", bucket.elements, shards.dtype, shards.device)
+    owners = 1 + max(item.expert_rank for item in bucket.items)
+    for owner, of_owner in enumerate(shards.unflatten(0, (owners, -1))):
+        held = bucket.held_by(owner)
+        for tensor_rank, shard in enumerate(of_owner):
+            parts = shard.split([item.shard_elements for item in held])
+            values = [part.view(item.shard_shape) for item, part in zip(held, parts, strict=True)]
+            _write_part(flat, bucket, held, values, parameter_map, (tensor_rank, of_owner.shape[0]))
+    return flat
+
+
+def _write_together(
+    bucket: Bucket,
+    values: Mapping[str, torch.Tensor],
+    parameter_map: ParameterMap,
+    parallel: ParallelState,
+    flats: SharedFlats,
+) -> torch.Tensor:
+    """[bucket.elements] in memory that all ranks of the gathering see; each has written its own part."""
+    flat = flats.take(bucket.index % 2, bucket.elements, DTYPES[bucket.dtype])
+    flats.wait_for_all()  # the first rank comes when the memory is free
+    held = bucket.held_by(parallel.expert_rank)
+    own = [values[item.entry.megatron_name].detach() for item in held]
+    _write_part(flat, bucket, held, own, parameter_map, parallel.tensor_place(of_expert=bucket.of_experts))
+    flats.wait_for_all()
+    return flat
+
+
+def _write_part(
+    flat: torch.Tensor,
+    bucket: Bucket,
+    held: Sequence[BucketItem],
+    values: Sequence[torch.Tensor],
+    parameter_map: ParameterMap,
+    tensor_place: tuple[int, int],
+) -> None:
+    """Put one rank's parameters to where the bucket's flat buffer [bucket.elements] has them."""
+    tensors = dict(FlatContents.of_bucket(bucket).split(flat))
+    for item, value in zip(held, values, strict=True):
+        parameter_map.write_to_hf(item.entry, value, tensors, *tensor_place)
+
+
+def _send_to_first_stage(
+    bucket: Bucket,
+    flat: torch.Tensor | None,
+    values: Mapping[str, torch.Tensor],
+    parallel: ParallelState,
+    where: str,
+    workspace: Workspace,
+) -> torch.Tensor | None:
+    """Point to point from the owner stage; stages that are neither owner nor first only pass by."""
+    group = parallel.pipeline_group
+    if parallel.pipeline_rank == bucket.owner_stage:
+        assert flat is not None
+        first = dist.get_global_rank(group, 0)
+        with named_wait(where, f"policy {parallel.describe()}", f"policy rank {first}, to which it sends"):
+            dist.send(flat, dst=first, group=group)
+        return None
+    if not parallel.is_first_stage:
+        return None
+    owner = dist.get_global_rank(group, bucket.owner_stage)
+    device = next(iter(values.values())).device
+    received = workspace.take(f"flat {bucket.index % 2}", bucket.elements, DTYPES[bucket.dtype], device)
+    with named_wait(where, f"policy {parallel.describe()}", f"policy rank {owner}, which owns the bucket"):
+        dist.recv(received, src=owner, group=group)
+    return received

@@ -1,0 +1,1 @@
+"""What a rank computes: scores, losses, gradients, optimizer steps."""

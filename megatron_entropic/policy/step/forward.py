@@ -1,0 +1,134 @@
+"""The forward step that scoring and updating share, and megatron-core's pipeline schedule around it.
+
+    micro-batches -> schedule (none, 1F1B or interleaved over stages) -> forward step -> model -> (log-probs, entropies)
+
+Hidden states pass from stage to stage; the statistics appear on the last one, where the caller's function gets them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from megatron_entropic.policy.batch.microbatch import MicroBatch
+from megatron_entropic.tensor_parallel import TokenLoss
+
+HeadName = Literal["logits", "recompute", "fused_loss"]
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What the last stage computes for each response token."""
+
+    temperature: float = 1.0
+    """Divides the logits: statistics are those of softmax(logits / temperature)."""
+    entropy: bool = True
+    """False computes no entropy and returns None in its place."""
+    entropy_gradient: bool = False
+    """Whether the entropy is differentiable; with a `token_loss` it always is."""
+    head: HeadName = "recompute"
+    """How hidden states become statistics when gradients are wanted; see `output_head`."""
+    token_loss: Callable[[MicroBatch], TokenLoss] | None = None
+    """For `head="fused_loss"`: the loss of some response tokens of a micro-batch that holds any."""
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What leaves the last pipeline stage, the same on all its tensor and context parallel ranks."""
+
+    logprobs: torch.Tensor
+    """[R] float32, with gradient when gradients are enabled, unless there is a `loss`."""
+    entropies: torch.Tensor | None
+    """[R] float32, nats."""
+    loss: torch.Tensor | None = None
+    """Scalar whose gradient has been taken already, with `head="fused_loss"`; the others then carry none."""
+
+
+class Output(NamedTuple):
+    """What the model's last stage returns: the fields of `TokenStatistics`."""
+
+    logprobs: torch.Tensor
+    entropies: torch.Tensor | None
+    loss: torch.Tensor | None
+
+    @property
+    def device(self) -> torch.device:
+        """As of a tensor: megatron-core asks for it where a model has experts."""
+        return self.logprobs.device
+
+
+LossFunction = Callable[[MicroBatch, TokenStatistics], tuple[torch.Tensor, Any]]
+"""(loss, anything to collect). Gradients are summed over micro-batches and data-parallel ranks and divided by nothing:
+a loss function weights its tokens by global counts."""
+CollectFunction = Callable[[MicroBatch, TokenStatistics], Any]
+
+
+def run_forward(
+    model: torch.nn.ModuleList, micro_batches: list[MicroBatch], collect: CollectFunction, options: OutputOptions
+) -> list[Any]:
+    """One pass without gradients.
+
+    Returns what `collect` returned for each micro-batch, in order, on the last stage, else [].
+    """
+
+    def output_function(micro_batch: MicroBatch) -> Callable[..., Any]:
+        # megatron-core passes non_loss_data=True when it collects instead of differentiating.
+        return lambda output, non_loss_data: collect(micro_batch, TokenStatistics(*output))
+
+    with torch.no_grad():
+        return _run_schedule(model, micro_batches, output_function, options, forward_only=True)
+
+
+def run_forward_backward(
+    model: torch.nn.ModuleList, micro_batches: list[MicroBatch], loss: LossFunction, options: OutputOptions
+) -> list[Any]:
+    """Forward and backward over all micro-batches; gradients accumulate in the model's buffers.
+
+    Returns what `loss` returned beside each loss, in order, on the last stage, else [].
+    """
+
+    def output_function(micro_batch: MicroBatch) -> Callable[..., Any]:
+        def megatron_loss(output: Output) -> tuple[torch.Tensor, torch.Tensor, Any]:
+            value, collected = loss(micro_batch, TokenStatistics(*output))
+            # A triple under calculate_per_token_loss is the one form that megatron-core does not divide by the
+            # number of micro-batches; the count is for its own normalisation, which the policy does not use.
+            return value, torch.zeros((), dtype=torch.int, device=value.device), collected
+
+        return megatron_loss
+
+    return _run_schedule(model, micro_batches, output_function, options, forward_only=False)
+
+
+def _run_schedule(
+    model: torch.nn.ModuleList,
+    micro_batches: list[MicroBatch],
+    output_function: Callable[[MicroBatch], Callable[..., Any]],
+    options: OutputOptions,
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    device = next(model.parameters()).device
+
+    def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
+        micro_batch = next(batches).to(device)
+        return chunk(micro_batch=micro_batch, options=options), output_function(micro_batch)
+
+    chunks = list(model)
+    iterators = [iter(micro_batches) for _ in chunks]
+    collected: list[Any] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks,
+        num_microbatches=len(micro_batches),
+        # Interleaved, all micro-batches have this length; otherwise stages tell each other (variable_seq_lengths).
+        seq_length=int(micro_batches[0].cu_seqlens[-1]),
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+    return collected

@@ -1,0 +1,121 @@
+"""One optimizer step over a list of sequences, whatever the loss: the machinery under update and warm start.
+
+    sequences --align--> micro-batches --1F1B--> gradients and measurements --optimizer--> outcome
+
+Every replica runs as many micro-batches as every other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from megatron_entropic.policy.batch.microbatch import MicroBatch
+from megatron_entropic.policy.megatron.collectives import sum_of_token_statistics
+from megatron_entropic.policy.megatron.parallel import ParallelState
+from megatron_entropic.policy.model.router_replay import with_choices
+from megatron_entropic.policy.model.routing import Routing, has_experts
+from megatron_entropic.policy.step.alignment import pack_alike
+from megatron_entropic.policy.step.batch_metrics import batch_metrics
+from megatron_entropic.policy.step.forward import OutputOptions, TokenStatistics, run_forward, run_forward_backward
+from megatron_entropic.policy.step.optimizer import PolicyOptimizer, StepOutcome
+from megatron_entropic.types import Sequence
+
+Share = Callable[[MicroBatch, TokenStatistics], tuple[torch.Tensor, torch.Tensor]]
+"""A micro-batch's share of the loss: (scalar with gradient, [k] float64 measurements that add up). Where the output
+head has taken the loss already (`TokenStatistics.loss`), only the measurements count."""
+
+
+class GradientStep:
+    """Runs optimizer steps on one rank.
+
+    Args:
+        model: the chunks of this rank's pipeline stage, from `optimizer.wrap_data_parallel`.
+        parallel: this rank's place.
+        device: of the model.
+        tokens_per_microbatch: budget of one packed micro-batch.
+        attention_weight: of the model, for `batch_metrics`.
+
+    Attributes:
+        routing: of a model with experts: where the tokens of the last step went.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.ModuleList,
+        parallel: ParallelState,
+        device: torch.device,
+        tokens_per_microbatch: int,
+        attention_weight: float = 0.0,
+    ) -> None:
+        self.model = model
+        self.parallel = parallel
+        self.device = device
+        self.routing = Routing(model, parallel) if has_experts(model) else None
+        self._tokens_per_microbatch = tokens_per_microbatch
+        self._attention_weight = attention_weight
+
+    def align(self, sequences: list[Sequence], *, replay: bool = False) -> list[MicroBatch]:
+        """This replica's sequences in as many micro-batches as every other replica runs (see `pack_alike`).
+
+        Args:
+            sequences: of this replica.
+            replay: send tokens to the experts that the sequences carry.
+
+        Raises:
+            ValueError: with `replay`, a sequence carries none.
+        """
+        batch = pack_alike(sequences, self._tokens_per_microbatch, self.parallel, self.device)
+        return [with_choices(micro_batch, self.parallel) for micro_batch in batch] if replay else batch
+
+    def batch_metrics(self, batch: list[MicroBatch]) -> dict[str, float]:
+        """How well `batch`, from `align`, fills the ranks; equal on all of them."""
+        return batch_metrics(batch, self._attention_weight, self.parallel, self.device)
+
+    def measure(
+        self, batch: list[MicroBatch], count: Callable[[torch.Tensor], torch.Tensor], options: OutputOptions
+    ) -> float:
+        """Global sum of `count(logprobs [R])` [] over micro-batches and replicas, in a pass without gradients."""
+
+        def collect(micro_batch: MicroBatch, statistics: TokenStatistics) -> torch.Tensor:
+            return count(statistics.logprobs).double().reshape(1)
+
+        return float(self._sums(run_forward(self.model, batch, collect, options), width=1))
+
+    def run(
+        self, batch: list[MicroBatch], share: Share, options: OutputOptions, optimizer: PolicyOptimizer, *, width: int
+    ) -> tuple[torch.Tensor, StepOutcome]:
+        """Gradients of the sum of all shares, then the optimizer step.
+
+        Args:
+            batch: from `align`.
+            share: called on the last stage for every micro-batch that holds sequences.
+            options: what the last stage computes.
+            optimizer: steps, or refuses on all ranks.
+            width: k, the number of measurements a share returns.
+
+        Returns:
+            ([k] float64 measurements summed over micro-batches and replicas, the outcome), equal on every rank.
+        """
+
+        def loss(micro_batch: MicroBatch, statistics: TokenStatistics) -> tuple[torch.Tensor, torch.Tensor]:
+            nothing = torch.zeros(width, dtype=torch.float64, device=self.device)
+            if micro_batch.sequences:
+                value, measured = share(micro_batch, statistics)
+            else:
+                value, measured = statistics.logprobs.sum() * 0.0, nothing
+            return value if statistics.loss is None else statistics.loss, measured
+
+        optimizer.zero_grad()
+        if self.routing is not None:
+            self.routing.begin_step(batch)
+        collected = run_forward_backward(self.model, batch, loss, options)
+        sums = self._sums(collected, width)
+        return sums, optimizer.step()
+
+    def _sums(self, collected: list[torch.Tensor], width: int) -> torch.Tensor:
+        local = torch.zeros(width, dtype=torch.float64, device=self.device)
+        for values in collected:
+            local = local + values
+        return sum_of_token_statistics(local, self.parallel)

@@ -1,0 +1,233 @@
+"""The loss of one micro-batch, as its share of ONE loss over the whole optimizer step.
+
+    L = sum_t w_t * l_t  +  alpha * sum_t w'_t * a_t  +  beta * sum_t w_t * k_t  -  c * sum_t w_t * H_t
+
+    l   policy loss (algorithms/losses), times rollout-correction weights if configured; 0 where the controller drops
+        the token (algorithms/entropy_control/steering)
+    a   -|A| * ratio on tokens with pi > tau (EntroPIC), times the same correction weights iff l has them (S4)
+    k   KL estimate towards the reference
+    H   entropy, with gradient, for controllers that give it a coefficient c
+    w   from GLOBAL counts (algorithms/aggregation); w' = w, or over high-probability tokens only
+    t   runs over all response tokens of all micro-batches of all data-parallel ranks
+
+A micro-batch contributes the terms of its own tokens, so the shares of all micro-batches and ranks SUM to L and the
+summed gradient is that of L. Nothing else may scale it: `optimizer.wrap_data_parallel` makes megatron-core sum, where
+by default it divides by the number of micro-batches and averages over data-parallel ranks.
+
+`feedback: microbatch_local` reproduces the published code instead: counts are those of the micro-batch, alpha is the
+micro-batch's own, and the share is weighted by its fraction of the rank's sequences and divided by the number of ranks:
+
+    L = 1/R sum_ranks sum_mb (S_mb / S_rank) * (L_clip(mb) + alpha_mb * masked mean of a over mb)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_entropic.algorithms import (
+    PolicyLossTerms,
+    Steering,
+    entropic_term,
+    high_prob_token_weights,
+    kl_penalty,
+    token_weights,
+)
+from megatron_entropic.algorithms.losses import LossInputs
+from megatron_entropic.policy.step.loss_fields import LossSettings, TokenFields
+from megatron_entropic.policy.step.normalizers import Normalizers
+
+SUMS = (
+    "policy_loss",
+    "entropic_loss",
+    "kl_loss",
+    "entropy_loss",
+    "clipped",
+    "ratio",
+    "kept",
+    "high_prob",
+    "actuated",
+    "nonzero_advantage",
+    "tokens",
+    "entropy",
+)
+"""What `MicrobatchLoss.share` measures, in the order of its vector; each adds up over micro-batches and ranks."""
+
+
+def local_normalizers(fields: TokenFields, minibatch_sequences: int, data_parallel: int) -> Normalizers:
+    """Counts of one micro-batch for `feedback: microbatch_local`, with the published code's weight of the share.
+
+    Args:
+        fields: the micro-batch, which has at least one sequence.
+        minibatch_sequences: sequences of the optimizer step on this rank.
+        data_parallel: number of ranks that hold different sequences.
+    """
+    sequences = fields.lengths.numel()
+    scale = sequences / (minibatch_sequences * data_parallel)
+    return Normalizers(tokens=fields.advantages.numel(), sequences=sequences, scale=scale)
+
+
+def count_high_prob(logprobs: Tensor, settings: LossSettings) -> Tensor:
+    """Number [] of tokens with pi > tau, by the same comparison as the loss. logprobs [T]."""
+    ones = torch.ones_like(logprobs)
+    _, high_prob = entropic_term(logprobs, ones, ones, tau=settings.tau, clip_low=0.5, clip_high=0.5)
+    return high_prob.sum()
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The summands of the loss over some tokens; scalars with gradient."""
+
+    policy: Tensor
+    entropic: Tensor
+    kl: Tensor
+    entropy: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.policy + self.entropic + self.kl + self.entropy
+
+
+@dataclass(frozen=True)
+class _TokenTerms:
+    """What the loss says about some tokens, each [T]."""
+
+    policy: PolicyLossTerms
+    adjustment: Tensor
+    """a of EntroPIC."""
+    high_prob: Tensor
+    kept: Tensor | None
+    """Whose policy loss counts; None: all."""
+
+
+class MicrobatchLoss:
+    """This micro-batch's share of the loss, of all its tokens at once or of some of them at a time.
+
+    Args:
+        fields: constants of the T response tokens.
+        settings: knobs.
+        normalizers: global counts.
+        steering: what the controller asks for; the default leaves the loss exactly the base loss.
+    """
+
+    def __init__(
+        self, fields: TokenFields, settings: LossSettings, normalizers: Normalizers, steering: Steering
+    ) -> None:
+        self._fields = fields
+        self._settings = settings
+        self._normalizers = normalizers
+        self._steering = steering
+        self._weights = _weights(fields, settings, normalizers)
+
+    def share(self, logprobs: Tensor, entropies: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The share, and what is measured on the way.
+
+        Args:
+            logprobs: [T] float32 of the response tokens under the current weights, with gradient.
+            entropies: [T] float32, or None when nobody reads them.
+
+        Returns:
+            (loss scalar with gradient, [len(SUMS)] float64 measurements without gradient).
+        """
+        fields = self._fields
+        terms = self._terms(logprobs, fields)
+        parts = self._sum(logprobs, entropies, terms, fields, self._weights)
+        ones = torch.ones_like(logprobs)
+        has_advantage = fields.advantages != 0
+        per_token = (
+            terms.policy.clipped,
+            terms.policy.ratio,
+            ones if terms.kept is None else terms.kept,
+            terms.high_prob,
+            terms.high_prob & has_advantage,
+            has_advantage,
+            ones,
+            torch.zeros_like(logprobs) if entropies is None else entropies,
+        )
+        sums = [parts.policy, parts.entropic, parts.kl, parts.entropy]
+        sums += [column.detach().double().sum() for column in per_token]
+        return parts.total, torch.stack([value.detach().double() for value in sums])
+
+    def of_tokens(self, logprobs: Tensor, entropies: Tensor | None, tokens: slice | Tensor) -> Tensor:
+        """The share of some tokens; these add up to `share`. It exists where `LossSettings.adds_up_over_tokens`.
+
+        Args:
+            logprobs: [c] float32 of these tokens.
+            entropies: [c] float32 or None.
+            tokens: which of the T they are.
+        """
+        assert self._settings.adds_up_over_tokens
+        fields = self._fields.select(tokens)
+        return self._sum(logprobs, entropies, self._terms(logprobs, fields), fields, self._weights[tokens]).total
+
+    def _terms(self, logprobs: Tensor, fields: TokenFields) -> _TokenTerms:
+        """The correction weights go into both l and a, or into neither (S4)."""
+        settings, algorithm = self._settings, self._settings.algorithm
+        lengths = fields.lengths if settings.loss.whole_sequences else None
+        inputs = LossInputs(logprobs, fields.old_logprobs, fields.advantages, fields.marks, lengths)
+        policy = settings.loss.function(inputs, algorithm)
+        if fields.correction is not None:
+            policy = replace(policy, loss=policy.loss * fields.correction)
+        kept = None if self._steering.keeps_all else self._steering.kept(logprobs, fields.advantages)
+        if kept is not None:
+            policy = replace(policy, loss=policy.loss.masked_fill(~kept, 0.0))
+        adjustment, high_prob = entropic_term(
+            logprobs,
+            policy.ratio,
+            fields.advantages,
+            tau=settings.tau,
+            ratio_clip=settings.ratio_clip,
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            dual_clip=algorithm.dual_clip,
+            importance_weights=fields.correction,
+        )
+        return _TokenTerms(policy, adjustment, high_prob, kept)
+
+    def _sum(
+        self, logprobs: Tensor, entropies: Tensor | None, terms: _TokenTerms, fields: TokenFields, weights: Tensor
+    ) -> _Parts:
+        settings, steering = self._settings, self._steering
+        policy = (weights * terms.policy.loss).sum()
+        entropic, kl, bonus = (torch.zeros_like(policy) for _ in range(3))
+        if steering.alpha:
+            adjusted = weights
+            if settings.high_prob_denominator:
+                adjusted = _high_prob_weights(terms.high_prob, fields, settings, self._normalizers)
+            entropic = steering.alpha * (adjusted * terms.adjustment).sum()
+        if fields.reference_logprobs is not None:
+            penalty = kl_penalty(logprobs, fields.reference_logprobs, settings.algorithm.kl.estimator)
+            kl = settings.algorithm.kl.coefficient * (weights * penalty).sum()
+        if steering.entropy_coefficient:
+            assert entropies is not None
+            bonus = -steering.entropy_coefficient * (weights * entropies).sum()
+        return _Parts(policy, entropic, kl, bonus)
+
+
+def _weights(fields: TokenFields, settings: LossSettings, normalizers: Normalizers) -> Tensor:
+    weights = token_weights(
+        settings.algorithm.aggregation,
+        fields.lengths,
+        global_tokens=normalizers.tokens,
+        global_sequences=normalizers.sequences,
+        max_response_tokens=settings.max_response_tokens,
+        tokens=fields.advantages.numel(),
+    )
+    return weights if normalizers.scale == 1.0 else weights * normalizers.scale
+
+
+def _high_prob_weights(
+    high_prob: Tensor, fields: TokenFields, settings: LossSettings, normalizers: Normalizers
+) -> Tensor:
+    adjusted = high_prob_token_weights(
+        settings.algorithm.aggregation,
+        high_prob,
+        fields.lengths,
+        # The count was taken in another forward pass: a token on the threshold may have crossed it by rounding.
+        global_high_prob_tokens=high_prob.sum().double().clamp(min=normalizers.high_prob_tokens),
+        global_sequences=normalizers.sequences,
+        max_response_tokens=settings.max_response_tokens,
+    )
+    return adjusted if normalizers.scale == 1.0 else adjusted * normalizers.scale

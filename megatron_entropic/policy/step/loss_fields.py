@@ -1,0 +1,138 @@
+"""What the loss reads: its knobs, and the constants of a micro-batch's response tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_entropic.algorithms import PolicyLoss, find_policy_loss, importance_ratios, importance_weights
+from megatron_entropic.config.algorithm import AlgorithmConfig
+from megatron_entropic.config.run import Config
+from megatron_entropic.errors import UserError
+from megatron_entropic.policy.batch.host_copies import to_device
+from megatron_entropic.types import Sequence
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The knobs of the loss, from several sections of the configuration."""
+
+    algorithm: AlgorithmConfig
+    loss: PolicyLoss
+    max_response_tokens: int
+    correction: str
+    """none, tis or mis."""
+    correction_level: str
+    correction_cap: float
+    tau: float
+    ratio_clip: str
+    high_prob_denominator: bool
+
+    @property
+    def adds_up_over_tokens(self) -> bool:
+        """Whether each token's loss depends on nothing but the token and what is known before the forward pass.
+
+        The high-probability denominator of a sequence depends on the log-probabilities of all its tokens.
+        """
+        return not (self.high_prob_denominator or self.loss.whole_sequences)
+
+    @classmethod
+    def from_config(cls, config: Config) -> LossSettings:
+        """Collect them.
+
+        Raises:
+            UserError: there is no such policy loss.
+        """
+        control = config.entropy_control
+        try:
+            loss = find_policy_loss(config.algorithm.policy_loss)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return cls(
+            algorithm=config.algorithm,
+            loss=loss,
+            max_response_tokens=config.rollout.max_response_tokens,
+            correction=config.rollout.importance_correction,
+            correction_level=config.rollout.importance_level,
+            correction_cap=config.rollout.importance_cap,
+            tau=control.tau,
+            ratio_clip=control.ratio_clip,
+            high_prob_denominator=control.steers_alpha and control.denominator == "high_prob_tokens",
+        )
+
+
+@dataclass(frozen=True)
+class TokenFields:
+    """Constants of a micro-batch's response tokens, sequence after sequence; T = sum of `lengths`."""
+
+    lengths: Tensor
+    """[n] int64 response tokens of each sequence."""
+    old_logprobs: Tensor
+    """[T] float32."""
+    advantages: Tensor
+    """[T] float32."""
+    correction: Tensor | None = None
+    """[T] float32 weights; None without rollout correction."""
+    reference_logprobs: Tensor | None = None
+    """[T] float32; None without KL penalty."""
+    marks: Tensor | None = None
+    """[T] float32 from the policy loss's plan; None for a loss without one."""
+
+    def select(self, tokens: slice | Tensor) -> TokenFields:
+        """The constants of some of the tokens; `lengths` remain those of the whole micro-batch."""
+        return replace(
+            self,
+            old_logprobs=self.old_logprobs[tokens],
+            advantages=self.advantages[tokens],
+            correction=None if self.correction is None else self.correction[tokens],
+            reference_logprobs=None if self.reference_logprobs is None else self.reference_logprobs[tokens],
+            marks=None if self.marks is None else self.marks[tokens],
+        )
+
+
+def token_fields(
+    sequences: Seq[Sequence], settings: LossSettings, device: torch.device, marks: Seq[Tensor] | None = None
+) -> TokenFields:
+    """Concatenate what the loss reads from the sequences of one micro-batch.
+
+    Args:
+        marks: of each sequence, for a policy loss with a plan.
+
+    Raises:
+        ValueError: a sequence lacks a field that the configured loss needs, or a field is not [R].
+    """
+    return TokenFields(
+        lengths=to_device(torch.tensor([s.response_length for s in sequences], dtype=torch.int64), device),
+        old_logprobs=_column(sequences, "old_logprobs", device),
+        advantages=_column(sequences, "advantages", device),
+        correction=None if settings.correction == "none" else _correction(sequences, settings, device),
+        reference_logprobs=(
+            _column(sequences, "reference_logprobs", device) if settings.algorithm.kl.coefficient > 0 else None
+        ),
+        marks=None if marks is None else to_device(torch.cat(list(marks)), device),
+    )
+
+
+def _correction(sequences: Seq[Sequence], settings: LossSettings, device: torch.device) -> Tensor:
+    _column(sequences, "rollout_logprobs", device)
+    ratios = [
+        importance_ratios(s.old_logprobs.float(), s.rollout_logprobs.float(), settings.correction_level)
+        for s in sequences
+        if s.old_logprobs is not None and s.rollout_logprobs is not None
+    ]
+    weights = importance_weights(torch.cat(ratios), settings.correction, settings.correction_cap)
+    return to_device(weights, device)
+
+
+def _column(sequences: Seq[Sequence], name: str, device: torch.device) -> Tensor:
+    parts = []
+    for index, sequence in enumerate(sequences):
+        part = getattr(sequence, name)
+        if part is None or part.shape != (sequence.response_length,):
+            found = "nothing" if part is None else f"shape {tuple(part.shape)}"
+            raise ValueError(f"sequence {index}: {name} needs [{sequence.response_length}], got {found}")
+        parts.append(part.to(dtype=torch.float32))
+    return to_device(torch.cat(parts), device)

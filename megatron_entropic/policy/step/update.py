@@ -1,0 +1,201 @@
+"""One optimizer step: counts, steering, forward and backward of all micro-batches, step, controller, metrics.
+
+    global counts, plan --> steering --> 1F1B over micro-batches --> clip and step, or refuse --> controller advances
+
+What the controller asks for is fixed before the first backward pass and the same on every rank.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_entropic.algorithms import Steering
+from megatron_entropic.policy.batch.microbatch import MicroBatch
+from megatron_entropic.policy.step.batch_plan import Marks, plan_marks
+from megatron_entropic.policy.step.control import EntropyControl, EntropyMeasurement, MicrobatchLocalControl
+from megatron_entropic.policy.step.forward import HeadName, OutputOptions, TokenStatistics
+from megatron_entropic.policy.step.gradient_step import GradientStep
+from megatron_entropic.policy.step.loss import (
+    SUMS,
+    MicrobatchLoss,
+    count_high_prob,
+    local_normalizers,
+)
+from megatron_entropic.policy.step.loss_fields import LossSettings, TokenFields, token_fields
+from megatron_entropic.policy.step.normalizers import Normalizers, global_counts
+from megatron_entropic.policy.step.optimizer import PolicyOptimizer, StepOutcome
+from megatron_entropic.policy.step.score import score
+from megatron_entropic.tensor_parallel import TokenLoss
+from megatron_entropic.types import Sequence
+
+LOCAL_SUMS = ("alpha", "alpha_unclipped", "integral", "microbatches")
+"""What `feedback: microbatch_local` measures besides SUMS."""
+
+
+class PolicyUpdate:
+    """The update step of one rank.
+
+    Args:
+        machinery: of this rank.
+        settings: knobs of the loss.
+        temperature: of the rollout; all statistics are those of softmax(logits / temperature).
+        control: None when the controller is off: then no entropy is computed and the loss is the base loss.
+        head: how the last stage turns hidden states into log-probs; `fused_loss` needs a loss that adds up over tokens.
+        replay: send tokens to the experts that the sequences carry.
+    """
+
+    def __init__(
+        self,
+        machinery: GradientStep,
+        settings: LossSettings,
+        temperature: float,
+        control: EntropyControl | MicrobatchLocalControl | None,
+        head: HeadName,
+        *,
+        replay: bool = False,
+    ) -> None:
+        self._machinery = machinery
+        self._settings = settings
+        self._temperature = temperature
+        self._head = head
+        self._replay = replay
+        self._replicated = control if isinstance(control, EntropyControl) else None
+        self._local = control if isinstance(control, MicrobatchLocalControl) else None
+
+    def step(self, sequences: list[Sequence], optimizer: PolicyOptimizer, *, freshly_scored: bool) -> dict[str, float]:
+        """One optimizer step.
+
+        Args:
+            sequences: this replica's part of the mini-batch, with advantages and old_logprobs, and rollout_logprobs or
+                reference_logprobs where the configured loss reads them.
+            optimizer: to step.
+            freshly_scored: old_logprobs are those of the current weights, so high-probability tokens can be counted
+                without another forward pass.
+
+        Returns:
+            Metrics, equal on all ranks: loss/policy, loss/entropic, loss/kl, loss/entropy, ratio/clip_fraction,
+            ratio/mean, grad_norm, learning_rate, optimizer/skipped, response/tokens, entropy/high_prob_fraction,
+            entropy/actuated_fraction (pi > tau and A != 0), entropy/nonzero_advantage_fraction, entropy/kept_fraction
+            (tokens whose policy loss the controller left in), those of the controller and of `batch_metrics`.
+
+        Raises:
+            ValueError: a sequence lacks what the loss reads, or entropy control has no usable measurement.
+            RuntimeError: the controller's replicas differ between ranks.
+        """
+        for sequence in sequences:
+            token_fields([sequence], self._settings, torch.device("cpu"))
+        batch = self._machinery.align(sequences, replay=self._replay)
+        counts = self._counts(sequences, batch, freshly_scored)
+        marks = self._marks(sequences, batch, optimizer)
+        steering = self._replicated.steering_for_step() if self._replicated else Steering()
+        bonus = steering.entropy_coefficient != 0.0
+        measures = self._local is not None or (self._replicated is not None and self._replicated.measures_updates)
+        width = len(SUMS) + (len(LOCAL_SUMS) if self._local else 0)
+
+        def loss_of(micro_batch: MicroBatch) -> MicrobatchLoss:
+            return MicrobatchLoss(self._fields(micro_batch, marks), self._settings, counts, steering)
+
+        def token_loss(micro_batch: MicroBatch) -> TokenLoss:
+            loss = loss_of(micro_batch)
+            return lambda logprobs, entropies, own: loss.of_tokens(logprobs, entropies, micro_batch.places(own))
+
+        def share(micro_batch: MicroBatch, statistics: TokenStatistics) -> tuple[torch.Tensor, torch.Tensor]:
+            if self._local:
+                return self._local_share(self._fields(micro_batch, marks), statistics, self._local, len(sequences))
+            return loss_of(micro_batch).share(statistics.logprobs, statistics.entropies)
+
+        options = OutputOptions(self._temperature, measures or bonus, bonus, self._head, token_loss)
+        sums, outcome = self._machinery.run(batch, share, options, optimizer, width=width)
+        measured = dict(zip((*SUMS, *LOCAL_SUMS), sums.tolist(), strict=False))
+        if self._replicated:
+            measurement = EntropyMeasurement(measured["entropy"], measured["tokens"]) if measures else None
+            has_advantage = measured["nonzero_advantage"] > 0
+            self._replicated.commit(measurement, stepped=outcome.stepped, has_advantage=has_advantage)
+        return self._metrics(measured, outcome, optimizer) | self._machinery.batch_metrics(batch)
+
+    def _fields(self, micro_batch: MicroBatch, marks: Marks | None) -> TokenFields:
+        own = None if marks is None else [marks[index] for index in micro_batch.indices]
+        return token_fields(micro_batch.sequences, self._settings, self._machinery.device, own)
+
+    def _marks(self, sequences: list[Sequence], batch: list[MicroBatch], optimizer: PolicyOptimizer) -> Marks | None:
+        machinery, settings = self._machinery, self._settings
+        return plan_marks(
+            sequences,
+            settings.loss,
+            settings.algorithm,
+            lambda: score(machinery.model, batch, machinery.parallel, temperature=self._temperature),
+            machinery.parallel,
+            machinery.device,
+            optimizer.steps_taken,
+        )
+
+    def _counts(self, sequences: list[Sequence], batch: list[MicroBatch], freshly_scored: bool) -> Normalizers:
+        machinery, settings = self._machinery, self._settings
+        if not settings.high_prob_denominator or self._local:
+            return global_counts(sequences, machinery.parallel, machinery.device)
+        if freshly_scored:
+            scored = [sequence.old_logprobs for sequence in sequences if sequence.old_logprobs is not None]
+            own = float(sum(count_high_prob(logprobs, settings) for logprobs in scored))
+            return global_counts(sequences, machinery.parallel, machinery.device, own)
+        options = OutputOptions(self._temperature, entropy=False, head=self._head)
+        everywhere = machinery.measure(batch, lambda logprobs: count_high_prob(logprobs, settings), options)
+        counts = global_counts(sequences, machinery.parallel, machinery.device)
+        return Normalizers(counts.tokens, counts.sequences, everywhere)
+
+    def _local_share(
+        self,
+        fields: TokenFields,
+        statistics: TokenStatistics,
+        control: MicrobatchLocalControl,
+        minibatch_sequences: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert statistics.entropies is not None
+        alpha = control.alpha(statistics.entropies, fields.lengths.numel(), minibatch_sequences)
+        normalizers = local_normalizers(fields, minibatch_sequences, self._machinery.parallel.data_size)
+        own_loss = MicrobatchLoss(fields, self._settings, normalizers, Steering(alpha=alpha))
+        loss, sums = own_loss.share(statistics.logprobs, statistics.entropies)
+        own = [alpha, control.controller.alpha_unclipped, control.controller.integral, 1.0]
+        return loss, torch.cat([sums, torch.tensor(own, dtype=torch.float64, device=sums.device)])
+
+    def _metrics(
+        self, measured: dict[str, float], outcome: StepOutcome, optimizer: PolicyOptimizer
+    ) -> dict[str, float]:
+        tokens = measured["tokens"]
+        metrics = {
+            "loss/policy": measured["policy_loss"],
+            "loss/entropic": measured["entropic_loss"],
+            "loss/kl": measured["kl_loss"],
+            "loss/entropy": measured["entropy_loss"],
+            "ratio/clip_fraction": measured["clipped"] / tokens,
+            "ratio/mean": measured["ratio"] / tokens,
+            "entropy/high_prob_fraction": measured["high_prob"] / tokens,
+            "entropy/actuated_fraction": measured["actuated"] / tokens,
+            "entropy/kept_fraction": measured["kept"] / tokens,
+            "entropy/nonzero_advantage_fraction": measured["nonzero_advantage"] / tokens,
+            "response/tokens": tokens,
+            "grad_norm": outcome.gradient_norm,
+            "learning_rate": optimizer.learning_rate,
+            "optimizer/skipped": float(not outcome.stepped),
+        }
+        if self._replicated:
+            return metrics | self._replicated.metrics()
+        if self._local:
+            return metrics | _local_metrics(measured, self._local)
+        return metrics
+
+
+def _local_metrics(measured: dict[str, float], control: MicrobatchLocalControl) -> dict[str, float]:
+    """Means over all micro-batches of all replicas, which each had an alpha of their own."""
+    controller = control.controller
+    mean = {name: measured[name] / measured["microbatches"] for name in LOCAL_SUMS[:3]}
+    entropy = measured["entropy"] / measured["tokens"]
+    return {
+        "entropy/mean": entropy,
+        "entropy/target": controller.target,
+        "entropy/error": entropy - controller.target,
+        "entropy/proportional": controller.kp * (entropy - controller.target),
+        "entropy/integral_term": controller.ki * mean["integral"],
+        "entropy/alpha": mean["alpha"],
+        "entropy/alpha_unclipped": mean["alpha_unclipped"],
+        "entropy/integral": mean["integral"],
+    }

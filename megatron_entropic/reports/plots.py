@@ -1,0 +1,405 @@
+"""The figures of a report. Each takes runs and a theme, and gives None where no run has what it shows."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from megatron_entropic.observability.metrics import ENTROPY_BAND
+from megatron_entropic.reports.run import Run
+
+_WIDE, _HALF = (10.8, 3.6), (5.3, 3.1)
+_DPI = 160
+_LABEL_CHARACTERS = 40
+_PHASES = ("generate", "reward", "score", "update", "publish", "checkpoint")
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a figure; its background is that of the page's panels."""
+
+    name: str
+    panel: str
+    ink: str
+    muted: str
+    grid: str
+    good: str
+    runs: tuple[str, ...]
+    phases: tuple[str, ...]
+
+
+LIGHT = Theme(
+    "light",
+    panel="#ffffff",
+    ink="#1d2430",
+    muted="#697386",
+    grid="#e6e9ef",
+    good="#1f9d74",
+    runs=("#3461d1", "#e0702e", "#a8459b", "#b08a14", "#4d96ad", "#7b6ad6"),
+    phases=("#3461d1", "#a8459b", "#4d96ad", "#e0702e", "#1f9d74", "#b08a14", "#c3c9d4"),
+)
+DARK = Theme(
+    "dark",
+    panel="#171c26",
+    ink="#e7eaf0",
+    muted="#97a1b3",
+    grid="#2a3140",
+    good="#3ecf9b",
+    runs=("#7ea2ff", "#ff9d62", "#dc86d2", "#e3c04f", "#7cc8df", "#b3a4ff"),
+    phases=("#7ea2ff", "#dc86d2", "#7cc8df", "#ff9d62", "#3ecf9b", "#e3c04f", "#4a5365"),
+)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure of the report: how it is called, what to look for, and how it is drawn."""
+
+    slug: str
+    title: str
+    caption: str
+    wide: bool
+    draw: Callable[[Axes, Sequence[Run], Theme], bool]
+    """Draws on the axes; False if there is nothing to show."""
+
+
+def render(plot: Plot, runs: Sequence[Run], theme: Theme) -> bytes | None:
+    """A figure as PNG, None if no run has the metrics for it."""
+    with matplotlib.rc_context(_style(theme)):
+        figure = Figure(figsize=_WIDE if plot.wide else _HALF, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        if not plot.draw(axes, runs, theme):
+            return None
+        if len(runs) == 1:
+            for stretch in runs[0].stretches[1:]:
+                axes.axvline(stretch.steps[0] - 0.5, color=theme.muted, linewidth=0.9, linestyle=(0, (1, 3)))
+        buffer = io.BytesIO()
+        canvas.print_png(buffer)
+        return buffer.getvalue()
+
+
+def _style(theme: Theme) -> dict[Any, Any]:
+    return {
+        "figure.facecolor": theme.panel,
+        "axes.facecolor": theme.panel,
+        "savefig.facecolor": theme.panel,
+        "figure.dpi": _DPI,
+        "font.family": "sans-serif",
+        "font.size": 9.5,
+        "text.color": theme.ink,
+        "axes.labelcolor": theme.muted,
+        "axes.edgecolor": theme.grid,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.formatter.useoffset": False,
+        "grid.color": theme.grid,
+        "grid.linewidth": 0.8,
+        "xtick.color": theme.muted,
+        "ytick.color": theme.muted,
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "lines.linewidth": 1.8,
+        "lines.solid_capstyle": "round",
+        "lines.solid_joinstyle": "round",
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "legend.labelcolor": theme.ink,
+        # A run's name is text, not mathematics: a dollar sign in it stays one.
+        "text.parse_math": False,
+    }
+
+
+def _entropy(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
+    """H of every run, and the band of each distinct target."""
+    drawn = _lines(axes, runs, "entropy/mean", theme)
+    stretches = [stretch for run in runs for stretch in run.stretches]
+    for target in sorted({stretch.target for stretch in stretches if stretch.target is not None}):
+        label = f"target {target:g} \u00b1 {ENTROPY_BAND:.0%}"
+        # Only where it held: a resumed run may have had another one before.
+        for first, last in {(run.steps[0] - 0.5, run.steps[-1] + 0.5) for run in stretches if run.target == target}:
+            band = (target * (1 - ENTROPY_BAND), target * (1 + ENTROPY_BAND))
+            axes.fill_between([first, last], *band, color=theme.good, alpha=0.14, linewidth=0)
+            axes.plot([first, last], [target] * 2, color=theme.good, linewidth=1.2, linestyle=(0, (5, 3)), label=label)
+            label = ""
+    axes.set_ylabel("nats per token")
+    _finish(axes, floor=0.0)
+    _legend(axes)
+    return drawn
+
+
+def _alpha(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
+    """alpha of every controlled run with its P and I parts, and the limits it is clipped to.
+
+    One run: a colour for each of the three. Several: a colour for each run, its parts dotted and dashed.
+    """
+    drawn = False
+    dashes = {"entropy/proportional": (0, (1.2, 1.6)), "entropy/integral_term": (0, (5, 2))}
+    for run, colour in zip(runs, _colours(theme, len(runs)), strict=True):
+        values = run.series("entropy/alpha")
+        if all(stretch.target is None for stretch in run.stretches) or not _any_finite(values):
+            continue
+        drawn = True
+        alone = len(runs) == 1
+        for index, (name, part_of) in enumerate(
+            (("entropy/proportional", "P"), ("entropy/integral_term", "I")), start=1
+        ):
+            part = run.series(name)
+            if _any_finite(part):
+                style: dict[str, Any] = (
+                    {"color": theme.runs[index], "label": f"{part_of} part"}
+                    if alone
+                    else {"color": colour, "linestyle": dashes[name], "alpha": 0.75}
+                )
+                axes.plot(run.steps, part, linewidth=1.2, **style)
+        axes.plot(run.steps, values, color=colour, label="alpha" if alone else run.name)
+    for limit in (-1.0, 1.0):
+        axes.axhline(limit, color=theme.muted, linewidth=0.9, linestyle=(0, (2, 3)))
+    axes.axhline(0.0, color=theme.muted, linewidth=0.9)
+    axes.set_ylim(-1.15, 1.15)
+    axes.set_ylabel("raises H   \u2190   0   \u2192   lowers H")
+    _finish(axes)
+    _legend(axes)
+    return drawn
+
+
+def _authority(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
+    """Tokens with pi > tau (dashed), and those of them with an advantage, which alpha acts on."""
+    drawn = _lines(axes, runs, "entropy/actuated_fraction", theme, label="pi > tau and A \u2260 0")
+    drawn |= _lines(axes, runs, "entropy/high_prob_fraction", theme, label="pi > tau", dashed=True)
+    axes.set_ylabel("share of tokens")
+    _finish(axes, floor=0.0)
+    _legend(axes)
+    return drawn
+
+
+def _outcome(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
+    """Entropy of correct (solid) and wrong (dashed) responses."""
+    drawn = _lines(axes, runs, "entropy/correct", theme, smooth=True, label="correct")
+    drawn |= _lines(axes, runs, "entropy/wrong", theme, smooth=True, label="wrong", dashed=True)
+    axes.set_ylabel("nats per token")
+    _finish(axes, floor=0.0)
+    _legend(axes)
+    return drawn
+
+
+def _reward(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
+    drawn = _lines(axes, runs, "reward/mean", theme, smooth=True)
+    axes.set_ylabel("mean reward")
+    _finish(axes)
+    _legend(axes, only_if=len(runs) > 1)
+    return drawn
+
+
+def _mismatch(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
+    """Largest (solid) and mean (dashed) difference of every run; a log scale has no zeros."""
+    drawn = _lines(axes, runs, "mismatch/logprob_abs_max", theme, positive=True, label="largest")
+    drawn |= _lines(axes, runs, "mismatch/logprob_abs_mean", theme, positive=True, label="mean", dashed=True)
+    if drawn:
+        axes.set_yscale("log")
+        # The default labels are mathematics, which the style switches off.
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel("nats")
+    _finish(axes)
+    _legend(axes)
+    return drawn
+
+
+def _length(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
+    drawn = _lines(axes, runs, "response/length_mean", theme, smooth=True)
+    axes.set_ylabel("tokens")
+    _finish(axes)
+    _legend(axes, only_if=len(runs) > 1)
+    return drawn
+
+
+def _gradient(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
+    drawn = _lines(axes, runs, "grad_norm", theme, smooth=True)
+    axes.set_ylabel("norm before clipping")
+    _finish(axes, floor=0.0)
+    _legend(axes, only_if=len(runs) > 1)
+    return drawn
+
+
+def _time(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
+    """One run: seconds of each phase over the steps. Several: mean seconds of each phase, side by side."""
+    timed = [run for run in runs if run.finite("time/step_s")]
+    if not timed:
+        return False
+    names = [name for name in _PHASES if any(name in run.phases for run in timed)]
+    names += sorted({name for run in timed for name in run.phases} - set(names))
+    colours = [theme.phases[i % (len(theme.phases) - 1)] for i in range(len(names))] + [theme.phases[-1]]
+    seconds = [_phase_seconds(run, names) for run in timed]
+    labels = [*names, "other"]
+    if len(timed) == 1:
+        axes.stackplot(timed[0].steps, seconds[0], labels=labels, colors=colours, alpha=0.9, linewidth=0)
+        # One slow step, such as the first, would flatten all the others.
+        axes.set_ylim(0, 1.25 * max(float(np.percentile(seconds[0].sum(axis=0), 95)), 1e-3))
+        axes.set_ylabel("seconds a step")
+        _finish(axes)
+    else:
+        left = np.zeros(len(timed))
+        for index, (label, colour) in enumerate(zip(labels, colours, strict=True)):
+            width = np.array([part[index].mean() for part in seconds])
+            axes.barh(range(len(timed)), width, left=left, color=colour, label=label, height=0.55)
+            left += width
+        axes.set_yticks(range(len(timed)), [_short(run.name) for run in timed])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("mean seconds a step")
+    _legend(axes)
+    return True
+
+
+def _phase_seconds(run: Run, names: Sequence[str]) -> np.ndarray:
+    """[phases + 1, steps] seconds; the last row is what no phase accounts for."""
+    parts = np.nan_to_num(np.array([run.series(f"time/{name}_s") for name in names]).reshape(len(names), -1))
+    total = np.nan_to_num(np.array(run.series("time/step_s")))
+    return np.vstack([parts, np.maximum(0.0, total - parts.sum(axis=0))])
+
+
+def _lines(
+    axes: Axes,
+    runs: Sequence[Run],
+    name: str,
+    theme: Theme,
+    *,
+    smooth: bool = False,
+    positive: bool = False,
+    dashed: bool = False,
+    label: str = "",
+) -> bool:
+    """One line a run; smoothed ones keep the raw values as a faint line behind. False if no run has the metric.
+
+    A single run's line is called `label`, if given; several are called by their runs, the dashed ones not again.
+    """
+    drawn = False
+    for run, colour in zip(runs, _colours(theme, len(runs)), strict=True):
+        values = np.array(run.series(name))
+        if positive:
+            values[~(values > 0)] = np.nan
+        if not np.isfinite(values).any():
+            continue
+        drawn = True
+        window = max(1, len(values) // 15) if smooth else 1
+        if window > 1:
+            axes.plot(run.steps, values, color=colour, alpha=0.28, linewidth=1.0)
+        marker = "o" if len(values) == 1 else None
+        line = _rolling_mean(values, window)
+        axes.plot(
+            run.steps,
+            line,
+            color=colour,
+            label=(label or run.name) if len(runs) == 1 else "" if dashed else run.name,
+            marker=marker,
+            linestyle=(0, (4, 2)) if dashed else "-",
+            linewidth=1.3 if dashed else 1.8,
+        )
+    return drawn
+
+
+def _rolling_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last `window` finite values at each position (of fewer at the start); [n] -> [n]."""
+    finite = np.isfinite(values)
+    totals = np.cumsum(np.where(finite, values, 0.0))
+    counts = np.cumsum(finite).astype(float)
+    totals[window:] -= totals[:-window].copy()
+    counts[window:] -= counts[:-window].copy()
+    with np.errstate(invalid="ignore"):
+        means: np.ndarray = totals / counts
+    return means
+
+
+def _colours(theme: Theme, count: int) -> list[str]:
+    return [theme.runs[index % len(theme.runs)] for index in range(count)]
+
+
+def _any_finite(values: Sequence[float]) -> bool:
+    return any(math.isfinite(value) for value in values)
+
+
+def _finish(axes: Axes, *, floor: float | None = None) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(x=0.01)
+    if floor is not None:
+        axes.set_ylim(bottom=floor)
+
+
+def _legend(axes: Axes, *, only_if: bool = True) -> None:
+    """A legend above the axes, where it never covers a line; as many columns as its labels leave room for."""
+    handles, names = axes.get_legend_handles_labels()
+    if not only_if or not handles:
+        return
+    labels = [_short(name) for name in names]
+    characters = 14 * axes.figure.bbox.width / _DPI
+    columns = int(characters // (max(map(len, labels)) + 6))
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.legend(handles, labels, loc="outside upper left", ncols=max(1, min(columns, len(labels))))
+
+
+def _short(name: str) -> str:
+    """A run's name as a figure has room for it."""
+    return name if len(name) <= _LABEL_CHARACTERS else name[: _LABEL_CHARACTERS - 3] + "..."
+
+
+PLOTS = (
+    Plot(
+        "entropy",
+        "Entropy",
+        "Mean entropy of the policy over all response tokens, at the rollout temperature. The controller holds it at "
+        "the dashed line; without one it usually falls as the policy grows sure of itself.",
+        True,
+        _entropy,
+    ),
+    Plot(
+        "alpha",
+        "The controller",
+        "alpha = clip(K_p e + K_i sum(e), -1, 1) with e = H - target. Below zero it holds likely tokens back and "
+        "raises entropy; at the dotted limits it has no authority left. In a comparison the P part is dotted, the I "
+        "part dashed.",
+        True,
+        _alpha,
+    ),
+    Plot(
+        "authority",
+        "What alpha acts on",
+        "Share of tokens with pi > tau (dashed), and of those that also have an advantage (solid): near 0 the "
+        "controller has nothing to move.",
+        False,
+        _authority,
+    ),
+    Plot(
+        "entropy_by_outcome",
+        "Entropy by outcome",
+        "Mean entropy over the tokens of correct (solid) and wrong (dashed) responses.",
+        False,
+        _outcome,
+    ),
+    Plot("reward", "Reward", "Mean reward of a step's responses, and its rolling mean.", False, _reward),
+    Plot(
+        "mismatch",
+        "Training against rollout",
+        "Difference of log-probs between the policy and the engines that sampled, for the same tokens and weights: "
+        "the largest of a step (solid) and the mean (dashed).",
+        False,
+        _mismatch,
+    ),
+    Plot("response_length", "Response length", "Mean number of tokens of a response.", False, _length),
+    Plot("gradient_norm", "Gradient norm", "Over all parameters, before clipping.", False, _gradient),
+    Plot("time", "Where the time goes", "Wall time by phase of a step.", True, _time),
+)

@@ -1,0 +1,193 @@
+"""Recorded rollouts as a person looks at them: token by token, with entropy and what the entropy control touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_entropic.errors import UserError
+from megatron_entropic.observability.records import RecordedResponse, RecordedStep
+from megatron_entropic.observability.values import as_number
+
+Touch = Literal["", "up", "down"]
+"""Whether pi > tau and A != 0, and the sign of A: "" where either is not so, up for A > 0, down for A < 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenView:
+    """One token of a response."""
+
+    text: str
+    entropy: float
+    """Nats."""
+    probability: float
+    """pi(token) before the step's first update."""
+    engine_probability: float
+    touch: Touch
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseView:
+    """One response."""
+
+    recorded: RecordedResponse
+    answer: str | None
+    """The verifier's reading; None if it found no answer."""
+    tokens: list[TokenView]
+    hidden: int
+    """Tokens left out of the middle of `tokens`, at `cut`."""
+    cut: int
+
+    @property
+    def advantage(self) -> float:
+        """Of the first token; the same for all where advantages are relative to the group."""
+        return float(self.recorded.advantages[0]) if self.recorded.advantages.size else 0.0
+
+    @property
+    def mean_entropy(self) -> float:
+        """Over all tokens, nats."""
+        return float(self.recorded.entropies.mean()) if self.recorded.entropies.size else 0.0
+
+    @property
+    def touched(self) -> float:
+        """Share of the shown tokens that the control touches."""
+        return sum(token.touch != "" for token in self.tokens) / max(1, len(self.tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class GroupView:
+    """The responses to one prompt."""
+
+    index: int
+    prompt: str
+    ground_truth: Any
+    responses: list[ResponseView]
+
+
+@dataclass(frozen=True, slots=True)
+class StepView:
+    """Some prompts of a step."""
+
+    step: int
+    alpha: float | None
+    tau: float | None
+    """None where no control acts through tokens with pi > tau."""
+    entropy_scale: float
+    """Entropy that is shown in the strongest colour: the 99th percentile of the step's tokens, nats."""
+    prompts: int
+    """In the step."""
+    groups: list[GroupView]
+
+
+def view_step(
+    recorded: RecordedStep,
+    tokenizer: Any,
+    read_answer: Callable[[str], str | None],
+    *,
+    tau: float | None,
+    prompts: Sequence[int] = (),
+    max_prompts: int = 2,
+    max_tokens: int = 2000,
+) -> StepView:
+    """Choose and prepare what is shown.
+
+    Args:
+        tokenizer: of the model.
+        read_answer: what the verifier takes for the answer of a response.
+        tau: threshold of the entropy control; None if it acts on no token.
+        prompts: indices to show; empty: the first ones of the step, those whose rewards differ before the others.
+        max_prompts: shown when `prompts` is empty.
+        max_tokens: of a response; from a longer one the middle is left out.
+
+    Raises:
+        UserError: a prompt that is not in the step; naming some that are.
+    """
+    groups = [(members[0].sample.prompt.index, members) for members in _groups(recorded.responses)]
+    present = [index for index, _ in groups]
+    missing = [index for index in prompts if index not in present]
+    if missing:
+        some = ", ".join(map(str, present[:10]))
+        raise UserError(f"step {recorded.step} has no prompt {', '.join(map(str, missing))}; it has {some}, ...")
+    # Groups whose rewards are all alike have no advantage and teach nothing; sorting keeps the order of the step.
+    with_signal_first = sorted(groups, key=lambda group: len({member.sample.reward for member in group[1]}) < 2)
+    chosen = [group for group in groups if group[0] in prompts] if prompts else with_signal_first[:max_prompts]
+    entropies = np.concatenate([response.entropies for response in recorded.responses])
+    return StepView(
+        step=recorded.step,
+        alpha=as_number(recorded.metrics.get("entropy/alpha"), None),
+        tau=tau,
+        entropy_scale=max(float(np.quantile(entropies, 0.99)) if entropies.size else 0.0, 1e-6),
+        prompts=len(groups),
+        groups=[
+            GroupView(
+                index,
+                members[0].sample.prompt.text,
+                members[0].sample.prompt.ground_truth,
+                [_response(member, tokenizer, read_answer(member.sample.text), tau, max_tokens) for member in members],
+            )
+            for index, members in chosen
+        ],
+    )
+
+
+def _groups(responses: Sequence[RecordedResponse]) -> list[list[RecordedResponse]]:
+    """The responses to each prompt. A prompt that comes twice in a row is two groups: its sample_index starts anew."""
+    groups: list[list[RecordedResponse]] = []
+    for response in responses:
+        last = groups[-1][-1].sample if groups else None
+        sample = response.sample
+        if last and sample.prompt.index == last.prompt.index and sample.sample_index > last.sample_index:
+            groups[-1].append(response)
+        else:
+            groups.append([response])
+    return groups
+
+
+def token_texts(tokens: Sequence[int], tokenizer: Any) -> list[str]:
+    """The text of each token; together they are the text of all.
+
+    A character can be spread over several tokens of a byte-level vocabulary: it is given to the last of them.
+    """
+    texts: list[str] = []
+    pending: list[int] = []
+    for token in tokens:
+        pending.append(token)
+        text = tokenizer.decode(pending)
+        whole = not text.endswith("\ufffd")
+        texts.append(text if whole else "")
+        pending = [] if whole else pending
+    if pending:
+        texts[-1] = tokenizer.decode(pending)
+    return texts
+
+
+def _response(
+    recorded: RecordedResponse, tokenizer: Any, answer: str | None, tau: float | None, max_tokens: int
+) -> ResponseView:
+    sample = recorded.sample
+    count = len(sample.response_tokens)
+    hidden = max(0, count - max_tokens)
+    cut = (count - hidden) // 2
+    texts = token_texts(sample.response_tokens, tokenizer)
+    probabilities, engine = np.exp(recorded.old_logprobs), np.exp(np.array(sample.rollout_logprobs, np.float32))
+    tokens = [
+        TokenView(
+            texts[position],
+            float(recorded.entropies[position]),
+            float(probabilities[position]),
+            float(engine[position]),
+            _touch(probabilities[position], recorded.advantages[position], tau),
+        )
+        for position in range(count)
+        if not cut <= position < cut + hidden
+    ]
+    return ResponseView(recorded, answer, tokens, hidden, cut)
+
+
+def _touch(probability: float, advantage: float, tau: float | None) -> Touch:
+    if tau is None or not probability > tau or advantage == 0:
+        return ""
+    return "up" if advantage > 0 else "down"

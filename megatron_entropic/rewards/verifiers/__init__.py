@@ -1,0 +1,1 @@
+"""Verifiers that come with the package, one file a subject."""

@@ -1,0 +1,215 @@
+"""What this machine lacks for a configuration: files, directories, devices; and what the model's sizes do not allow.
+
+Only names, sizes and config.json are looked at, which takes milliseconds. `preconditions` opens what is there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_entropic.config.checks import Violation, benchmark_violations, reward_violations, violations
+from megatron_entropic.config.load import ConfigError, read_config
+from megatron_entropic.config.run import Config
+from megatron_entropic.errors import missing_model
+from megatron_entropic.files.paths import directory_problem, file_problem, new_directory_problem
+
+if TYPE_CHECKING:
+    from megatron_entropic.models.dimensions import ModelDimensions
+
+DATA_SUFFIXES = (".parquet", ".jsonl", ".json")
+CPU_LATENT_SIZES = (512, 64)
+"""kv_lora_rank and qk_rope_head_dim of the published models, the only ones that vLLM 0.32 attends with on a CPU."""
+
+
+def load_checked_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
+    """`load_config` for a run on this machine.
+
+    Raises:
+        ConfigError: listing everything that is wrong with the values, and everything that is missing here.
+    """
+
+    def checks(config: Config) -> Iterator[Violation]:
+        yield from violations(config)
+        yield from machine_violations(config)
+
+    config, problems = read_config(path, overrides, checks=checks)
+    if problems:
+        raise ConfigError(str(path), problems)
+    return config
+
+
+def machine_violations(config: Config) -> Iterator[Violation]:
+    """What is missing or does not fit on this machine: model directory, data files, output folder, GPUs."""
+    for check in (_model_directory, _reference, _data_files, _benchmark_files, _output_dir, _devices):
+        yield from check(config)
+
+
+def evaluation_violations(config: Config) -> Iterator[Violation]:
+    """What keeps a configuration without a policy from evaluating, on this machine."""
+    for check in (reward_violations, benchmark_violations, _model_directory, _benchmark_files, _output_dir):
+        yield from check(config)
+
+
+def _model_directory(config: Config) -> Iterator[Violation]:
+    """The directory is complete, the project can train the model, and the layouts and lengths fit it."""
+    from megatron_entropic.models.dimensions import read_dimensions
+
+    path, key = config.model.hf_dir, "model.hf_dir"
+    if problem := _model_problem(path):
+        yield Violation((key,), f"model.hf_dir={problem}")
+        return
+    yield from _weight_files(config)
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        yield Violation((key,), f"model.hf_dir={path}: no tokenizer in it (tokenizer.json, tokenizer_config.json)")
+    try:
+        dimensions = read_dimensions(path)
+    except ValueError as error:
+        yield Violation((key,), f"model.hf_dir: {error}")
+        return
+    policy, rollout = config.policy, config.rollout
+    if policy.moe_router_replay != "off" and dimensions.experts is None:
+        yield Violation(
+            (key, "policy.moe_router_replay"),
+            f"policy.moe_router_replay={policy.moe_router_replay} needs a model with experts, and {path} has none",
+        )
+    latent = dimensions.latent
+    if config.cluster.device == "cpu" and latent is not None:
+        sizes = (latent.key_value_rank, latent.rotary_head_dim)
+        if sizes != CPU_LATENT_SIZES:
+            yield Violation(
+                (key, "cluster.device"),
+                f"cluster.device=cpu: vLLM's kernel for latent attention on a CPU knows kv_lora_rank, qk_rope_head_dim "
+                f"= {CPU_LATENT_SIZES} only, the model has {sizes}",
+            )
+    layout_keys = (key, "policy.tensor_parallel", "policy.pipeline_parallel")
+    for problem in dimensions.layout_problems(policy):
+        yield Violation(layout_keys, f"policy.{problem}")
+    if dimensions.num_attention_heads % rollout.tensor_parallel:
+        yield Violation(
+            (key, "rollout.tensor_parallel"),
+            f"rollout.tensor_parallel={rollout.tensor_parallel} does not divide the attention heads "
+            f"({dimensions.num_attention_heads})",
+        )
+    yield from _lengths(config, dimensions)
+    yield from _target(config, dimensions)
+
+
+def _lengths(config: Config, dimensions: ModelDimensions) -> Iterator[Violation]:
+    """The longest sequence has a position for each token, and room in the cache of an engine."""
+    whole, prompt = config.max_engine_tokens, config.data.max_prompt_tokens
+    response, positions = whole - prompt, dimensions.max_position_embeddings
+    name = "rollout" if response == config.rollout.max_response_tokens else "evaluation"
+    keys = ("model.hf_dir", "data.max_prompt_tokens", f"{name}.max_response_tokens")
+    if whole > positions:
+        lower = f"{name}.max_response_tokens to {positions - prompt} or less" if positions > prompt else "both lower"
+        yield Violation(
+            keys,
+            f"data.max_prompt_tokens={prompt} + {name}.max_response_tokens={response} = {whole} tokens, but the "
+            f"model's positions end at {positions} (max_position_embeddings): set {lower}",
+        )
+    elif config.cluster.device == "cpu":
+        # On a GPU rollout.gpu_memory_fraction decides, of a memory that is not known here.
+        item_bytes = {"float32": 4, "bfloat16": 2}[config.model.dtype]
+        token_bytes = dimensions.cached_elements(config.rollout.tensor_parallel) * item_bytes
+        needed = whole * token_bytes / 2**30
+        if needed > config.rollout.kv_cache_gb:
+            yield Violation(
+                (*keys, "rollout.kv_cache_gb"),
+                f"rollout.kv_cache_gb={config.rollout.kv_cache_gb:g} does not hold one sequence of {whole} tokens, "
+                f"which needs {needed:.3g}",
+            )
+
+
+def _target(config: Config, dimensions: ModelDimensions) -> Iterator[Violation]:
+    """No distribution over V tokens has more entropy than log V."""
+    target, most = config.entropy_control.target, math.log(dimensions.vocab_size)
+    if config.entropy_control.enabled and isinstance(target, float) and target > most:
+        yield Violation(
+            ("model.hf_dir", "entropy_control"),
+            f"entropy_control.target={target:g} nats: a vocabulary of {dimensions.vocab_size} tokens has at most "
+            f"{most:.2f}; 0.7x means 0.7 times the entropy that is measured first",
+        )
+
+
+def _model_problem(path: Path) -> str | None:
+    problem = directory_problem(path)
+    if problem == "no such directory":
+        return missing_model(path)
+    return problem and f"{path}: {problem}"
+
+
+def _weight_files(config: Config) -> Iterator[Violation]:
+    """Whether there are weights where the configuration says; what is in them is read when the run starts."""
+    path, megatron_dir = config.model.hf_dir, config.model.megatron_dir
+    if megatron_dir is not None:
+        if not (megatron_dir / ".metadata").is_file():
+            yield Violation(
+                ("model.megatron_dir",),
+                f"model.megatron_dir={megatron_dir}: not a distributed checkpoint, there is no .metadata in it",
+            )
+    elif not any(path.glob("*.safetensors")):
+        hint = ""
+        if (path / ".metadata").is_file():
+            hint = "; it is a distributed checkpoint: name it as model.megatron_dir too, or convert it to safetensors"
+        yield Violation(("model",), f"model.hf_dir={path}: no *.safetensors file in it{hint}")
+
+
+def _reference(config: Config) -> Iterator[Violation]:
+    kl = config.algorithm.kl
+    if kl.coefficient > 0 and kl.reference_hf_dir is not None and (problem := _model_problem(kl.reference_hf_dir)):
+        yield Violation(("algorithm.kl",), f"algorithm.kl.reference_hf_dir={problem}")
+
+
+def _data_files(config: Config) -> Iterator[Violation]:
+    files = [("data.train_files", path) for path in config.data.train_files]
+    if config.warm_start.steps and config.warm_start.file is not None:
+        files.append(("warm_start.file", config.warm_start.file))
+    if config.data.pass_rates is not None:
+        files.append(("data.pass_rates", config.data.pass_rates))
+    for key, path in files:
+        problem = _data_problem(path)
+        if problem:
+            yield Violation((key,), f"{key}: {path}: {problem}")
+
+
+def _benchmark_files(config: Config) -> Iterator[Violation]:
+    for name, path in config.evaluation.benchmarks.items():
+        problem = _data_problem(path)
+        if problem:
+            yield Violation(("evaluation.benchmarks",), f"evaluation.benchmarks: {name}: {path}: {problem}")
+
+
+def _data_problem(path: Path) -> str | None:
+    if directory_problem(path) is None and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return None
+    if problem := file_problem(path):
+        return problem
+    if path.suffix not in DATA_SUFFIXES:
+        return f"expected one of {', '.join(DATA_SUFFIXES)}, or a directory that datasets' save_to_disk wrote"
+    return "the file is empty" if path.stat().st_size == 0 else None
+
+
+def _output_dir(config: Config) -> Iterator[Violation]:
+    path = config.run.output_dir
+    if problem := new_directory_problem(path):
+        yield Violation(("run.output_dir",), f"run.output_dir={path}: {problem}")
+
+
+def _devices(config: Config) -> Iterator[Violation]:
+    """A run of this machine alone needs a GPU for each rank; a cluster's GPUs cannot be counted from here."""
+    if config.cluster.device != "cuda" or config.cluster.address != "local":
+        return
+    import torch
+
+    engines = 0 if config.cluster.colocate else config.rollout.engines * config.rollout.tensor_parallel
+    needed = config.policy.world_size + engines
+    present = torch.cuda.device_count()
+    if present < needed:
+        yield Violation(
+            ("cluster", "policy", "rollout"),
+            f"cluster.device=cuda: {config.policy.world_size} policy ranks and {needed - config.policy.world_size} "
+            f"rollout ranks need {needed} GPUs, this machine has {present}",
+        )

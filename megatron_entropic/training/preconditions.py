@@ -1,0 +1,119 @@
+"""Everything a run reads, opened before anything is started, with one list of all that is wrong.
+
+`train` starts from what this returns and `train --check` stops after it, so the two cannot disagree.
+
+    model       headers of all weight files, shapes against config.json; the reference's likewise; tokenizer
+    modules     losses, verifiers and controllers given as module:attribute
+    data        benchmarks, prompts with ground truths as the verifier sees them, warm start
+    output      the checkpoint to continue from; the libraries of TensorBoard and W&B
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from megatron_entropic.algorithms import build_controller, find_policy_loss
+from megatron_entropic.checkpoints.open_weights import open_weights
+from megatron_entropic.checkpoints.run_checkpoints import complete_checkpoints, read_state, refuse_fewer_steps
+from megatron_entropic.config.load import ConfigError
+from megatron_entropic.config.run import Config
+from megatron_entropic.data import PromptDataset, load_checked_tokenizer
+from megatron_entropic.errors import RunError, UserError, explained
+from megatron_entropic.observability.metrics import check_sinks
+from megatron_entropic.rewards import RewardScorer
+from megatron_entropic.training.evaluator import Evaluator
+from megatron_entropic.training.sft import warm_start_sequences
+from megatron_entropic.types import Sequence
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run is made from, read and checked."""
+
+    scorer: RewardScorer
+    evaluator: Evaluator
+    prompts: PromptDataset
+    lessons: list[list[Sequence]]
+    """The sequences of each supervised step."""
+
+
+@contextmanager
+def open_inputs(config: Config) -> Iterator[Inputs]:
+    """Read everything a start reads; verifier processes end with the block.
+
+    Raises:
+        ConfigError: listing everything that cannot be used, of all inputs.
+        RunError: the machine refused something, such as a process.
+    """
+    problems: list[str] = []
+
+    def attempt(read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:
+            told = explained(error)
+            if told is None:
+                raise
+            problem = str(told)
+        if problem not in problems:
+            problems.append(problem)
+        return None
+
+    with ExitStack() as closing:
+        attempt(lambda: check_resumable(config))
+        attempt(lambda: check_sinks(config.logging))
+        attempt(lambda: open_weights(config.model.hf_dir, config.model.megatron_dir))
+        kl = config.algorithm.kl
+        if kl.coefficient and (reference := kl.reference_hf_dir) is not None:
+            attempt(lambda: open_weights(reference))
+        attempt(lambda: find_policy_loss(config.algorithm.policy_loss))
+        if config.entropy_control.enabled:
+            attempt(lambda: build_controller(config.entropy_control))
+        longest = config.rollout.max_response_tokens
+        scorer = attempt(lambda: closing.enter_context(RewardScorer(config.reward, max_response_tokens=longest)))
+        tokenizer = attempt(lambda: load_checked_tokenizer(config.model.hf_dir))
+        if tokenizer is None:
+            raise ConfigError("what the run reads", problems)
+        evaluator = attempt(lambda: Evaluator(config, tokenizer))
+        prompts = attempt(
+            lambda: PromptDataset(
+                config.data,
+                tokenizer,
+                seed=config.run.seed,
+                check_truths=None if scorer is None else scorer.truth_problems,
+                benchmarks=None if evaluator is None else evaluator.problems,
+            )
+        )
+        lessons = attempt(lambda: warm_start_sequences(config, tokenizer))
+        if problems or scorer is None or evaluator is None or prompts is None or lessons is None:
+            raise ConfigError("what the run reads", problems)
+        yield Inputs(scorer, evaluator, prompts, lessons)
+
+
+def check_resumable(config: Config) -> None:
+    """The output folder holds no checkpoint, or one to continue from, by the sizes of its files.
+
+    Raises:
+        UserError: `run.resume=never` and there is one; there are some and none is whole; more steps are done than
+            `train.steps`.
+    """
+    complete = complete_checkpoints(config.run.output_dir / "checkpoints")
+    if complete and config.run.resume == "never":
+        raise UserError(f"{complete[-1]} exists and run.resume=never; change run.output_dir, or use resume=auto")
+    found = []
+    for directory in reversed(complete):
+        try:
+            read_state(directory)
+            refuse_fewer_steps(config.train.steps, directory)
+            return
+        except RunError as error:
+            found.append(str(error))
+    if found:
+        raise UserError("no checkpoint can be resumed from:\n  " + "\n  ".join(found))

@@ -1,0 +1,1 @@
+"""From the policy to the engines: what travels in which buckets, its checksums, by which way."""
