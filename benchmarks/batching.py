@@ -28,10 +28,10 @@ from benchmarks.markdown import markdown_table
 from benchmarks.policies import ModelSize, free_port, policy, write_model
 from benchmarks.ranks import run_processes
 from megatron_entropic.data.rows import Problems, read_rows
-from megatron_entropic.planning.models import KNOWN_MODELS, read_model
+from megatron_entropic.planning.parameters import KNOWN_MODELS, read_model
 from megatron_entropic.policy.batch.balance import attention_weight, data_parallel_shards, sequence_costs
-from megatron_entropic.policy.batch.context_cut import ContextCut
 from megatron_entropic.policy.batch.microbatch import PackingRules, pack
+from megatron_entropic.policy.batch.segments import ContextCut
 from megatron_entropic.types import Sequence
 
 SEQUENCES = 1024

@@ -33,7 +33,7 @@ from benchmarks.markdown import markdown_table
 from megatron_entropic.checkpoints.hf import write_hf_directory
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
-from megatron_entropic.planning.models import KNOWN_MODELS
+from megatron_entropic.planning.parameters import KNOWN_MODELS
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools/checkpoint_convert"
 BLOCK_VALUES = 2**26

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_entropic.policy.megatron.noise import silence_known_noise
+from megatron_entropic.policy.megatron.platform import silence_known_noise
 
 COLLECTIVE_TIMEOUT_S = 300.0
 """A rank may wait so long for another that shares its core."""

@@ -17,11 +17,10 @@ from pathlib import Path
 import psutil
 
 from megatron_entropic.config.run import RewardConfig
-from megatron_entropic.data.problems import Problems
 from megatron_entropic.data.prompts import read_truth
-from megatron_entropic.data.rows import read_rows
+from megatron_entropic.data.rows import Problems, read_rows
 from megatron_entropic.rewards.judge import Judge
-from megatron_entropic.rewards.verdict import Job
+from megatron_entropic.rewards.verifier import Job
 
 _UNMEASURED = 400
 _REASONING = "So we substitute, simplify and collect the terms of the left hand side, which gives the following. " * 24

@@ -26,7 +26,7 @@ from megatron_entropic.config.load import ConfigError, batch_arithmetic, config_
 from megatron_entropic.config.run import Config, PolicyConfig
 from megatron_entropic.errors import Interrupted, RunError, StopAsked, UserError, explained
 from megatron_entropic.files.text import printable
-from megatron_entropic.observability.phases import PhaseDisplay
+from megatron_entropic.observability.progress import PhaseDisplay
 from megatron_entropic.training.machine import load_checked_config
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -114,10 +114,8 @@ def _preflight(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from megatron_entropic.planning.models import find_model
-    from megatron_entropic.planning.parameters import ParameterTable
-    from megatron_entropic.planning.plan import make_plan
-    from megatron_entropic.planning.publishing import BUCKET_BYTES
+    from megatron_entropic.planning.parameters import ParameterTable, find_model
+    from megatron_entropic.planning.plan import BUCKET_BYTES, make_plan
     from megatron_entropic.planning.report import sections, show, suggestion_section
     from megatron_entropic.planning.suggest import Suggestion, suggest
 

@@ -8,7 +8,7 @@ python=$1 head=$2 port=$3 node_tmp=$4
 # A folder that nobody else can guess or enter: Ray makes its own, below it, writable for everybody. Sockets lie in it and
 # their paths are limited to 107 bytes. It is locked while this script lives; what killed jobs left behind goes.
 [ "${#node_tmp}" -le 23 ] || { echo "ray_node: ME_NODE_TMP=$node_tmp has more than 23 bytes, too long for Ray's sockets" >&2; exit 2; }
-"$python" -c "import sys; from pathlib import Path; from megatron_entropic.cluster.session_folder import remove_abandoned
+"$python" -c "import sys; from pathlib import Path; from megatron_entropic.cluster.session import remove_abandoned
 remove_abandoned(Path(sys.argv[1]))" "$node_tmp"
 folder=$(mktemp -d "$node_tmp/me-ray-XXXXXXXX")
 exec 9>"$folder/owner"

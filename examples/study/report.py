@@ -16,7 +16,7 @@ from grid import Grid
 from results import LAST_STEPS, RunKey, RunNumbers, run_numbers, runs_of
 from rows import Results
 
-from megatron_entropic.evaluation.statistics import bootstrap_weights, interval, sign_flip_p_value
+from megatron_entropic.evaluation.summary import bootstrap_weights, interval, sign_flip_p_value
 
 REPORT_FILE = "report.md"
 NOTHING = "-"

@@ -17,7 +17,7 @@ from rows import Results, grouped, series
 
 from megatron_entropic.evaluation.generations import read_generations
 from megatron_entropic.evaluation.store import generations_path
-from megatron_entropic.files.parquet import write_parquet
+from megatron_entropic.files.atomic import write_parquet
 from megatron_entropic.reports.run import load_run
 
 LAST_STEPS = 20

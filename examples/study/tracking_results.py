@@ -15,7 +15,7 @@ from cases import CaseRun
 from rows import Results, grouped, series
 
 from megatron_entropic.algorithms.entropy_control.tuning import Plant, identify_plant, settled_after
-from megatron_entropic.files.parquet import write_parquet
+from megatron_entropic.files.atomic import write_parquet
 from megatron_entropic.reports.run import load_run
 
 TUNED = "tuned-leg{leg}.json"

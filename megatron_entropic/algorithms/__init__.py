@@ -13,11 +13,10 @@ from megatron_entropic.algorithms.importance import (
     importance_metrics,
     importance_ratios,
     importance_weights,
+    mismatch_metrics,
 )
 from megatron_entropic.algorithms.losses import POLICY_LOSSES, PolicyLoss, find_policy_loss
-from megatron_entropic.algorithms.losses.kl import kl_penalty
-from megatron_entropic.algorithms.losses.policy_loss import PolicyLossTerms, entropic_term, policy_loss
-from megatron_entropic.algorithms.mismatch import mismatch_metrics
+from megatron_entropic.algorithms.losses.policy_loss import PolicyLossTerms, entropic_term, kl_penalty, policy_loss
 
 __all__ = [
     "POLICY_LOSSES",

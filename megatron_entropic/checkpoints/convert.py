@@ -21,7 +21,7 @@ from megatron_entropic.checkpoints.hf import HfReader, Problems, copy_companions
 from megatron_entropic.checkpoints.open_weights import MegatronCheckpoint
 from megatron_entropic.checkpoints.pieces import Piece, equal_parts, pieces_of
 from megatron_entropic.checkpoints.safetensors_files import DTYPE_NAMES, SafetensorsWriter
-from megatron_entropic.checkpoints.torch_dist_names import places_to_write
+from megatron_entropic.checkpoints.torch_dist import places_to_write
 from megatron_entropic.checkpoints.torch_dist_writer import Chunk, write_torch_dist
 from megatron_entropic.checkpoints.unusable_tensors import UnusableTensors
 from megatron_entropic.errors import UserError

@@ -18,9 +18,9 @@ from megatron_entropic.checkpoints.safetensors_files import SafetensorsWriter, r
 from megatron_entropic.errors import UserError
 from megatron_entropic.files.atomic import appears_when_complete
 from megatron_entropic.models.dimensions import read_dimensions
+from megatron_entropic.models.families import HF_LAYER
 from megatron_entropic.models.layouts import Shape
 from megatron_entropic.models.parameter_map import ParameterMap
-from megatron_entropic.models.rows import HF_LAYER
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

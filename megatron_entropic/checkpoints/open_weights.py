@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_entropic.checkpoints.hf import HfReader, Problems
-from megatron_entropic.checkpoints.torch_dist import TorchDistReader
-from megatron_entropic.checkpoints.torch_dist_names import Place, possible_places, split_pairs
+from megatron_entropic.checkpoints.torch_dist import Place, TorchDistReader, possible_places, split_pairs
 from megatron_entropic.errors import UserError
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.layouts import VocabularyShard

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from megatron_entropic.cluster.network import use_interface_of
+from megatron_entropic.cluster.environment import use_interface_of
 from megatron_entropic.cluster.processes import ActorProcess, this_process
 from megatron_entropic.config.run import Config, Device, Sampling, Transport
 from megatron_entropic.observability.stacks import offer_stacks

@@ -14,7 +14,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from megatron_entropic.cluster.head_watch import head_refusal
+from megatron_entropic.cluster.waiting import head_refusal
 from megatron_entropic.config.run import Config, Device
 from megatron_entropic.errors import RunError
 

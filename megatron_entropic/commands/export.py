@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import datetime
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from rich.console import Console
 
+from megatron_entropic.checkpoints.hf import HfReader
 from megatron_entropic.commands.options import number, whole
-from megatron_entropic.observability.phases import PhaseDisplay
+from megatron_entropic.data.prompts import Messages, read_messages
+from megatron_entropic.data.rows import Problems, Row, read_rows
+from megatron_entropic.data.tokenizer import load_tokenizer, render_prompts
+from megatron_entropic.errors import UserError, missing_model
+from megatron_entropic.files.atomic import appears_when_complete
+from megatron_entropic.observability.progress import PhaseDisplay, quiet
 
 
 def add_export_parser(commands: Any) -> None:
@@ -39,7 +51,7 @@ def add_export_parser(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from megatron_entropic.commands.quantized_export import Calibration, quantize_export
+    # HOUSE
 
     calibration = Calibration(
         options.calibration,
@@ -62,3 +74,246 @@ def _export(options: argparse.Namespace) -> None:
     console.print(
         f"KL(policy || quantised): mean {report.kl_mean:.2e}, max {report.kl_max:.2e} nats over {report.tokens} tokens"
     )
+
+
+# A trained policy in FP8 or INT8 for deployment, by nvidia-modelopt (extra `quant`), and what it costs in KL.
+#
+#   | HF directory --load--> reference log-probs of the prompts --calibrate, quantise--> log-probs again --> files
+#
+# modelopt replaces linear layers by ones that round weights and inputs to scales it finds on the calibration prompts.
+# KL(policy || quantised policy) is measured token by token on the same prompts, before the files are written. A policy
+# that quantising made into another one is not written.
+
+QuantizationFormat = Literal["fp8", "int8", "int8_activations", "nvfp4"]
+# On SmolLM2-135M int8 weights cost 0.0028 nats a token, int8 weights and inputs 0.9 (docs/exporting.md): a few channels
+# of a layer's inputs are far larger than the others, and one scale for all of them leaves the others few values.
+_MODELOPT_CONFIGS = {
+    "fp8": "FP8_DEFAULT_CFG",
+    "int8": "INT8_WEIGHT_ONLY_CFG",
+    "int8_activations": "INT8_DEFAULT_CFG",
+    "nvfp4": "NVFP4_DEFAULT_CFG",
+}
+_COMPANIONS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+_TRY_INSTEAD: dict[str, str] = {
+    "fp8": "try --quantize int8, which rounds the weights only",
+    "int8_activations": "try --quantize int8, which rounds the weights only",
+    "nvfp4": "try --quantize int8 or fp8",
+    "int8": "try --quantize fp8",
+}
+
+MAX_KL = 0.1
+"""Nats a token: mean KL(policy || quantised) above which nothing is written unless the caller allows more."""
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What quantising did to the policy."""
+
+    kl_mean: float
+    """Mean KL(policy || quantised) of the next-token distributions, nats."""
+    kl_max: float
+    """Largest of a single position, nats."""
+    tokens: int
+    """Positions over which the KL was taken."""
+    prompts: int
+    """Prompts that calibrated the scales."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The prompts that scales are found on."""
+
+    file: Path
+    """parquet or JSON lines, such as the training data."""
+    prompt_key: str = "prompt"
+    """Their column."""
+    apply_chat_template: bool = False
+    """As `data.apply_chat_template` of the run."""
+    max_prompts: int = 128
+    max_tokens: int = 512
+    """Prompts are cut to so many tokens."""
+    kl_tokens: int = 1024
+    """Positions over which the KL is taken; their log-probs over the whole vocabulary are held in memory."""
+
+
+def quantize_export(
+    source: Path,
+    output_dir: Path,
+    quantization: QuantizationFormat,
+    calibration: Calibration,
+    *,
+    max_kl: float = MAX_KL,
+    begin: Callable[[str], None] = quiet,
+) -> QuantizationReport:
+    """Quantise a policy and write it as a Hugging Face directory of modelopt's layout.
+
+    Args:
+        source: a Hugging Face directory, or the directory of a run that has exported one.
+        output_dir: new or empty; appears when it is complete.
+        quantization: fp8 (weights and inputs E4M3, one scale a tensor), int8 (weights only, a scale a row),
+            int8_activations (weights as int8, inputs with one scale a layer), nvfp4 (CUDA only).
+        max_kl: nats; a mean KL above it is refused, and nothing is written.
+        begin: told what begins; each part takes minutes with a large model.
+
+    Raises:
+        UserError: one error that lists everything that is wrong, before a model is loaded; the KL is above `max_kl`.
+        ModuleNotFoundError: the extra `quant` is not installed.
+        OSError: the output cannot be written.
+    """
+    begin("reading prompts and the headers of the weights")
+    prompts = _checked_prompts(source, output_dir, quantization, calibration)
+    modelopt = _modelopt()
+    import transformers
+
+    begin("loading the policy")
+    hf_dir = find_hf_dir(source)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        hf_dir, dtype="auto", local_files_only=True, trust_remote_code=False
+    )
+    model = model.to(device).eval()
+    compared = _first_tokens(prompts, calibration.kl_tokens)
+    begin("log-probs of the policy")
+    reference = [_logprobs(model, tokens) for tokens in compared]
+
+    def calibrate(candidate: torch.nn.Module) -> None:
+        for tokens in prompts:
+            _logprobs(candidate, tokens)
+
+    begin(f"calibrating on {len(prompts):,} prompts")
+    model = modelopt.quantize(model, getattr(modelopt, _MODELOPT_CONFIGS[quantization]), forward_loop=calibrate)
+    begin("log-probs of the quantised policy")
+    divergence = torch.cat(
+        [_kl(before, _logprobs(model, tokens)) for before, tokens in zip(reference, compared, strict=True)]
+    )
+    report = QuantizationReport(
+        float(divergence.mean()), float(divergence.max()), divergence.numel(), prompts=len(prompts)
+    )
+    refuse_another_policy(report, quantization, max_kl)
+    begin("writing")
+    _write(model, hf_dir, output_dir)
+    return report
+
+
+def refuse_another_policy(report: QuantizationReport, quantization: QuantizationFormat, max_kl: float) -> None:
+    """Do nothing if the mean KL is within the limit.
+
+    Raises:
+        UserError: it is above `max_kl` (nats a token), or no number.
+    """
+    if report.kl_mean <= max_kl:
+        return
+    if math.isnan(report.kl_mean):
+        raise UserError(
+            f"--quantize {quantization}: the quantised policy gives no numbers (KL is nan), and nothing was written; "
+            + _TRY_INSTEAD[quantization]
+        )
+    # Rounded up, so that the value that is offered is one that passes.
+    unit = 10.0 ** (math.floor(math.log10(report.kl_mean)) - 1) if math.isfinite(report.kl_mean) else 1.0
+    enough = math.ceil(report.kl_mean / unit) * unit if math.isfinite(report.kl_mean) else math.inf
+    raise UserError(
+        f"--quantize {quantization}: KL(policy || quantised) is {report.kl_mean:.3g} nats a token (at most "
+        f"{report.kl_max:.3g}), above the limit of {max_kl:g}: this is another policy than the one that was "
+        f"trained, and nothing was written; {_TRY_INSTEAD[quantization]}, or allow it with --max-kl {enough:.3g}"
+    )
+
+
+def find_hf_dir(source: Path) -> Path:
+    """The Hugging Face directory itself, or that of a run: `hf/`, else its newest export.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (source / "config.json").is_file():
+        return source
+    if not source.exists():
+        raise UserError(missing_model(source))
+    exports = sorted(path for path in (source / "exports").glob("step_*") if (path / "config.json").is_file())
+    for path in (source / "hf", *reversed(exports)):
+        if (path / "config.json").is_file():
+            return path
+    raise UserError(f"{source}: neither a Hugging Face directory nor a run with one in hf/ or exports/")
+
+
+def _checked_prompts(
+    source: Path, output_dir: Path, quantization: QuantizationFormat, calibration: Calibration
+) -> list[list[int]]:
+    """Tokens of the calibration prompts, after everything that can be refused was looked at."""
+    problems = Problems()
+    if quantization == "nvfp4" and not torch.cuda.is_available():
+        problems.add("nvfp4: modelopt's block quantisation runs on CUDA only, and there is no GPU; use fp8 or int8")
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        problems.add(f"{output_dir}: exists and is not empty; a model is not written over it")
+    rows = read_rows([calibration.file], problems)[: calibration.max_prompts]
+    prompts: list[Messages] = []
+    usable: list[Row] = []
+    for row in rows:
+        try:
+            prompts.append(read_messages(row, calibration.prompt_key))
+            usable.append(row)
+        except ValueError as error:
+            problems.add_row(row, str(error))
+    tokens: list[list[int]] = []
+    try:
+        hf_dir = find_hf_dir(source)
+        reader = HfReader(hf_dir)  # every tensor is there and whole
+        if reader.parameter_map.dimensions.experts is not None:
+            problems.add(f"{hf_dir}: the model has experts, which modelopt cannot export as transformers 5 holds them")
+        rendered = render_prompts(
+            prompts,
+            load_tokenizer(hf_dir),
+            apply_chat_template=calibration.apply_chat_template,
+            # Of no consequence for the ranges that are measured.
+            template_date=datetime.date.today(),
+        )
+        for row, one in zip(usable, rendered, strict=True):
+            if one.problem:
+                problems.add_row(row, f"the prompt cannot be used: {one.problem}", one.detail)
+        tokens = [one.tokens for one in rendered]
+    except ValueError as error:
+        problems.add(str(error))
+    problems.raise_if_any("the policy cannot be quantised")
+    return [ids[: calibration.max_tokens] for ids in tokens if ids]
+
+
+def _modelopt() -> Any:
+    try:
+        import modelopt.torch.quantization as modelopt
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--quantize needs nvidia-modelopt ({error}): install megatron_entropic with its extra `quant`"
+        ) from error
+    return modelopt
+
+
+def _first_tokens(prompts: list[list[int]], limit: int) -> list[list[int]]:
+    """Whole prompts, in order, until there are `limit` tokens."""
+    chosen: list[list[int]] = []
+    for tokens in prompts:
+        if chosen and sum(map(len, chosen)) + len(tokens) > limit:
+            break
+        chosen.append(tokens)
+    return chosen
+
+
+def _logprobs(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
+    """[len(tokens), vocabulary] float32 on the CPU: log-probs of the token after each position."""
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens], device=device)).logits[0]
+        return logits.float().log_softmax(-1).cpu()
+
+
+def _kl(reference: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+    """[positions] KL(reference || quantized), nats, from log-probs [positions, vocabulary]."""
+    return (reference.double().exp() * (reference.double() - quantized.double())).sum(-1)
+
+
+def _write(model: torch.nn.Module, hf_dir: Path, output_dir: Path) -> None:
+    from modelopt.torch.export import export_hf_checkpoint
+
+    with appears_when_complete(output_dir) as partial:
+        export_hf_checkpoint(model, export_dir=partial)
+        for pattern in _COMPANIONS:
+            for source in hf_dir.glob(pattern):
+                shutil.copyfile(source, partial / source.name)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from megatron_entropic.commands.options import whole
 from megatron_entropic.files.text import printable
-from megatron_entropic.observability.phases import PhaseDisplay
+from megatron_entropic.observability.progress import PhaseDisplay
 
 
 def add_replay_parser(commands: Any) -> None:

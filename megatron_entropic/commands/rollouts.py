@@ -20,7 +20,7 @@ from megatron_entropic.reports.pages import render_page, write_page
 from megatron_entropic.reports.rollouts import ResponseView, StepView, view_step
 from megatron_entropic.reports.run import Run, load_run
 from megatron_entropic.rewards import build_reader
-from megatron_entropic.rewards.readings import Reader
+from megatron_entropic.rewards.verifier import Reader
 
 _TOUCH_COLOURS = {"up": "green", "down": "red"}
 _LEAST_SHADE = 0.05

@@ -77,7 +77,7 @@ class VerifierEntry:
 VERIFIERS = {
     "countdown": VerifierEntry("megatron_entropic.rewards.verifiers.countdown:countdown", instant=True),
     "exact": VerifierEntry("megatron_entropic.rewards.verifiers.text:exact", instant=True),
-    "format": VerifierEntry("megatron_entropic.rewards.verifiers.response_format:response_format"),
+    "format": VerifierEntry("megatron_entropic.rewards.verifiers.text:response_format"),
     "ifeval": VerifierEntry("megatron_entropic.rewards.verifiers.ifeval:ifeval"),
     "math": VerifierEntry("megatron_entropic.rewards.verifiers.math:math_answer"),
 }

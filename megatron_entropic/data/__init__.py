@@ -1,9 +1,8 @@
 """Prompts and warm-start pairs: reading, tokenising, and an order that resumes anywhere."""
 
 from megatron_entropic.data.dataset import PromptDataset
-from megatron_entropic.data.model_files import load_checked_tokenizer
 from megatron_entropic.data.prompts import PromptForm
 from megatron_entropic.data.sft import WarmStartPairs
-from megatron_entropic.data.tokenizer import load_tokenizer
+from megatron_entropic.data.tokenizer import load_checked_tokenizer, load_tokenizer
 
 __all__ = ["PromptDataset", "PromptForm", "WarmStartPairs", "load_checked_tokenizer", "load_tokenizer"]

@@ -17,13 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_entropic.config.run import DataConfig
-from megatron_entropic.data.filters import find_duplicates, find_overlap
+from megatron_entropic.data.filters import DataReport, find_duplicates, find_overlap, read_pass_rates, recorded_form
 from megatron_entropic.data.order import Arrangement, EpochOrder, MixedOrder, as_stored, easy_to_hard, shuffled
-from megatron_entropic.data.pass_rates import read_pass_rates, recorded_form
-from megatron_entropic.data.problems import Problems, Row
 from megatron_entropic.data.prompts import PromptForm, lookup, problem_text, read_truth
-from megatron_entropic.data.report import DataReport
-from megatron_entropic.data.rows import read_rows
+from megatron_entropic.data.rows import Problems, Row, read_rows
 from megatron_entropic.data.tokenizer import RenderedPrompt, Tokenizer, appended_tokens, template_digest, unknown_to
 from megatron_entropic.errors import UserError
 from megatron_entropic.types import Prompt

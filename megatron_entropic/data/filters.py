@@ -7,12 +7,20 @@ count.
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+from megatron_entropic.config.run import DataConfig
+from megatron_entropic.data.rows import Problems
+from megatron_entropic.errors import UserError
+from megatron_entropic.files.formats import EVALUATION, NewerFormat
 
 _WORD = re.compile(r"\w+")
 _COMMON_ROWS = 10
@@ -90,3 +98,145 @@ def ngrams(text: str, words: int) -> set[int]:
     """Hashes of every `words` words in a row; equal within one process only."""
     found = _WORD.findall(normalised(text))
     return {hash(tuple(found[start : start + words])) for start in range(len(found) - words + 1)}
+
+
+# Recorded pass rates of problems, from the responses that `megatron-entropic evaluate` stored.
+
+_COLUMNS = ["prompt", "reward"]
+_SETTINGS_KEY = b"megatron_entropic.evaluation"
+_FORM_KEYS = ("system_prompt", "prompt_suffix", "apply_chat_template", "template_date")
+
+
+def recorded_form(file: Path) -> dict[str, Any]:
+    """How the prompts of an evaluation were made: `data` keys, and the SHA-256 of the chat template.
+
+    Raises:
+        UserError: no such file, not one of an evaluation, or of a later version of the package.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        settings = EVALUATION.read(json.loads((pyarrow.parquet.read_schema(file).metadata or {})[_SETTINGS_KEY]), file)
+        data = settings["data"]
+        form = {f"data.{key}": data[key] for key in _FORM_KEYS if key in data}
+    except NewerFormat:
+        raise
+    except (pyarrow.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: not the stored responses of an evaluation: {error}") from error
+    return form | {"the chat template": settings.get("chat_template_sha256")}
+
+
+def read_pass_rates(file: Path) -> dict[str, float]:
+    """Share of responses with a positive reward, by rendered prompt.
+
+    Args:
+        file: NAME.parquet of an evaluation whose benchmark was the training file.
+
+    Raises:
+        UserError: no such file, or not one of an evaluation.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        columns = pyarrow.parquet.read_table(file, columns=_COLUMNS).to_pydict()
+    except (pyarrow.ArrowException, OSError, LookupError, ValueError) as error:
+        raise UserError(f"{file}: not the stored responses of an evaluation: {error}") from error
+    outcomes: dict[str, list[bool]] = defaultdict(list)
+    for prompt, reward in zip(columns["prompt"], columns["reward"], strict=True):
+        outcomes[prompt].append(reward > 0)
+    return {prompt: fmean(solved) for prompt, solved in outcomes.items()}
+
+
+# What became of the rows of the training files: what was skipped, dropped, found twice.
+
+_SHOWN = 5
+
+
+@dataclass
+class DataReport:
+    """Counts and places, for the screen and for data_report.txt."""
+
+    rows: dict[Path, int] = field(default_factory=dict)
+    """Read from each file."""
+    kept: int = 0
+    """Prompts of the run."""
+    skipped: int = 0
+    """Findings about malformed rows (`data.skip_malformed`)."""
+    skipped_lines: list[str] = field(default_factory=list)
+    too_long: list[tuple[str, int]] = field(default_factory=list)
+    """(place, tokens) of prompts over the limit."""
+    pass_rates: tuple[int, int] | None = None
+    """Prompts with a recorded rate, and those of them that were left out."""
+    unknown: list[str] = field(default_factory=list)
+    """Places of prompts of which the tokenizer does not know a part."""
+    left_off: str = ""
+    """What the tokenizer puts behind every text, which is left off prompts."""
+    pass_rates_because: str = ""
+    """Why prompts have none, where the file says so."""
+    copies: list[str] = field(default_factory=list)
+    """Findings about duplicates and benchmark problems."""
+
+    def note_skipped(self, problems: Problems) -> None:
+        """Remember the malformed rows that are skipped."""
+        self.skipped = problems.row_count
+        self.skipped_lines = problems.row_lines()
+
+    def note_copies(
+        self, config: DataConfig, places: list[str], duplicates: Duplicates, overlaps: Mapping[str, Overlap]
+    ) -> None:
+        """Remember copies and benchmark problems."""
+        dropped = " (dropped)" if config.duplicates == "drop" else " (kept: data.duplicates)"
+        if duplicates.positions:
+            contradictions = len(duplicates.contradictions)
+            other = f", {contradictions:,} of them with another ground truth" if contradictions else ""
+            self.copies.append(
+                f"{len(duplicates.positions):,} copies of earlier problems{other}{dropped}: "
+                + _some([places[position] for position in duplicates.positions])
+            )
+        dropped = " (dropped)" if config.benchmark_overlap == "drop" else " (kept: data.benchmark_overlap)"
+        for name, overlap in overlaps.items():
+            if overlap.positions:
+                self.copies.append(
+                    f"benchmark {name}: {len(overlap.exact):,} training problems are in it, {len(overlap.ngram):,} "
+                    f"more share {config.overlap_words} words in a row with one of it{dropped}: "
+                    + _some([places[position] for position in sorted(overlap.positions)])
+                )
+
+    def lines(self) -> list[str]:
+        """The whole report."""
+        return list(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        for file, count in self.rows.items():
+            yield f"{file}: {count:,} rows"
+        if self.skipped:
+            yield f"skipped as malformed: {self.skipped:,} findings"
+            yield from (f"  {line}" for line in self.skipped_lines)
+        if self.too_long:
+            longest = max(tokens for _, tokens in self.too_long)
+            yield (
+                f"dropped as longer than data.max_prompt_tokens: {len(self.too_long):,} (the longest has {longest:,} "
+                "tokens): " + _some([f"{place} ({tokens:,})" for place, tokens in self.too_long])
+            )
+        if self.unknown:
+            yield (
+                f"{len(self.unknown):,} prompts have characters unknown to the tokenizer, which the model cannot "
+                "see: " + _some(self.unknown)
+            )
+        if self.left_off:
+            yield f"the tokenizer appends {self.left_off!r} to every text: left off, for nothing could follow it"
+        yield from self.copies
+        if self.pass_rates is not None:
+            known, outside = self.pass_rates
+            yield (
+                f"recorded pass rates: {known:,} prompts, {outside:,} of them outside the limits and left out"
+                + self.pass_rates_because
+            )
+        yield f"prompts of the run: {self.kept:,}"
+
+
+def _some(places: list[str]) -> str:
+    more = f" and {len(places) - _SHOWN:,} more" if len(places) > _SHOWN else ""
+    return ", ".join(places[:_SHOWN]) + more

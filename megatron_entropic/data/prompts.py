@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_entropic.config.run import DataConfig
-from megatron_entropic.data.problems import Row
+from megatron_entropic.data.rows import Row
 from megatron_entropic.data.tokenizer import RenderedPrompt, Tokenizer, lone_surrogate, render_prompts
 from megatron_entropic.errors import UserError
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_entropic.data.problems import Problems
 from megatron_entropic.data.prompts import PromptForm
-from megatron_entropic.data.rows import read_rows
+from megatron_entropic.data.rows import Problems, read_rows
 from megatron_entropic.data.tokenizer import RenderedPrompt, Tokenizer, encode, lone_surrogate
 
 

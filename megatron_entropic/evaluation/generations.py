@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_entropic.errors import UserError
+from megatron_entropic.files.atomic import write_parquet
 from megatron_entropic.files.formats import EVALUATION, NewerFormat
-from megatron_entropic.files.parquet import write_parquet
 
 _SETTINGS_KEY = b"megatron_entropic.evaluation"
 

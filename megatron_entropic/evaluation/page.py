@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_entropic.evaluation.comparison import Comparison, compare
 from megatron_entropic.evaluation.generations import Generation
 from megatron_entropic.evaluation.store import StoredEvaluation, load_evaluation
-from megatron_entropic.evaluation.summary import BenchmarkSummary, Problem
+from megatron_entropic.evaluation.summary import BenchmarkSummary, Comparison, Problem, compare
 from megatron_entropic.files.text import shortened
 from megatron_entropic.reports.pages import render_page, write_page
 

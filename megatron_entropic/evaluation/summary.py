@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from math import comb
 
 import numpy as np
 
 from megatron_entropic.errors import UserError
 from megatron_entropic.evaluation.generations import Generation
-from megatron_entropic.evaluation.statistics import bootstrap_weights, interval, majority_is_correct, pass_at_k
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,3 +124,109 @@ def summarise(name: str, problems: Sequence[Problem], *, greedy: bool) -> Benchm
 def _majority(problem: Problem) -> bool | None:
     answers = [generation.answer for generation in problem.generations]
     return majority_is_correct(answers, [generation.correct for generation in problem.generations])
+
+
+# avg@N, pass@k, maj@N and their intervals. P problems, N responses to each.
+
+RESAMPLES = 10_000
+_COVERAGE = 0.95
+
+
+def pass_at_k(responses: int, correct: int, k: int) -> float:
+    """Probability that k of `responses` responses, drawn without replacement, contain a correct one.
+
+    1 - C(n - c, k) / C(n, k), the unbiased estimator of pass@k (Chen et al. 2021, arXiv 2107.03374), exact integers.
+
+    Raises:
+        ValueError: k outside [1, responses].
+    """
+    if not 1 <= k <= responses:
+        raise ValueError(f"pass@{k} needs at least {k} responses and k >= 1; there are {responses}")
+    return 1.0 - comb(responses - correct, k) / comb(responses, k)
+
+
+def majority_is_correct(answers: Sequence[str | None], correct: Sequence[bool]) -> bool | None:
+    """Whether the answer given most often is correct; among equally frequent ones the first given counts.
+
+    Answers are compared as written. Responses without an answer do not vote.
+
+    Returns:
+        None if no response has an answer that could be read.
+    """
+    votes = Counter(answer for answer in answers if answer is not None)
+    if not votes:
+        return None
+    winner = max(votes, key=lambda answer: votes[answer])
+    # Equal answers have equal verdicts, unless one of them had none, by a timeout or an error.
+    return any(right for answer, right in zip(answers, correct, strict=True) if answer == winner)
+
+
+def bootstrap_weights(problems: int, *, seed: int) -> np.ndarray:
+    """[RESAMPLES, P] float64: how often each resample of the problems takes each of them, over P.
+
+    A mean over problems in every resample is then one product with the problems' values.
+    """
+    draw = np.random.Generator(np.random.PCG64(seed))
+    return draw.multinomial(problems, np.full(problems, 1 / problems), size=RESAMPLES) / problems
+
+
+def interval(resampled: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval of resampled means [RESAMPLES]."""
+    low, high = np.quantile(resampled, [(1 - _COVERAGE) / 2, (1 + _COVERAGE) / 2])
+    return float(low), float(high)
+
+
+def sign_flip_p_value(differences: np.ndarray, *, seed: int) -> float:
+    """Two-sided p-value of the mean of paired differences [P] against 0, by random sign flips.
+
+    Under the hypothesis that both sides of a pair are exchangeable each difference may have either sign. The observed
+    assignment counts as one of the permutations, so that the value is never 0.
+    """
+    draw = np.random.Generator(np.random.PCG64(seed))
+    signs = draw.integers(0, 2, size=(RESAMPLES, differences.size)) * 2 - 1
+    flipped = np.abs(signs @ differences)
+    # Sums of the same numbers in another order differ in the last bits.
+    reached = flipped >= abs(differences.sum()) - 1e-9
+    return float((reached.sum() + 1) / (RESAMPLES + 1))
+
+
+# Two evaluations of the same problems, compared problem by problem.
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Second minus first on one benchmark."""
+
+    name: str
+    problems: int
+    """Of both evaluations."""
+    difference: Estimate
+    """Of avg@N, its interval from resampled pairs."""
+    p_value: float
+    """Two-sided, sign flips of the per-problem differences."""
+    better: int
+    """Problems with a higher pass rate in the second."""
+    worse: int
+
+
+def compare(name: str, first: Sequence[Problem], second: Sequence[Problem]) -> Comparison:
+    """Compare pass rates; the number of responses may differ, the problems may not.
+
+    Raises:
+        UserError: the evaluations are not of the same problems.
+    """
+    # Not by their prompts: two models may have different chat templates.
+    keys = [[(problem.index, problem.ground_truth) for problem in side] for side in (first, second)]
+    if keys[0] != keys[1]:
+        raise UserError(f"{name}: the two evaluations are not of the same problems (row and ground truth differ)")
+    differences = np.array([b.pass_rate - a.pass_rate for a, b in zip(first, second, strict=True)])
+    seed = zlib.crc32(name.encode())
+    resampled = bootstrap_weights(len(first), seed=seed) @ differences
+    return Comparison(
+        name=name,
+        problems=len(first),
+        difference=Estimate(float(differences.mean()), *interval(resampled)),
+        p_value=sign_flip_p_value(differences, seed=seed),
+        better=int((differences > 0).sum()),
+        worse=int((differences < 0).sum()),
+    )

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megatron_entropic.files.paths import make_directory
 
@@ -68,3 +69,27 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# Parquet files that are whole or not there.
+
+
+def write_parquet(path: Path, table: Any) -> None:
+    """Write a pyarrow table, durably: the file appears when it is complete, with the folders above it.
+
+    Raises:
+        OSError: the disk refuses; the message names the file.
+    """
+    import pyarrow.parquet
+
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as file:
+            pyarrow.parquet.write_table(table, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(error.errno, f"cannot write to {path}: {error.strerror}") from error
+    os.replace(unfinished, path)

@@ -10,9 +10,15 @@ from megatron_entropic.config.run import PolicyConfig
 from megatron_entropic.errors import UserError
 from megatron_entropic.models.config_values import complete_values, read_json, shown
 from megatron_entropic.models.families import ARCHITECTURES, Architecture
-from megatron_entropic.models.latent_attention import LatentAttention, latent_problems, read_latent
-from megatron_entropic.models.read_config import ExpertDimensions, expert_problems, read_experts
-from megatron_entropic.models.rope import read_rope
+from megatron_entropic.models.read_config import (
+    ExpertDimensions,
+    LatentAttention,
+    expert_problems,
+    latent_problems,
+    read_experts,
+    read_latent,
+    read_rope,
+)
 
 
 @dataclass(frozen=True)

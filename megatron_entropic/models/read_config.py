@@ -152,3 +152,124 @@ def _group_problems(routing: SigmoidRouting, experts: ExpertDimensions) -> list[
 
 def _is_positive(value: Any) -> bool:
     return type(value) is int and 0 < value <= MOST_ELEMENTS
+
+
+# The multi-head latent attention that a Hugging Face config.json describes (DeepSeek-V2, arXiv 2405.04434, 2.1).
+
+_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Keys and values of all heads are made of one vector a token; a further part of the keys is shared by all heads.
+
+    A head of q and k is `head_dim` wide: first what RoPE leaves alone, then `rotary_head_dim` that it turns.
+    """
+
+    query_rank: int | None
+    """Width of the vector of which queries are made; None: they are made of hidden states directly."""
+    key_value_rank: int
+    rotary_head_dim: int
+    value_head_dim: int
+
+
+def latent_problems(config: Mapping[str, Any]) -> list[str]:
+    """What in a config.json does not describe latent attention that can be trained."""
+    problems = []
+    optional = ["q_lora_rank"] if config["q_lora_rank"] is not None else []
+    for key in (*_SIZES, *optional):
+        value = config.get(key)
+        if type(value) is not int or not 0 < value <= MOST_ELEMENTS:
+            problems.append(
+                f"{key} must be a positive integer{' or null' * bool(key in optional)}, found {shown(value)}"
+            )
+    if not problems and config["qk_rope_head_dim"] % 2:
+        problems.append(f"qk_rope_head_dim={config['qk_rope_head_dim']} must be even")
+    if config.get("rope_interleave", True) is not True:
+        problems.append(
+            f"rope_interleave={config['rope_interleave']!r}: only true is supported, RoPE of neighbouring pairs"
+        )
+    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if groups is not None and groups != heads:
+        problems.append(f"num_key_value_heads={groups} differs from num_attention_heads={heads}")
+    return problems
+
+
+def read_latent(config: Mapping[str, Any]) -> LatentAttention:
+    """The attention of a config.json in which `latent_problems` finds nothing."""
+    return LatentAttention(
+        query_rank=config["q_lora_rank"],
+        key_value_rank=config["kv_lora_rank"],
+        rotary_head_dim=config["qk_rope_head_dim"],
+        value_head_dim=config["v_head_dim"],
+    )
+
+
+# The rotary embedding that a Hugging Face config.json describes.
+
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_YARN_KEYS = ("factor", "original_max_position_embeddings", "mscale", "mscale_all_dim")
+_YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
+
+
+def read_rope(config: Mapping[str, Any], *, latent: bool) -> tuple[float, dict[str, Any] | None, list[str]]:
+    """RoPE base, scaling and problems; transformers 5 writes rope_parameters, 4 rope_theta and rope_scaling.
+
+    Args:
+        config: of config.json, with the family's defaults.
+        latent: the family has latent attention, whose megatron-core module knows YaRN and not Llama 3's scaling.
+    """
+    written = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)]
+    parameters = {**written[0]} if written else {}
+    problems = []
+    if len(written) > 1 and written[0] != written[1]:
+        problems.append("rope_scaling and rope_parameters differ: leave one out")
+    types = [parameters[key] for key in ("rope_type", "type") if parameters.get(key) is not None]
+    if len(types) > 1 and types[0] != types[1]:
+        problems.append(f"rope_type={shown(types[0])} and type={shown(types[1])} differ: leave one out")
+    problems += _bad_numbers(parameters)
+    if problems:
+        return config["rope_theta"], None, problems
+    theta = float(parameters.get("rope_theta", config["rope_theta"]))
+    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial is not None and partial != 1.0:
+        problems.append(f"partial_rotary_factor={partial}: only 1.0 is supported")
+    rope_type = types[0] if types else "default"
+    if rope_type == "default":
+        return theta, None, problems
+    scaled = "yarn" if latent else "llama3"
+    if rope_type != scaled:
+        return theta, None, [*problems, f"rope type {rope_type!r} is not supported (supported: default, {scaled})"]
+    if latent:
+        parameters = _YARN_DEFAULTS | parameters
+        problems += _yarn_problems(parameters)
+    # transformers lets the model's own key win over that of the rope parameters.
+    if config.get("original_max_position_embeddings") is not None:
+        parameters["original_max_position_embeddings"] = config["original_max_position_embeddings"]
+    keys = (*_YARN_KEYS, *_YARN_DEFAULTS) if latent else _LLAMA3_KEYS
+    missing = [key for key in keys if key not in parameters]
+    if missing:
+        return theta, None, [*problems, f"rope type {scaled!r} lacks {', '.join(missing)}"]
+    return theta, {"rope_type": scaled} | {key: parameters[key] for key in keys}, problems
+
+
+def _bad_numbers(parameters: Mapping[str, Any]) -> list[str]:
+    """Numbers that are none."""
+    return [
+        f"{key} of the rope parameters must be {wanted}, found {shown(parameters[key])}"
+        for key in ("rope_theta", "partial_rotary_factor", *_LLAMA3_KEYS, *_YARN_DEFAULTS)
+        if key in parameters and (wanted := positive_number(parameters[key])) is not None
+    ]
+
+
+def _yarn_problems(parameters: Mapping[str, Any]) -> list[str]:
+    """What transformers, vLLM and megatron-core do not all understand in the same way."""
+    problems = []
+    for key in ("mscale", "mscale_all_dim"):
+        if key in parameters and positive_number(parameters[key]) is not None:
+            problems.append(f"rope type 'yarn' with {key}={parameters[key]}: only positive values are supported")
+    if parameters.get("attention_factor") is not None:
+        problems.append("rope type 'yarn' with attention_factor is not supported")
+    if parameters.get("truncate", True) is not True:
+        problems.append("rope type 'yarn' with truncate=false is not supported")
+    return problems

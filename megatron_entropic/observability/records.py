@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from megatron_entropic.errors import UserError
+from megatron_entropic.files.atomic import write_parquet
 from megatron_entropic.files.formats import ROLLOUTS, NewerFormat
-from megatron_entropic.files.parquet import write_parquet
+from megatron_entropic.files.jsonl import JsonLinesWriter
 from megatron_entropic.types import Prompt, Sample, Scores
 from megatron_entropic.types import Sequence as TokenSequence
 
@@ -210,3 +211,48 @@ def _storable(text: str) -> str:
 def _json(value: Any) -> str:
     """Dates and the like, which a parquet row may hold, become strings."""
     return json.dumps(value, default=str)
+
+
+# Some responses of each step in samples.jsonl, for people to read.
+
+SAMPLES_FILE = "samples.jsonl"
+
+
+class SampleLog:
+    """Writes the first `samples_per_step` prompts' first responses of each step; 0 writes nothing."""
+
+    def __init__(self, output_dir: Path, samples_per_step: int):
+        self._samples_per_step = samples_per_step
+        self._lines = JsonLinesWriter(output_dir / SAMPLES_FILE) if samples_per_step else None
+
+    def truncate_after(self, step: int) -> None:
+        """Forget every step after `step`, as `MetricsWriter.truncate_after` does."""
+        if self._lines:
+            self._lines.truncate_after(step)
+
+    def write(self, step: int, samples: list[Sample]) -> None:
+        """Record one step. Different prompts are taken where there are enough of them."""
+        if self._lines is None:
+            return
+        chosen = sorted(samples, key=lambda sample: sample.sample_index)[: self._samples_per_step]
+        self._lines.append_all([_row(step, sample) for sample in chosen])
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._lines:
+            self._lines.close()
+
+
+def _row(step: int, sample: Sample) -> dict[str, object]:
+    return {
+        "step": step,
+        "prompt_index": sample.prompt.index,
+        "sample_index": sample.sample_index,
+        "weights_version": sample.weights_version,
+        "prompt": sample.prompt.text,
+        "response": sample.text,
+        "response_tokens": len(sample.response_tokens),
+        "reward": sample.reward,
+        "verifier_status": sample.verifier_status,
+        "finish_reason": sample.finish_reason,
+    }

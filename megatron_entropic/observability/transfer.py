@@ -17,7 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from megatron_entropic.observability.phases import duration
+from megatron_entropic.observability.progress import duration
 
 _LINE_EVERY_S = 5.0
 

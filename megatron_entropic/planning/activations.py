@@ -26,9 +26,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_entropic.config.run import Dtype, PolicyConfig
-from megatron_entropic.models.latent_attention import LatentAttention
-from megatron_entropic.planning.models import PlannedModel
-from megatron_entropic.planning.parameters import ITEM_BYTES
+from megatron_entropic.models.read_config import LatentAttention
+from megatron_entropic.planning.parameters import ITEM_BYTES, PlannedModel
 
 Attention = Literal["sdpa", "flash"]
 HeadName = Literal["logits", "recompute", "fused_loss"]

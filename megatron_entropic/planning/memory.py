@@ -16,8 +16,7 @@ from megatron_entropic.planning.activations import (
     head_bytes,
     layer_bytes,
 )
-from megatron_entropic.planning.models import PlannedModel
-from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable
+from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable, PlannedModel
 from megatron_entropic.planning.schedule import Schedule, in_flight
 
 GIB = 1 << 30

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_entropic.config.run import Config
 from megatron_entropic.planning.communication import Traffic, gradient_traffic, microbatch_traffic
-from megatron_entropic.planning.feasibility import gpus_in_use, layout_problems, memory_problems
 from megatron_entropic.planning.hardware import Hardware, hardware_of
-from megatron_entropic.planning.host_memory import checkpoint_host_bytes
-from megatron_entropic.planning.memory import GIB, RolloutMemory, StageMemory, rollout_memory, stage_memory
-from megatron_entropic.planning.parameters import ParameterTable, StageParameters
-from megatron_entropic.planning.publishing import Publication, publication
+from megatron_entropic.planning.memory import (
+    GIB,
+    MEMORY_KINDS,
+    RolloutMemory,
+    StageMemory,
+    optimizer_bytes_per_element,
+    overlaps,
+    rollout_memory,
+    sequences_that_fit,
+    stage_memory,
+)
+from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable, PlannedModel, StageParameters
 from megatron_entropic.planning.roofline import StepTime, rollout_time_s, score_time_s, update_time_s
 from megatron_entropic.planning.schedule import Schedule, make_schedule
 
@@ -107,4 +114,147 @@ def _numbers(config: Config, table: ParameterTable, hardware: Hardware, gpu_memo
             update_s=update_time_s(config, table, schedule, hardware),
             publish_s=publication_time_s(config, published, hardware),
         ),
+    )
+
+
+# What cannot work: layouts that do not divide the model, GPUs that are missing, memory that does not suffice.
+
+
+def gpus_of(config: Config) -> tuple[int, int]:
+    """(policy GPUs, rollout GPUs); with `cluster.colocate` the second are some of the first, see `gpus_in_use`."""
+    return config.policy.world_size, config.rollout.engines * config.rollout.tensor_parallel
+
+
+def gpus_in_use(config: Config) -> int:
+    """GPUs that the run takes; an engine that shares the GPU of a policy rank takes none of its own."""
+    policy_gpus, rollout_gpus = gpus_of(config)
+    return max(policy_gpus, rollout_gpus) if config.cluster.colocate else policy_gpus + rollout_gpus
+
+
+def layout_problems(config: Config, model: PlannedModel, gpus: int) -> Iterator[str]:
+    """Why the model cannot be laid out so on `gpus` GPUs; nothing can be computed for a layout that divides nothing."""
+    policy, rollout, dimensions = config.policy, config.rollout, model.dimensions
+    for problem in dimensions.layout_problems(policy):
+        yield f"policy.{problem}"
+    if dimensions.num_attention_heads % rollout.tensor_parallel:
+        yield (
+            f"rollout.tensor_parallel={rollout.tensor_parallel} does not divide the attention heads "
+            f"({dimensions.num_attention_heads})"
+        )
+    if config.max_sequence_tokens > dimensions.max_position_embeddings:
+        yield (
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {config.max_sequence_tokens} tokens, but the "
+            f"model's positions end at {dimensions.max_position_embeddings}"
+        )
+    policy_gpus, rollout_gpus = gpus_of(config)
+    used = gpus_in_use(config)
+    if used != gpus:
+        together = "on the same GPUs (cluster.colocate) are" if config.cluster.colocate else "are"
+        yield (
+            f"{policy_gpus} policy GPUs (tensor {policy.tensor_parallel} x pipeline {policy.pipeline_parallel} x "
+            f"context {policy.context_parallel} x data {policy.data_parallel}) and {rollout_gpus} rollout GPUs "
+            f"({rollout.engines} engines x {rollout.tensor_parallel}) {together} {used}, not {gpus}"
+        )
+
+
+def memory_problems(
+    config: Config, stages: Sequence[StageMemory], rollout: RolloutMemory, gpu_memory_gb: float
+) -> Iterator[str]:
+    """Which GPUs would run out of memory, with the kinds that fill them."""
+    for stage in stages:
+        if stage.total > gpu_memory_gb * GIB:
+            yield (
+                f"stage {stage.stage} needs {stage.total / GIB:.1f} GB of {gpu_memory_gb:g} GB on each GPU: "
+                f"{_kinds(stage)}"
+            )
+    if sequences_that_fit(rollout, config.max_sequence_tokens) < 1:
+        yield (
+            f"an engine's KV cache holds {rollout.tokens:,} tokens, fewer than one sequence of "
+            f"{config.max_sequence_tokens:,}: of {gpu_memory_gb:g} GB x rollout.gpu_memory_fraction="
+            f"{config.rollout.gpu_memory_fraction:g} weights take {rollout.weights / GIB:.1f} GB and vLLM's workspace "
+            f"{rollout.workspace / GIB:.1f} GB"
+        )
+
+
+def _kinds(stage: StageMemory) -> str:
+    """The kinds that count, largest first."""
+    sizes = sorted(((getattr(stage, kind), kind) for kind in MEMORY_KINDS), reverse=True)
+    return ", ".join(f"{kind} {size / GIB:.1f}" for size, kind in sizes if size)
+
+
+# Host memory that a checkpoint takes of a node, until its files are written.
+
+WHOLE_BYTES_PER_PARAMETER = 27
+"""Of what `fully_reshardable` takes for each parameter of a rank's stage, whatever the number of replicas. Measured
+with benchmarks/checkpoint_memory.py: 3,143 MB on each of four ranks that replicate 116.5 million parameters."""
+
+
+def checkpoint_host_bytes(config: Config, table: ParameterTable, ranks_per_node: int) -> int:
+    """Bytes on the fullest node, nodes being filled with policy ranks one after the other.
+
+    A rank copies its part of the optimizer state, the first replica also the weights.
+    """
+    policy = config.policy
+    ranks = policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel * policy.data_parallel
+    of_rank = [_rank_bytes(config, table, *divmod(rank, ranks // policy.pipeline_parallel)) for rank in range(ranks)]
+    return max(sum(of_rank[first : first + ranks_per_node]) for first in range(0, ranks, ranks_per_node))
+
+
+def _rank_bytes(config: Config, table: ParameterTable, stage: int, place: int) -> int:
+    """What the rank at a place of its stage copies; tensor ranks lie next to each other, replicas do not."""
+    policy, dtype = config.policy, config.model.dtype
+    parameters = table.stage(policy, stage)
+    first_replica = place < policy.tensor_parallel
+    if policy.distributed_optimizer and config.checkpoint.format == "fully_reshardable":
+        return WHOLE_BYTES_PER_PARAMETER * parameters.elements
+    experts = sum(shard.elements for shard in parameters.shards if shard.expert)
+    written = parameters.elements - experts if first_replica else 0
+    if place < policy.expert_parallel * policy.expert_tensor_size:
+        written += experts
+    kept = written
+    if policy.distributed_optimizer:
+        kept = sum(buffer.owned_elements(0) for buffer in table.buffers(policy, stage, overlap=overlaps(config)))
+    return written * ITEM_BYTES[dtype] + kept * optimizer_bytes_per_element(dtype)
+
+
+# What one publication of weights to the engines moves: `weights.plan` in numbers.
+
+BUCKET_BYTES = 512 * 2**20
+"""The policy's on GPUs (`policy.publish`); a test compares."""
+
+
+@dataclass(frozen=True)
+class Publication:
+    """One publication."""
+
+    engine_bytes: int
+    """Received by each engine."""
+    buckets: int
+    collectives: int
+    """Gathers, sends and broadcasts."""
+    gathered_bytes: int
+    """Sent by each GPU to those that hold the rest of a bucket, summed over buckets, busiest stage."""
+    forwarded_bytes: int
+    """Sent to the first stage by all others."""
+
+    def time_s(self, hardware: Hardware, *, across_nodes: bool) -> float:
+        """Gather, forward and broadcast one after the other; the broadcast at the rate of rank 0's port."""
+        inside, outside = hardware.link_bytes_per_s(False), hardware.link_bytes_per_s(across_nodes)
+        return self.gathered_bytes / inside + self.forwarded_bytes / outside + self.engine_bytes / outside
+
+
+def publication(config: Config, table: ParameterTable) -> Publication:
+    """The publication of a configuration; the layout must divide the model."""
+    policy, dtype = config.policy, config.model.dtype
+    plan = table.publish_plan(policy, dtype, BUCKET_BYTES)
+    per_stage = [
+        sum(b.shard_bytes * (plan.gather_ranks(b) - 1) for b in plan.buckets if b.owner_stage == stage)
+        for stage in range(policy.pipeline_parallel)
+    ]
+    return Publication(
+        engine_bytes=plan.bytes,
+        buckets=len(plan.buckets),
+        collectives=sum(len(plan.collectives(bucket)) for bucket in plan.buckets),
+        gathered_bytes=max(per_stage),
+        forwarded_bytes=sum(bucket.bytes for bucket in plan.buckets if bucket.owner_stage > 0),
     )

@@ -11,9 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_entropic.planning.communication import Traffic
-from megatron_entropic.planning.feasibility import gpus_in_use, gpus_of
 from megatron_entropic.planning.memory import GIB, MEMORY_KINDS, sequences_that_fit
-from megatron_entropic.planning.plan import Numbers, Plan
+from megatron_entropic.planning.plan import Numbers, Plan, gpus_in_use, gpus_of
 from megatron_entropic.planning.schedule import MEAN_PROMPT_SHARE, MEAN_RESPONSE_SHARE, Schedule, in_flight
 from megatron_entropic.planning.suggest import Suggestion, layout_name
 

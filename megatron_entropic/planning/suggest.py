@@ -12,12 +12,19 @@ from itertools import product
 from typing import Any
 
 from megatron_entropic.config.run import Config, PolicyConfig
-from megatron_entropic.planning.feasibility import gpus_in_use, layout_problems, memory_problems
 from megatron_entropic.planning.hardware import Hardware, hardware_of
 from megatron_entropic.planning.memory import GIB, rollout_memory, stage_memory
 from megatron_entropic.planning.parameters import ParameterTable
-from megatron_entropic.planning.plan import Plan, divides, make_plan, publication_time_s
-from megatron_entropic.planning.publishing import publication
+from megatron_entropic.planning.plan import (
+    Plan,
+    divides,
+    gpus_in_use,
+    layout_problems,
+    make_plan,
+    memory_problems,
+    publication,
+    publication_time_s,
+)
 from megatron_entropic.planning.roofline import rollout_time_s, score_time_s, update_time_s
 from megatron_entropic.planning.schedule import make_schedule
 

@@ -11,7 +11,7 @@ from megatron_entropic.config.run import PolicyConfig
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.policy.megatron.parallel import destroy_model_parallel, initialise_model_parallel
 from megatron_entropic.policy.megatron.platform import select_platform
-from megatron_entropic.policy.model.load_torch_dist import load_torch_dist
+from megatron_entropic.policy.model.load import load_torch_dist
 from megatron_entropic.policy.step.score import score_sequences
 from megatron_entropic.tensor_parallel import logprob_and_entropy
 from megatron_entropic.types import Scores, Sequence

@@ -19,16 +19,18 @@ from megatron_entropic.errors import UserError
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.policy.batch.balance import attention_weight
-from megatron_entropic.policy.megatron.collectives import sum_of_token_statistics
-from megatron_entropic.policy.megatron.parallel import destroy_model_parallel, initialise_model_parallel
+from megatron_entropic.policy.megatron.parallel import (
+    destroy_model_parallel,
+    initialise_model_parallel,
+    sum_of_token_statistics,
+)
 from megatron_entropic.policy.megatron.platform import Device, select_platform
 from megatron_entropic.policy.model.load import load_weights
 from megatron_entropic.policy.model.transformer_config import DTYPES
 from megatron_entropic.policy.publish.publisher import BUCKET_BYTES, Published, Publisher, SenderType
 from megatron_entropic.policy.state import checkpoint
-from megatron_entropic.policy.state.background_export import BackgroundExport
 from megatron_entropic.policy.state.checkpoint_writer import CheckpointWriter
-from megatron_entropic.policy.state.export import export_hf
+from megatron_entropic.policy.state.export import BackgroundExport, export_hf
 from megatron_entropic.policy.state.offload import PARTS, DeviceMemory, Part
 from megatron_entropic.policy.step.control import (
     EntropyControl,

@@ -27,7 +27,7 @@ from megatron_entropic.policy.local_ranks import run_as_rank, run_local_ranks, t
 from megatron_entropic.policy.megatron.parallel import ParallelState, initialise_model_parallel, layout_problems
 from megatron_entropic.policy.megatron.platform import Device, Platform, select_platform
 from megatron_entropic.policy.model.load import load_weights
-from megatron_entropic.policy.step.alignment import pack_alike
+from megatron_entropic.policy.step.forward import pack_alike
 from megatron_entropic.policy.step.score import score
 from megatron_entropic.types import Scores, Sequence
 

@@ -16,7 +16,7 @@ from megatron_entropic.config.names import OFF, controller_entry
 from megatron_entropic.errors import UserError
 from megatron_entropic.files.paths import make_directory
 from megatron_entropic.observability.metrics import ENTROPY_BAND
-from megatron_entropic.observability.phases import duration
+from megatron_entropic.observability.progress import duration
 from megatron_entropic.observability.settings_history import Change, changes, flatten
 from megatron_entropic.observability.values import as_number
 from megatron_entropic.observability.yardsticks import MismatchYardstick

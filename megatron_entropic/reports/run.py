@@ -16,7 +16,7 @@ from megatron_entropic.config.names import controller_entry
 from megatron_entropic.errors import UserError, reading
 from megatron_entropic.files.jsonl import read_json_lines
 from megatron_entropic.observability.metrics import ENTROPY_BAND, read_metrics
-from megatron_entropic.observability.samples import SAMPLES_FILE
+from megatron_entropic.observability.records import SAMPLES_FILE
 from megatron_entropic.observability.settings_history import RunPart, parts_of_steps, read_parts
 from megatron_entropic.observability.values import as_number, setting_of
 from megatron_entropic.observability.yardsticks import MismatchYardstick, mismatch_yardstick

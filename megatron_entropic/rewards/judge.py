@@ -10,9 +10,8 @@ from types import TracebackType
 from megatron_entropic.config.names import verifier_entry
 from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.rewards.pool import VerifierPool
-from megatron_entropic.rewards.verdict import Job, Verdict, judge
-from megatron_entropic.rewards.verifier import build_verifier, takes_batches
-from megatron_entropic.rewards.verifiers.boxed import last_boxed
+from megatron_entropic.rewards.verifier import Job, Verdict, build_verifier, judge, takes_batches
+from megatron_entropic.rewards.verifiers.math_reading import last_boxed
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from megatron_entropic.config.run import RewardConfig
-from megatron_entropic.rewards.ground_truths import Trial, trials
 from megatron_entropic.rewards.judge import Judge, Judging
-from megatron_entropic.rewards.overlong import overlong_penalty
-from megatron_entropic.rewards.verdict import Job, Verdict
+from megatron_entropic.rewards.verifier import Job, Trial, Verdict, trials
 
 if TYPE_CHECKING:
     from megatron_entropic.types import Sample
@@ -176,3 +174,18 @@ def _neutralise_failures(group: list[Sample]) -> None:
     for sample in group:
         if sample.verifier_status != "ok":
             sample.reward = fmean(rewards) if rewards else 0.0
+
+
+# Soft overlong punishment of DAPO (arXiv 2503.14476, equation 13).
+
+
+def overlong_penalty(response_tokens: int, max_tokens: int, buffer_tokens: int) -> float:
+    """0 up to `max_tokens` - `buffer_tokens`, from there linearly down to -1 at `max_tokens`, never below.
+
+    Args:
+        response_tokens: length of the response.
+        max_tokens: L_max, the longest response there can be.
+        buffer_tokens: L_cache, at least 1.
+    """
+    beyond = response_tokens - (max_tokens - buffer_tokens)
+    return -min(max(beyond, 0) / buffer_tokens, 1.0)

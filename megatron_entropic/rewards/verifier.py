@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from megatron_entropic.config.names import VERIFIERS, unknown_name, verifier_entry
 from megatron_entropic.config.plugins import find_attribute
 from megatron_entropic.errors import UserError
+from megatron_entropic.rewards.verifiers.math_reading import gold_answer, last_boxed, normalised
 
 Verifier = Callable[[str, Any, Mapping[str, Any]], float]
 """(response text, ground truth, extra_info of the row) -> reward. What it raises is counted as a verifier error."""
@@ -37,3 +40,140 @@ def build_verifier(name: str, format_pattern: str = "") -> Verifier | BatchVerif
     function = find_attribute("verifier", verifier_entry(name).target, arguments=4 if name == "format" else 3)
     verifier: Verifier | BatchVerifier = function
     return partial(function, re.compile(format_pattern, re.DOTALL)) if name == "format" else verifier
+
+
+# What came out of judging responses.
+
+Job = tuple[str, Any, Mapping[str, Any]]
+"""Response, ground truth, extra_info."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A reward, or the reason why there is none."""
+
+    status: Literal["ok", "timeout", "error"]
+    reward: float = 0.0
+    message: str = ""
+
+
+def judge(verifier: Verifier | BatchVerifier, jobs: Sequence[Job]) -> list[Verdict]:
+    """Ask a verifier in this process; whatever it raises becomes an error verdict, of all jobs if it takes batches."""
+    if takes_batches(verifier):
+        return _judge_together(verifier, jobs)
+    return [_judge_one(verifier, *job) for job in jobs]
+
+
+def _judge_one(verifier: Any, response: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> Verdict:
+    try:
+        return _verdict(verifier(response, ground_truth, extra_info))
+    except (Exception, SystemExit) as error:  # noqa: BLE001  foreign code: its failure is an outcome to count
+        return _failure(error)
+
+
+def _judge_together(verifier: Any, jobs: Sequence[Job]) -> list[Verdict]:
+    responses, truths, extras = ([job[part] for job in jobs] for part in range(3))
+    try:
+        rewards = list(verifier(responses, truths, extras))
+        if len(rewards) != len(jobs):
+            raise UserError(f"the verifier returned {len(rewards)} rewards for {len(jobs)} responses")
+        return [_verdict(reward) for reward in rewards]
+    except (Exception, SystemExit) as error:  # noqa: BLE001  as above
+        return [_failure(error)] * len(jobs)
+
+
+def _verdict(reward: Any) -> Verdict:
+    value = float(reward)
+    return Verdict("ok", value) if math.isfinite(value) else Verdict("error", message=f"the verifier returned {value}")
+
+
+def _failure(error: BaseException) -> Verdict:
+    return Verdict("error", message=f"{type(error).__name__}: {error}"[:500])
+
+
+# What a verifier takes for the answer of a response: majority votes count these, and people look at them.
+
+Reader = Callable[[str], str | None]
+"""Response text -> the answer as written, None if there is none."""
+
+
+def build_reader(verifier: str) -> Reader:
+    r"""How the verifier called `verifier` reads a response.
+
+    `math` reads the last \boxed{} as `math_forms.normalised` writes it; `exact` and `countdown` read the whole
+    response. A verifier of one's own may have an attribute `read_answer`, a function of the response; without it no
+    answer is known, and a majority cannot be counted.
+    """
+    if verifier == "math":
+        return _boxed_answer
+    if verifier in ("exact", "countdown"):
+        return _whole
+    reader: Reader = getattr(build_verifier(verifier), "read_answer", _nothing)
+    return reader
+
+
+def _boxed_answer(response: str) -> str | None:
+    answer = last_boxed(response)
+    return None if answer is None else normalised(answer) or None
+
+
+def _whole(response: str) -> str | None:
+    return response.strip() or None
+
+
+def _nothing(response: str) -> str | None:
+    return None
+
+
+# Ground truths that a verifier cannot use, found before training: each is tried with an answer or two.
+#
+# `math`: \boxed{ground truth} must be right, another number wrong, and neither these nor the ground truth with its
+# digits changed may be an error, which in training would give wrong answers the mean reward of their group. Equal
+# strings are right whether math-verify can parse them or not; other forms of such an answer cannot be recognised then.
+# `countdown`: the ground truth must have numbers and a target, `ifeval`: known instructions with their arguments.
+# `exact`, `format` and verifiers of one's own take anything.
+
+# Primes, since no ground truth but themselves equals them by chance.
+_ANOTHER_NUMBER = ("7919", "7907")
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """An answer to try a ground truth with."""
+
+    response: str
+    expected: Literal["right", "wrong", "verdict"]
+    """What the verifier must say; "verdict": anything but an error."""
+
+    def objection(self, verdict: Verdict) -> str | None:
+        """What the verdict says against the ground truth."""
+        if verdict.status == "timeout" and self.expected == "verdict":
+            return None  # the change of digits may have made a larger number of it
+        if verdict.status != "ok":
+            return verdict.message
+        if self.expected == "right" and verdict.reward <= 0:
+            return "as an answer it is judged wrong"
+        if self.expected == "wrong" and verdict.reward > 0:
+            return f"the answer {self.response} is judged right"
+        return None
+
+
+def trials(verifier: str, truth: Any) -> list[Trial]:
+    """Responses to try a ground truth with; none if the verifier has no opinion.
+
+    Raises:
+        UserError: the ground truth is empty.
+    """
+    if verifier in ("countdown", "ifeval"):
+        return [Trial("", "verdict")]
+    if verifier != "math":
+        return []
+    gold = gold_answer(truth)
+    another = next(number for number in _ANOTHER_NUMBER if number not in gold)
+    found = [Trial(_in_box(gold), "right"), Trial(_in_box(another), "wrong")]
+    changed = re.sub(r"\d", lambda digit: str((int(digit.group()) + 1) % 10), gold)
+    return found if changed == gold else [*found, Trial(_in_box(changed), "verdict")]
+
+
+def _in_box(answer: str) -> str:
+    return rf"\boxed{{{answer}}}"

@@ -18,8 +18,7 @@ import sys
 from typing import IO, Any
 
 from megatron_entropic.config.names import VERIFIERS
-from megatron_entropic.rewards.verdict import Job, judge
-from megatron_entropic.rewards.verifier import build_verifier, takes_batches
+from megatron_entropic.rewards.verifier import Job, build_verifier, judge, takes_batches
 
 _ORPHAN_GRACE_S = 30
 

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_entropic.config.run import Dtype, RolloutConfig, Sampling, Transport
-from megatron_entropic.data.model_files import stop_token_ids
+from megatron_entropic.data.tokenizer import stop_token_ids
 from megatron_entropic.errors import UserError
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
-from megatron_entropic.rollout.noise import silence_known_noise
-from megatron_entropic.rollout.vllm_setup import Device, prepare_environment
+from megatron_entropic.rollout.vllm_setup import Device, prepare_environment, silence_known_noise
 from megatron_entropic.types import GenerationRequest, Sample
 from megatron_entropic.weight_sync.checksums import Piece
 from megatron_entropic.weight_sync.gloo import FlatContents
@@ -186,7 +185,7 @@ class RolloutEngine:
         """
         # Level 2 would not copy the weights, 16 GB for an 8B, to the host and back: a second or two a step by estimate.
         # But vLLM then brings back registered buffers only, not what layers keep as plain attributes, and a turn of
-        # rollouts or evaluation can begin without a publication (`cluster/turns.py`).
+        # rollouts or evaluation can begin without a publication (`cluster/launch.py`).
         self._llm.sleep(level=1)
 
     def wake(self, parts: list[str]) -> None:

@@ -8,9 +8,8 @@ def register() -> None:
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
     from megatron_entropic.observability.stacks import offer_stacks
-    from megatron_entropic.rollout.noise import silence_known_noise
-    from megatron_entropic.rollout.sleeping_workers import let_readers_sleep
     from megatron_entropic.rollout.store_guard import guard_store
+    from megatron_entropic.rollout.vllm_setup import let_readers_sleep, silence_known_noise
 
     offer_stacks()
     silence_known_noise()

@@ -7,8 +7,12 @@ generation ten times slower), and OMP_NUM_THREADS. Whoever starts the process se
 
 from __future__ import annotations
 
+import logging
 import os
-from typing import Literal
+import re
+import time
+import warnings
+from typing import Any, Literal
 
 Device = Literal["cpu", "cuda"]
 
@@ -40,3 +44,78 @@ def prepare_environment(device: Device) -> None:
         os.environ.setdefault(name, value)
     # It would override rollout.kv_cache_gb without a word.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+
+
+# vLLM's log messages that say nothing about this program. By message, so that a new warning is seen.
+
+# logger -> what its messages begin with
+_KNOWN_NOISE = {
+    # Rotary tables are computed, not loaded, and keep their values over an update. A tied output head gets its values
+    # with the embedding (`gloo_transport`); that every tensor of the model arrives is checked before an update.
+    "vllm.model_executor.model_loader.reload.layerwise": r"(\w*RotaryEmbedding|ParallelLMHead): Failed to load weights",
+    # The engine is meant to run in this process, which draws nothing from global generators.
+    "vllm.engine.arg_utils": r"The global random seed is set to",
+    # Consequences of enforce_eager and of a CPU without Triton, both known.
+    "vllm.config.vllm": r"Enforce eager set|Inductor compilation was disabled|Model Runner V2 requires Triton",
+    # Thread binding is off, so there is nothing to do; preloading allocators would be faster, results are the same.
+    "vllm.v1.worker.cpu_worker": r"CPU backend doesn't allow to use|.* is not found in LD_PRELOAD",
+    "vllm.platforms.cpu": r"Triton is not installed",
+    # Prompts and stop tokens are ids; there is no tokenizer on purpose.
+    "vllm.renderers.base": r"Chat template warmup failed|Using None for EOS token id",
+}
+
+
+class _Drop(logging.Filter):
+    """Rejects the records whose message matches a pattern."""
+
+    def __init__(self, pattern: str) -> None:
+        super().__init__()
+        self._pattern = re.compile(pattern)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self._pattern.match(record.getMessage()) is None
+
+
+def silence_known_noise() -> None:
+    """Install the filters in this process, best before vLLM is imported; repeatable."""
+    # vLLM's Triton wrapper looks at every attribute of every module that it finds.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.reduce_op` is deprecated")
+    for name, pattern in _KNOWN_NOISE.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(present, _Drop) for present in logger.filters):
+            logger.addFilter(_Drop(pattern))
+
+
+# vLLM processes of one engine that sleep while they wait for each other, where they share cores with other processes.
+#
+# With tensor parallelism the engine and its workers talk through shared memory, and a reader looks at it in a loop for
+# a second after the last message before it sleeps. On a CPU these loops take the cores from the workers that load new
+# weights, and from the policy's ranks for a second after every rollout.
+
+_BUSY_LOOP_S = 0.0002
+"""Longer than a message takes between two processes that both have a core."""
+_PART_OF_WAIT, _LONGEST_MS = 0.1, 100
+"""A notification can be lost. A reader looks again by itself after a tenth of the time that it has waited."""
+
+
+def let_readers_sleep() -> None:
+    """Shorten the loop in this process, if its device is the CPU. Repeatable."""
+    from vllm.distributed.device_communicators import shm_broadcast
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or shm_broadcast.SpinCondition.__module__ == __name__:
+        return
+
+    class SleepingCondition(shm_broadcast.SpinCondition):
+        """The same, but that it sleeps sooner and wakes by itself."""
+
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named, busy_loop_s=_BUSY_LOOP_S)
+
+        def wait(self, timeout_ms: int | None = None) -> None:
+            """Sleeps until a notification, `timeout_ms` or a part of the time since the last message is over."""
+            waited_ms = 1000 * (time.monotonic() - self.last_read)
+            recheck_ms = max(1, min(int(_PART_OF_WAIT * waited_ms), _LONGEST_MS))
+            super().wait(recheck_ms if timeout_ms is None else min(timeout_ms, recheck_ms))
+
+    shm_broadcast.SpinCondition = SleepingCondition

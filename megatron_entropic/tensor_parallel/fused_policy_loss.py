@@ -22,9 +22,15 @@ from torch import Tensor
 
 from megatron_entropic.tensor_parallel.backends import BackendName
 from megatron_entropic.tensor_parallel.fused_head import build_head, masked_rows, unmasked
-from megatron_entropic.tensor_parallel.head import Head, weight_gradient_buffer, weight_gradient_for_autograd
+from megatron_entropic.tensor_parallel.head import (
+    Head,
+    multiply,
+    multiply_add,
+    operand,
+    weight_gradient_buffer,
+    weight_gradient_for_autograd,
+)
 from megatron_entropic.tensor_parallel.logprob_entropy import inverse_temperatures, refuse_double_backward
-from megatron_entropic.tensor_parallel.products import multiply, multiply_add, operand
 from megatron_entropic.tensor_parallel.statistics import Merged, empty_statistics, gather_and_merge
 
 TokenLoss = Callable[[Tensor, Tensor | None, slice], Tensor]

@@ -24,8 +24,8 @@ from megatron_entropic.evaluation.store import generations_path, stored_settings
 from megatron_entropic.evaluation.summary import BenchmarkSummary
 from megatron_entropic.observability.settings_history import sampled_digest
 from megatron_entropic.rewards import RewardScorer, build_reader, job_of
-from megatron_entropic.rewards.verdict import Verdict
-from megatron_entropic.training.training_batch import on_arrival
+from megatron_entropic.rewards.verifier import Verdict
+from megatron_entropic.training.step import on_arrival
 from megatron_entropic.types import Prompt, Sample
 
 if TYPE_CHECKING:  # what is read before a start needs no Ray

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
-from megatron_entropic.errors import Interrupted, RunError, StopAsked
+from megatron_entropic.errors import Interrupted, PeerDied, PhaseTimeout, RunError, StopAsked
+from megatron_entropic.training.run_directory import RunDirectory
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _INTERRUPTED = b"\ninterrupted: the run ends when its state is saved; Ctrl-C again ends it at once\n"
@@ -104,3 +105,25 @@ class SkipLimit:
                 "(train.max_skipped_steps). Their rollouts are kept; `megatron-entropic replay` computes such a step "
                 "again. Try a lower optimizer.learning_rate, from an earlier checkpoint"
             )
+
+
+# Going on after the loss of a process: everything is started anew and continues from the newest checkpoint.
+
+
+def with_restarts(attempt: Callable[[], None], run: RunDirectory, stop: StopRequest, max_restarts: int) -> None:
+    """Call `attempt` until it returns, at most `max_restarts` times more than once.
+
+    Only what another attempt can cure leads to one: a process that is gone or does not answer.
+
+    Raises:
+        RunError: the last attempt's, or one that another attempt would meet again.
+    """
+    for restart in range(1, max_restarts + 1):
+        try:
+            attempt()
+            return
+        except (PeerDied, PhaseTimeout) as error:
+            if stop.asked:
+                raise
+            run.record_restart(restart, max_restarts, error)
+    attempt()

@@ -24,12 +24,11 @@ from megatron_entropic.checkpoints.run_checkpoints import checkpoint_path, compl
 from megatron_entropic.config.run import Config
 from megatron_entropic.errors import UserError
 from megatron_entropic.files.paths import directory_problem
-from megatron_entropic.observability.phases import quiet
+from megatron_entropic.observability.progress import quiet
 from megatron_entropic.observability.records import RecordedStep, read_rollouts, recorded_steps, rollouts_path
 from megatron_entropic.observability.settings_history import RunPart, read_parts
 from megatron_entropic.policy.policy import Policy
-from megatron_entropic.training.step import score_batch, update_policy
-from megatron_entropic.training.training_batch import training_batch
+from megatron_entropic.training.step import score_batch, training_batch, update_policy
 from megatron_entropic.types import Scores, Sequence
 
 ONE_RANK = {

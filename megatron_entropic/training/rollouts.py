@@ -20,7 +20,7 @@ from megatron_entropic.data import PromptDataset
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.training.lifecycle import StopRequest
 from megatron_entropic.training.run_directory import RunDirectory
-from megatron_entropic.training.training_batch import on_arrival, prompt_groups
+from megatron_entropic.training.step import on_arrival, prompt_groups
 from megatron_entropic.types import Prompt, Sample
 
 

@@ -47,8 +47,8 @@ from megatron_entropic.files.jsonl import JsonLinesWriter
 from megatron_entropic.files.text import printable
 from megatron_entropic.observability.metrics import MetricsWriter
 from megatron_entropic.observability.progress import Progress
+from megatron_entropic.observability.records import SampleLog
 from megatron_entropic.observability.rollout_log import RolloutLog
-from megatron_entropic.observability.samples import SampleLog
 from megatron_entropic.observability.settings_history import (
     RunPart,
     model_files,

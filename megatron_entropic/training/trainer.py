@@ -26,14 +26,12 @@ from megatron_entropic.cluster.weight_sync import WeightPublisher
 from megatron_entropic.config.run import Config
 from megatron_entropic.data import PromptDataset
 from megatron_entropic.rewards import RewardScorer
-from megatron_entropic.training.lifecycle import SkipLimit, StopRequest
+from megatron_entropic.training.lifecycle import SkipLimit, StopRequest, with_restarts
 from megatron_entropic.training.preconditions import open_inputs
-from megatron_entropic.training.restarts import with_restarts
 from megatron_entropic.training.rollouts import JudgedRollouts
 from megatron_entropic.training.run_directory import RunDirectory
 from megatron_entropic.training.sft import warm_start
-from megatron_entropic.training.step import score_batch, update_policy
-from megatron_entropic.training.training_batch import rollout_metrics, training_batch
+from megatron_entropic.training.step import rollout_metrics, score_batch, training_batch, update_policy
 
 
 def train(config: Config) -> Path:

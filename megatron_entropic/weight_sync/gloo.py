@@ -33,10 +33,8 @@ import torch.distributed as dist
 from megatron_entropic.errors import PeerDied, PhaseTimeout
 from megatron_entropic.weight_sync.channel import BLOCK_BYTES, Channel
 from megatron_entropic.weight_sync.delta import Delta, bitmap_bytes
-from megatron_entropic.weight_sync.flat_memory import FlatMemory
-from megatron_entropic.weight_sync.loan import Loan
 from megatron_entropic.weight_sync.plan import Bucket
-from megatron_entropic.weight_sync.shared_memory import SharedBlock
+from megatron_entropic.weight_sync.shared_memory import FlatMemory, Loan, SharedBlock
 
 # Announcements are deleted this many broadcasts later. A gloo broadcast is a tree, so a sender can be ahead of its last
 # receiver by the depth of that tree and no more.

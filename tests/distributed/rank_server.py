@@ -23,7 +23,7 @@ import sys
 from typing import Any
 
 from megatron_entropic.policy.megatron.cpu_patches import import_megatron
-from megatron_entropic.policy.megatron.noise import silence_known_noise
+from megatron_entropic.policy.megatron.platform import silence_known_noise
 
 PRELOADED = (
     "megatron.core.models.gpt.gpt_model",

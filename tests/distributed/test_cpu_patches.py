@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_entropic.policy.megatron.cpu_patches import patches_for
-from megatron_entropic.policy.megatron.megatron_versions import check_megatron_version, installed_megatron_version
+from megatron_entropic.policy.megatron.platform import check_megatron_version, installed_megatron_version
 
 SCRIPT = Path(__file__).parent / "scripts" / "cpu_patches.py"
 TARGETS = [patch.target for patch in patches_for(check_megatron_version(installed_megatron_version()))]

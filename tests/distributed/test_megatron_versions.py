@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from megatron_entropic.policy.megatron.megatron_versions import check_megatron_version, installed_megatron_version
+from megatron_entropic.policy.megatron.platform import check_megatron_version, installed_megatron_version
 
 
 @pytest.mark.parametrize(

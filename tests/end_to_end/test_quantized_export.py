@@ -15,7 +15,7 @@ from modelopt_reader import read_with_modelopt
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from megatron_entropic.commands.quantized_export import Calibration, quantize_export
+from megatron_entropic.commands.export import Calibration, quantize_export
 from megatron_entropic.data.prompts import read_messages
 from megatron_entropic.data.rows import Problems, read_rows
 from megatron_entropic.data.tokenizer import load_tokenizer, render_prompts

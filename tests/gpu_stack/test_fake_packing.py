@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_entropic.policy.batch.context_cut import ContextCut
 from megatron_entropic.policy.batch.microbatch import MicroBatch, PackingRules, pack_one
+from megatron_entropic.policy.batch.segments import ContextCut
 from megatron_entropic.policy.model.attention import SegmentedAttention, packed_segments
-from megatron_entropic.policy.model.context_parallel import gather_tokens
+from megatron_entropic.policy.model.output_head import gather_tokens
 from megatron_entropic.policy.model.rotary import apply_rotary_packed
 from megatron_entropic.policy.model.router_replay import ReplayedChoice, with_choices
 from megatron_entropic.types import Sequence

@@ -30,7 +30,7 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.worker import gpu_worker
 from vllm.v1.worker.gpu_worker import Worker
 
-from megatron_entropic.cluster.turns import DeviceTurns
+from megatron_entropic.cluster.launch import DeviceTurns
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.rollout.engine import RolloutEngine

@@ -17,7 +17,7 @@ from megatron_entropic.errors import RunError
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.rewards.judge import Judge
 from megatron_entropic.rewards.pool import VerifierPool
-from megatron_entropic.rewards.verdict import Job, Verdict
+from megatron_entropic.rewards.verifier import Job, Verdict
 from megatron_entropic.types import Prompt, Sample
 
 VERIFIERS = """

@@ -7,7 +7,7 @@ import sys
 
 PROGRAM = """
 import logging, sys, warnings
-from megatron_entropic.policy.megatron.noise import silence_known_noise
+from megatron_entropic.policy.megatron.platform import silence_known_noise
 if sys.argv[1] == "silenced":
     silence_known_noise()
 import megatron.core

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.rewards import RewardScorer, build_verifier
 from megatron_entropic.rewards.judge import Judge
-from megatron_entropic.rewards.overlong import overlong_penalty
-from megatron_entropic.rewards.verdict import Job, judge
+from megatron_entropic.rewards.scorer import overlong_penalty
+from megatron_entropic.rewards.verifier import Job, judge
 from megatron_entropic.types import Prompt, Sample
 
 BATCHES = """

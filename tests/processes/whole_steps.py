@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_entropic.rewards.scorer import RewardScorer, job_of
-from megatron_entropic.rewards.verdict import Verdict
+from megatron_entropic.rewards.verifier import Verdict
 from megatron_entropic.types import Sample
 
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from megatron_entropic.commands.quantized_export import (
+from megatron_entropic.commands.export import (
     MAX_KL,
     QuantizationFormat,
     QuantizationReport,

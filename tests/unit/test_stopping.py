@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_entropic.errors import Interrupted, PeerDied, PhaseTimeout, RunError, StopAsked
-from megatron_entropic.training.lifecycle import SkipLimit, StopRequest
-from megatron_entropic.training.restarts import with_restarts
+from megatron_entropic.training.lifecycle import SkipLimit, StopRequest, with_restarts
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,10 @@ A controller is a few Python floats. It sees numbers that were already summed ov
 stay equal bit for bit. `steering` says what a controller can ask for, `factories` how a configuration makes each.
 """
 
-from megatron_entropic.algorithms.entropy_control.controller import Controller
+from megatron_entropic.algorithms.entropy_control.controller import Controller, Schedule, Setpoint, Steering
 from megatron_entropic.algorithms.entropy_control.factories import build_controller
 from megatron_entropic.algorithms.entropy_control.proportional_integral import EntropyController
 from megatron_entropic.algorithms.entropy_control.published import MicrobatchLocalController
-from megatron_entropic.algorithms.entropy_control.schedules import Schedule, Setpoint
-from megatron_entropic.algorithms.entropy_control.steering import Steering
 from megatron_entropic.config.names import CONTROLLERS
 
 __all__ = [

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from megatron_entropic.algorithms.entropy_control.schedules import Setpoint
-from megatron_entropic.algorithms.entropy_control.steering import Steering
+import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from megatron_entropic.config.algorithm import EntropyControlConfig
+    from megatron_entropic.config.algorithm import EntropyControlConfig, GainScheduleConfig
+
 
 _BASE_STATE = ("H", "H_initial", "observations", "step")
 
@@ -163,3 +165,120 @@ def check_gains(kp: float, ki: float) -> None:
     for name, value in (("kp", kp), ("ki", ki)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"entropy control: {name} must be a finite number >= 0, not {value}")
+
+
+# What a controller can ask of the loss of one optimizer step.
+
+
+@dataclass(frozen=True, slots=True)
+class Steering:
+    """The wishes of a controller; the default wishes nothing, and leaves the loss exactly the base loss.
+
+    L = sum_t w_t k_t l_t  +  alpha * sum_t w'_t a_t  -  c * sum_t w_t H_t        k_t from `kept`
+    """
+
+    alpha: float = 0.0
+    """Coefficient of EntroPIC's term."""
+    entropy_coefficient: float = 0.0
+    """c, which needs the entropy's gradient; 0 computes none."""
+    samples: Literal["all", "positive", "negative"] = "all"
+    """Whose policy loss counts, by the sign of the advantage."""
+    drop_positive_above: float | None = None
+    """Tokens with A > 0 and at least this current probability have no policy loss; None drops none."""
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every token's policy loss counts."""
+        return self.samples == "all" and self.drop_positive_above is None
+
+    def kept(self, logprobs: Tensor, advantages: Tensor) -> Tensor:
+        """[T] bool: the tokens whose policy loss counts. The others still count in every denominator.
+
+        Args:
+            logprobs: [T] under the current weights; read as constants.
+            advantages: [T].
+        """
+        keep = torch.ones_like(advantages, dtype=torch.bool)
+        if self.samples != "all":
+            keep = advantages > 0 if self.samples == "positive" else advantages < 0
+        if self.drop_positive_above is not None:
+            confident = logprobs.detach() >= math.log(self.drop_positive_above)
+            keep = keep & ~(confident & (advantages > 0))
+        return keep
+
+
+# Set points and gains that move over a run, as functions of the number of optimizer steps.
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A number that moves from `start` to `end` in `steps` optimizer steps and then stays.
+
+    constant   start
+    linear     start + (end - start) p            p = min(step / steps, 1)
+    cosine     end + (start - end) (1 + cos(pi p)) / 2
+    """
+
+    start: float
+    end: float = 0.0
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    steps: int = 1
+
+    def at(self, step: int) -> float:
+        """Its value when `step` optimizer steps have been taken."""
+        progress = min(step / self.steps, 1.0)
+        if self.kind == "constant":
+            return self.start
+        if self.kind == "linear":
+            return self.start + (self.end - self.start) * progress
+        return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    @classmethod
+    def of_gain(cls, config: GainScheduleConfig) -> Schedule:
+        """The factor of `entropy_control.gain_schedule`, which starts at 1."""
+        return cls(1.0, config.end, config.kind, config.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Setpoint:
+    """The entropy aimed at: nats, or multiples of the first measured entropy, on a schedule."""
+
+    schedule: Schedule
+    start_is_relative: bool = False
+    end_is_relative: bool = False
+
+    @classmethod
+    def of(cls, target: float | Setpoint) -> Setpoint:
+        """A constant number of nats as a set point.
+
+        Raises:
+            ValueError: the number is negative or not finite.
+        """
+        if isinstance(target, Setpoint):
+            return target
+        if not (math.isfinite(target) and target >= 0):
+            raise ValueError(f"entropy control: target must be a finite number >= 0, not {target}")
+        return cls(Schedule(float(target)))
+
+    @classmethod
+    def from_config(cls, config: EntropyControlConfig) -> Setpoint:
+        """From `entropy_control.target` and `target_schedule`; 0.7x is relative, 0.7 is nats."""
+        moving = config.target_schedule
+        (start, start_is_relative), (end, end_is_relative) = _parsed(config.target), _parsed(moving.end)
+        return cls(Schedule(start, end, moving.kind, moving.steps), start_is_relative, end_is_relative)
+
+    def at(self, step: int, initial_entropy: float) -> float:
+        """Nats aimed at after `step` optimizer steps.
+
+        Args:
+            initial_entropy: the first entropy that this run measured, nats.
+        """
+        start = self.schedule.start * (initial_entropy if self.start_is_relative else 1.0)
+        end = self.schedule.end * (initial_entropy if self.end_is_relative else 1.0)
+        return Schedule(start, end, self.schedule.kind, self.schedule.steps).at(step)
+
+
+def _parsed(value: float | str) -> tuple[float, bool]:
+    if isinstance(value, str):
+        return float(value.removesuffix("x")), True
+    return float(value), False

@@ -10,11 +10,10 @@ from megatron_entropic.algorithms.entropy_control.baselines import (
     Dmmpt,
     Entrocraft,
     EntropyBonus,
+    Probe,
 )
-from megatron_entropic.algorithms.entropy_control.controller import Controller
-from megatron_entropic.algorithms.entropy_control.probe import Probe
+from megatron_entropic.algorithms.entropy_control.controller import Controller, Schedule, Setpoint
 from megatron_entropic.algorithms.entropy_control.proportional_integral import EntropyController
-from megatron_entropic.algorithms.entropy_control.schedules import Schedule, Setpoint
 from megatron_entropic.config.names import CONTROLLERS, controller_entry, unknown_name
 from megatron_entropic.config.plugins import find_attribute
 from megatron_entropic.errors import UserError

@@ -6,9 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from megatron_entropic.algorithms.entropy_control.controller import check_gains, check_state
-from megatron_entropic.algorithms.entropy_control.integral import clipped_alpha
-from megatron_entropic.algorithms.entropy_control.schedules import Setpoint
+from megatron_entropic.algorithms.entropy_control.controller import Setpoint, check_gains, check_state
+from megatron_entropic.algorithms.entropy_control.proportional_integral import clipped_alpha
 from megatron_entropic.config.names import controller_entry
 
 if TYPE_CHECKING:

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 
 from megatron_entropic.policy.batch.balance import spread
-from megatron_entropic.policy.batch.context_cut import WHOLE, ContextCut
 from megatron_entropic.policy.batch.host_copies import to_device
-from megatron_entropic.policy.batch.segments import SegmentPlan, plan_segments
+from megatron_entropic.policy.batch.segments import WHOLE, ContextCut, SegmentPlan, plan_segments
 from megatron_entropic.types import Sequence
 
 TAIL_TOKENS = 64

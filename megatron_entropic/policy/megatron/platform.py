@@ -11,10 +11,14 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import resource
 import socket
+import warnings
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -23,8 +27,6 @@ import torch.distributed as dist
 
 from megatron_entropic.errors import PhaseTimeout, UserError
 from megatron_entropic.policy.megatron.cpu_patches import PACKED_ROTARY, apply_cpu_patches
-from megatron_entropic.policy.megatron.megatron_versions import check_megatron_version, installed_megatron_version
-from megatron_entropic.policy.megatron.noise import silence_known_noise
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -230,3 +232,107 @@ def select_platform(device: Device = "auto") -> Platform:
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return CudaPlatform()
     return CpuPlatform(version)
+
+
+# Which megatron-core versions the policy knows: 0.16 (Python 3.11) to 0.19 (Python 3.12).
+
+OLDEST = (0, 16)
+NEWEST = (0, 19)
+
+
+def check_megatron_version(version: str) -> tuple[int, int]:
+    """(major, minor) of a supported megatron-core version.
+
+    The policy overrides private parts of megatron-core and, on a CPU, replaces literals in its functions; both were
+    checked against these versions only, so another one is refused rather than tried.
+
+    Raises:
+        UserError: any other version.
+    """
+    parts = version.split(".")
+    try:
+        found = (int(parts[0]), int(parts[1]))
+    except (ValueError, IndexError) as error:
+        raise UserError(f"megatron-core {version!r}: not a version number") from error
+    if not OLDEST <= found <= NEWEST:
+        raise UserError(
+            f"megatron-core {version} is not supported: megatron_entropic works with {OLDEST[0]}.{OLDEST[1]} to "
+            f"{NEWEST[0]}.{NEWEST[1]}. Install megatron-core==0.16.1 (Python 3.11) or 0.19.2 (Python 3.12)."
+        )
+    return found
+
+
+def installed_megatron_version() -> str:
+    """Version of the installed megatron-core, read from its package metadata without importing it.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return metadata.version("megatron-core")
+    except metadata.PackageNotFoundError as error:
+        raise UserError("megatron-core is not installed: pip install megatron-core==0.16.1 (Python 3.11)") from error
+
+
+# Messages of megatron-core and torch that tell the user of a policy nothing, silenced one by one.
+#
+# Everything not listed here is shown: a new warning is news.
+
+
+@dataclass(frozen=True)
+class Noise:
+    """One message and why it may be dropped."""
+
+    message: str
+    """Regular expression, matched at the start of the message."""
+    reason: str
+
+
+WARNINGS = (
+    Noise(r"Transformer Engine and Apex are not installed", "known: the platform chose the layers without them"),
+    Noise(r"Apex is not installed", "known, as above"),
+    Noise(
+        r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
+        "torch about calls that megatron-core makes; its old names still work",
+    ),
+    Noise(
+        r"If you are using transformer_engine as the transformer implementation, the core_attn",
+        "about fused attention, while core_attn is recomputed with unfused layers only",
+    ),
+    Noise(
+        r"invalid escape sequence '\\-'", "a docstring of megatron-core 0.19, told where it is compiled at each start"
+    ),
+    Noise(r"full scope is deprecated", "megatron-core 0.19 about a default of its own (CUDA graphs, which are off)"),
+)
+"""Python warnings."""
+
+LOGS = {
+    "torch.utils.cpp_extension": Noise(
+        r"No CUDA runtime is found, using CUDA_HOME",
+        "a torch built for CUDA on a machine without: megatron-core 0.19 asks",
+    ),
+    "megatron.core.models.gpt.gpt_model": Noise(
+        r"GPTModel IS DEPRECATED", "megatron-core 0.19 recommends HybridModel, which 0.16 lacks"
+    ),
+    "megatron.core.tensor_parallel.random": Noise(
+        r"CPU RNG state changed within GPU RNG context", "on the CPU platform both are the same generator"
+    ),
+}
+"""Log records, by logger."""
+
+
+class _MessageFilter(logging.Filter):
+    def __init__(self, pattern: str) -> None:
+        super().__init__()
+        self._pattern = re.compile(pattern)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self._pattern.match(record.getMessage()) is None
+
+
+def silence_known_noise() -> None:
+    """Installs the filters in this process; call before importing megatron.core, which warns while it is imported."""
+    for noise in WARNINGS:
+        warnings.filterwarnings("ignore", message=noise.message)
+    for name, noise in LOGS.items():
+        logging.getLogger(name).addFilter(_MessageFilter(noise.message))

@@ -26,9 +26,13 @@ from megatron_entropic.models.dimensions import ModelDimensions
 from megatron_entropic.policy.batch.microbatch import MicroBatch
 from megatron_entropic.policy.megatron.parallel import ParallelState
 from megatron_entropic.policy.megatron.platform import Platform
-from megatron_entropic.policy.model.attention import SegmentedAttention, packed_segments
-from megatron_entropic.policy.model.latent_attention import use_own_attention, use_plain_layers
-from megatron_entropic.policy.model.norms import RMSNorm
+from megatron_entropic.policy.model.attention import (
+    RMSNorm,
+    SegmentedAttention,
+    packed_segments,
+    use_own_attention,
+    use_plain_layers,
+)
 from megatron_entropic.policy.model.output_head import OutputHead
 from megatron_entropic.policy.model.rotary import scale_frequencies
 from megatron_entropic.policy.model.router import PolicyRouter

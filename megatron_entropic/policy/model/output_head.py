@@ -17,7 +17,6 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 
 from megatron_entropic.policy.batch.microbatch import MicroBatch
-from megatron_entropic.policy.model.context_parallel import gather_tokens
 from megatron_entropic.policy.step.forward import Output, OutputOptions
 from megatron_entropic.tensor_parallel import fused_logprob_and_entropy, fused_policy_loss, logprob_and_entropy
 
@@ -132,3 +131,44 @@ def _leave_gathering_to_the_head(output_layer: Any) -> None:
     output_layer.sequence_parallel = False
     output_layer.disable_grad_reduce = True
     assert not output_layer.allreduce_dgrad
+
+
+# What context-parallel ranks tell each other beside keys and values: the statistics of their response tokens.
+#
+# Every rank of the group gets the statistics of all R response tokens of a micro-batch, computes the same loss of them
+# and differentiates it for its own tokens only. Summed over the group, gradients are those of the whole loss, and a
+# loss that looks at several tokens of a sequence needs to know nothing of the cut.
+
+
+def gather_tokens(values: torch.Tensor, owned: torch.Tensor, count: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Values of all ranks' tokens, bit for bit the same on every rank; one all-reduce.
+
+    Args:
+        values: [k, r] of this rank's tokens.
+        owned: [r] int64, which of the `count` tokens they are; each token is one rank's.
+        count: tokens of all ranks.
+        group: context-parallel.
+
+    Returns:
+        [k, count]. Its gradient reaches this rank's tokens and is not summed over ranks.
+    """
+    gathered: torch.Tensor = _GatherTokens.apply(values, owned, count, group)
+    return gathered
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: torch.Tensor, owned: torch.Tensor, count: int, group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        ctx.save_for_backward(owned)
+        # The other ranks add zeros, which changes nothing.
+        gathered = values.new_zeros(values.shape[0], count)
+        gathered[:, owned] = values
+        dist.all_reduce(gathered, group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (owned,) = ctx.saved_tensors
+        return gradients[0][:, owned], None, None, None

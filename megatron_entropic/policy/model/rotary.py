@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_entropic.policy.batch.context_cut import ContextCut
+from megatron_entropic.policy.batch.segments import ContextCut
 
 
 def apply_rotary_packed(

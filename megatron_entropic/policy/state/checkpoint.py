@@ -16,16 +16,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_entropic.checkpoints.checkpoint_trust import check_only_data
 from megatron_entropic.checkpoints.run_checkpoints import (
     CheckpointError,
+    check_only_data,
     checkpoint_path,
     complete_checkpoints,
     latest_checkpoint,
     prune_checkpoints,
     read_state,
 )
-from megatron_entropic.policy.megatron.checkpoint_patches import apply_checkpoint_patches
+from megatron_entropic.policy.megatron.patches import apply_checkpoint_patches
 from megatron_entropic.policy.state.optimizer_shards import Shards
 from megatron_entropic.policy.step.optimizer import Format, PolicyOptimizer
 

@@ -33,7 +33,7 @@ from megatron_entropic.checkpoints.run_checkpoints import (
     prune_checkpoints,
 )
 from megatron_entropic.config.run import CheckpointConfig
-from megatron_entropic.policy.megatron.checkpoint_patches import apply_checkpoint_patches
+from megatron_entropic.policy.megatron.patches import apply_checkpoint_patches
 from megatron_entropic.policy.state.checkpoint import CheckpointError, sharded_state
 from megatron_entropic.policy.state.optimizer_shards import SHARDS
 from megatron_entropic.policy.step.optimizer import Format, PolicyOptimizer

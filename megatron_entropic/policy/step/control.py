@@ -18,8 +18,7 @@ import torch.distributed as dist
 from megatron_entropic.algorithms import MicrobatchLocalController, Steering, build_controller
 from megatron_entropic.config.algorithm import EntropyControlConfig
 from megatron_entropic.config.run import Config
-from megatron_entropic.policy.megatron.collectives import verify_equal
-from megatron_entropic.policy.megatron.parallel import ParallelState
+from megatron_entropic.policy.megatron.parallel import ParallelState, verify_equal
 
 
 @dataclass(frozen=True, slots=True)

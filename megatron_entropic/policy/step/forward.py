@@ -13,8 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from megatron_entropic.policy.batch.microbatch import MicroBatch
+from megatron_entropic.policy.batch.microbatch import MicroBatch, pack
+from megatron_entropic.policy.megatron.parallel import ParallelState, largest
 from megatron_entropic.tensor_parallel import TokenLoss
+from megatron_entropic.types import Sequence
 
 HeadName = Literal["logits", "recompute", "fused_loss"]
 
@@ -132,3 +134,21 @@ def _run_schedule(
         collect_non_loss_data=forward_only,
     )
     return collected
+
+
+# Micro-batches of which every replica runs equally many, because replicas meet in collectives within them.
+
+
+def pack_alike(
+    sequences: list[Sequence], tokens_per_microbatch: int, parallel: ParallelState, device: torch.device
+) -> list[MicroBatch]:
+    """Pack this replica's sequences into a number of micro-batches that all replicas agree on; called by all ranks.
+
+    A replica with too few sequences gets micro-batches without any: they run through the model and every collective
+    like the others.
+    """
+    own = pack(sequences, tokens_per_microbatch, parallel.packing)
+    count = largest(len(own), device)
+    if count == len(own):
+        return own
+    return pack(sequences, tokens_per_microbatch, parallel.packing, at_least=count)

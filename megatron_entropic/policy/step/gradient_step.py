@@ -10,15 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
+from megatron_entropic.policy.batch.balance import sequence_costs
 from megatron_entropic.policy.batch.microbatch import MicroBatch
-from megatron_entropic.policy.megatron.collectives import sum_of_token_statistics
-from megatron_entropic.policy.megatron.parallel import ParallelState
+from megatron_entropic.policy.megatron.parallel import ParallelState, sum_of_token_statistics
+from megatron_entropic.policy.model.router import Routing, has_experts
 from megatron_entropic.policy.model.router_replay import with_choices
-from megatron_entropic.policy.model.routing import Routing, has_experts
-from megatron_entropic.policy.step.alignment import pack_alike
-from megatron_entropic.policy.step.batch_metrics import batch_metrics
-from megatron_entropic.policy.step.forward import OutputOptions, TokenStatistics, run_forward, run_forward_backward
+from megatron_entropic.policy.step.forward import (
+    OutputOptions,
+    TokenStatistics,
+    pack_alike,
+    run_forward,
+    run_forward_backward,
+)
 from megatron_entropic.policy.step.optimizer import PolicyOptimizer, StepOutcome
 from megatron_entropic.types import Sequence
 
@@ -119,3 +124,37 @@ class GradientStep:
         for values in collected:
             local = local + values
         return sum_of_token_statistics(local, self.parallel)
+
+
+# How well an optimizer step fills the ranks: what was computed for padding, and how unequal replicas' work was.
+
+
+def batch_metrics(
+    batch: list[MicroBatch], attention_weight: float, parallel: ParallelState, device: torch.device
+) -> dict[str, float]:
+    """Metrics of this replica's micro-batches and those of all others, equal on all ranks.
+
+    Args:
+        batch: of this replica.
+        attention_weight: see `sequence_costs`.
+        parallel: this rank's place.
+        device: of the policy.
+
+    Returns:
+        batch/padding_fraction: packed tokens that belong to no sequence, over all packed tokens;
+        batch/imbalance: work of the busiest replica over the mean of all, minus 1;
+        batch/microbatches: of each replica.
+    """
+    replicas = torch.zeros(parallel.data_size, 3, dtype=torch.float64, device=device)
+    if parallel.context_rank == 0:
+        lengths = [sequence.tokens.numel() for micro_batch in batch for sequence in micro_batch.sequences]
+        packed = sum(int(micro_batch.cu_seqlens[-1]) for micro_batch in batch)
+        own = [sum(lengths), packed, sum(sequence_costs(lengths, attention_weight))]
+        replicas[parallel.data_rank] = torch.tensor(own, dtype=torch.float64)
+    dist.all_reduce(replicas, group=parallel.data_context_group)
+    tokens, packed_tokens, costs = replicas.unbind(1)
+    return {
+        "batch/padding_fraction": 1 - float(tokens.sum() / packed_tokens.sum()),
+        "batch/imbalance": float(costs.max() / costs.mean()) - 1,
+        "batch/microbatches": float(len(batch)),
+    }

@@ -25,6 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_entropic.algorithms import (
@@ -36,8 +37,9 @@ from megatron_entropic.algorithms import (
     token_weights,
 )
 from megatron_entropic.algorithms.losses import LossInputs
+from megatron_entropic.policy.megatron.parallel import ParallelState
 from megatron_entropic.policy.step.loss_fields import LossSettings, TokenFields
-from megatron_entropic.policy.step.normalizers import Normalizers
+from megatron_entropic.types import Sequence
 
 SUMS = (
     "policy_loss",
@@ -231,3 +233,40 @@ def _high_prob_weights(
         max_response_tokens=settings.max_response_tokens,
     )
     return adjusted if normalizers.scale == 1.0 else adjusted * normalizers.scale
+
+
+# Counts over a whole optimizer step, summed over replicas: what loss weights divide by.
+
+
+@dataclass(frozen=True)
+class Normalizers:
+    """Counts over the whole optimizer step: all micro-batches, all replicas."""
+
+    tokens: float
+    """Response tokens."""
+    sequences: float
+    high_prob_tokens: float = 0.0
+    """Response tokens with pi > tau under the weights before this step, read by `denominator: high_prob_tokens`; a
+    micro-batch that holds more of them than this uses its own count."""
+    scale: float = 1.0
+    """Factor of a micro-batch's whole share of the loss: 1, except in `feedback: microbatch_local`."""
+
+
+def global_counts(
+    sequences: list[Sequence], parallel: ParallelState, device: torch.device, high_prob_tokens: float = 0.0
+) -> Normalizers:
+    """Sum the counts of all replicas; known on every rank, since all ranks of a replica hold its sequences.
+
+    Args:
+        sequences: this replica's.
+        parallel: this rank's place.
+        device: of the policy.
+        high_prob_tokens: this replica's count.
+    """
+    counts = torch.zeros(3, dtype=torch.float64, device=device)
+    # Context-parallel ranks hold the same sequences: one of them counts.
+    if parallel.context_rank == 0:
+        tokens = sum(sequence.response_length for sequence in sequences)
+        counts += torch.tensor([tokens, len(sequences), high_prob_tokens], dtype=torch.float64, device=device)
+    dist.all_reduce(counts, group=parallel.data_context_group)
+    return Normalizers(*counts.tolist())

@@ -9,9 +9,8 @@ import torch
 
 from megatron_entropic.policy.batch.microbatch import MicroBatch, pack
 from megatron_entropic.policy.megatron.parallel import ParallelState
-from megatron_entropic.policy.model.routing import Routing
-from megatron_entropic.policy.step.alignment import pack_alike
-from megatron_entropic.policy.step.forward import OutputOptions, TokenStatistics, run_forward
+from megatron_entropic.policy.model.router import Routing
+from megatron_entropic.policy.step.forward import OutputOptions, TokenStatistics, pack_alike, run_forward
 from megatron_entropic.types import Scores, Sequence
 
 

@@ -18,11 +18,12 @@ from megatron_entropic.policy.step.gradient_step import GradientStep
 from megatron_entropic.policy.step.loss import (
     SUMS,
     MicrobatchLoss,
+    Normalizers,
     count_high_prob,
+    global_counts,
     local_normalizers,
 )
 from megatron_entropic.policy.step.loss_fields import LossSettings, TokenFields, token_fields
-from megatron_entropic.policy.step.normalizers import Normalizers, global_counts
 from megatron_entropic.policy.step.optimizer import PolicyOptimizer, StepOutcome
 from megatron_entropic.policy.step.score import score
 from megatron_entropic.tensor_parallel import TokenLoss

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from math_verify import LatexExtractionConfig, parse
+import sympy
+from math_verify import LatexExtractionConfig, parse, verify
 
 from megatron_entropic.errors import UserError
-from megatron_entropic.rewards.verifiers.boxed import gold_answer, last_boxed
 from megatron_entropic.rewards.verifiers.math_reading import (
     base,
     compared_as_written,
+    gold_answer,
+    last_boxed,
     normalised,
     plain_number,
     prepared,
     scaled,
 )
-from megatron_entropic.rewards.verifiers.math_values import equal, undefined
 
 _ANSWER_CHARACTERS = 300
 # LaTeX alone: by default the first number of what cannot be parsed is taken for all of it.
@@ -94,3 +95,225 @@ def _parse(latex: str) -> list[Any]:
     """The value, where it can be parsed, and what was parsed as a string."""
     parsed: list[Any] = parse(rf"\boxed{{{latex}}}", _EXTRACTION, parsing_timeout=None, raise_on_error=True)
     return parsed
+
+
+# Whether two parsed answers are equal: numbers exactly, what consists of parts part by part, the rest by math-verify.
+#
+# math-verify compares decimals after rounding to six places and differences after dropping what is small, so that 1e-7
+# equals 2e-7, and 1/1990! equals 1/1992!. Here numbers are fractions of integers wherever they are rational, and
+# relative differences decide where they are not.
+
+_LARGEST_BITS = 1_000_000
+"""Of a numerator or denominator: 300,000 decimal digits, computed in milliseconds."""
+_LARGEST_FACTORIAL = 20_000
+_DIGITS = 60
+_EXACT = sympy.Float("1e-40", 50)
+_ROUNDED = sympy.Float("3.5e-7", 50)
+"""A decimal of seven digits stands for an irrational number: 1.414214 for the root of 2, 3.4641 for none. Decimals that
+are parts of an irrational number are exact: the root of 2.0000001 is another one."""
+
+_Ratio = tuple[int, int]
+"""Numerator and denominator, not reduced: reducing large ones takes longer than everything else."""
+
+
+class TooLarge(Exception):
+    """A number that would take too long to write down."""
+
+
+def equal(gold: Any, answer: Any) -> bool:
+    """Whether two parsed answers are equal; what cannot be parsed is a string.
+
+    Raises:
+        Exception: whatever sympy and math-verify raise about things that they cannot compare.
+    """
+    if isinstance(gold, str) or isinstance(answer, str):
+        return bool(gold == answer)
+    try:
+        return _equal_values(gold, answer)
+    except TooLarge:
+        return bool(gold == answer)
+
+
+def undefined(value: Any) -> bool:
+    """Whether a parsed answer is no value at all, as 1/0 is."""
+    return not isinstance(value, str) and bool(getattr(value, "has", lambda *_: False)(sympy.nan, sympy.zoo))
+
+
+def _equal_values(gold: Any, answer: Any) -> bool:
+    parts = _parts(gold, answer)
+    if parts is not None:
+        return _matched(*parts, ordered=not isinstance(gold, sympy.FiniteSet))
+    gold, answer = _with_imaginary_unit(gold, answer)
+    if _is_number(gold) and _is_number(answer):
+        if _in_percent(gold) == _in_percent(answer):
+            return _same_number(_meanings(gold)[0], _meanings(answer)[0])
+        return any(_same_number(one, other) for one in _meanings(gold) for other in _meanings(answer))
+    return _by_math_verify(gold, answer)
+
+
+def _parts(gold: Any, answer: Any) -> tuple[Sequence[Any], Sequence[Any]] | None:
+    """What two values of the same kind consist of; None if they are of different kinds, or of one piece."""
+    if isinstance(gold, sympy.FiniteSet) and isinstance(answer, sympy.FiniteSet):
+        # Elements that are relations (x = 1 or x = 2) keep math-verify's rules for names.
+        if any(isinstance(part, sympy.core.relational.Relational) for part in (*gold.args, *answer.args)):
+            return None
+        return gold.args, answer.args
+    if isinstance(gold, sympy.Tuple) and isinstance(answer, sympy.Tuple):
+        return gold.args, answer.args
+    if isinstance(gold, sympy.Interval) and isinstance(answer, sympy.Interval):
+        flags = [(side.left_open, side.right_open) for side in (gold, answer)]
+        return ((gold.start, gold.end), (answer.start, answer.end)) if flags[0] == flags[1] else ((1,), (2,))
+    if isinstance(gold, sympy.MatrixBase) and isinstance(answer, sympy.MatrixBase):
+        return (gold.flat(), answer.flat()) if gold.shape == answer.shape else ((1,), (2,))
+    return None
+
+
+def _matched(gold: Sequence[Any], answer: Sequence[Any], *, ordered: bool) -> bool:
+    if len(gold) != len(answer):
+        return False
+    if ordered:
+        return all(
+            _equal_values(sympy.sympify(one), sympy.sympify(other)) for one, other in zip(gold, answer, strict=True)
+        )
+    left = list(answer)
+    for one in gold:
+        found = next((i for i, other in enumerate(left) if _equal_values(one, other)), None)
+        if found is None:
+            return False
+        del left[found]
+    return True
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one finite number, however it is written."""
+    return (
+        isinstance(value, sympy.Expr)
+        and not value.free_symbols
+        and not value.has(sympy.oo, -sympy.oo, sympy.core.function.AppliedUndef)
+    )
+
+
+def _with_imaginary_unit(gold: Any, answer: Any) -> tuple[Any, Any]:
+    """Both with the imaginary unit in the place of the symbol i, where that is the only one."""
+    values = (gold, answer)
+    if not all(isinstance(value, sympy.Expr) for value in values):
+        return values
+    symbols = gold.free_symbols | answer.free_symbols
+    if {symbol.name for symbol in symbols} != {"i"}:
+        return values
+    return tuple(value.xreplace(dict.fromkeys(symbols, sympy.I)) for value in values)
+
+
+def _in_percent(value: sympy.Expr) -> bool:
+    return bool(value.has(sympy.UnevaluatedExpr))
+
+
+def _meanings(value: sympy.Expr) -> list[sympy.Expr]:
+    """25 % is 25 to some and 0.25 to others: both are right, unless the other side is in percent too."""
+    percent = sympy.UnevaluatedExpr(sympy.Rational(1, 100))
+    if not _in_percent(value):
+        return [value]
+    return [value.xreplace({percent: sympy.Integer(1)}), value.xreplace({percent: sympy.Rational(1, 100)})]
+
+
+def _same_number(gold: sympy.Expr, answer: sympy.Expr) -> bool:
+    one, other = _ratio(gold), _ratio(answer)
+    if one is not None and other is not None:
+        return one[0] * other[1] == other[0] * one[1]
+    decimal = any(ratio and value.has(sympy.Float) for ratio, value in ((one, gold), (other, answer)))
+    tolerance = _ROUNDED if decimal else _EXACT
+    values = [_without_decimals(value).doit().evalf(_DIGITS) for value in (gold, answer)]
+    difference, sizes = abs(values[0] - values[1]), [abs(value) for value in values]
+    if any(size.is_infinite for size in sizes):
+        return bool(values[0] == values[1])
+    if all(size.is_Number and size.is_finite for size in (difference, *sizes)) and max(sizes) > _EXACT:
+        return bool(difference <= tolerance * max(sizes))
+    # Sums that nearly cancel, and what sympy has no digits of: by rearrangement, if at all.
+    return _by_math_verify(gold, answer)
+
+
+def _by_math_verify(gold: Any, answer: Any) -> bool:
+    exact = [_without_decimals(value) for value in (gold, answer)]
+    options = {"numeric_precision": _DIGITS, "allow_set_relation_comp": True}
+    return bool(verify(*exact, **options, timeout_seconds=None, raise_on_error=True))
+
+
+def _ratio(value: sympy.Expr) -> _Ratio | None:
+    """The value as numerator and denominator; None if it is not made of rational numbers alone.
+
+    Raises:
+        TooLarge: it has more than `_LARGEST_BITS`.
+    """
+    if isinstance(value, sympy.Rational):
+        return int(value.p), int(value.q)
+    if isinstance(value, sympy.Float):
+        return _ratio(_decimal(value))
+    step = _STEPS.get(value.func)
+    if step is None:
+        return None
+    parts = [_ratio(part) for part in value.args]
+    return None if any(part is None for part in parts) else step([part for part in parts if part is not None])
+
+
+def _sum(parts: list[_Ratio]) -> _Ratio:
+    above, below = 0, 1
+    for p, q in parts:
+        above, below = _bounded(above * q + p * below, below * q)
+    return above, below
+
+
+def _product(parts: list[_Ratio]) -> _Ratio:
+    above, below = 1, 1
+    for p, q in parts:
+        above, below = _bounded(above * p, below * q)
+    return above, below
+
+
+def _power(parts: list[_Ratio]) -> _Ratio | None:
+    (p, q), (exponent, divisor) = parts
+    if exponent % divisor or (exponent < 0 and not p):
+        return None
+    exponent //= divisor
+    if exponent < 0:
+        p, q, exponent = (q if p > 0 else -q), abs(p), -exponent
+    if abs(p) <= 1 and q == 1:
+        exponent = min(exponent, 2 - exponent % 2)
+    if max(p.bit_length(), q.bit_length()) * exponent > _LARGEST_BITS:
+        raise TooLarge
+    return p**exponent, q**exponent
+
+
+def _factorial(parts: list[_Ratio]) -> _Ratio | None:
+    ((number, divisor),) = parts
+    if divisor != 1 or number < 0:
+        return None
+    if number > _LARGEST_FACTORIAL:
+        raise TooLarge
+    return int(sympy.factorial(number)), 1
+
+
+def _bounded(above: int, below: int) -> _Ratio:
+    if max(above.bit_length(), below.bit_length()) > _LARGEST_BITS:
+        raise TooLarge
+    return above, below
+
+
+_STEPS: dict[Any, Callable[[list[_Ratio]], _Ratio | None]] = {
+    sympy.Add: _sum,
+    sympy.Mul: _product,
+    sympy.Pow: _power,
+    sympy.factorial: _factorial,
+    sympy.UnevaluatedExpr: lambda parts: parts[0],
+}
+
+
+def _without_decimals(value: Any) -> Any:
+    """Decimals as the fractions that were written."""
+    atoms = getattr(value, "atoms", None)
+    decimals = atoms(sympy.Float) if atoms else set()
+    return value.xreplace({one: _decimal(one) for one in decimals}) if decimals else value
+
+
+def _decimal(value: sympy.Float) -> sympy.Rational:
+    # Fifteen digits are what was written: a Float of 53 bits shows more than that.
+    return sympy.Rational(str(value))

@@ -20,8 +20,7 @@ import torch
 import torch.distributed as dist
 from policy_ranks import RANK, Rendezvous
 
-from megatron_entropic.policy.model.load import load_weights, named_entries
-from megatron_entropic.policy.model.load_torch_dist import load_torch_dist
+from megatron_entropic.policy.model.load import load_torch_dist, load_weights, named_entries
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.types import Scores, Sequence
 

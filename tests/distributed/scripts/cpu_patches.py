@@ -10,8 +10,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_entropic.policy.megatron.cpu_patches import apply_cpu_patches, patches_for
-from megatron_entropic.policy.megatron.megatron_versions import check_megatron_version, installed_megatron_version
-from megatron_entropic.policy.megatron.noise import silence_known_noise
+from megatron_entropic.policy.megatron.platform import (
+    check_megatron_version,
+    installed_megatron_version,
+    silence_known_noise,
+)
 
 
 def rotate() -> torch.Tensor:

@@ -86,7 +86,7 @@ def exports(
     model: Any, plan: PublishPlan, parameter_map: ParameterMap, parallel: ParallelState, hf_dir: Path
 ) -> dict[str, Any]:
     """Three exports of which two are kept, and one that fails, as rank 0 sees them."""
-    from megatron_entropic.policy.state.background_export import BackgroundExport
+    from megatron_entropic.policy.state.export import BackgroundExport
 
     output = hf_dir.with_name(f"{hf_dir.name}_exports")
     export = BackgroundExport(model, plan, parameter_map, parallel, template_dir=hf_dir, keep_last=2)

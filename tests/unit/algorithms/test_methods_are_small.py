@@ -72,7 +72,7 @@ def test_algorithms_import_torch_only(path: Path) -> None:
 
 def test_the_loop_does_not_ask_which_method_it_is() -> None:
     names = {*POLICY_LOSSES, *CONTROLLERS}
-    for file in ("training/trainer.py", "training/step.py", "training/training_batch.py"):
+    for file in ("training/trainer.py", "training/step.py"):
         constants = {
             node.value
             for node in ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8")))

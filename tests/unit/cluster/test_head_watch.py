@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-from megatron_entropic.cluster.head_watch import GONE_AFTER_S, PROBE_EVERY_S, HeadWatch, head_refusal
+from megatron_entropic.cluster.waiting import GONE_AFTER_S, PROBE_EVERY_S, HeadWatch, head_refusal
 from megatron_entropic.errors import PeerDied
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_entropic.cluster.node_report import NodeReport, look_at_this_node
 from megatron_entropic.cluster.preflight import (
     MeetingPlace,
+    NodeReport,
     Requirements,
     collect_reports,
     gpu_count,
+    look_at_this_node,
     problems,
     report_to,
 )

@@ -7,7 +7,7 @@ import inspect
 import pytest
 from ray import exceptions as ray_errors
 
-from megatron_entropic.cluster.ray_errors import LOST, translated
+from megatron_entropic.cluster.waiting import LOST, translated
 from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError
 
 MEMORY = """Task was killed due to the node running low on memory.

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_entropic.cluster.session import _interpreter
-from megatron_entropic.cluster.session_folder import PREFIX, remove_abandoned, session_folder, short_paths
+from megatron_entropic.cluster.session import PREFIX, _interpreter, remove_abandoned, session_folder, short_paths
 from megatron_entropic.errors import UserError
 
 HOLDS = """
 import sys, time
 from megatron_entropic.cluster.session import _interpreter
-from megatron_entropic.cluster.session_folder import session_folder
+from megatron_entropic.cluster.session import session_folder
 with session_folder() as folder:
     print(folder, flush=True)
     time.sleep(600)

@@ -9,7 +9,7 @@ import torch
 
 from megatron_entropic.cluster.engine_group import sample_seed
 from megatron_entropic.config.run import Config
-from megatron_entropic.training.training_batch import (
+from megatron_entropic.training.step import (
     attach_scores,
     entropy_profile,
     importance,

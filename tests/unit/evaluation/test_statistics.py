@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from megatron_entropic.evaluation.statistics import (
+from megatron_entropic.evaluation.summary import (
     bootstrap_weights,
     interval,
     majority_is_correct,

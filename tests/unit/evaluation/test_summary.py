@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 
-from megatron_entropic.data.pass_rates import recorded_form
-from megatron_entropic.evaluation.comparison import compare
+from megatron_entropic.data.filters import recorded_form
 from megatron_entropic.evaluation.generations import Generation, read_generations, write_generations
 from megatron_entropic.evaluation.page import write_evaluation_page
-from megatron_entropic.evaluation.store import generations_path, load_evaluation, summarise_stored, write_summary
-from megatron_entropic.evaluation.summary import problems_of, summarise
-from megatron_entropic.evaluation.table import in_paper_order
+from megatron_entropic.evaluation.store import (
+    generations_path,
+    in_paper_order,
+    load_evaluation,
+    summarise_stored,
+    write_summary,
+)
+from megatron_entropic.evaluation.summary import compare, problems_of, summarise
 from megatron_entropic.files.formats import FileFormat, NewerFormat
 
 READ = FileFormat.read

@@ -13,7 +13,7 @@ import matplotlib.image
 import pytest
 import yaml
 
-from megatron_entropic.observability.samples import SampleLog
+from megatron_entropic.observability.records import SampleLog
 from megatron_entropic.reports.report import write_report
 from megatron_entropic.reports.run import load_run, summarise
 from megatron_entropic.types import Prompt, Sample

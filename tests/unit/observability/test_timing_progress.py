@@ -8,8 +8,7 @@ import math
 import pytest
 from rich.console import Console
 
-from megatron_entropic.observability.phases import PhaseDisplay, duration
-from megatron_entropic.observability.progress import Progress, gauge, sparkline
+from megatron_entropic.observability.progress import PhaseDisplay, Progress, duration, gauge, sparkline
 from megatron_entropic.observability.timing import PhaseClock
 from megatron_entropic.observability.yardsticks import mismatch_yardstick
 

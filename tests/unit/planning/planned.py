@@ -7,8 +7,7 @@ from typing import Any
 
 from megatron_entropic.config.load import read_config
 from megatron_entropic.config.run import Config
-from megatron_entropic.planning.models import KNOWN_MODELS, read_model
-from megatron_entropic.planning.parameters import ParameterTable
+from megatron_entropic.planning.parameters import KNOWN_MODELS, ParameterTable, read_model
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 

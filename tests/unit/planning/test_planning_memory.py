@@ -8,13 +8,13 @@ import pytest
 from planned import example, known
 
 from megatron_entropic.config.run import PolicyConfig
-from megatron_entropic.planning import activations, publishing
+from megatron_entropic.planning import activations
+from megatron_entropic.planning import plan as publishing
 from megatron_entropic.planning.activations import head_bytes, layer_bytes
 from megatron_entropic.planning.communication import gradient_traffic, microbatch_traffic
 from megatron_entropic.planning.hardware import Hardware
-from megatron_entropic.planning.host_memory import checkpoint_host_bytes
 from megatron_entropic.planning.memory import GIB, rollout_memory, stage_memory
-from megatron_entropic.planning.publishing import publication
+from megatron_entropic.planning.plan import checkpoint_host_bytes, publication
 from megatron_entropic.planning.schedule import bubble_fraction, in_flight, make_schedule
 from megatron_entropic.policy.publish import publisher as publish
 

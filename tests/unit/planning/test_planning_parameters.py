@@ -9,8 +9,13 @@ import pytest
 from planned import known, tiny_config
 
 from megatron_entropic.config.run import PolicyConfig
-from megatron_entropic.planning.models import find_model, read_model
-from megatron_entropic.planning.parameters import ParameterShard, ParameterTable, gradient_buffer
+from megatron_entropic.planning.parameters import (
+    ParameterShard,
+    ParameterTable,
+    find_model,
+    gradient_buffer,
+    read_model,
+)
 
 # Embedding 13 x 8; per layer two norms of 8, q 16 x 8, k and v 8 x 8, norms of 4, projection 8 x 16, 3 x 10 x 8.
 TINY_LAYER = 2 * 8 + 16 * 8 + 2 * 8 * 8 + 2 * 4 + 8 * 16 + 3 * 10 * 8

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_entropic.policy.batch.context_cut import ContextCut
 from megatron_entropic.policy.batch.microbatch import PackingRules, pack_one
-from megatron_entropic.policy.batch.segments import plan_segments
+from megatron_entropic.policy.batch.segments import ContextCut, plan_segments
 from megatron_entropic.types import Sequence
 
 SIZES = st.sampled_from([2, 3, 4])

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_entropic.planning.models import KNOWN_MODELS, read_model
+from megatron_entropic.planning.parameters import KNOWN_MODELS, read_model
 from megatron_entropic.policy.batch.balance import attention_weight, data_parallel_shards, sequence_costs
 
 LENGTHS = st.lists(st.integers(1, 5000), max_size=200)

@@ -18,9 +18,8 @@ from torch.overrides import TorchFunctionMode
 from megatron_entropic.config.algorithm import Aggregation
 from megatron_entropic.policy.batch.host_copies import parked_on_host, to_device
 from megatron_entropic.policy.batch.microbatch import PackingRules, pack_one
-from megatron_entropic.policy.step.loss import MicrobatchLoss
+from megatron_entropic.policy.step.loss import MicrobatchLoss, Normalizers
 from megatron_entropic.policy.step.loss_fields import TokenFields
-from megatron_entropic.policy.step.normalizers import Normalizers
 from megatron_entropic.types import Sequence
 
 CUDA = torch.device("cuda", 0)

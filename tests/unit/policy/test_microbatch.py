@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_entropic.policy.batch.context_cut import ContextCut
 from megatron_entropic.policy.batch.microbatch import TAIL_TOKENS, PackingRules, first_fit_decreasing, pack, pack_one
+from megatron_entropic.policy.batch.segments import ContextCut
 from megatron_entropic.types import Sequence
 
 

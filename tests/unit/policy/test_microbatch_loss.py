@@ -10,9 +10,8 @@ import torch
 
 from megatron_entropic.algorithms import MicrobatchLocalController, Steering, kl_penalty, policy_loss, token_weights
 from megatron_entropic.config.run import Config
-from megatron_entropic.policy.step.loss import SUMS, MicrobatchLoss, count_high_prob, local_normalizers
+from megatron_entropic.policy.step.loss import SUMS, MicrobatchLoss, Normalizers, count_high_prob, local_normalizers
 from megatron_entropic.policy.step.loss_fields import LossSettings, TokenFields, token_fields
-from megatron_entropic.policy.step.normalizers import Normalizers
 from megatron_entropic.types import Sequence
 
 LENGTHS = (3, 11, 1, 6)

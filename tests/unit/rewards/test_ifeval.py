@@ -10,8 +10,7 @@ import pytest
 
 from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.rewards import RewardScorer, build_verifier
-from megatron_entropic.rewards.verifiers.instruction_checks import CHECKS, count_sentences
-from megatron_entropic.rewards.verifiers.languages import guess_language
+from megatron_entropic.rewards.verifiers.ifeval import CHECKS, count_sentences, guess_language
 
 ifeval = build_verifier("ifeval")
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_entropic.rewards import build_reader, build_verifier
-from megatron_entropic.rewards.ground_truths import trials
-from megatron_entropic.rewards.verdict import judge
+from megatron_entropic.rewards.verifier import judge, trials
 
 math_answer = build_verifier("math")
 # Kind: (ground truth, right answers, wrong answers).

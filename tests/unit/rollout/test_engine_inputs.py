@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from megatron_entropic.config.run import RolloutConfig
-from megatron_entropic.data.model_files import stop_token_ids
+from megatron_entropic.data.tokenizer import stop_token_ids
 from megatron_entropic.rollout.engine import RolloutEngine, check_complete
 from megatron_entropic.rollout.score_backend import score_file
 from megatron_entropic.rollout.vllm_setup import prepare_environment
@@ -83,7 +83,7 @@ def test_environment_keeps_what_the_user_set_and_drops_what_would_override_the_c
 
 
 def test_noise_is_dropped_by_message_once(caplog):
-    from megatron_entropic.rollout.noise import silence_known_noise
+    from megatron_entropic.rollout.vllm_setup import silence_known_noise
 
     logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
     before = len(logger.filters)
@@ -102,7 +102,7 @@ def test_noise_is_dropped_by_message_once(caplog):
 
 
 def test_importing_the_room_does_not_import_vllm():
-    modules = "engine, score_backend, plugin, noise, environment, nccl_transport"
+    modules = "engine, score_backend, plugin, vllm_setup, nccl_transport"
     code = f"import sys; from megatron_entropic.rollout import {modules}; sys.exit('vllm' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

@@ -19,9 +19,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megatron_entropic.checkpoints.checkpoint_pickle import read_checkpoint_metadata
-from megatron_entropic.checkpoints.checkpoint_trust import check_only_data
 from megatron_entropic.checkpoints.convert import hf_to_megatron, megatron_to_hf
-from megatron_entropic.checkpoints.run_checkpoints import CheckpointError
+from megatron_entropic.checkpoints.run_checkpoints import CheckpointError, check_only_data
 from megatron_entropic.checkpoints.torch_dist import TorchDistReader
 from megatron_entropic.errors import UserError
 

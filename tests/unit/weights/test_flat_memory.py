@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_entropic.weight_sync.flat_memory import FlatMemory
+from megatron_entropic.weight_sync.shared_memory import FlatMemory
 
 
 def test_memory_is_taken_again_when_the_last_view_is_gone():

@@ -12,9 +12,8 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from megatron_entropic.config.run import PolicyConfig
 from megatron_entropic.models.dimensions import ModelDimensions, read_dimensions
-from megatron_entropic.models.latent_attention import LatentAttention
 from megatron_entropic.models.parameter_map import ParameterMap
-from megatron_entropic.models.read_config import ExpertDimensions, SigmoidRouting
+from megatron_entropic.models.read_config import ExpertDimensions, LatentAttention, SigmoidRouting
 
 # As published with Qwen3-8B by transformers 4 (shortened to what describes the model).
 QWEN3_8B = {

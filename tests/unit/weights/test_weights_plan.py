@@ -7,9 +7,8 @@ from math import prod
 import pytest
 
 from megatron_entropic.models.dimensions import ModelDimensions
-from megatron_entropic.models.latent_attention import LatentAttention
 from megatron_entropic.models.parameter_map import ParameterMap
-from megatron_entropic.models.read_config import ExpertDimensions, SigmoidRouting
+from megatron_entropic.models.read_config import ExpertDimensions, LatentAttention, SigmoidRouting
 from megatron_entropic.weight_sync.plan import PublishPlan, publish_plan
 
 MIB = 2**20

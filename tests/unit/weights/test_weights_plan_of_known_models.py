@@ -8,7 +8,7 @@ from math import prod
 import pytest
 
 from megatron_entropic.models.parameter_map import ParameterMap
-from megatron_entropic.planning.models import KNOWN_MODELS, read_model
+from megatron_entropic.planning.parameters import KNOWN_MODELS, read_model
 from megatron_entropic.weight_sync.plan import Bucket, publish_plan
 
 MIB = 2**20
