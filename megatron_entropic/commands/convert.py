@@ -29,7 +29,7 @@ DIFFERENT = 1
 LOGITS_TOLERANCE = 1e-4
 
 
-def add_convert_parsers(commands: Any) -> None:
+def add_parser(commands: Any) -> None:
     """Add `convert`, with its two directions, and `verify` to the subparsers of the command line."""
     convert = commands.add_parser("convert", help="Hugging Face directory to megatron-core checkpoint, and back")
     directions = convert.add_subparsers(required=True, metavar="DIRECTION")

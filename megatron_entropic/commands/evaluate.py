@@ -39,7 +39,7 @@ from megatron_entropic.training.machine import evaluation_violations
 _USUAL_PROMPT_TOKENS, _USUAL_RESPONSE_TOKENS = 1024, 8192
 
 
-def add_evaluate_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> None:
     """Add `evaluate` to the subparsers of the command line."""
     parser = commands.add_parser(
         "evaluate", help="avg@N, pass@k, maj@N of a model on benchmark files, with vLLM; continues where it was stopped"

@@ -24,7 +24,7 @@ from megatron_entropic.files.atomic import appears_when_complete
 from megatron_entropic.observability.progress import PhaseDisplay, quiet
 
 
-def add_export_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> None:
     """Add the command to argparse's subparsers."""
     export = commands.add_parser("export", help="a trained policy in FP8 or INT8 for deployment (extra `quant`)")
     export.add_argument("source", type=Path, metavar="RUN_OR_HF_DIR")

@@ -15,7 +15,7 @@ from megatron_entropic.files.text import printable
 from megatron_entropic.observability.progress import PhaseDisplay
 
 
-def add_replay_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> None:
     """Add the command to argparse's subparsers."""
     replay = commands.add_parser("replay", help="compute one recorded step again in this process, without a cluster")
     replay.add_argument("run_dir", type=Path, metavar="RUN_DIR")

@@ -27,7 +27,7 @@ _LEAST_SHADE = 0.05
 """Share of the strongest entropy below which a token has no background."""
 
 
-def add_rollouts_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> None:
     """Add `rollouts` to the subparsers of the command line."""
     parser = commands.add_parser("rollouts", help="show recorded responses of a step, coloured by token entropy")
     parser.add_argument(

@@ -102,7 +102,7 @@ def _updates(run: Run) -> int:
     return math.prod(int(run.number(key, 1)) for key in keys)
 
 
-def add_tune_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> None:
     """Add `tune` to the subparsers of the command line."""
     parser = commands.add_parser("tune", help="propose K_p and K_i from how entropy followed alpha in a run")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="best one with entropy_control.controller=probe")
