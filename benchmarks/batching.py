@@ -25,13 +25,14 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.markdown import markdown_table
-from benchmarks.policies import ModelSize, free_port, policy, write_model
+from benchmarks.policies import ModelSize, policy, write_model
 from benchmarks.ranks import run_processes
 from megatron_entropic.data.rows import Problems, read_rows
 from megatron_entropic.planning.parameters import KNOWN_MODELS, read_model
 from megatron_entropic.policy.batch.balance import attention_weight, data_parallel_shards, sequence_costs
 from megatron_entropic.policy.batch.microbatch import PackingRules, pack
 from megatron_entropic.policy.batch.segments import ContextCut
+from megatron_entropic.policy.local_ranks import free_port
 from megatron_entropic.types import Sequence
 
 SEQUENCES = 1024

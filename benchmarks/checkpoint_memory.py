@@ -26,8 +26,9 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.markdown import markdown_table
-from benchmarks.policies import ModelSize, free_port, policy, write_model
+from benchmarks.policies import ModelSize, policy, write_model
 from benchmarks.ranks import run_processes
+from megatron_entropic.policy.local_ranks import free_port
 
 SIZE = ModelSize(layers=8, hidden=768, ffn=2880, heads=12, vocab=32000)
 FORMATS = ("dp_reshardable", "fully_reshardable")

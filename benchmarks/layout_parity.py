@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "distributed"))
 
 from benchmarks.markdown import markdown_table
-from benchmarks.policies import free_port, policy
+from benchmarks.policies import policy
 from benchmarks.ranks import run_processes
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.policy.batch.balance import data_parallel_shards
+from megatron_entropic.policy.local_ranks import free_port
 from megatron_entropic.policy.model.load import named_entries
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.policy.publish.gather import gather_hf_tensors, sends_weights

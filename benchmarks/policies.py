@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,13 +63,6 @@ def random_weights(directory: Path, dtype: torch.dtype, device: torch.device) ->
 
     shapes = ParameterMap(read_dimensions(directory)).hf_tensors
     save_file({name: draw(shape) for name, shape in shapes.items()}, directory / "model.safetensors")
-
-
-def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.policies import ModelSize, free_port, write_model
+from benchmarks.policies import ModelSize, write_model
 from benchmarks.ranks import run_processes
 from megatron_entropic.checkpoints.hf import HfReader
 from megatron_entropic.config.run import PolicyConfig, RolloutConfig
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
+from megatron_entropic.policy.local_ranks import free_port
 from megatron_entropic.policy.publish.publisher import Publisher
 from megatron_entropic.types import GenerationRequest, Prompt, Sample
 from megatron_entropic.weight_sync.checksums import checksums, mismatches

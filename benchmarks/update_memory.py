@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.markdown import markdown_table
 from benchmarks.measure import peak_extra_bytes
-from benchmarks.policies import ModelSize, batch, free_port, policy, write_model
+from benchmarks.policies import ModelSize, batch, policy, write_model
 from benchmarks.ranks import run_processes
+from megatron_entropic.policy.local_ranks import free_port
 
 HEADS = ("logits", "recompute", "fused_loss")
 SIZE = ModelSize(layers=2, hidden=128, ffn=256, heads=4, vocab=151936)

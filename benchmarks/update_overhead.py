@@ -26,8 +26,9 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.markdown import markdown_table
-from benchmarks.policies import ModelSize, batch, free_port, policy, write_model
+from benchmarks.policies import ModelSize, batch, policy, write_model
 from benchmarks.ranks import run_processes
+from megatron_entropic.policy.local_ranks import free_port
 from megatron_entropic.policy.policy import Policy
 
 SIZE = ModelSize(layers=4, hidden=256, ffn=768, heads=4, vocab=32000)

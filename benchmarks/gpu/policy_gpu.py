@@ -32,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.gpu.rates import product_rate, seconds
 from benchmarks.machine import cpu_model
 from benchmarks.markdown import markdown_table
-from benchmarks.policies import batch, free_port, random_weights
+from benchmarks.policies import batch, random_weights
 from megatron_entropic.config.run import Config
 from megatron_entropic.models.dimensions import ModelDimensions, read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
+from megatron_entropic.policy.local_ranks import free_port
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.types import Sequence
 

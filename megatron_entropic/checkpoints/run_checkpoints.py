@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import pickle
 import re
 import shutil
@@ -27,6 +26,7 @@ import torch
 
 from megatron_entropic.checkpoints.checkpoint_pickle import StoredPlace, read_checkpoint_metadata
 from megatron_entropic.errors import RunError, UserError
+from megatron_entropic.files.atomic import sync
 from megatron_entropic.files.formats import CHECKPOINT, NewerFormat
 
 MANIFEST = "COMPLETE"
@@ -205,13 +205,13 @@ def finish_checkpoint(
     }
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*files, partial / MANIFEST, partial]:
-        _flush(path)
+        sync(path)
     replaced = directory.with_name(f".{directory.name}.old")
     discard(replaced)
     if directory.exists():
         directory.rename(replaced)
     partial.rename(directory)
-    _flush(directory.parent)
+    sync(directory.parent)
     discard(replaced)
 
 
@@ -286,14 +286,6 @@ def _checksum(path: Path) -> str:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # Whether a checkpoint is data alone, found before megatron-core loads it.

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_entropic.errors import UserError, reading
-from megatron_entropic.files.paths import make_directory
+from megatron_entropic.files.atomic import atomic_write
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,6 @@ def write_scored_file(
     Raises:
         UserError: values that are no numbers, which JSON does not know; nothing is written.
     """
-    path = Path(path)
     broken = [
         number
         for number, values in enumerate(zip(logprobs, entropies, strict=True), start=1)
@@ -105,10 +103,8 @@ def write_scored_file(
             f"the first of them sequence {broken[0]}. Look for such values in its weights (`megatron-entropic convert` "
             "names them), or take a higher --temperature"
         )
-    make_directory(path.parent)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
+    with atomic_write(Path(path)) as file:
         for line, line_logprobs, line_entropies in zip(lines, logprobs, entropies, strict=True):
             values = None if line_entropies is None else list(line_entropies)
-            file.write(json.dumps({**line.record, "logprobs": list(line_logprobs), "entropies": values}) + "\n")
-    os.replace(unfinished, path)
+            record = {**line.record, "logprobs": list(line_logprobs), "entropies": values}
+            file.write((json.dumps(record) + "\n").encode())

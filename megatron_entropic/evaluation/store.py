@@ -9,7 +9,6 @@ directory/
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from megatron_entropic.errors import UserError
 from megatron_entropic.evaluation.generations import read_generations
 from megatron_entropic.evaluation.summary import BenchmarkSummary, Problem, problems_of, summarise
+from megatron_entropic.files.atomic import write_text
 from megatron_entropic.files.formats import EVALUATION, NewerFormat
 
 SUMMARY_FILE = "evaluation.json"
@@ -75,9 +75,7 @@ def write_summary(directory: Path, label: str, summaries: Sequence[BenchmarkSumm
         },
     }
     (directory / TABLE_FILE).write_text(markdown(label, summaries), encoding="utf-8")
-    unfinished = directory / f"{SUMMARY_FILE}.unfinished"
-    unfinished.write_text(json.dumps(EVALUATION.stamp(content), indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, directory / SUMMARY_FILE)
+    write_text(directory / SUMMARY_FILE, json.dumps(EVALUATION.stamp(content), indent=1) + "\n")
 
 
 def load_evaluation(directory: Path) -> StoredEvaluation:

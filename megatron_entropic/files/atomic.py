@@ -1,4 +1,4 @@
-"""Directories that appear complete or not at all."""
+"""Files and directories that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_entropic.files.paths import make_directory
 
@@ -71,25 +71,39 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-# Parquet files that are whole or not there.
+@contextmanager
+def atomic_write(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
+    """A file that appears in place of `path` when the block succeeds, with the folders above it.
 
-
-def write_parquet(path: Path, table: Any) -> None:
-    """Write a pyarrow table, durably: the file appears when it is complete, with the folders above it.
+    Args:
+        durable: also on the disk by then, not only in the system's memory.
 
     Raises:
-        OSError: the disk refuses; the message names the file.
+        OSError: the disk refuses; the message names the file, and what was there before is still there.
     """
-    import pyarrow.parquet
-
     unfinished = path.with_name(path.name + ".unfinished")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         with unfinished.open("wb") as file:
-            pyarrow.parquet.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(unfinished, path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise OSError(error.errno, f"cannot write to {path}: {error.strerror}") from error
-    os.replace(unfinished, path)
+
+
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """`atomic_write` of a text; half characters, which models can produce, are written as escapes."""
+    with atomic_write(path, durable=durable) as file:
+        file.write(text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_parquet(path: Path, table: Any) -> None:
+    """`atomic_write` of a pyarrow table."""
+    import pyarrow.parquet
+
+    with atomic_write(path) as file:
+        pyarrow.parquet.write_table(table, file, compression="zstd")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_entropic.errors import UserError
+from megatron_entropic.files.atomic import write_text
 from megatron_entropic.files.jsonl import read_json_lines
 
 SETTINGS_FILE = "settings.jsonl"
@@ -169,10 +170,4 @@ def _words(value: Any) -> str:
 
 
 def _write(path: Path, parts: Sequence[RunPart]) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    text = "".join(json.dumps(asdict(part), ensure_ascii=False, default=str) + "\n" for part in parts)
-    with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    write_text(path, "".join(json.dumps(asdict(part), ensure_ascii=False, default=str) + "\n" for part in parts))

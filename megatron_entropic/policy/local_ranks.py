@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_entropic.errors import PeerDied, PhaseTimeout, UserError
+from megatron_entropic.files.atomic import write_text
 
 _GRACE_S = 5.0
 _POLL_S = 0.05
@@ -24,9 +25,7 @@ USER_ERROR_STATUS = 2
 
 def tell_phase(job_dir: Path, rank: int, phase: str) -> None:
     """Called by a rank at the start of each phase, and again while it makes progress in a long one."""
-    unfinished = job_dir / f"phase-{rank}.new"
-    unfinished.write_text(phase, encoding="utf-8")
-    os.replace(unfinished, job_dir / f"phase-{rank}")
+    write_text(job_dir / f"phase-{rank}", phase, durable=False)
 
 
 def run_as_rank(run: Callable[[Path], None]) -> NoReturn:
@@ -56,7 +55,7 @@ def run_local_ranks(module: str, job_dir: Path, world_size: int, *, stall_timeou
         PhaseTimeout: no rank told a phase for `stall_timeout_s`; the message has the phase of each.
     """
     ranks: list[subprocess.Popen[bytes]] = []
-    port = _free_port()
+    port = free_port()
     try:
         for rank in range(world_size):
             tell_phase(job_dir, rank, "start")
@@ -111,7 +110,8 @@ def _phase(job_dir: Path, rank: int) -> str:
     return (job_dir / f"phase-{rank}").read_text(encoding="utf-8")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface on which nothing listens at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

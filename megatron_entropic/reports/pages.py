@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from megatron_entropic.files.paths import make_directory
+from megatron_entropic.files.atomic import write_text
 from megatron_entropic.files.text import printable, shortened
 
 
@@ -32,8 +31,5 @@ def render_page(template: Path, **values: Any) -> str:
 
 def write_page(path: Path, page: str) -> Path:
     """Write a page as a whole: one that is being looked at is replaced, never half there."""
-    make_directory(path.parent)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(page, encoding="utf-8", errors="backslashreplace")
-    os.replace(unfinished, path)
+    write_text(path, page, durable=False)
     return path

@@ -9,7 +9,6 @@ several ranks are added in another order.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from megatron_entropic.files.paths import directory_problem
 from megatron_entropic.observability.progress import quiet
 from megatron_entropic.observability.records import RecordedStep, read_rollouts, recorded_steps, rollouts_path
 from megatron_entropic.observability.settings_history import RunPart, read_parts
+from megatron_entropic.policy.local_ranks import free_port
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.training.step import score_batch, training_batch, update_policy
 from megatron_entropic.types import Scores, Sequence
@@ -83,7 +83,7 @@ def replay(run_dir: Path, step: int, checkpoint: Path | None = None, *, begin: C
         rank=0,
         world_size=1,
         master_address="127.0.0.1",
-        master_port=_free_port(),
+        master_port=free_port(),
         device=config.cluster.device,
     )
     try:
@@ -187,9 +187,3 @@ def _state_before(run_dir: Path, step: int, config: Config) -> Path | None:
         f"{run_dir}: no checkpoint of step {step - 1} (there are: {names}); train.record_steps keeps it, --checkpoint "
         "takes another one, from which the numbers will differ"
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from megatron_entropic.policy.local_ranks import free_port
 
 RunRanks = Callable[..., list[str]]
 GRACE_S = 5.0
@@ -61,12 +62,6 @@ def rank_server() -> Iterator[RankServer]:
     server = RankServer()
     yield server
     server.stop()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -133,7 +128,7 @@ def run_ranks_once(rank_server: RankServer, tmp_path_factory: pytest.TempPathFac
 
 def _runner(server: RankServer, tmp_path: Path) -> RunRanks:
     def run(script: Path, world_size: int, *args: object, timeout_s: float = 300) -> list[str]:
-        port = _free_port()
+        port = free_port()
         stems = [tmp_path / f"{Path(script).stem}-{port}-{rank}" for rank in range(world_size)]
         logs = [(stem.with_suffix(".out"), stem.with_suffix(".err")) for stem in stems]
         described = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
@@ -15,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_entropic.config.run import Config
 from megatron_entropic.policy.batch.balance import data_parallel_shards
+from megatron_entropic.policy.local_ranks import free_port
 from megatron_entropic.policy.model.load import load_weights, named_entries
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.policy.publish.gather import gather_hf_tensors, sends_weights
@@ -66,16 +66,10 @@ class Rendezvous:
         try:
             yield policy
         finally:
-            port = [_free_port()]
+            port = [free_port()]
             dist.broadcast_object_list(port, src=0)
             self._port = port[0]
             policy.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def sequences_with_advantages(lines: list[tuple[list[int], int]]) -> list[Sequence]:
