@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megatron_entropic.config.plugins import is_module_name
 
 _LOSSES = "megatron_entropic.algorithms.losses"
+_VERIFIERS = "megatron_entropic.rewards.verifiers"
 _CONTROLLERS = "megatron_entropic.algorithms.entropy_control"
 
 
@@ -67,19 +68,37 @@ OFF = "off"
 
 @dataclass(frozen=True, slots=True)
 class VerifierEntry:
-    """A value of reward.verifier."""
+    """A value of reward.verifier; targets are functions of rewards/verifiers/."""
 
     target: str
+    reading: str | None = None
+    """response -> the answer in it, which majority votes count and people look at; None where the verifier knows."""
+    trials: str | None = None
+    """ground truth -> answers to try it with before training; None where the verifier takes any ground truth."""
+    decisive: str | None = None
+    """response -> the part that decides alone: responses to one prompt that agree in it are judged once."""
     instant: bool = False
     """Its time is bounded and far below that of asking another process."""
+    takes_pattern: bool = False
+    """Its first argument is reward.format_pattern."""
 
 
 VERIFIERS = {
-    "countdown": VerifierEntry("megatron_entropic.rewards.verifiers.countdown:countdown", instant=True),
-    "exact": VerifierEntry("megatron_entropic.rewards.verifiers.text:exact", instant=True),
-    "format": VerifierEntry("megatron_entropic.rewards.verifiers.text:response_format"),
-    "ifeval": VerifierEntry("megatron_entropic.rewards.verifiers.ifeval:ifeval"),
-    "math": VerifierEntry("megatron_entropic.rewards.verifiers.math:math_answer"),
+    "countdown": VerifierEntry(
+        f"{_VERIFIERS}.countdown:countdown",
+        reading=f"{_VERIFIERS}.text:whole_response",
+        trials=f"{_VERIFIERS}.text:any_verdict",
+        instant=True,
+    ),
+    "exact": VerifierEntry(f"{_VERIFIERS}.text:exact", reading=f"{_VERIFIERS}.text:whole_response", instant=True),
+    "format": VerifierEntry(f"{_VERIFIERS}.text:response_format", takes_pattern=True),
+    "ifeval": VerifierEntry(f"{_VERIFIERS}.ifeval:ifeval", trials=f"{_VERIFIERS}.text:any_verdict"),
+    "math": VerifierEntry(
+        f"{_VERIFIERS}.math:math_answer",
+        reading=f"{_VERIFIERS}.math_reading:boxed_answer",
+        trials=f"{_VERIFIERS}.math_reading:math_trials",
+        decisive=f"{_VERIFIERS}.math_reading:box_alone",
+    ),
 }
 
 ADVANTAGES = ("grpo", "grpo_no_std", "rloo", "reinforce_plus_plus_baseline", "nsr", "w_reinforce")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 
 from megatron_entropic.config.names import verifier_entry
+from megatron_entropic.config.plugins import find_attribute
 from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.rewards.pool import VerifierPool
 from megatron_entropic.rewards.verifier import Job, Verdict, build_verifier, judge, takes_batches
-from megatron_entropic.rewards.verifiers.math_reading import last_boxed
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +30,14 @@ class Judge:
             RunError: a verifier process did not start.
         """
         self.name = name
+        entry = verifier_entry(name)
+        self.decisive: Callable[[str], str] | None = None
+        """Part of a response that decides alone."""
+        if entry.decisive is not None:
+            self.decisive = find_attribute("verifier", entry.decisive, arguments=1)
         self._batch_size = config.batch_size
         self._pool: VerifierPool | None = None
-        if config.workers == 0 or verifier_entry(name).instant:
+        if config.workers == 0 or entry.instant:
             self._verifier = build_verifier(name, config.format_pattern)
         else:
             self._pool = VerifierPool(config, name)
@@ -128,20 +133,11 @@ class Judging:
         self.cancel()
 
     def _submitted(self, jobs: list[Job]) -> Future[list[Verdict]]:
-        if self._judge.name != "math":
+        if self._judge.decisive is None:
             return self._judge.submit(jobs)
-        # Only the last box counts there, and the responses to one prompt often agree: each answer is judged once.
+        # Responses to one prompt often agree: each answer is judged once.
         ((response, truth, extra_info),) = jobs
-        answer = (_box_alone(response), repr(truth))
+        answer = (self._judge.decisive(response), repr(truth))
         if answer not in self._by_answer:
             self._by_answer[answer] = self._judge.submit([(answer[0], truth, extra_info)])
         return self._by_answer[answer]
-
-
-def _box_alone(response: str) -> str:
-    r"""The last box of a response without the rest; empty if it has none.
-
-    The blank keeps a backslash at the end of the answer from escaping the brace.
-    """
-    answer = last_boxed(response)
-    return "" if answer is None else rf"\boxed{{{answer} }}"

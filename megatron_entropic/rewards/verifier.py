@@ -1,4 +1,10 @@
-"""The verifiers by name."""
+"""What a verifier is, how it is found by name, and what comes out of asking it.
+
+name -> function                      build_verifier
+response -> answer as written         build_reader, for majority votes
+ground truth -> answers to try        trials, before training: a truth that cannot be judged is found there
+jobs -> verdicts                      judge
+"""
 
 from __future__ import annotations
 
@@ -12,7 +18,6 @@ from typing import Any, Literal
 from megatron_entropic.config.names import VERIFIERS, unknown_name, verifier_entry
 from megatron_entropic.config.plugins import find_attribute
 from megatron_entropic.errors import UserError
-from megatron_entropic.rewards.verifiers.math_reading import gold_answer, last_boxed, normalised
 
 Verifier = Callable[[str, Any, Mapping[str, Any]], float]
 """(response text, ground truth, extra_info of the row) -> reward. What it raises is counted as a verifier error."""
@@ -37,9 +42,10 @@ def build_verifier(name: str, format_pattern: str = "") -> Verifier | BatchVerif
     """
     if problem := unknown_name(name, VERIFIERS, own="module:function"):
         raise UserError(f"verifier {name!r}: {problem}")
-    function = find_attribute("verifier", verifier_entry(name).target, arguments=4 if name == "format" else 3)
+    entry = verifier_entry(name)
+    function = find_attribute("verifier", entry.target, arguments=4 if entry.takes_pattern else 3)
     verifier: Verifier | BatchVerifier = function
-    return partial(function, re.compile(format_pattern, re.DOTALL)) if name == "format" else verifier
+    return partial(function, re.compile(format_pattern, re.DOTALL)) if entry.takes_pattern else verifier
 
 
 # What came out of judging responses.
@@ -98,43 +104,25 @@ Reader = Callable[[str], str | None]
 
 
 def build_reader(verifier: str) -> Reader:
-    r"""How the verifier called `verifier` reads a response.
+    """How the verifier called `verifier` reads a response: by the function of its row in `config.names`.
 
-    `math` reads the last \boxed{} as `math_forms.normalised` writes it; `exact` and `countdown` read the whole
-    response. A verifier of one's own may have an attribute `read_answer`, a function of the response; without it no
-    answer is known, and a majority cannot be counted.
+    A verifier of one's own may have an attribute `read_answer`, a function of the response; without it no answer is
+    known, and a majority cannot be counted.
     """
-    if verifier == "math":
-        return _boxed_answer
-    if verifier in ("exact", "countdown"):
-        return _whole
-    reader: Reader = getattr(build_verifier(verifier), "read_answer", _nothing)
+    entry = verifier_entry(verifier)
+    reader: Reader
+    if entry.reading is not None:
+        reader = find_attribute("verifier", entry.reading, arguments=1)
+    else:
+        reader = getattr(build_verifier(verifier), "read_answer", _nothing)
     return reader
-
-
-def _boxed_answer(response: str) -> str | None:
-    answer = last_boxed(response)
-    return None if answer is None else normalised(answer) or None
-
-
-def _whole(response: str) -> str | None:
-    return response.strip() or None
 
 
 def _nothing(response: str) -> str | None:
     return None
 
 
-# Ground truths that a verifier cannot use, found before training: each is tried with an answer or two.
-#
-# `math`: \boxed{ground truth} must be right, another number wrong, and neither these nor the ground truth with its
-# digits changed may be an error, which in training would give wrong answers the mean reward of their group. Equal
-# strings are right whether math-verify can parse them or not; other forms of such an answer cannot be recognised then.
-# `countdown`: the ground truth must have numbers and a target, `ifeval`: known instructions with their arguments.
-# `exact`, `format` and verifiers of one's own take anything.
-
-# Primes, since no ground truth but themselves equals them by chance.
-_ANOTHER_NUMBER = ("7919", "7907")
+# Ground truths that a verifier cannot use are found before training: each is tried with an answer or two.
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,21 +147,13 @@ class Trial:
 
 
 def trials(verifier: str, truth: Any) -> list[Trial]:
-    """Responses to try a ground truth with; none if the verifier has no opinion.
+    """Responses to try a ground truth with before training; none if the verifier takes any.
 
     Raises:
         UserError: the ground truth is empty.
     """
-    if verifier in ("countdown", "ifeval"):
-        return [Trial("", "verdict")]
-    if verifier != "math":
+    entry = verifier_entry(verifier)
+    if entry.trials is None:
         return []
-    gold = gold_answer(truth)
-    another = next(number for number in _ANOTHER_NUMBER if number not in gold)
-    found = [Trial(_in_box(gold), "right"), Trial(_in_box(another), "wrong")]
-    changed = re.sub(r"\d", lambda digit: str((int(digit.group()) + 1) % 10), gold)
-    return found if changed == gold else [*found, Trial(_in_box(changed), "verdict")]
-
-
-def _in_box(answer: str) -> str:
-    return rf"\boxed{{{answer}}}"
+    found: list[Trial] = find_attribute("verifier", entry.trials, arguments=1)(truth)
+    return found

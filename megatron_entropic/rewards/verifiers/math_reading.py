@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from megatron_entropic.errors import UserError
+from megatron_entropic.rewards.verifier import Trial
 
 _TEXT = r"\\(?:text|textrm|mathrm|mbox)\s*\{"
 # Sizes of brackets and spaces are no part of a value, nor are signs of mathematics or of money.
@@ -85,6 +86,8 @@ _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)
 _SCIENTIFIC = re.compile(r"([+-]?\d+(?:\.\d*)?)[eE]([+-]?\d{1,9})")
 _PLAIN = re.compile(r"([+-]?)(\d+|\d{1,3}(?:,\d{3})+)?(\.\d+)?")
 _PLAIN_FRACTION = re.compile(r"([+-]?)(?:\\frac\{([+-]?\d+)\}\{([+-]?\d+)\}|(\d+)/(\d+))")
+# Primes, since no ground truth but themselves equals them by chance.
+_ANOTHER_NUMBER = ("7919", "7907")
 _DIGITS = 1000
 """More than a person writes; Python's own limit for reading an integer is 4,300."""
 
@@ -199,3 +202,39 @@ def gold_answer(ground_truth: Any) -> str:
     if not boxed:
         raise UserError("the ground truth is empty")
     return boxed
+
+
+def boxed_answer(response: str) -> str | None:
+    r"""The answer in the last \boxed{}, normalised; None without one."""
+    answer = last_boxed(response)
+    return None if answer is None else normalised(answer) or None
+
+
+def box_alone(response: str) -> str:
+    r"""The last box of a response without the rest, which is all that `math` looks at; empty if it has none.
+
+    The blank keeps a backslash at the end of the answer from escaping the brace.
+    """
+    answer = last_boxed(response)
+    return "" if answer is None else _in_box(answer + " ")
+
+
+def math_trials(ground_truth: Any) -> list[Trial]:
+    r"""\boxed{ground truth} must be right, another number wrong, and neither may be an error.
+
+    Nor may the ground truth with its digits changed be one, which in training would give wrong answers the mean reward
+    of their group. Equal strings are right whether math-verify can parse them or not; other forms of such an answer
+    cannot be recognised then.
+
+    Raises:
+        UserError: the ground truth is empty.
+    """
+    gold = gold_answer(ground_truth)
+    another = next(number for number in _ANOTHER_NUMBER if number not in gold)
+    found = [Trial(_in_box(gold), "right"), Trial(_in_box(another), "wrong")]
+    changed = re.sub(r"\d", lambda digit: str((int(digit.group()) + 1) % 10), gold)
+    return found if changed == gold else [*found, Trial(_in_box(changed), "verdict")]
+
+
+def _in_box(answer: str) -> str:
+    return rf"\boxed{{{answer}}}"

@@ -1,10 +1,12 @@
-"""The response is the ground truth, character by character."""
+"""Verifiers and readings that take a response as text."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from megatron_entropic.rewards.verifier import Trial
 
 
 def exact(response: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:
@@ -18,3 +20,13 @@ def exact(response: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> fl
 def response_format(pattern: re.Pattern[str], response: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:
     """1.0 if the whole response matches the pattern (`reward.format_pattern`), white space around it ignored."""
     return float(pattern.fullmatch(response.strip()) is not None)
+
+
+def whole_response(response: str) -> str | None:
+    """The response is the answer; None if nothing stands in it."""
+    return response.strip() or None
+
+
+def any_verdict(ground_truth: Any) -> list[Trial]:
+    """A ground truth is good if an empty response can be judged with it."""
+    return [Trial("", "verdict")]
