@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 
@@ -18,8 +18,12 @@ from megatron_entropic.cluster.waiting import answered, gather
 from megatron_entropic.config.run import ClusterConfig, Config
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.policy.batch.balance import attention_weight, data_parallel_shards, sequence_costs
+from megatron_entropic.policy.rank import PolicyRank
 from megatron_entropic.types import Scores, Sequence
 from megatron_entropic.weight_sync.plan import PublishPlan
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class PolicyGroup:
@@ -66,7 +70,9 @@ class PolicyGroup:
     def score(self, sequences: list[Sequence], *, reference: bool = False) -> Scores:
         """Log-probs and entropies of the response tokens under the current (or the reference) weights."""
         shards = self._deal(sequences)
-        answers = self._on_replicas("score", sequences, shards, self._limits.score_timeout_s, reference=reference)
+        answers = self._on_replicas(
+            PolicyRank.score, sequences, shards, self._limits.score_timeout_s, reference=reference
+        )
         logprobs: list[Any] = [None] * len(sequences)
         entropies: list[Any] = [None] * len(sequences)
         experts: dict[int, Any] = {}
@@ -81,16 +87,16 @@ class PolicyGroup:
 
     def update(self, minibatch: list[Sequence]) -> dict[str, float]:
         """One optimizer step on `minibatch`; metrics are global and equal on every rank."""
-        return self._optimizer_step("update", minibatch)
+        return self._optimizer_step(PolicyRank.update, minibatch)
 
     def warm_start_step(self, sequences: list[Sequence]) -> dict[str, float]:
         """One supervised optimizer step: maximum likelihood of the responses."""
-        return self._optimizer_step("warm_start_step", sequences)
+        return self._optimizer_step(PolicyRank.warm_start_step, sequences)
 
     def begin_reinforcement_learning(self) -> None:
         """Fresh optimizer state and the schedule of `optimizer`, after a warm start."""
         self.before_training()
-        self._on_all("begin_reinforcement_learning", self._limits.update_timeout_s)
+        self._on_all(PolicyRank.begin_reinforcement_learning, self._limits.update_timeout_s)
 
     def open_transport(self, receivers: int) -> list[dict[str, Any]]:
         """Begin a weight-transfer rendezvous with `receivers` engine workers.
@@ -98,21 +104,21 @@ class PolicyGroup:
         Returns:
             What they need to connect to each sending rank, in the order of ranks.
         """
-        answers = self._on_all("open_transport", self._limits.publish_timeout_s, receivers)
+        answers = self._on_all(PolicyRank.open_transport, self._limits.publish_timeout_s, receivers)
         return sorted((answer for answer in answers if answer), key=lambda sender: sender["stage"])
 
     def accept_receivers(self) -> dict[str, ray.ObjectRef]:
         """Pending calls that end when all engines have connected; to be gathered beside the engines' own."""
-        return self._calls("accept_receivers")
+        return self._calls(PolicyRank.accept_receivers)
 
     def publish(self) -> dict[str, ray.ObjectRef]:
         """Pending calls that send the current weights; to be gathered beside the engines' receiving."""
         self.before_publishing()
-        return self._calls("publish")
+        return self._calls(PolicyRank.publish)
 
     def publish_plan(self) -> PublishPlan:
         """The buckets that `publish` sends, in order."""
-        return self._on_all("publish_plan", self._limits.publish_timeout_s)[0]
+        return self._on_all(PolicyRank.publish_plan, self._limits.publish_timeout_s)[0]
 
     def save_checkpoint(self, directory: Path, driver_state: dict[str, Any]) -> None:
         """Save model, optimizer, controller and RNG of all ranks, with the driver's own state, atomically.
@@ -120,45 +126,47 @@ class PolicyGroup:
         With `checkpoint.asynchronous` it is complete when `check_checkpoint` has waited for it.
         """
         self.before_training()
-        self._on_all("save_checkpoint", self._limits.checkpoint_timeout_s, directory, driver_state)
+        self._on_all(PolicyRank.save_checkpoint, self._limits.checkpoint_timeout_s, directory, driver_state)
 
     def check_checkpoint(self, *, wait: bool) -> None:
         """Raise what the last checkpoint failed with; with `wait` after it has ended."""
-        self._on_all("check_checkpoint", self._limits.checkpoint_timeout_s, wait)
+        self._on_all(PolicyRank.check_checkpoint, self._limits.checkpoint_timeout_s, wait)
 
     def load_checkpoint(self, directory: Path) -> dict[str, Any]:
         """Restore all ranks; returns the driver's state."""
         self.before_training()
-        return self._on_all("load_checkpoint", self._limits.checkpoint_timeout_s, directory)[0]
+        return self._on_all(PolicyRank.load_checkpoint, self._limits.checkpoint_timeout_s, directory)[0]
 
     def export_hf(self, output_dir: Path) -> None:
         """Write the policy as a Hugging Face directory."""
         self.before_training()
-        self._on_all("export_hf", self._limits.checkpoint_timeout_s, output_dir)
+        self._on_all(PolicyRank.export_hf, self._limits.checkpoint_timeout_s, output_dir)
 
     def begin_export(self, output_dir: Path) -> None:
         """Copy the weights to rank 0, which writes them as a Hugging Face directory in the background."""
         self.before_training()
-        self._on_all("begin_export", self._limits.checkpoint_timeout_s, output_dir)
+        self._on_all(PolicyRank.begin_export, self._limits.checkpoint_timeout_s, output_dir)
 
     def check_export(self, *, wait: bool) -> None:
         """Raise what the last background export failed with; with `wait` after it has ended."""
-        call = {self._name(0): self._actors[0].call.remote("check_export", wait)}
+        call = {self._name(0): self._actors[0].call.remote(PolicyRank.check_export.__name__, wait)}
         gather(call, phase="export", timeout_s=self._limits.checkpoint_timeout_s)
 
     def offload(self, *, keep_parameters: bool = False) -> None:
         """Give the device memory that `policy.offload` names back, until a call needs it."""
         parts = tuple(part for part in self._offloaded if not (keep_parameters and part == "parameters"))
         if parts:
-            answers = self._on_all("offload", self._limits.update_timeout_s, parts)
+            answers = self._on_all(PolicyRank.offload, self._limits.update_timeout_s, parts)
             self._offload_metrics = {name: max(answer[name] for answer in answers) for name in answers[0]}
 
     def memory_metrics(self) -> dict[str, float]:
         """memory/peak_mb of the rank where it is largest; of the last `offload` what `Policy.offload` returns, too."""
-        peak = max(self._on_all("peak_memory_mb", self._limits.score_timeout_s))
+        peak = max(self._on_all(PolicyRank.peak_memory_mb, self._limits.score_timeout_s))
         return {"memory/peak_mb": peak, **self._offload_metrics}
 
-    def _optimizer_step(self, method: str, sequences: list[Sequence]) -> dict[str, float]:
+    def _optimizer_step(
+        self, method: Callable[[PolicyRank, list[Sequence]], dict[str, float]], sequences: list[Sequence]
+    ) -> dict[str, float]:
         return self._on_replicas(method, sequences, self._deal(sequences), self._limits.update_timeout_s)[0]
 
     def _deal(self, sequences: list[Sequence]) -> list[list[int]]:
@@ -167,22 +175,39 @@ class PolicyGroup:
         return data_parallel_shards(costs, self._data_parallel)
 
     def _on_replicas(
-        self, method: str, sequences: list[Sequence], shards: list[list[int]], timeout_s: float, **options: Any
-    ) -> list[Any]:
+        self,
+        method: Callable[Concatenate[PolicyRank, list[Sequence], P], R],
+        sequences: list[Sequence],
+        shards: list[list[int]],
+        timeout_s: float,
+        *arguments: P.args,
+        **options: P.kwargs,
+    ) -> list[R]:
         self.before_training()
         # One object per replica: its ranks on one node read the same shared memory.
         parts = [ray.put([sequences[index] for index in shard]) for shard in shards]
+        name = method.__name__
         calls = {
-            self._name(rank): actor.call_with.remote(method, parts[self._replica_of[rank]], options)
+            self._name(rank): actor.call_with.remote(name, parts[self._replica_of[rank]], *arguments, **options)
             for rank, actor in enumerate(self._actors)
         }
-        return list(gather(calls, phase=method, timeout_s=timeout_s).values())
+        return list(gather(calls, phase=name, timeout_s=timeout_s).values())
 
-    def _on_all(self, method: str, timeout_s: float, *arguments: Any) -> list[Any]:
-        return list(gather(self._calls(method, *arguments), phase=method, timeout_s=timeout_s).values())
+    def _on_all(
+        self,
+        method: Callable[Concatenate[PolicyRank, P], R],
+        timeout_s: float,
+        *arguments: P.args,
+        **options: P.kwargs,
+    ) -> list[R]:
+        calls = self._calls(method, *arguments, **options)
+        return list(gather(calls, phase=method.__name__, timeout_s=timeout_s).values())
 
-    def _calls(self, method: str, *arguments: Any) -> dict[str, ray.ObjectRef]:
-        return {self._name(rank): a.call.remote(method, *arguments) for rank, a in enumerate(self._actors)}
+    def _calls(
+        self, method: Callable[Concatenate[PolicyRank, P], R], *arguments: P.args, **options: P.kwargs
+    ) -> dict[str, ray.ObjectRef]:
+        name = method.__name__
+        return {self._name(rank): a.call.remote(name, *arguments, **options) for rank, a in enumerate(self._actors)}
 
     @staticmethod
     def _name(rank: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -21,6 +21,9 @@ Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
 PublishMode = Literal["full", "delta"]
 Transport = Literal["gloo", "nccl", "ipc"]
+OffloadPart = Literal["optimizer", "gradients", "parameters"]
+"""Memory of a policy rank. optimizer: Adam's moments and float32 main parameters that are not the parameters."""
+OFFLOAD_PARTS: tuple[OffloadPart, ...] = get_args(OffloadPart)
 
 
 def _ray_address(value: str) -> str:
@@ -125,9 +128,10 @@ class PolicyConfig(Section):
     distributed_timeout_s: Seconds = Field(600.0, description="Limit of every collective between policy ranks.")
 
     @property
-    def offloaded_parts(self) -> tuple[str, ...]:
-        """What policy.offload names, as `policy.offload.PARTS` calls it."""
-        return {"off": (), "optimizer": ("optimizer",), "all": ("optimizer", "gradients", "parameters")}[self.offload]
+    def offloaded_parts(self) -> tuple[OffloadPart, ...]:
+        """What policy.offload names."""
+        parts: dict[str, tuple[OffloadPart, ...]] = {"off": (), "optimizer": ("optimizer",), "all": OFFLOAD_PARTS}
+        return parts[self.offload]
 
     @property
     def token_alignment(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_entropic.config.run import Config
+from megatron_entropic.config.run import OFFLOAD_PARTS, Config, OffloadPart
 from megatron_entropic.errors import UserError
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
@@ -31,7 +31,7 @@ from megatron_entropic.policy.publish.publisher import BUCKET_BYTES, Published, 
 from megatron_entropic.policy.state import checkpoint
 from megatron_entropic.policy.state.checkpoint_writer import CheckpointWriter
 from megatron_entropic.policy.state.export import BackgroundExport, export_hf
-from megatron_entropic.policy.state.offload import PARTS, DeviceMemory, Part
+from megatron_entropic.policy.state.offload import DeviceMemory
 from megatron_entropic.policy.step.control import (
     EntropyControl,
     EntropyMeasurement,
@@ -182,7 +182,7 @@ class Policy:
         """
         if self._warming_up:
             raise ValueError("the warm start has not ended: begin_reinforcement_learning() comes before update()")
-        self._memory.restore(PARTS)
+        self._memory.restore(OFFLOAD_PARTS)
         metrics = self._update.step(minibatch, self.optimizer, freshly_scored=self._freshly_scored)
         if not metrics["optimizer/skipped"]:
             self._freshly_scored = False
@@ -198,7 +198,7 @@ class Policy:
 
     def warm_start_step(self, sequences: list[Sequence]) -> dict[str, float]:
         """One supervised optimizer step: maximum likelihood of the responses of all replicas."""
-        self._memory.restore(PARTS)
+        self._memory.restore(OFFLOAD_PARTS)
         metrics = warm_start_step(self._machinery, sequences, self.optimizer, self.config.output_head)
         self._freshly_scored = False
         return metrics
@@ -206,7 +206,7 @@ class Policy:
     def begin_reinforcement_learning(self) -> None:
         """Fresh optimizer state with the schedule of the `optimizer` section; ends the warm start."""
         self._warming_up = False
-        self._memory.restore(PARTS)
+        self._memory.restore(OFFLOAD_PARTS)
         self.synchronize_parameters()
         del self.optimizer  # its state is as large as the next one's
         self.optimizer = self._build_optimizer()
@@ -220,7 +220,7 @@ class Policy:
         Raises:
             CheckpointError: on every rank, also for the one before; earlier checkpoints are complete.
         """
-        self._memory.restore(PARTS)
+        self._memory.restore(OFFLOAD_PARTS)
         self.synchronize_parameters()
         state = {
             "warming_up": self._warming_up,
@@ -240,7 +240,7 @@ class Policy:
         Raises:
             CheckpointError: not a complete checkpoint, or it does not fit the model.
         """
-        self._memory.restore(PARTS)
+        self._memory.restore(OFFLOAD_PARTS)
         if self._warming_up and not checkpoint.read_state(directory)["state"]["warming_up"]:
             self.begin_reinforcement_learning()
         state = checkpoint.load_checkpoint(directory, self.model, self.optimizer)
@@ -292,7 +292,7 @@ class Policy:
         self._memory.restore(["parameters"])
         self.optimizer.synchronize_parameters()
 
-    def offload(self, parts: tuple[Part, ...] = PARTS) -> dict[str, float]:
+    def offload(self, parts: tuple[OffloadPart, ...] = OFFLOAD_PARTS) -> dict[str, float]:
         """Give device memory back until the next call that needs what was in it.
 
         Returns:

@@ -10,16 +10,13 @@ and see the old bits once the storage is back.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
+from megatron_entropic.config.run import OFFLOAD_PARTS, OffloadPart
 from megatron_entropic.policy.megatron.platform import Platform
 from megatron_entropic.policy.step.optimizer import PolicyOptimizer
-
-Part = Literal["optimizer", "gradients", "parameters"]
-"""optimizer: Adam's moments and the float32 main parameters, as far as these are not the parameters themselves."""
-PARTS: tuple[Part, ...] = get_args(Part)
 
 
 class DeviceMemory:
@@ -35,20 +32,20 @@ class DeviceMemory:
         self._platform = platform
         self._chunks = list(chunks)
         self._modules = [*self._chunks, *frozen]
-        self._released: dict[Part, list[tuple[torch.UntypedStorage, int]]] = {}
+        self._released: dict[OffloadPart, list[tuple[torch.UntypedStorage, int]]] = {}
         # Host memory is kept from one time to the next: pinning it takes longer than copying.
-        self._host: dict[Part, list[torch.Tensor]] = {part: [] for part in PARTS}
+        self._host: dict[OffloadPart, list[torch.Tensor]] = {part: [] for part in OFFLOAD_PARTS}
 
     @property
     def released_bytes(self) -> int:
         """Of all that is released now."""
         return sum(size for storages in self._released.values() for _, size in storages)
 
-    def on_device(self, part: Part) -> bool:
+    def on_device(self, part: OffloadPart) -> bool:
         """Whether it has not been released."""
         return part not in self._released
 
-    def release(self, parts: Iterable[Part], optimizer: PolicyOptimizer) -> None:
+    def release(self, parts: Iterable[OffloadPart], optimizer: PolicyOptimizer) -> None:
         """Give the memory of these parts back; what is gone already stays gone.
 
         Args:
@@ -66,7 +63,7 @@ class DeviceMemory:
                 storage.resize_(0)
         self._platform.empty_cache()
 
-    def restore(self, parts: Iterable[Part]) -> None:
+    def restore(self, parts: Iterable[OffloadPart]) -> None:
         """Bring these parts back, bit for bit, and gradient buffers as zeros."""
         for part in parts:
             storages = self._released.pop(part, [])
@@ -79,14 +76,14 @@ class DeviceMemory:
                     content.copy_(self._host[part][index], non_blocking=True)
         self._platform.synchronize()
 
-    def bytes_on_device(self, optimizer: PolicyOptimizer) -> dict[Part, int]:
+    def bytes_on_device(self, optimizer: PolicyOptimizer) -> dict[OffloadPart, int]:
         """Of each part."""
         return {
             part: 0 if part in self._released else sum(s.nbytes() for s in self._storages(part, optimizer))
-            for part in PARTS
+            for part in OFFLOAD_PARTS
         }
 
-    def _copy_to_host(self, part: Part, storages: list[torch.UntypedStorage]) -> None:
+    def _copy_to_host(self, part: OffloadPart, storages: list[torch.UntypedStorage]) -> None:
         old = self._host[part]
         if [buffer.nbytes for buffer in old] != [storage.nbytes() for storage in storages]:
             pinned = self._platform.device.type == "cuda"
@@ -96,7 +93,7 @@ class DeviceMemory:
             buffer.copy_(_bytes_of(storage), non_blocking=True)
         self._platform.synchronize()
 
-    def _storages(self, part: Part, optimizer: PolicyOptimizer) -> list[torch.UntypedStorage]:
+    def _storages(self, part: OffloadPart, optimizer: PolicyOptimizer) -> list[torch.UntypedStorage]:
         """Each once, in an order that does not change while the optimizer is the same."""
         parameters = _distinct(parameter.data for module in self._modules for parameter in module.parameters())
         if part == "parameters":

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from policy_ranks import Rendezvous, replica_part, sequences_with_advantages
 
+from megatron_entropic.config.run import OFFLOAD_PARTS
 from megatron_entropic.policy.policy import Policy
-from megatron_entropic.policy.state.offload import PARTS
 from megatron_entropic.types import Sequence
 
 STEPS = 3
@@ -56,7 +56,7 @@ def train(policy: Policy, part: list[Sequence], offloaded: tuple[str, ...]) -> d
             policy.score(part, reference=True)
         trace.append({name: float(value).hex() for name, value in policy.update(part).items()})
     policy.offload(offloaded)
-    policy._memory.restore(PARTS)
+    policy._memory.restore(OFFLOAD_PARTS)
     return {
         "trace": trace,
         "digest": digest(policy),
@@ -77,7 +77,7 @@ def resume(policy: Policy, part: list[Sequence], folder: Path) -> str:
     policy.offload()
     policy.synchronize_parameters()
     assert not policy._memory.on_device("optimizer")
-    policy._memory.restore(PARTS)
+    policy._memory.restore(OFFLOAD_PARTS)
     return digest(policy)
 
 
@@ -94,11 +94,11 @@ def main(lines: list[tuple[list[int], int]], runs: list[dict[str, Any]]) -> None
             "rollout": {"max_response_tokens": 64},
             "train": {"steps": 9},
         }
-        for offloaded in ((), ("optimizer",), PARTS):
+        for offloaded in ((), ("optimizer",), OFFLOAD_PARTS):
             with rendezvous.policy(Path(run["hf_dir"]), **sections) as policy:
                 part = replica_part(policy, sequences(lines))
                 report = train(policy, part, offloaded)
-                if offloaded == PARTS:
+                if offloaded == OFFLOAD_PARTS:
                     report["resumed"] = resume(policy, part, Path(run["folder"]))
                 reports[f"{run['name']}/{'+'.join(offloaded)}"] = report
     sys.stdout.write(json.dumps(reports))
