@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_entropic.policy.model.rotary import angles_of_rank, apply_rotary_packed
+from megatron_entropic.policy.megatron.rotary import angles_of_rank, apply_rotary_packed
 
 # megatron-core's gather and reduce-scatter along tokens, for gloo, which wants equally many from every rank.
 #

@@ -26,6 +26,7 @@ from megatron_entropic.models.dimensions import ModelDimensions
 from megatron_entropic.policy.batch.microbatch import MicroBatch
 from megatron_entropic.policy.megatron.parallel import ParallelState
 from megatron_entropic.policy.megatron.platform import Platform
+from megatron_entropic.policy.megatron.rotary import scale_frequencies
 from megatron_entropic.policy.model.attention import (
     RMSNorm,
     SegmentedAttention,
@@ -33,12 +34,10 @@ from megatron_entropic.policy.model.attention import (
     use_own_attention,
     use_plain_layers,
 )
-from megatron_entropic.policy.model.output_head import OutputHead
-from megatron_entropic.policy.model.rotary import scale_frequencies
+from megatron_entropic.policy.model.output_head import Output, OutputHead, OutputOptions
 from megatron_entropic.policy.model.router import PolicyRouter
 from megatron_entropic.policy.model.router_replay import check_hook, take_choices
 from megatron_entropic.policy.model.transformer_config import build_transformer_config
-from megatron_entropic.policy.step.forward import Output, OutputOptions
 
 
 class PolicyModel(GPTModel):

@@ -26,8 +26,8 @@ from megatron_entropic.checkpoints.run_checkpoints import (
     read_state,
 )
 from megatron_entropic.policy.megatron.patches import apply_checkpoint_patches
-from megatron_entropic.policy.state.optimizer_shards import Shards
 from megatron_entropic.policy.step.optimizer import Format, PolicyOptimizer
+from megatron_entropic.policy.step.optimizer_shards import Shards
 
 __all__ = [
     "CheckpointError",

@@ -35,8 +35,8 @@ from megatron_entropic.checkpoints.run_checkpoints import (
 from megatron_entropic.config.run import CheckpointConfig
 from megatron_entropic.policy.megatron.patches import apply_checkpoint_patches
 from megatron_entropic.policy.state.checkpoint import CheckpointError, sharded_state
-from megatron_entropic.policy.state.optimizer_shards import SHARDS
 from megatron_entropic.policy.step.optimizer import Format, PolicyOptimizer
+from megatron_entropic.policy.step.optimizer_shards import SHARDS
 
 SPACE_MARGIN_BYTES = 32 * 2**20
 """Free space asked for beyond the tensors: metadata and small state."""

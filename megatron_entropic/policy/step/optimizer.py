@@ -22,7 +22,7 @@ from megatron_entropic.checkpoints.run_checkpoints import CheckpointError
 from megatron_entropic.config.run import OptimizerConfig
 from megatron_entropic.policy.megatron.parallel import all_ranks
 from megatron_entropic.policy.megatron.patches import apply_optimizer_patches
-from megatron_entropic.policy.state.optimizer_shards import Shards, all_shards, can_write_shards, read_into_layout
+from megatron_entropic.policy.step.optimizer_shards import Shards, all_shards, can_write_shards, read_into_layout
 
 Format = Literal["dp_reshardable", "fully_reshardable"]
 """megatron-core's names for what it writes of a distributed optimizer: its shards as they are, or the whole state."""

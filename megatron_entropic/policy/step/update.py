@@ -11,9 +11,9 @@ import torch
 
 from megatron_entropic.algorithms import Steering
 from megatron_entropic.policy.batch.microbatch import MicroBatch
+from megatron_entropic.policy.model.output_head import HeadName, OutputOptions, TokenStatistics
 from megatron_entropic.policy.step.batch_plan import Marks, plan_marks
 from megatron_entropic.policy.step.control import EntropyControl, EntropyMeasurement, MicrobatchLocalControl
-from megatron_entropic.policy.step.forward import HeadName, OutputOptions, TokenStatistics
 from megatron_entropic.policy.step.gradient_step import GradientStep
 from megatron_entropic.policy.step.loss import (
     SUMS,
