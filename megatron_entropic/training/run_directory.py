@@ -32,9 +32,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_entropic.checkpoints.run_checkpoints import (
-    CheckpointError,
     checkpoint_path,
-    intact_checkpoint,
     latest_checkpoint,
     refuse_fewer_steps,
     step_of,
@@ -58,6 +56,7 @@ from megatron_entropic.observability.settings_history import (
 )
 from megatron_entropic.observability.timing import PhaseClock
 from megatron_entropic.observability.yardsticks import mismatch_yardstick
+from megatron_entropic.training.checkpoints import Checkpoints
 from megatron_entropic.types import Sample, Scores, Sequence
 
 WORKING_PHASES = ("generate", "score", "update", "publish", "evaluate")
@@ -77,7 +76,7 @@ class RunDirectory:
         self.export_dir = self.path / "hf"
         self.clock = PhaseClock()
         self._config = config
-        self._checkpoints = self.path / "checkpoints"
+        self.checkpoints = Checkpoints(config, self)
         self._rollouts = RolloutLog(self.path, config.logging, config.train.record_steps)
         self._open_files = ExitStack()
         self._began: float | None = time.time()
@@ -87,7 +86,7 @@ class RunDirectory:
         with ExitStack() as files:
             self.path.mkdir(parents=True, exist_ok=True)
             files.enter_context(self._lock())
-            self._newest = latest_checkpoint(self._checkpoints)
+            self._newest = latest_checkpoint(self.checkpoints.path)
             if self._newest is not None and config.run.resume == "never":
                 raise UserError(
                     f"{self._newest} exists and run.resume=never; change run.output_dir, or use resume=auto"
@@ -131,7 +130,7 @@ class RunDirectory:
     def finished(self) -> bool:
         """Whether the last step is saved and exported, so that nothing is left to do; says so."""
         exported = self.export_dir.is_dir() or not self._config.checkpoint.export_hf
-        finished = exported and self._newest == checkpoint_path(self._checkpoints, self._config.train.steps)
+        finished = exported and self._newest == checkpoint_path(self.checkpoints.path, self._config.train.steps)
         if finished:
             self.progress.log(f"all {self._config.train.steps} steps of train.steps are done; nothing is left to train")
         return finished
@@ -144,19 +143,17 @@ class RunDirectory:
         Raises:
             CheckpointError: there are checkpoints, but none that can be used; nothing was changed.
         """
-        accept_unverified = self._config.checkpoint.accept_unverified
-        self._newest = intact_checkpoint(self._checkpoints, self._damaged, accept_unverified=accept_unverified)
-        step = -1 if self._newest is None else int(policy.load_checkpoint(self._newest)["step"])
-        self._metrics.truncate_after(step)
-        self._samples.truncate_after(step)
-        self._rollouts.truncate_after(step)
-        self.progress.resume(max(step, 0))
-        if self._newest is None:
-            self._warm_start.truncate_after(step)
-            self._record_settings(0)
-            return None
-        self.progress.log(f"resuming after step {step} from {self._newest}")
-        self._record_settings(step)
+        step = self.checkpoints.restore(policy)
+        done = -1 if step is None else step
+        self._metrics.truncate_after(done)
+        self._samples.truncate_after(done)
+        self._rollouts.truncate_after(done)
+        self.progress.resume(max(done, 0))
+        if step is None:
+            self._warm_start.truncate_after(done)
+        else:
+            self.progress.log(f"resuming after step {step} from {checkpoint_path(self.checkpoints.path, step)}")
+        self._record_settings(max(done, 0))
         return step
 
     def _keep_settings_before(self) -> None:
@@ -250,75 +247,10 @@ class RunDirectory:
         times["time/reward_fraction"] = times.get("time/reward_s", 0.0) / step_s
         return {**times, "throughput/tokens_per_s": tokens / step_s}
 
-    def checkpoint_due(self, step: int) -> bool:
-        """Whether the run is to be saved after this step: every `checkpoint.every_steps`, at the end, for a replay."""
-        every, train = self._config.checkpoint.every_steps, self._config.train
-        return step == train.steps or (every > 0 and step % every == 0) or step + 1 in train.record_steps
-
-    def checkpoint(self, policy: PolicyGroup, step: int) -> None:
-        """Save everything that step + 1 depends on; the oldest checkpoints beyond `keep_last` go.
-
-        With `checkpoint.asynchronous` it is written while the run goes on; see `check_checkpoint`.
-        """
-        with self.phase("checkpoint"):
-            policy.save_checkpoint(checkpoint_path(self._checkpoints, step), {"step": step})
-
-    def check_checkpoint(self, policy: PolicyGroup, *, wait: bool) -> None:
-        """Raise what the last checkpoint failed with; with `wait`, when the run is about to end, after it is there."""
-        with self.phase("checkpoint"):
-            policy.check_checkpoint(wait=wait)
-
-    def export(self, policy: PolicyGroup, step: int, *, resumed: bool = False) -> None:
-        """Begin the export that is due after this step, if one is; raise what an earlier one failed with.
-
-        Args:
-            policy: as it is after `step`.
-            step: the last one done.
-            resumed: the run continues after `step`: it is exported only if it had no time for it before.
-        """
-        every = self._config.checkpoint.export_every_steps
-        if not every:
-            return
-        directory = self.path / "exports" / f"step_{step:06d}"
-        policy.check_export(wait=False)
-        if step and step % every == 0 and not (resumed and directory.exists()):
-            with self.phase("export"):
-                policy.begin_export(directory)
-
-    def finish_exports(self, policy: PolicyGroup) -> None:
-        """Wait for the last export of `export`."""
-        if self._config.checkpoint.export_every_steps:
-            policy.check_export(wait=True)
-
-    @contextmanager
-    def preserving(self, policy: PolicyGroup, step: int) -> Iterator[None]:
-        """If the block fails, save the policy as of `step` before the error goes on: the step is not lost.
-
-        For blocks during which the policy stands still, such as generation. Where it cannot be saved any more, as when
-        ranks went with an engine, both errors are told, and what can be done is what the second one allows.
-        """
-        try:
-            yield
-        except RunError as error:
-            try:
-                self.check_checkpoint(policy, wait=True)
-                if not checkpoint_path(self._checkpoints, step).exists():
-                    self.checkpoint(policy, step)
-                    self.check_checkpoint(policy, wait=True)
-            except RunError as refusal:
-                raise type(refusal)(f"{error}\nstep {step} could not be saved: {refusal}") from error
-            raise type(error)(
-                f"{error}\nstep {step} is saved in {checkpoint_path(self._checkpoints, step)}; "
-                "the same command continues after it"
-            ) from error
-
     def _write_restart(self, what: str, error: RunError) -> None:
         with closing(JsonLinesWriter(self.path / "restarts.jsonl")) as restarts:
             cause = {"cause": type(error).__name__, "message": str(error)}
             restarts.append({"time": time.time(), "restarted": what, **cause})
-
-    def _damaged(self, error: CheckpointError) -> None:
-        self.progress.log(f"warning: {error}; it is set aside, and the one before is used")
 
     @contextmanager
     def _lock(self) -> Iterator[None]:

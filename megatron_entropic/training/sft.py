@@ -46,7 +46,7 @@ def warm_start(policy: PolicyGroup, run: RunDirectory, steps: list[list[Sequence
     for step, sequences in enumerate(steps, start=1):
         run.record_warm_start(step, policy.warm_start_step(sequences))
     policy.begin_reinforcement_learning()
-    run.checkpoint(policy, 0)
+    run.checkpoints.save(policy, 0)
     return 0
 
 

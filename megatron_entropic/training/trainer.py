@@ -19,13 +19,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from megatron_entropic.cluster.engine_group import EngineGroup
 from megatron_entropic.cluster.launch import launch
 from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.cluster.weight_sync import WeightPublisher
 from megatron_entropic.config.run import Config
-from megatron_entropic.data import PromptDataset
-from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.training.lifecycle import SkipLimit, StopRequest, with_restarts
 from megatron_entropic.training.preconditions import open_inputs
 from megatron_entropic.training.rollouts import JudgedRollouts
@@ -59,24 +56,25 @@ def train(config: Config) -> Path:
                 run.progress.starting("publishing the weights to the engines")
                 weights = WeightPublisher(policy, engines, config.cluster)
                 weights.publish(version=step)
-                run.export(policy, step, resumed=True)
+                run.checkpoints.export(policy, step, resumed=True)
                 run.progress.starting("the first step")
+                rollouts = JudgedRollouts(config, prompts, engines, scorer, run, stop)
                 skips = SkipLimit(config.train.max_skipped_steps)
                 while step < config.train.steps:
                     step += 1
-                    metrics = one_step(step, config, prompts, engines, scorer, policy, weights, run, stop)
+                    metrics = one_step(step, config, rollouts, policy, weights, run)
                     if evaluator.due(step):
                         metrics |= evaluator.after_step(step, engines, scorer, run)
                     run.record(step, metrics)
                     skips.observe(step, metrics)
                     stopping = stop.asked
-                    if run.checkpoint_due(step) or stopping:
-                        run.checkpoint(policy, step)
-                    run.check_checkpoint(policy, wait=stopping or step == config.train.steps)
+                    if run.checkpoints.due(step) or stopping:
+                        run.checkpoints.save(policy, step)
+                    run.checkpoints.check(policy, wait=stopping or step == config.train.steps)
                     if stopping:
                         stop.raise_if_asked()
-                    run.export(policy, step)
-                run.finish_exports(policy)
+                    run.checkpoints.export(policy, step)
+                run.checkpoints.finish_exports(policy)
                 if config.checkpoint.export_hf:
                     policy.export_hf(run.export_dir)
 
@@ -87,17 +85,14 @@ def train(config: Config) -> Path:
 def one_step(
     step: int,
     config: Config,
-    prompts: PromptDataset,
-    engines: EngineGroup,
-    scorer: RewardScorer,
+    rollouts: JudgedRollouts,
     policy: PolicyGroup,
     weights: WeightPublisher,
     run: RunDirectory,
-    stop: StopRequest,
 ) -> dict[str, float]:
     """One rollout and its optimizer steps; returns what metrics.jsonl says of them."""
-    with run.preserving(policy, step - 1):
-        samples, reward_metrics = JudgedRollouts(config, prompts, engines, scorer, run, stop).of_step(step)
+    with run.checkpoints.preserving(policy, step - 1):
+        samples, reward_metrics = rollouts.of_step(step)
     with run.phase("reward"):
         batch = training_batch(samples, config)
     with run.phase("score"):
@@ -117,5 +112,5 @@ def one_step(
         "weights/version": step - 1,
         **publish_metrics,
         **policy.memory_metrics(),
-        **run.record_engine_restarts(engines.new_losses()),
+        **run.record_engine_restarts(rollouts.engines.new_losses()),
     }

@@ -131,7 +131,7 @@ def test_a_resume_says_what_changed_and_keeps_what_was(
 def test_a_recorded_step_has_the_checkpoint_before_it(tmp_path: Path) -> None:
     train: dict[str, object] = {"steps": 9, "record_steps": [3, 6]}
     run = run_directory(tmp_path, train=train, checkpoint={"every_steps": 4})
-    assert [step for step in range(1, 10) if run.checkpoint_due(step)] == [2, 4, 5, 8, 9]
+    assert [step for step in range(1, 10) if run.checkpoints.due(step)] == [2, 4, 5, 8, 9]
 
 
 class LostPolicy:
@@ -145,5 +145,5 @@ def test_when_ranks_go_with_an_engine_both_losses_are_told(tmp_path: Path) -> No
     run = run_directory(tmp_path)
     run.progress = Progress(60)
     told = "(?s)generate: the process of engine 0 died.*step 1 could not be saved: .*ran out of memory"
-    with pytest.raises(PeerDied, match=told), run.preserving(cast(PolicyGroup, LostPolicy()), 1):
+    with pytest.raises(PeerDied, match=told), run.checkpoints.preserving(cast(PolicyGroup, LostPolicy()), 1):
         raise RunError("generate: the process of engine 0 died")

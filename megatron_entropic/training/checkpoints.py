@@ -1,0 +1,111 @@
+"""The checkpoints and exports of one run: when they are due, how a run goes on from the newest, what may not be lost.
+
+Their files are the business of `checkpoints/run_checkpoints.py`, their contents that of the policy's ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from megatron_entropic.checkpoints.run_checkpoints import CheckpointError, checkpoint_path, intact_checkpoint
+from megatron_entropic.cluster.policy_group import PolicyGroup
+from megatron_entropic.config.run import Config
+from megatron_entropic.errors import RunError
+from megatron_entropic.observability.progress import Progress
+
+
+class Run(Protocol):
+    """Where the run lies, and who is told what it does."""
+
+    path: Path
+    progress: Progress
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Time the block and show its name."""
+
+
+class Checkpoints:
+    """RUN/checkpoints and RUN/exports."""
+
+    def __init__(self, config: Config, run: Run) -> None:
+        self.path = config.run.output_dir / "checkpoints"
+        self._config = config
+        self._run = run
+
+    def restore(self, policy: PolicyGroup) -> int | None:
+        """Load the newest intact checkpoint into all policy ranks; returns its step, None if there is none.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none that can be used; nothing was changed.
+        """
+        accept_unverified = self._config.checkpoint.accept_unverified
+        newest = intact_checkpoint(self.path, self._damaged, accept_unverified=accept_unverified)
+        return None if newest is None else int(policy.load_checkpoint(newest)["step"])
+
+    def due(self, step: int) -> bool:
+        """Whether the run is to be saved after this step: every `checkpoint.every_steps`, at the end, for a replay."""
+        every, train = self._config.checkpoint.every_steps, self._config.train
+        return step == train.steps or (every > 0 and step % every == 0) or step + 1 in train.record_steps
+
+    def save(self, policy: PolicyGroup, step: int) -> None:
+        """Save everything that step + 1 depends on; the oldest checkpoints beyond `keep_last` go.
+
+        With `checkpoint.asynchronous` it is written while the run goes on; see `check`.
+        """
+        with self._run.phase("checkpoint"):
+            policy.save_checkpoint(checkpoint_path(self.path, step), {"step": step})
+
+    def check(self, policy: PolicyGroup, *, wait: bool) -> None:
+        """Raise what the last checkpoint failed with; with `wait`, when the run is about to end, after it is there."""
+        with self._run.phase("checkpoint"):
+            policy.check_checkpoint(wait=wait)
+
+    def export(self, policy: PolicyGroup, step: int, *, resumed: bool = False) -> None:
+        """Begin the export that is due after this step, if one is; raise what an earlier one failed with.
+
+        Args:
+            policy: as it is after `step`.
+            step: the last one done.
+            resumed: the run continues after `step`: it is exported only if it had no time for it before.
+        """
+        every = self._config.checkpoint.export_every_steps
+        if not every:
+            return
+        directory = self._run.path / "exports" / f"step_{step:06d}"
+        policy.check_export(wait=False)
+        if step and step % every == 0 and not (resumed and directory.exists()):
+            with self._run.phase("export"):
+                policy.begin_export(directory)
+
+    def finish_exports(self, policy: PolicyGroup) -> None:
+        """Wait for the last export of `export`."""
+        if self._config.checkpoint.export_every_steps:
+            policy.check_export(wait=True)
+
+    @contextmanager
+    def preserving(self, policy: PolicyGroup, step: int) -> Iterator[None]:
+        """If the block fails, save the policy as of `step` before the error goes on: the step is not lost.
+
+        For blocks during which the policy stands still, such as generation. Where it cannot be saved any more, as when
+        ranks went with an engine, both errors are told, and what can be done is what the second one allows.
+        """
+        try:
+            yield
+        except RunError as error:
+            try:
+                self.check(policy, wait=True)
+                if not checkpoint_path(self.path, step).exists():
+                    self.save(policy, step)
+                    self.check(policy, wait=True)
+            except RunError as refusal:
+                raise type(refusal)(f"{error}\nstep {step} could not be saved: {refusal}") from error
+            raise type(error)(
+                f"{error}\nstep {step} is saved in {checkpoint_path(self.path, step)}; "
+                "the same command continues after it"
+            ) from error
+
+    def _damaged(self, error: CheckpointError) -> None:
+        self._run.progress.log(f"warning: {error}; it is set aside, and the one before is used")
