@@ -33,7 +33,7 @@ class EngineGroup:
         """Create the actors; nothing heavy happens before `start`."""
         self._config = config
         self.before_rollout: Callable[[], None] = lambda: None
-        """Called before engines sample; see `turns`."""
+        """Called before engines sample; see `launch.DeviceTurns`."""
         self._placement = placement
         self._actors = [self._new_actor(engine) for engine in range(config.rollout.engines)]
         self._places = {self._name(engine): actor.place.remote() for engine, actor in enumerate(self._actors)}

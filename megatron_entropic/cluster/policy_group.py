@@ -46,7 +46,7 @@ class PolicyGroup:
         self._offload_metrics: dict[str, float] = {}
         self.before_training: Callable[[], None] = lambda: None
         self.before_publishing: Callable[[], None] = lambda: None
-        """Called before anything that needs the devices; see `turns`."""
+        """Called before anything that needs the devices; see `launch.DeviceTurns`."""
         self._places = {self._name(rank): actor.place.remote() for rank, actor in enumerate(self._actors)}
         self._replica_of: list[int] = []
 

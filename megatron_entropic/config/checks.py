@@ -1,7 +1,7 @@
 """What a single value cannot tell: combinations that cannot work on any machine.
 
 Each check yields `Violation`s and names the keys it used, so that a verdict drawn from an unreadable value can be
-dropped. Nothing here looks at the disk; `config_machine` does.
+dropped. Nothing here looks at the disk; `training/machine.py` does.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     megatron-entropic train run.yaml rollout.temperature=0.6 policy.tensor_parallel=2
 
 A value that cannot be read does not hide the other problems: it is replaced by its default, and the checks that
-need several values (`config_checks`) still run on the rest.
+need several values (`checks`) still run on the rest.
 """
 
 from __future__ import annotations

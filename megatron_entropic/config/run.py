@@ -1,6 +1,6 @@
 """The typed tree of every knob. Units are in the names; one name for one thing everywhere.
 
-Only shape and type live here, with the checks that need a single section. `config_loading` reads YAML and
+Only shape and type live here, with the checks that need a single section. `load` reads YAML and
 dotted overrides into this tree and refuses combinations that cannot work, all violations in one error.
 """
 

@@ -48,7 +48,7 @@ class RewardScorer:
         return self._main.judging(count)
 
     def truth_problems(self, truths: Sequence[Any]) -> list[str | None]:
-        """Why the verifier cannot use a ground truth, None where it can; see `ground_truths`."""
+        """Why the verifier cannot use a ground truth, None where it can; see `verifier.trials`."""
         reasons: list[str | None] = [None] * len(truths)
         asked: list[tuple[int, Trial, Job]] = []
         for position, truth in enumerate(truths):

@@ -10,7 +10,7 @@ output_dir/
     stacks/              what every process was doing when one did not answer in time
     samples.jsonl        some responses of each step
     rollouts/            all responses of some steps, token by token, see logging.rollouts_every_steps
-    checkpoints/         resumable state, see policy/checkpoint_files
+    checkpoints/         resumable state, see checkpoints/run_checkpoints.py
     exports/step_000010/ the policy after a step as a Hugging Face directory, see checkpoint.export_every_steps
     hf/                  the final policy as a Hugging Face directory
     error.log            traceback of the newest failed attempt

@@ -4,7 +4,7 @@
     data/ ------------> rollout/ ------------> rewards/ ---------------------+
                            ^      vLLM engines                               |
                            | weights version k                               v
-                        weights/                                  policy/score   old log-probs, entropy H
+                      weight_sync/                                policy/score   old log-probs, entropy H
                            ^                                                 |
                            |                                                 v
                            +------ policy/update <--- alpha = clip(K_p e + K_i sum e), e = H - target

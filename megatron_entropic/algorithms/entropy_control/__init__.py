@@ -3,7 +3,7 @@
     measurement (sum, count) --observe--> Steering --loss--> optimizer step --commit--> state
 
 A controller is a few Python floats. It sees numbers that were already summed over ranks, so replicas that start equal
-stay equal bit for bit. `steering` says what a controller can ask for, `factories` how a configuration makes each.
+stay equal bit for bit. `Steering` says what a controller can ask for, `factories` how a configuration makes each.
 """
 
 from megatron_entropic.algorithms.entropy_control.controller import Controller, Schedule, Setpoint, Steering

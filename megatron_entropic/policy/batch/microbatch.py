@@ -6,7 +6,7 @@ Shapes: T packed tokens of a micro-batch (padding tail included), R response tok
     rows              1  2       4  5  6             the positions whose logits predict a response token
     targets           r0 r1      r0 r1 r2            R = 5, sequence after sequence
 
-Under context parallelism each segment is padded and cut (see `context_cut`), and a rank's micro-batch holds its own
+Under context parallelism each segment is padded and cut (see `segments`), and a rank's micro-batch holds its own
 part of the tokens. All ranks of a group pack the same sequences, so each knows the target of a row whose next token is
 held by another.
 """

@@ -3,7 +3,7 @@
 A loop over 256 short segments spends its time starting kernels; one padded batch of all of them spends it on padding
 when lengths differ. Groups in which the shortest is at least `SIMILAR` of the longest bound the padding.
 
-Under context parallelism a rank's queries are two chunks of each segment (see `context_cut`), and keys and values those
+Under context parallelism a rank's queries are two chunks of each segment (see `ContextCut`), and keys and values those
 of all ranks, one rank's after the other. Chunk j sees the segment's chunks 0 to j, so each chunk is a batch of its own.
 """
 

@@ -156,7 +156,7 @@ class ReplicatedLinear(torch.nn.Linear):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (torch types no such mark)
 
     def reset_parameters(self) -> None:
-        """Nothing: `load_weights` fills it."""
+        """Nothing: `load` fills it."""
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         """[..., input] -> [..., output], and no bias."""

@@ -124,7 +124,7 @@ def build_model(
 ) -> torch.nn.ModuleList:
     """The chunks of this rank's stage, one without virtual pipeline parallelism, on the platform's device.
 
-    Parameters are uninitialised (see `load_weights`).
+    Parameters are uninitialised (see `load`).
 
     Raises:
         ValueError: the layout does not divide the model, or megatron-core lacks what is asked for.

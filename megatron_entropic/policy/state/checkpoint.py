@@ -3,7 +3,7 @@
     model                                       dist_checkpointing (torch_dist): any later layout
     Adam's moments, main parameters             the same, as the ranks' shards (`optimizer_shards`) or whole
     RNG of each rank                            the same, restored where the number of ranks is the same
-    controller, counters, the driver's state    state.json (checkpoint_files)
+    controller, counters, the driver's state    state.json (run_checkpoints)
 
 `checkpoint_writer` saves it.
 """

@@ -35,7 +35,7 @@ class GradientStep:
         parallel: this rank's place.
         device: of the model.
         tokens_per_microbatch: budget of one packed micro-batch.
-        attention_weight: of the model, for `batch_metrics`.
+        attention_weight: of the model, for batch/*.
 
     Attributes:
         routing: of a model with experts: where the tokens of the last step went.

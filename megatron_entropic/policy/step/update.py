@@ -77,7 +77,7 @@ class PolicyUpdate:
             Metrics, equal on all ranks: loss/policy, loss/entropic, loss/kl, loss/entropy, ratio/clip_fraction,
             ratio/mean, grad_norm, learning_rate, optimizer/skipped, response/tokens, entropy/high_prob_fraction,
             entropy/actuated_fraction (pi > tau and A != 0), entropy/nonzero_advantage_fraction, entropy/kept_fraction
-            (tokens whose policy loss the controller left in), those of the controller and of `batch_metrics`.
+            (tokens whose policy loss the controller left in), those of the controller and batch/*.
 
         Raises:
             ValueError: a sequence lacks what the loss reads, or entropy control has no usable measurement.
