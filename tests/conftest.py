@@ -35,5 +35,5 @@ def countdown_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sys.modules[specification.name] = module
     specification.loader.exec_module(module)
     folder = tmp_path_factory.mktemp("countdown") / "assets"
-    module.prepare(folder, sizes=module.Sizes(train=1536, heldout=64, warm_start=4096))
+    module.prepare(folder, sizes=module.Sizes(train=1536, heldout=256, warm_start=4096))
     return folder

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training_run import ROOT, Run
+from training_run import Run
 
 from megatron_entropic.cli import main
 from megatron_entropic.training.run_directory import RunDirectory
@@ -73,26 +71,26 @@ def _fails(run: Run) -> tuple[int, str]:
         process.kill()
 
 
-def test_a_prompt_longer_than_the_budget(countdown_run: Callable[..., Run]) -> None:
-    status, message = _fails(countdown_run("long", "data.max_prompt_tokens=8"))
+def test_a_prompt_longer_than_the_budget(train: Callable[..., tuple[int, str]]) -> None:
+    status, message = train("data.max_prompt_tokens=8")
     assert status == 2
     assert "data.max_prompt_tokens=8" in message
     assert "Traceback" not in message
 
 
-def test_an_empty_data_file(countdown_run: Callable[..., Run], tmp_path: Path) -> None:
+def test_an_empty_data_file(train: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
-    status, message = _fails(countdown_run("empty", f"data.train_files={tmp_path / 'empty.jsonl'}"))
+    status, message = train(f"data.train_files={tmp_path / 'empty.jsonl'}")
     assert status == 2
     assert "empty.jsonl" in message
     assert "Traceback" not in message
 
 
-def test_a_truncated_weight_file(countdown_dir: Path, countdown_run: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_truncated_weight_file(train: Callable[..., tuple[int, str]], countdown_dir: Path, tmp_path: Path) -> None:
     model = shutil.copytree(countdown_dir / "model", tmp_path / "model")
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    status, message = _fails(countdown_run("truncated", f"model.hf_dir={model}"))
+    status, message = train(f"model.hf_dir={model}")
     assert status == 2
     assert "model.safetensors" in message
     assert "Traceback" not in message
@@ -115,19 +113,12 @@ def test_a_run_directory_in_use(countdown_run: Callable[..., Run]) -> None:
     assert "another process is running in" in message
 
 
-def test_check_validates_and_starts_nothing(countdown_run: Callable[..., Run]) -> None:
+def test_check_validates_and_starts_nothing(
+    countdown_run: Callable[..., Run], capsys: pytest.CaptureFixture[str]
+) -> None:
     run = countdown_run("check")
-    arguments = [
-        sys.executable,
-        "-m",
-        "megatron_entropic.cli",
-        "train",
-        run.arguments[0],
-        "--check",
-        *run.arguments[1:],
-    ]
-    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
-    assert "8 prompts x 8 = 64" in result.stdout
+    assert main(["train", run.arguments[0], "--check", *run.arguments[1:]]) == 0
+    assert "8 prompts x 8 = 64" in capsys.readouterr().out
     assert not run.directory.exists()
 
 

@@ -20,6 +20,8 @@ import pytest
 from math_assets import write_model, write_problems
 from training_run import ROOT
 
+from megatron_entropic.cli import main
+
 NAMES = ("own_problems", "amc23", "math500")
 SAMPLES = {"own_problems": 4, "amc23": 4, "math500": 6}
 
@@ -123,32 +125,22 @@ def test_a_killed_evaluation_continues_to_the_same_table(output: Path, assets: P
 
 
 def test_a_finished_evaluation_is_summarised_without_engines_and_other_settings_are_refused(
-    output: Path, assets: Path
+    output: Path, assets: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (output / "evaluation.json").read_bytes()
     begin = time.monotonic()
     subprocess.run(command(assets, output), check=True, cwd=ROOT, timeout=100)
     assert time.monotonic() - begin < 60
     assert (output / "evaluation.json").read_bytes() == before
-    refused = subprocess.run(
-        command(assets, output, "--seed", "2"), cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
-    )
-    assert refused.returncode == 2
-    assert "math500: seed" in refused.stderr
+    assert main(command(assets, output, "--seed", "2")[3:]) == 2
+    assert "math500: seed" in capsys.readouterr().err
 
 
-def test_everything_wrong_is_said_at_once(assets: Path, tmp_path: Path) -> None:
+def test_everything_wrong_is_said_at_once(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model", assets / "model", "--benchmarks", "a=nowhere.jsonl", "b", "--samples", "2", "c=3"]
     arguments = [*words, "--temperature", "0", "--output-dir", tmp_path / "out"]
-    result = subprocess.run(
-        [sys.executable, "-m", "megatron_entropic.cli", "evaluate", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert result.returncode == 2
+    assert main(["evaluate", *map(str, arguments)]) == 2
+    told = capsys.readouterr().err
     for part in ("'b': expected NAME=FILE", "nowhere.jsonl: no such file", "called 'c'", "temperature=0", "4096"):
-        assert part in result.stderr
+        assert part in told
     assert not (tmp_path / "out").exists()

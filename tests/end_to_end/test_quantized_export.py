@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,21 +13,24 @@ from modelopt_reader import read_with_modelopt
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from megatron_entropic.cli import main
 from megatron_entropic.commands.export import Calibration, quantize_export
 from megatron_entropic.data.prompts import read_messages
 from megatron_entropic.data.rows import Problems, read_rows
 from megatron_entropic.data.tokenizer import load_tokenizer, render_prompts
 
+Export = Callable[..., tuple[int, str, str]]
 
-def export(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_entropic.cli", "export", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+
+@pytest.fixture
+def export(capsys: pytest.CaptureFixture[str]) -> Export:
+    """`export(*arguments)` -> exit status, stdout, stderr of the command, run in this process."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = main(["export", *map(str, arguments)])
+        return status, *capsys.readouterr()
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -41,23 +42,23 @@ def export(*arguments: object) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_files_are_readable_and_the_kl_is_small(
-    quantization: str, algorithm: str, stored: torch.dtype, countdown_dir: Path, tmp_path: Path
+    quantization: str, algorithm: str, stored: torch.dtype, export: Export, countdown_dir: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "quantized"
-    done = export(
+    status, shown, told = export(
         countdown_dir / "model",
         *("--quantize", quantization, "--output-dir", output, "--max-prompts", 32),
         *("--calibration", countdown_dir / "train.parquet"),
     )
-    assert done.returncode == 0, done.stderr
-    found = re.search(r"mean (\S+), max (\S+) nats over (\d+) tokens", done.stdout)
-    assert found is not None, done.stdout
+    assert status == 0, told
+    found = re.search(r"mean (\S+), max (\S+) nats over (\d+) tokens", shown)
+    assert found is not None, shown
     mean, largest, tokens = float(found[1]), float(found[2]), int(found[3])
     assert 0 < mean <= largest
     assert mean < 0.05
     assert tokens > 100
-    told = json.loads((output / "hf_quant_config.json").read_text())
-    assert told["quantization"]["quant_algo"] == algorithm
+    written = json.loads((output / "hf_quant_config.json").read_text())
+    assert written["quantization"]["quant_algo"] == algorithm
     original, tensors = (
         load_file(countdown_dir / "model" / "model.safetensors"),
         load_file(output / "model.safetensors"),
@@ -102,19 +103,21 @@ def test_models_with_experts_are_refused_before_anything_is_computed(countdown_d
     assert not (tmp_path / "out").exists()
 
 
-def test_everything_wrong_comes_in_one_error_and_nothing_is_written(countdown_dir: Path, tmp_path: Path) -> None:
+def test_everything_wrong_comes_in_one_error_and_nothing_is_written(
+    export: Export, countdown_dir: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "full"
     output.mkdir()
     (output / "precious").write_text("")
-    done = export(
+    status, _, told = export(
         tmp_path, "--quantize", "nvfp4", "--output-dir", output, "--calibration", countdown_dir / "missing.parquet"
     )
-    assert done.returncode == 2
+    assert status == 2
     for part in (
         "nvfp4: modelopt's block",
         "exists and is not empty",
         "no such file",
         "neither a Hugging Face directory",
     ):
-        assert part in done.stderr
+        assert part in told
     assert [path.name for path in output.iterdir()] == ["precious"]
