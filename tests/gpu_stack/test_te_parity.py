@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +30,7 @@ def _load(name: str) -> ModuleType:
     return module
 
 
-ranks, scores, updates = _load("conftest"), _load("test_score_parity"), _load("test_update_parity")
+ranks_of_tests, scores, updates = _load("conftest"), _load("test_score_parity"), _load("test_update_parity")
 offload, replay = _load("test_offload"), _load("test_router_replay")
 SCORED: dict[str, dict[str, Any]] = {
     "dp2": {"data_parallel": 2, "tokens_per_microbatch": 60},
@@ -64,10 +66,41 @@ UPDATED: dict[str, dict[str, Any]] = {
 }
 
 
+class FreshRanks:
+    """As tests/distributed's RankServer, but that each rank has an interpreter of its own.
+
+    The bindings must be emulated before anything of megatron-core is imported, which that server does before it forks.
+    """
+
+    def __init__(self) -> None:
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(self, command: list[str], ranks: list[dict[str, Any]]) -> list[int]:
+        """Process ids of new ranks, each the leader of a process group."""
+        started = []
+        for rank in ranks:
+            with open(rank["stdout"], "wb") as stdout, open(rank["stderr"], "wb") as stderr:
+                process = subprocess.Popen(
+                    [sys.executable, *command],
+                    env={**os.environ, **ranks_of_tests.ONE_THREAD, **rank["environment"]},
+                    stdin=subprocess.DEVNULL,
+                    stdout=stdout,
+                    stderr=stderr,
+                    start_new_session=True,
+                )
+            self._processes[process.pid] = process
+            started.append(process.pid)
+        return started
+
+    def poll(self, ranks: list[int]) -> list[int | None]:
+        """Exit statuses; None for a rank that runs."""
+        return [self._processes[rank].poll() for rank in ranks]
+
+
 @pytest.fixture
 def run_emulated(tmp_path: Path) -> Callable[..., list[str]]:
     """As tests/distributed's `run_ranks`, on layers of Transformer Engine."""
-    run = ranks._runner(tmp_path)
+    run = ranks_of_tests._runner(FreshRanks(), tmp_path)
 
     def emulated(script: Path, world_size: int, *arguments: object, **_: Any) -> list[str]:
         return run(RUNNER, world_size, script, *arguments, timeout_s=2000)
