@@ -57,8 +57,20 @@ class Peer:
         return this_process()
 
 
+OF_OTHER_WORK = {"RAY_ADDRESS": "127.0.0.1:1", "RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1"}
+OF_OTHER_WORK |= dict.fromkeys(["http_proxy", "https_proxy", "HTTP_PROXY", "ALL_PROXY"], "http://127.0.0.1:9")
+
+
 @pytest.fixture(scope="module")
 def session() -> Iterator[str]:
+    """In a shell that speaks of a cluster that is gone and of proxies that do not answer."""
+    with pytest.MonkeyPatch.context() as shell:
+        for name, value in OF_OTHER_WORK.items():
+            shell.setenv(name, value)
+        yield from _session()
+
+
+def _session() -> Iterator[str]:
     with ray_session(ClusterConfig(device="cpu"), local_cpus=3) as device:
         yield device
 
@@ -93,6 +105,12 @@ def test_local_session_listens_on_loopback_only_and_asks_for_a_token(session: st
     }
     assert listening, "Ray listens somewhere"
     assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_what_a_shell_says_of_other_clusters_and_proxies_keeps_no_session_from_starting(session: str) -> None:
+    peer = Peer.options(num_cpus=0).remote()
+    assert {os.environ[name] for name in OF_OTHER_WORK} == set(OF_OTHER_WORK.values())
+    assert gather({"here": peer.answer.remote()}, phase="hello", timeout_s=60) == {"here": "here"}
 
 
 def test_gather_returns_answers_by_peer_in_order(session: str) -> None:
