@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,8 @@ def peak_extra_bytes(work: Callable[[], Result], device: torch.device) -> tuple[
         result = work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before, result
+    # What is garbage already must not end within `work`: its end would count against what `work` makes.
+    gc.collect()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         result = work()

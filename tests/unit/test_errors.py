@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_entropic import cli
+from megatron_entropic.commands import report
 from megatron_entropic.errors import (
     Interrupted,
     PeerDied,
@@ -34,7 +35,7 @@ def raises(monkeypatch: pytest.MonkeyPatch) -> Raises:
         def command(_options: argparse.Namespace) -> None:
             raise error
 
-        monkeypatch.setattr(cli, "_report", command)
+        monkeypatch.setattr(report, "_report", command)
         return cli.main(["report", "somewhere"])
 
     return run
@@ -92,7 +93,7 @@ def test_a_bug_of_ours_is_not_told_as_the_users_mistake(raises: Raises, error: E
 
 def test_a_bug_of_ours_ends_with_its_traceback_and_1() -> None:
     program = (
-        "import sys; from megatron_entropic import cli; cli._report = lambda options: {}['ours']; "
+        "import sys; from megatron_entropic import cli; cli.report._report = lambda options: {}['ours']; "
         "sys.exit(cli.main(['report', 'somewhere']))"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
