@@ -10,7 +10,7 @@ import torch
 from tiny_models import VOCABULARY, random_sequences, transformers_statistics, write_tiny_model, write_token_file
 
 from megatron_entropic.config.run import PolicyConfig
-from megatron_entropic.errors import PeerDied
+from megatron_entropic.errors import PeerDied, UserError
 from megatron_entropic.policy.score_transformers import score_file as score_with_transformers
 from megatron_entropic.policy.score_worker import score_file
 
@@ -97,7 +97,14 @@ def test_a_layout_that_does_not_divide_the_model_is_refused_before_any_process_s
 
 
 def test_a_failing_rank_is_named_with_its_phase_and_error(model, tokens, tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no_such_link")
     with pytest.raises(PeerDied, match=r"policy rank [01] failed in phase rendezvous") as caught:
+        score(model, tokens, tmp_path / "out.jsonl", tensor_parallel=2)
+    assert "no_such_link" in str(caught.value)
+
+
+def test_what_ranks_refuse_is_said_once(model, tokens, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError) as caught:
         score(model, tokens, tmp_path / "out.jsonl", device="cuda", tensor_parallel=2)
-    assert "torch finds no GPU" in str(caught.value)
+    assert str(caught.value).count("torch finds no GPU") == 1
