@@ -6,9 +6,12 @@ Only names, sizes and config.json are looked at, which takes milliseconds. `prec
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 from megatron_entropic.config.checks import Violation, benchmark_violations, reward_violations, violations
 from megatron_entropic.config.load import ConfigError, read_config
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 DATA_SUFFIXES = (".parquet", ".jsonl", ".json")
 CPU_LATENT_SIZES = (512, 64)
 """kv_lora_rank and qk_rope_head_dim of the published models, the only ones that vLLM 0.32 attends with on a CPU."""
+
+ADDRESSES_PER_MEMORY = 2
+"""A limit of addresses (ulimit -v) this many times the machine's memory is in nobody's way."""
 
 
 def load_checked_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
@@ -43,13 +49,20 @@ def load_checked_config(path: Path | str, overrides: Iterable[str] = ()) -> Conf
 
 def machine_violations(config: Config) -> Iterator[Violation]:
     """What is missing or does not fit on this machine: model directory, data files, output folder, GPUs."""
-    for check in (_model_directory, _reference, _data_files, _benchmark_files, _output_dir, _devices):
+    for check in (_model_directory, _reference, _data_files, _benchmark_files, _output_dir, _devices, _address_space):
         yield from check(config)
 
 
 def evaluation_violations(config: Config) -> Iterator[Violation]:
     """What keeps a configuration without a policy from evaluating, on this machine."""
-    for check in (reward_violations, benchmark_violations, _model_directory, _benchmark_files, _output_dir):
+    for check in (
+        reward_violations,
+        benchmark_violations,
+        _model_directory,
+        _benchmark_files,
+        _output_dir,
+        _address_space,
+    ):
         yield from check(config)
 
 
@@ -213,3 +226,17 @@ def _devices(config: Config) -> Iterator[Violation]:
             f"cluster.device=cuda: {config.policy.world_size} policy ranks and {needed - config.policy.world_size} "
             f"rollout ranks need {needed} GPUs, this machine has {present}",
         )
+
+
+def _address_space(_config: Config) -> Iterator[Violation]:
+    """A limit of addresses is met in the middle of a step, and Ray's processes then abort with a stack of their own."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    memory = psutil.virtual_memory().total
+    if limit == resource.RLIM_INFINITY or limit >= ADDRESSES_PER_MEMORY * memory:
+        return
+    yield Violation(
+        ("cluster",),
+        f"ulimit -v is {limit / 2**30:.1f} GiB: every process maps Ray's object store, a third of this machine's "
+        f"{memory / 2**30:.1f} GiB, beside libraries of several GiB (and with CUDA all memory there is). Raise it with "
+        "`ulimit -v unlimited`; what limits memory itself is a control group: systemd-run --scope -p MemoryMax=...",
+    )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from test_config import QWEN3
 
@@ -261,3 +263,21 @@ def test_values_of_another_kind_crash_no_key(machine: Path, value: str) -> None:
     read_config("run.yaml", [f"{key}={value}" for key in single])
     for section in set(keys) - set(single):
         read_config("run.yaml", [f"{section}={value}"])
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_limit_of_addresses_is_refused_before_ray_s_processes_abort_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `ulimit -v` of 3 GB a run ended with "terminate called", with 10 GB in step 1 with the stack of a raylet."""
+    memory = psutil.virtual_memory().total
+    for limit, refused in (
+        (10 << 30, True),
+        (2 * memory - 1, True),
+        (2 * memory, False),
+        (resource.RLIM_INFINITY, False),
+    ):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        if refused:
+            with pytest.raises(ConfigError, match=r"ulimit -v is .* GiB: .*`ulimit -v unlimited`"):
+                load_checked_config("run.yaml", [])
+        else:
+            load_checked_config("run.yaml", [])
