@@ -55,8 +55,6 @@ UPDATED: dict[str, dict[str, Any]] = {
     "dp2": updates._layout(DENSE, ("plain", "distributed")),
     "dp2, recomputed logits": updates._layout(DENSE[:1], (), output_head="recompute"),
     "dp2, stored logits": updates._layout(DENSE[:1], (), output_head="logits"),
-    "cp2": updates._layout((*DENSE, *updates.EXPERTS), context_parallel=2),
-    "cp2, full recomputation": updates._layout(DENSE[:1], (), context_parallel=2, recompute="full"),
     "tp2 sp": updates._layout(DENSE, tensor_parallel=2, sequence_parallel=True),
     "pp2": updates._layout(DENSE[:1], pipeline_parallel=2, recompute="full"),
     "ep2": updates._experts(("distributed",), expert_parallel=2),
