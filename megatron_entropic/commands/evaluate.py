@@ -10,9 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 
-from megatron_entropic.checkpoints.hf import HfReader
 from megatron_entropic.cluster.environment import prepare_ray_environment
-from megatron_entropic.cluster.launch import launch_engines
 from megatron_entropic.commands.options import number, whole
 from megatron_entropic.config.load import ConfigError, validation_problems
 from megatron_entropic.config.run import (
@@ -25,15 +23,9 @@ from megatron_entropic.config.run import (
     RolloutConfig,
     RunConfig,
 )
-from megatron_entropic.data import load_checked_tokenizer
 from megatron_entropic.errors import UserError
-from megatron_entropic.evaluation.summary import BenchmarkSummary
-from megatron_entropic.files.paths import make_directory
 from megatron_entropic.files.text import printable
 from megatron_entropic.models.dimensions import read_dimensions
-from megatron_entropic.observability.progress import PhaseDisplay
-from megatron_entropic.rewards import RewardScorer
-from megatron_entropic.training.evaluator import Evaluator, model_identity
 from megatron_entropic.training.machine import evaluation_violations
 
 _USUAL_PROMPT_TOKENS, _USUAL_RESPONSE_TOKENS = 1024, 8192
@@ -97,8 +89,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     config = evaluation_config(options)
     # Ray reads its settings when it is imported.
     prepare_ray_environment(config.cluster)
-    # HOUSE
     from megatron_entropic.evaluation.store import SUMMARY_FILE, TABLE_FILE
+    from megatron_entropic.training.evaluation import evaluate
 
     label = options.label or options.model.absolute().name
     evaluate(config, config.run.output_dir, label)
@@ -217,40 +209,3 @@ def _pairs(option: str, words: list[str], problems: list[str]) -> dict[str, str]
         else:
             found[name] = value
     return found
-
-
-# `megatron-entropic evaluate`: engines alone, no policy.
-
-
-def evaluate(config: Config, directory: Path, label: str) -> list[BenchmarkSummary]:
-    """Answer the benchmarks of `evaluation.benchmarks` that `directory` does not hold yet, and summarise all of them.
-
-    Each benchmark is stored when it is complete, so an evaluation that was stopped repeats at most one of them; seeds
-    belong to responses, so the numbers are those of an evaluation that was not stopped.
-
-    Args:
-        config: model, benchmarks, engines, verifier.
-        directory: where responses and numbers go.
-        label: name of the model in tables.
-
-    Raises:
-        ValueError: benchmarks that cannot be used, or a directory with other settings' responses.
-        RunError: engines or verifier could not start or died.
-    """
-    # Numbers go to stdout, which can be a file; what is going on goes to the person who waits.
-    with PhaseDisplay(Console(stderr=True)) as phases:
-        phases.begin("reading model and benchmarks")
-        HfReader(config.model.hf_dir)  # vLLM reads some incomplete or ambiguous checkpoints without a word
-        model = model_identity(config.model.hf_dir)
-        evaluator = Evaluator(config, load_checked_tokenizer(config.model.hf_dir))
-        pending = evaluator.pending(directory, model)
-        if pending:
-            make_directory(directory)
-            with RewardScorer(config.reward) as scorer, launch_engines(config, phases.begin) as engines:
-                for name in pending:
-                    responses = len(evaluator.problems[name]) * config.evaluation.samples(name)
-                    phases.begin(f"answering {name}: responses", total=responses)
-                    evaluator.answer(name, engines, scorer, directory, model, phases.count)
-                phases.begin("ending the engines")
-        phases.begin("summarising")
-        return evaluator.summarise(directory, label)

@@ -51,7 +51,6 @@ def add_parser(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    # HOUSE
 
     calibration = Calibration(
         options.calibration,

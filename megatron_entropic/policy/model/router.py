@@ -129,7 +129,6 @@ class Routing:
 
     def __init__(self, model: torch.nn.ModuleList, parallel: ParallelState) -> None:
         # Imports megatron-core, which the platform must have prepared for.
-        # HOUSE
 
         self._routers: list[PolicyRouter] = [m for m in model.modules() if isinstance(m, PolicyRouter)]
         self._parallel = parallel
