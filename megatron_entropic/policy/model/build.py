@@ -34,7 +34,8 @@ from megatron_entropic.policy.model.attention import (
     use_own_attention,
     use_plain_layers,
 )
-from megatron_entropic.policy.model.output_head import Output, OutputHead, OutputOptions
+from megatron_entropic.policy.model.output_head import OutputHead
+from megatron_entropic.policy.model.outputs import Output, OutputOptions
 from megatron_entropic.policy.model.router import PolicyRouter
 from megatron_entropic.policy.model.router_replay import check_hook, take_choices
 from megatron_entropic.policy.model.transformer_config import build_transformer_config

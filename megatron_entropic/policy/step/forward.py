@@ -14,7 +14,7 @@ import torch
 
 from megatron_entropic.policy.batch.microbatch import MicroBatch, pack
 from megatron_entropic.policy.megatron.parallel import ParallelState, largest
-from megatron_entropic.policy.model.output_head import Output, OutputOptions, TokenStatistics
+from megatron_entropic.policy.model.outputs import Output, OutputOptions, TokenStatistics
 from megatron_entropic.types import Sequence
 
 LossFunction = Callable[[MicroBatch, TokenStatistics], tuple[torch.Tensor, Any]]

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from megatron_entropic.policy.batch.balance import sequence_costs
 from megatron_entropic.policy.batch.microbatch import MicroBatch
 from megatron_entropic.policy.megatron.parallel import ParallelState, sum_of_token_statistics
-from megatron_entropic.policy.model.output_head import OutputOptions, TokenStatistics
-from megatron_entropic.policy.model.router import Routing, has_experts
+from megatron_entropic.policy.model.outputs import OutputOptions, TokenStatistics
 from megatron_entropic.policy.model.router_replay import with_choices
+from megatron_entropic.policy.model.routing import Routing, has_experts
 from megatron_entropic.policy.step.forward import pack_alike, run_forward, run_forward_backward
 from megatron_entropic.policy.step.optimizer import PolicyOptimizer, StepOutcome
 from megatron_entropic.types import Sequence

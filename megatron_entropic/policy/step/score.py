@@ -9,8 +9,8 @@ import torch
 
 from megatron_entropic.policy.batch.microbatch import MicroBatch, pack
 from megatron_entropic.policy.megatron.parallel import ParallelState
-from megatron_entropic.policy.model.output_head import OutputOptions, TokenStatistics
-from megatron_entropic.policy.model.router import Routing
+from megatron_entropic.policy.model.outputs import OutputOptions, TokenStatistics
+from megatron_entropic.policy.model.routing import Routing
 from megatron_entropic.policy.step.forward import pack_alike, run_forward
 from megatron_entropic.types import Scores, Sequence
 

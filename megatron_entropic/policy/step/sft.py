@@ -6,7 +6,7 @@ import torch
 
 from megatron_entropic.config.run import Config, OptimizerConfig
 from megatron_entropic.policy.batch.microbatch import MicroBatch
-from megatron_entropic.policy.model.output_head import HeadName, OutputOptions, TokenStatistics
+from megatron_entropic.policy.model.outputs import HeadName, OutputOptions, TokenStatistics
 from megatron_entropic.policy.step.gradient_step import GradientStep
 from megatron_entropic.policy.step.loss import global_counts
 from megatron_entropic.policy.step.optimizer import PolicyOptimizer

@@ -11,7 +11,7 @@ import torch
 
 from megatron_entropic.algorithms import Steering
 from megatron_entropic.policy.batch.microbatch import MicroBatch
-from megatron_entropic.policy.model.output_head import HeadName, OutputOptions, TokenStatistics
+from megatron_entropic.policy.model.outputs import HeadName, OutputOptions, TokenStatistics
 from megatron_entropic.policy.step.batch_plan import Marks, plan_marks
 from megatron_entropic.policy.step.control import EntropyControl, EntropyMeasurement, MicrobatchLocalControl
 from megatron_entropic.policy.step.gradient_step import GradientStep

@@ -17,7 +17,7 @@ import torch
 from policy_ranks import Rendezvous
 
 from megatron_entropic.policy.batch.microbatch import pack
-from megatron_entropic.policy.model.output_head import OutputOptions
+from megatron_entropic.policy.model.outputs import OutputOptions
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.types import Sequence
 

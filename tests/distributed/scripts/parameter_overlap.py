@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from policy_ranks import Rendezvous, configuration, replica_part, sequences_with_advantages, start_over
 
-from megatron_entropic.policy.model.output_head import HeadName
+from megatron_entropic.policy.model.outputs import HeadName
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.types import Sequence
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,3 +65,9 @@ def test_selective_recomputation_is_of_what_the_layers_keep(transformer_engine: 
     options = _recompute(PolicyConfig(recompute="selective"), platform)
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, **options)
     assert config.recompute_modules == modules
+
+
+def test_importing_the_policy_does_not_import_megatron_core() -> None:
+    """The platform sets environment and filters before it; and it says which versions are none of ours."""
+    code = "import sys, megatron_entropic.policy.policy; sys.exit('megatron' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
