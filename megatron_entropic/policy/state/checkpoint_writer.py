@@ -17,6 +17,7 @@ import socket
 import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -205,7 +206,11 @@ def _prepare_thread(device: torch.device) -> None:
     """Let this thread take the time that generation on the same cores leaves over; to Linux a thread is a process."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND_NICENESS)
+    thread = threading.get_native_id()
+    if os.getpriority(os.PRIO_PROCESS, thread) < BACKGROUND_NICENESS:
+        # Some containers forbid it to everybody. Then checkpoints take as much time as they want.
+        with suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, thread, BACKGROUND_NICENESS)
 
 
 def _staging_strategy() -> Any:
