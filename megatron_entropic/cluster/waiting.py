@@ -274,9 +274,11 @@ def _memory(text: str) -> str:
     """What the node and the process used, out of Ray's explanation of several paragraphs."""
     # Ray 2.60 "was 22.4GB used / 23.5GB limit", earlier "was running was 22.4GB / 23.5GB".
     node = re.search(r" was ([\d.]+\s?\w+)(?: used)? / ([\d.]+\s?\w+)", text)
-    process = re.search(r"memory used=([\d.]+\s?\w+)", text)
+    ended = re.findall(r"memory used=([\d.]+\s?\w+)", text)
     parts = [f"{node[1]} of {node[2]} in use"] if node else []
-    parts += [f"{process[1]} of it by this process"] if process else []
+    # Since 2.56 several are ended at once, and nothing says which of them this one was.
+    whose = "this process" if len(ended) == 1 else "the processes that were ended"
+    parts += [f"{' and '.join(ended)} of it by {whose}"] if ended else []
     return ", ".join(parts) or _first_words(text)
 
 

@@ -62,6 +62,12 @@ def test_a_process_that_the_memory_monitor_ended_is_a_lost_one_with_its_figures(
 def test_the_memory_of_node_and_process_are_read_from_the_newer_text_too() -> None:
     told = translated(ray_errors.OutOfMemoryError(MEMORY_SINCE_2_56), "policy rank 0", "score")
     assert "23.50GB of 23.54GB in use, 0.58GB of it by this process" in str(told)
+    two = (
+        MEMORY_SINCE_2_56
+        + "(actor ID: 40, name=EngineWorker.__init__, pid=82, actual memory used=0.30GB, worker ID=78)"
+    )
+    told = translated(ray_errors.OutOfMemoryError(two), "policy rank 0", "score")
+    assert "0.58GB and 0.30GB of it by the processes that were ended" in str(told)
 
 
 def test_a_full_object_store_says_where_it_lies() -> None:
