@@ -83,7 +83,10 @@ def explained(error: OSError) -> UserError | RunError | None:
     if error.errno in _PATHS:
         return UserError(what)
     if error.errno in _CURES:
-        return RunError(f"{what}; {_CURES[error.errno]}")
+        # Locks between processes, and memory that they share, are files in /dev/shm that no message names.
+        nameless = error.errno == errno.ENOSPC and error.filename is None
+        cure = "`df` shows which disk is full, or whether /dev/shm is" if nameless else _CURES[error.errno]
+        return RunError(f"{what}; {cure}")
     return None
 
 

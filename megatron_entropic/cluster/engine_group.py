@@ -12,7 +12,7 @@ import ray
 from megatron_entropic.cluster.actors import EngineWorker, engine_environment
 from megatron_entropic.cluster.placement import Placement
 from megatron_entropic.cluster.processes import ActorProcess, kill_processes, write_stacks
-from megatron_entropic.cluster.waiting import answered, dead_peers, gather, receive_streams
+from megatron_entropic.cluster.waiting import answered, dead_peers, gather, receive_streams, require_raylet
 from megatron_entropic.config.run import Config, Sampling
 from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError
 from megatron_entropic.types import GenerationRequest, Prompt, Sample
@@ -148,6 +148,7 @@ class EngineGroup:
 
         while requests:
             self.before_rollout()
+            require_raylet(phase)
             calls = {self._name(engine): actor.generate for engine, actor in enumerate(self._actors)}
             lost = receive_streams(
                 {name: calls[name].remote(asked, sampling) for name, asked in requests.items()},

@@ -14,7 +14,7 @@ import ray
 from megatron_entropic.cluster.actors import PolicyWorker, policy_environment
 from megatron_entropic.cluster.placement import Placement
 from megatron_entropic.cluster.processes import ActorProcess
-from megatron_entropic.cluster.waiting import answered, gather
+from megatron_entropic.cluster.waiting import answered, gather, require_raylet
 from megatron_entropic.config.run import ClusterConfig, Config
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.policy.batch.balance import attention_weight, data_parallel_shards, sequence_costs
@@ -184,6 +184,7 @@ class PolicyGroup:
         **options: P.kwargs,
     ) -> list[R]:
         self.before_training()
+        require_raylet(method.__name__)
         # One object per replica: its ranks on one node read the same shared memory.
         parts = [ray.put([sequences[index] for index in shard]) for shard in shards]
         name = method.__name__
@@ -207,6 +208,7 @@ class PolicyGroup:
         self, method: Callable[Concatenate[PolicyRank, P], R], *arguments: P.args, **options: P.kwargs
     ) -> dict[str, ray.ObjectRef]:
         name = method.__name__
+        require_raylet(name)
         return {self._name(rank): a.call.remote(name, *arguments, **options) for rank, a in enumerate(self._actors)}
 
     @staticmethod

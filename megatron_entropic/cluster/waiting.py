@@ -14,7 +14,7 @@ from ray import ObjectRefGenerator
 from ray import exceptions as ray_errors
 from ray.exceptions import RayError, RayTaskError
 
-from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError, UserError
+from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError, UserError, explained
 
 POLL_S = 1.0
 GRACE_S = 3.0
@@ -189,8 +189,10 @@ def _result(reference: ray.ObjectRef, peer: str, phase: str) -> Any:
         cause = error.cause if isinstance(error.cause, BaseException) else error
         if isinstance(cause, UserError):
             raise UserError(f"{phase}: {peer}: {cause}") from error
-        raise _kind(cause)(f"{phase}: {peer}: {type(cause).__name__}: {cause}") from error
+        told = explained(cause) if isinstance(cause, OSError) else None
+        raise _kind(cause)(f"{phase}: {peer}: {told or f'{type(cause).__name__}: {cause}'}") from error
     except RayError as error:
+        require_raylet(phase)  # whose loss is the cause of most others
         raise translated(error, peer, phase) from error
 
 
@@ -297,7 +299,8 @@ def _first_words(text: str) -> str:
     return lines[0][:300] if lines else ""
 
 
-# Noticing that Ray's head process is gone. Calls in flight go on without it, and then wait for ever.
+# Noticing that Ray's own processes are gone: the head, without which calls in flight wait for ever, and the raylet of
+# this machine, without which Ray ends the driver without a word as soon as it hands over an object.
 
 PROBE_EVERY_S = 2.0
 PROBE_TIMEOUT_S = 2.0
@@ -315,8 +318,24 @@ def head_refusal() -> OSError | None:
     return None
 
 
+def require_raylet(phase: str) -> None:
+    """Look whether the raylet that this process started still runs; one that another started is not to be seen here.
+
+    To be called before objects are handed over, and about once a second of a wait: it costs microseconds.
+
+    Raises:
+        PeerDied: it does not.
+    """
+    node = ray._private.worker._global_node  # None for a driver that joined a cluster
+    if node is not None and any(kind == "raylet" for kind, _ in node.dead_processes()):
+        raise PeerDied(
+            f"{phase}: Ray's process on this machine, raylet, is gone. Was it ended for want of memory, or /dev/shm "
+            "full? `dmesg` says so"
+        )
+
+
 class HeadWatch:
-    """Looks after the head (gcs_server) during one wait: does its port still take connections?"""
+    """Looks after Ray during one wait: does the head's (gcs_server's) port take connections, does the raylet run?"""
 
     def __init__(self, phase: str) -> None:
         self._phase = phase
@@ -327,8 +346,9 @@ class HeadWatch:
         """To be called about once a second.
 
         Raises:
-            PeerDied: it has refused every connection for GONE_AFTER_S.
+            PeerDied: the head has refused every connection for GONE_AFTER_S, or there is no raylet any more.
         """
+        require_raylet(self._phase)
         now = time.monotonic()
         if now < self._next_probe:
             return

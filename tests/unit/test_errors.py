@@ -53,6 +53,7 @@ def raises(monkeypatch: pytest.MonkeyPatch) -> Raises:
         (MemoryError(), 1, "error: the machine, or a limit of memory (ulimit -v)"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(errno.ENOSPC, "No space left on device", "/runs/a"), 1, "/runs/a: No space left on device; make room"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "or whether /dev/shm is"),
         (PermissionError(errno.EACCES, "Permission denied", "/runs/a"), 1, "/runs/a: Permission denied; the user"),
         (OSError(errno.EROFS, "Read-only file system", "/runs/a"), 1, "/runs/a: Read-only file system; choose a"),
         (OSError(errno.EMFILE, "Too many open files"), 1, "Too many open files; raise the limit of open files"),

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+from ray._private.node import Node
 
-from megatron_entropic.cluster.waiting import GONE_AFTER_S, PROBE_EVERY_S, HeadWatch, head_refusal
+from megatron_entropic.cluster.waiting import GONE_AFTER_S, PROBE_EVERY_S, HeadWatch, head_refusal, require_raylet
 from megatron_entropic.errors import PeerDied
 
 
@@ -69,6 +70,22 @@ def test_a_head_that_answers_again_is_forgiven(head: socket.socket, clock: Clock
         watch.check()
         clock.now += 60
         watch.check()
+
+
+def test_a_raylet_that_is_gone_is_noticed_before_ray_ends_the_driver_without_a_word(
+    head: socket.socket, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next `ray.put` ended the run with status 1, and the raylet's log was all that was said."""
+    assert hasattr(Node, "dead_processes")
+    dead: list[tuple[str, None]] = [("log_monitor", None)]
+    monkeypatch.setattr(ray._private.worker, "_global_node", SimpleNamespace(dead_processes=lambda: dead))
+    watch = HeadWatch("score")
+    watch.check()
+    dead.append(("raylet", None))
+    with pytest.raises(PeerDied, match=r"^score: Ray's process on this machine, raylet, is gone"):
+        watch.check()
+    monkeypatch.setattr(ray._private.worker, "_global_node", None)  # of a driver that joined a cluster
+    require_raylet("score")
 
 
 def test_looking_costs_at_most_one_connection_in_two_seconds(head: socket.socket, clock: Clock) -> None:
