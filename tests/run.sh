@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the environment if needed and runs CPU tests, two files at a time. Arguments go to pytest:
 #
-#   bash tests/run.sh                           every CPU test
+#   bash tests/run.sh                           the checks of tools/check.sh, then every CPU test
 #   bash tests/run.sh fast                      the unit tests, for every edit
 #   bash tests/run.sh tests/unit -k entropy
 #   bash tests/run.sh tests/unit -n 0 --pdb     in this process
@@ -16,7 +16,9 @@ export RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 WANDB_MODE
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 
-if [ "${1:-}" = fast ]; then
+if [ $# = 0 ]; then
+  bash tools/check.sh
+elif [ "$1" = fast ]; then
   shift
   set -- tests/unit "$@"
 fi
