@@ -8,6 +8,7 @@ See `observability/stacks.py` for what a process says of itself.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections import defaultdict
@@ -22,6 +23,9 @@ from megatron_entropic.observability.stacks import stacks_of_family
 
 TASK_S = 30.0
 """How long Ray may take to run a task on a node."""
+SHARED_MEMORY = "/dev/shm"
+SHARED_MEMORY_NEEDED = 1 << 20
+"""Bytes; the smallest segment that Ray's store asks for is larger."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,21 @@ def write_stacks(run_dir: Path, processes: Mapping[str, ActorProcess]) -> str:
     """`dump_stacks` into a new folder of the run; returns a sentence that names the files."""
     folder = run_dir / "stacks" / time.strftime("%Y%m%d-%H%M%S")
     names = ", ".join(path.name for path in dump_stacks(processes, folder))
-    return f"what every process was doing is in {folder}: {names}"
+    return f"what every process was doing is in {folder}: {names}{full_shared_memory()}"
+
+
+def full_shared_memory() -> str:
+    """A sentence if /dev/shm of this machine is full, else nothing: calls then wait for objects that cannot be made."""
+    try:
+        usage = shutil.disk_usage(SHARED_MEMORY)
+    except OSError:  # a system without it
+        return ""
+    if usage.free >= SHARED_MEMORY_NEEDED:
+        return ""
+    return (
+        f"\n{SHARED_MEMORY} of this machine is full ({usage.total / 2**20:,.0f} MiB), and Ray hands objects over "
+        "through it: remove what is not needed there, or give it more"
+    )
 
 
 def kill_processes(processes: Mapping[str, ActorProcess]) -> None:
