@@ -121,7 +121,7 @@ def _optimizer_shards(model: Any, optimizer: Any, policy: Any) -> dict[str, Any]
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
-    from megatron_entropic.policy.state.optimizer_shards import can_write_shards, own_shards
+    from megatron_entropic.policy.step.optimizer_shards import can_write_shards, own_shards
 
     if not policy.distributed_optimizer:
         return {"shards": None}

@@ -18,9 +18,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_entropic.policy.batch.microbatch import MicroBatch, PackingRules, pack_one
 from megatron_entropic.policy.batch.segments import ContextCut
+from megatron_entropic.policy.megatron.rotary import apply_rotary_packed
 from megatron_entropic.policy.model.attention import SegmentedAttention, packed_segments
 from megatron_entropic.policy.model.output_head import gather_tokens
-from megatron_entropic.policy.model.rotary import apply_rotary_packed
 from megatron_entropic.policy.model.router_replay import ReplayedChoice, with_choices
 from megatron_entropic.types import Sequence
 
