@@ -115,11 +115,14 @@ def evaluation_config(options: argparse.Namespace) -> Config:
     problems += [
         f"--samples {word!r}: expected an integer of at least 1"
         for word in (*samples, *samples_of.values())
-        if not word.isascii() or not word.isdigit() or not int(word)
+        if not _is_count(word)
     ]
+    # What cannot be read is told once; the rest is looked at without it.
+    samples = [word for word in samples if _is_count(word)]
+    samples_of = {name: word for name, word in samples_of.items() if _is_count(word)}
     if len(samples) > 1:
         problems.append(f"--samples: more than one number for all benchmarks: {' '.join(samples)}")
-    if problems or not benchmarks:
+    if not benchmarks:
         raise ConfigError("evaluate", problems)
     prompt_tokens, response_tokens = _lengths(options)
     try:
@@ -160,8 +163,8 @@ def evaluation_config(options: argparse.Namespace) -> Config:
             ),
         )
     except ValidationError as error:
-        raise ConfigError("evaluate", validation_problems(error)) from error
-    problems = [violation.message for violation in evaluation_violations(config)]
+        raise ConfigError("evaluate", [*problems, *validation_problems(error)]) from error
+    problems += [violation.message for violation in evaluation_violations(config)]
     if problems:
         raise ConfigError("evaluate", problems)
     return config
@@ -196,6 +199,10 @@ def _apart_at_commas(word: str) -> list[str]:
             parts.append(part)
     # A folder of a longer path can look like the beginning of another benchmark: seed=3 in "a=v1,seed=3/h.parquet".
     return [word] if Path(word.partition("=")[2]).exists() else parts
+
+
+def _is_count(word: str) -> bool:
+    return word.isascii() and word.isdigit() and int(word) > 0
 
 
 def _pairs(option: str, words: list[str], problems: list[str]) -> dict[str, str]:

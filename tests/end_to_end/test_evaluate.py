@@ -138,7 +138,7 @@ def test_a_finished_evaluation_is_summarised_without_engines_and_other_settings_
 
 def test_everything_wrong_is_said_at_once(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model", assets / "model", "--benchmarks", "a=nowhere.jsonl", "b", "--samples", "2", "c=3"]
-    arguments = [*words, "--temperature", "0", "--output-dir", tmp_path / "out"]
+    arguments = [*words, "--temperature", "0", "--max-tokens", "9000", "--output-dir", tmp_path / "out"]
     assert main(["evaluate", *map(str, arguments)]) == 2
     told = capsys.readouterr().err
     for part in ("'b': expected NAME=FILE", "nowhere.jsonl: no such file", "called 'c'", "temperature=0", "4096"):
