@@ -7,6 +7,7 @@ One file, since the workers of a test run share no fixtures: two files might sta
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,11 @@ def test_a_policy_over_two_nodes_trains_to_the_end(
 
 
 def test_nothing_is_left_on_the_nodes(finished: Job) -> None:
+    # A job is complete when its batch script has ended; the daemon of a step that was killed may need a moment more.
+    deadline = time.monotonic() + 30
     for node in finished.cluster.nodes:
+        while len(finished.cluster.processes(node)) > 1 and time.monotonic() < deadline:
+            time.sleep(0.1)
         commands = [Path(f"/proc/{process}/cmdline").read_bytes() for process in finished.cluster.processes(node)]
         assert len(commands) == 1, commands
     assert not (finished.folder / f"slurm-{finished.id}/ray_token").exists()
