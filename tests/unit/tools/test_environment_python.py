@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ def own_python(tmp_path: Path) -> Path:
     """A folder with a python3.11 of the user's own, to stand first on the PATH."""
     if sys.version_info[:2] != (3, 11):
         pytest.skip("the CPU environment is of Python 3.11")
-    (tmp_path / "python3.11").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "python3.11").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     (tmp_path / "python3.11").chmod(0o755)
     return tmp_path
 
