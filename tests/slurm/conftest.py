@@ -31,8 +31,9 @@ def _install_slurm() -> None:
             pytest.skip(f"apt-get {command[0]} failed: {result.stderr.strip()[-300:]}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[PrivateCluster]:
+    # Of the module, not of the session: its daemons are children of the worker, which runs other files afterwards.
     _install_slurm()
     cluster = PrivateCluster(nodes=3)
     try:
@@ -42,7 +43,7 @@ def cluster() -> Iterator[PrivateCluster]:
         cluster.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(cluster: PrivateCluster, countdown_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """slurm/entropic_8b.sh run to its end without any disturbance."""
     job = Job(cluster, tmp_path_factory.mktemp("finished"), countdown_dir)
