@@ -7,12 +7,12 @@ generation ten times slower), and OMP_NUM_THREADS. Whoever starts the process se
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 import time
 import warnings
 from typing import Any, Literal
+
+from megatron_entropic.observability.noise import drop_messages
 
 Device = Literal["cpu", "cuda"]
 
@@ -65,25 +65,11 @@ _KNOWN_NOISE = {
 }
 
 
-class _Drop(logging.Filter):
-    """Rejects the records whose message matches a pattern."""
-
-    def __init__(self, pattern: str) -> None:
-        super().__init__()
-        self._pattern = re.compile(pattern)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return self._pattern.match(record.getMessage()) is None
-
-
 def silence_known_noise() -> None:
     """Install the filters in this process, best before vLLM is imported; repeatable."""
     # vLLM's Triton wrapper looks at every attribute of every module that it finds.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.reduce_op` is deprecated")
-    for name, pattern in _KNOWN_NOISE.items():
-        logger = logging.getLogger(name)
-        if not any(isinstance(present, _Drop) for present in logger.filters):
-            logger.addFilter(_Drop(pattern))
+    drop_messages(_KNOWN_NOISE)
 
 
 # vLLM processes of one engine that sleep while they wait for each other, where they share cores with other processes.

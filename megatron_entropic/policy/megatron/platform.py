@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import logging
 import os
-import re
 import resource
 import socket
 import warnings
@@ -26,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_entropic.errors import PhaseTimeout, UserError
+from megatron_entropic.observability.noise import drop_messages
 from megatron_entropic.policy.megatron.cpu_patches import PACKED_ROTARY, apply_cpu_patches
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -321,18 +321,8 @@ LOGS = {
 """Log records, by logger."""
 
 
-class _MessageFilter(logging.Filter):
-    def __init__(self, pattern: str) -> None:
-        super().__init__()
-        self._pattern = re.compile(pattern)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return self._pattern.match(record.getMessage()) is None
-
-
 def silence_known_noise() -> None:
     """Installs the filters in this process; call before importing megatron.core, which warns while it is imported."""
     for noise in WARNINGS:
         warnings.filterwarnings("ignore", message=noise.message)
-    for name, noise in LOGS.items():
-        logging.getLogger(name).addFilter(_MessageFilter(noise.message))
+    drop_messages({name: noise.message for name, noise in LOGS.items()})
