@@ -62,6 +62,16 @@ def latest_checkpoint(root: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
+def refuse_unwanted_resume(resume: str, newest: Path | None) -> None:
+    """Do nothing if run.resume allows a run to go on after its newest checkpoint, or there is none.
+
+    Raises:
+        UserError: it does not.
+    """
+    if newest is not None and resume == "never":
+        raise UserError(f"{newest} exists and run.resume=never; change run.output_dir, or use resume=auto")
+
+
 def refuse_fewer_steps(steps: int, newest: Path | None) -> None:
     """Do nothing if a run of `steps` steps in all has something to go on with after its newest checkpoint.
 

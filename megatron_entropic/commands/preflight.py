@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from megatron_entropic.commands.options import number, whole
-from megatron_entropic.config.load import ConfigError, read_config
+from megatron_entropic.config.load import load_config
 from megatron_entropic.errors import UserError
 
 
@@ -32,9 +32,7 @@ def add_parser(commands: Any) -> None:
 def _preflight(options: argparse.Namespace) -> None:
     from megatron_entropic.cluster import preflight
 
-    config, broken = read_config(options.config, options.overrides)
-    if broken:
-        raise ConfigError(str(options.config), broken)
+    config = load_config(options.config, options.overrides)
     if options.token_file is None:
         raise UserError("pre-flight: no secret to mark the reports with: give --token-file, or set RAY_AUTH_TOKEN_PATH")
     place = preflight.MeetingPlace(options.address, options.port, options.timeout_s, Path(options.token_file))

@@ -53,19 +53,22 @@ class ConfigError(UserError):
         super().__init__(f"{source}: {count}\n{bullets}")
 
 
-def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
+def load_config(
+    path: Path | str, overrides: Iterable[str] = (), *, checks: Callable[[Config], Iterable[Violation]] = violations
+) -> Config:
     """Read, override, check and resolve a configuration, whatever machine it is meant for.
 
     Args:
         path: YAML file with the sections of `Config`.
         overrides: `dotted.key=value`, the value in YAML; later ones win.
+        checks: every check of what could be read, those of values alone by default.
 
     Relative paths are taken from the current directory and made absolute.
 
     Raises:
         ConfigError: listing every violation at once.
     """
-    config, problems = read_config(path, overrides)
+    config, problems = read_config(path, overrides, checks=checks)
     if problems:
         raise ConfigError(str(path), problems)
     return config

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from megatron_entropic.config.checks import Violation, benchmark_violations, reward_violations, violations
-from megatron_entropic.config.load import ConfigError, read_config
+from megatron_entropic.config.load import load_config
 from megatron_entropic.config.run import Config
 from megatron_entropic.errors import missing_model
 from megatron_entropic.files.paths import directory_problem, file_problem, new_directory_problem
@@ -41,10 +41,7 @@ def load_checked_config(path: Path | str, overrides: Iterable[str] = ()) -> Conf
         yield from violations(config)
         yield from machine_violations(config)
 
-    config, problems = read_config(path, overrides, checks=checks)
-    if problems:
-        raise ConfigError(str(path), problems)
-    return config
+    return load_config(path, overrides, checks=checks)
 
 
 def machine_violations(config: Config) -> Iterator[Violation]:

@@ -17,7 +17,12 @@ from typing import TypeVar
 
 from megatron_entropic.algorithms import build_controller, find_policy_loss
 from megatron_entropic.checkpoints.open_weights import open_weights
-from megatron_entropic.checkpoints.run_checkpoints import complete_checkpoints, read_state, refuse_fewer_steps
+from megatron_entropic.checkpoints.run_checkpoints import (
+    complete_checkpoints,
+    read_state,
+    refuse_fewer_steps,
+    refuse_unwanted_resume,
+)
 from megatron_entropic.config.load import ConfigError
 from megatron_entropic.config.run import Config
 from megatron_entropic.data import PromptDataset, load_checked_tokenizer
@@ -105,8 +110,7 @@ def check_resumable(config: Config) -> None:
             `train.steps`.
     """
     complete = complete_checkpoints(config.run.output_dir / "checkpoints")
-    if complete and config.run.resume == "never":
-        raise UserError(f"{complete[-1]} exists and run.resume=never; change run.output_dir, or use resume=auto")
+    refuse_unwanted_resume(config.run.resume, complete[-1] if complete else None)
     found = []
     for directory in reversed(complete):
         try:

@@ -35,12 +35,13 @@ from megatron_entropic.checkpoints.run_checkpoints import (
     checkpoint_path,
     latest_checkpoint,
     refuse_fewer_steps,
+    refuse_unwanted_resume,
     step_of,
 )
 from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.config.load import dump_config
 from megatron_entropic.config.run import Config
-from megatron_entropic.errors import RunError, UserError
+from megatron_entropic.errors import RunError
 from megatron_entropic.files.jsonl import JsonLinesWriter
 from megatron_entropic.files.text import printable
 from megatron_entropic.observability.metrics import MetricsWriter
@@ -87,10 +88,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             files.enter_context(self._lock())
             self._newest = latest_checkpoint(self.checkpoints.path)
-            if self._newest is not None and config.run.resume == "never":
-                raise UserError(
-                    f"{self._newest} exists and run.resume=never; change run.output_dir, or use resume=auto"
-                )
+            refuse_unwanted_resume(config.run.resume, self._newest)
             refuse_fewer_steps(config.train.steps, self._newest)
             self._keep_settings_before()
             dump_config(config, self.path / "config.yaml")
