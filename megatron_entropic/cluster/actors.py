@@ -26,8 +26,8 @@ _MESSAGE_EVERY_S = 0.1
 """Finished responses leave an engine at most so often: a message costs it about a millisecond."""
 
 if TYPE_CHECKING:
+    from megatron_entropic.policy.policy import Policy
     from megatron_entropic.policy.publish.publisher import SenderType
-    from megatron_entropic.policy.rank import PolicyRank
     from megatron_entropic.rollout.engine import RolloutEngine
 
 
@@ -76,7 +76,7 @@ class PolicyWorker:
         self._config = config
         self._rank = rank
         self._device = device
-        self._policy: PolicyRank
+        self._policy: Policy
         self._listener: socket.socket | None = None
         offer_stacks()
         _join_network(config)
@@ -99,7 +99,7 @@ class PolicyWorker:
         from megatron_entropic.weight_sync.gloo import GlooSender
 
         sender_types: dict[Transport, SenderType] = {"gloo": GlooSender, "nccl": NcclSender, "ipc": IpcSender}
-        policy = Policy(
+        self._policy = Policy(
             self._config,
             rank=self._rank,
             world_size=self._config.policy.world_size,
@@ -109,11 +109,10 @@ class PolicyWorker:
             sender_type=sender_types[self._config.cluster.transport_on(self._device)],
             listener=self._listener,
         )
-        self._policy = policy
-        return policy.parallel.data_rank
+        return self._policy.parallel.data_rank
 
     def call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        """Run a method of `PolicyRank`; `PolicyGroup` has the types of each."""
+        """Run a method of `Policy`; `PolicyGroup` has the types of each."""
         return getattr(self._policy, method)(*arguments, **options)
 
     def call_with(self, method: str, sequences: list[Sequence], *arguments: Any, **options: Any) -> Any:

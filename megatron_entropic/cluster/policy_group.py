@@ -18,7 +18,7 @@ from megatron_entropic.cluster.waiting import answered, gather, require_raylet
 from megatron_entropic.config.run import ClusterConfig, Config
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.policy.batch.balance import attention_weight, data_parallel_shards, sequence_costs
-from megatron_entropic.policy.rank import PolicyRank
+from megatron_entropic.policy.policy import Policy
 from megatron_entropic.types import Scores, Sequence
 from megatron_entropic.weight_sync.plan import PublishPlan
 
@@ -70,9 +70,7 @@ class PolicyGroup:
     def score(self, sequences: list[Sequence], *, reference: bool = False) -> Scores:
         """Log-probs and entropies of the response tokens under the current (or the reference) weights."""
         shards = self._deal(sequences)
-        answers = self._on_replicas(
-            PolicyRank.score, sequences, shards, self._limits.score_timeout_s, reference=reference
-        )
+        answers = self._on_replicas(Policy.score, sequences, shards, self._limits.score_timeout_s, reference=reference)
         logprobs: list[Any] = [None] * len(sequences)
         entropies: list[Any] = [None] * len(sequences)
         experts: dict[int, Any] = {}
@@ -87,16 +85,16 @@ class PolicyGroup:
 
     def update(self, minibatch: list[Sequence]) -> dict[str, float]:
         """One optimizer step on `minibatch`; metrics are global and equal on every rank."""
-        return self._optimizer_step(PolicyRank.update, minibatch)
+        return self._optimizer_step(Policy.update, minibatch)
 
     def warm_start_step(self, sequences: list[Sequence]) -> dict[str, float]:
         """One supervised optimizer step: maximum likelihood of the responses."""
-        return self._optimizer_step(PolicyRank.warm_start_step, sequences)
+        return self._optimizer_step(Policy.warm_start_step, sequences)
 
     def begin_reinforcement_learning(self) -> None:
         """Fresh optimizer state and the schedule of `optimizer`, after a warm start."""
         self.before_training()
-        self._on_all(PolicyRank.begin_reinforcement_learning, self._limits.update_timeout_s)
+        self._on_all(Policy.begin_reinforcement_learning, self._limits.update_timeout_s)
 
     def open_transport(self, receivers: int) -> list[dict[str, Any]]:
         """Begin a weight-transfer rendezvous with `receivers` engine workers.
@@ -104,21 +102,21 @@ class PolicyGroup:
         Returns:
             What they need to connect to each sending rank, in the order of ranks.
         """
-        answers = self._on_all(PolicyRank.open_transport, self._limits.publish_timeout_s, receivers)
+        answers = self._on_all(Policy.open_transport, self._limits.publish_timeout_s, receivers)
         return sorted((answer for answer in answers if answer), key=lambda sender: sender["stage"])
 
     def accept_receivers(self) -> dict[str, ray.ObjectRef]:
         """Pending calls that end when all engines have connected; to be gathered beside the engines' own."""
-        return self._calls(PolicyRank.accept_receivers)
+        return self._calls(Policy.accept_receivers)
 
     def publish(self) -> dict[str, ray.ObjectRef]:
         """Pending calls that send the current weights; to be gathered beside the engines' receiving."""
         self.before_publishing()
-        return self._calls(PolicyRank.publish)
+        return self._calls(Policy.publish)
 
     def publish_plan(self) -> PublishPlan:
         """The buckets that `publish` sends, in order."""
-        return self._on_all(PolicyRank.publish_plan, self._limits.publish_timeout_s)[0]
+        return self._on_all(Policy.publish_plan, self._limits.publish_timeout_s)[0]
 
     def save_checkpoint(self, directory: Path, driver_state: dict[str, Any]) -> None:
         """Save model, optimizer, controller and RNG of all ranks, with the driver's own state, atomically.
@@ -126,46 +124,46 @@ class PolicyGroup:
         With `checkpoint.asynchronous` it is complete when `check_checkpoint` has waited for it.
         """
         self.before_training()
-        self._on_all(PolicyRank.save_checkpoint, self._limits.checkpoint_timeout_s, directory, driver_state)
+        self._on_all(Policy.save_checkpoint, self._limits.checkpoint_timeout_s, directory, driver_state)
 
     def check_checkpoint(self, *, wait: bool) -> None:
         """Raise what the last checkpoint failed with; with `wait` after it has ended."""
-        self._on_all(PolicyRank.check_checkpoint, self._limits.checkpoint_timeout_s, wait)
+        self._on_all(Policy.check_checkpoint, self._limits.checkpoint_timeout_s, wait)
 
     def load_checkpoint(self, directory: Path) -> dict[str, Any]:
         """Restore all ranks; returns the driver's state."""
         self.before_training()
-        return self._on_all(PolicyRank.load_checkpoint, self._limits.checkpoint_timeout_s, directory)[0]
+        return self._on_all(Policy.load_checkpoint, self._limits.checkpoint_timeout_s, directory)[0]
 
     def export_hf(self, output_dir: Path) -> None:
         """Write the policy as a Hugging Face directory."""
         self.before_training()
-        self._on_all(PolicyRank.export_hf, self._limits.checkpoint_timeout_s, output_dir)
+        self._on_all(Policy.export_hf, self._limits.checkpoint_timeout_s, output_dir)
 
     def begin_export(self, output_dir: Path) -> None:
         """Copy the weights to rank 0, which writes them as a Hugging Face directory in the background."""
         self.before_training()
-        self._on_all(PolicyRank.begin_export, self._limits.checkpoint_timeout_s, output_dir)
+        self._on_all(Policy.begin_export, self._limits.checkpoint_timeout_s, output_dir)
 
     def check_export(self, *, wait: bool) -> None:
         """Raise what the last background export failed with; with `wait` after it has ended."""
-        call = {self._name(0): self._actors[0].call.remote(PolicyRank.check_export.__name__, wait)}
+        call = {self._name(0): self._actors[0].call.remote(Policy.check_export.__name__, wait)}
         gather(call, phase="export", timeout_s=self._limits.checkpoint_timeout_s)
 
     def offload(self, *, keep_parameters: bool = False) -> None:
         """Give the device memory that `policy.offload` names back, until a call needs it."""
         parts = tuple(part for part in self._offloaded if not (keep_parameters and part == "parameters"))
         if parts:
-            answers = self._on_all(PolicyRank.offload, self._limits.update_timeout_s, parts)
+            answers = self._on_all(Policy.offload, self._limits.update_timeout_s, parts)
             self._offload_metrics = {name: max(answer[name] for answer in answers) for name in answers[0]}
 
     def memory_metrics(self) -> dict[str, float]:
         """memory/peak_mb of the rank where it is largest; of the last `offload` what `Policy.offload` returns, too."""
-        peak = max(self._on_all(PolicyRank.peak_memory_mb, self._limits.score_timeout_s))
+        peak = max(self._on_all(Policy.peak_memory_mb, self._limits.score_timeout_s))
         return {"memory/peak_mb": peak, **self._offload_metrics}
 
     def _optimizer_step(
-        self, method: Callable[[PolicyRank, list[Sequence]], dict[str, float]], sequences: list[Sequence]
+        self, method: Callable[[Policy, list[Sequence]], dict[str, float]], sequences: list[Sequence]
     ) -> dict[str, float]:
         return self._on_replicas(method, sequences, self._deal(sequences), self._limits.update_timeout_s)[0]
 
@@ -176,7 +174,7 @@ class PolicyGroup:
 
     def _on_replicas(
         self,
-        method: Callable[Concatenate[PolicyRank, list[Sequence], P], R],
+        method: Callable[Concatenate[Policy, list[Sequence], P], R],
         sequences: list[Sequence],
         shards: list[list[int]],
         timeout_s: float,
@@ -196,7 +194,7 @@ class PolicyGroup:
 
     def _on_all(
         self,
-        method: Callable[Concatenate[PolicyRank, P], R],
+        method: Callable[Concatenate[Policy, P], R],
         timeout_s: float,
         *arguments: P.args,
         **options: P.kwargs,
@@ -205,7 +203,7 @@ class PolicyGroup:
         return list(gather(calls, phase=method.__name__, timeout_s=timeout_s).values())
 
     def _calls(
-        self, method: Callable[Concatenate[PolicyRank, P], R], *arguments: P.args, **options: P.kwargs
+        self, method: Callable[Concatenate[Policy, P], R], *arguments: P.args, **options: P.kwargs
     ) -> dict[str, ray.ObjectRef]:
         name = method.__name__
         require_raylet(name)

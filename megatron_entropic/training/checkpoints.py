@@ -6,31 +6,22 @@ Their files are the business of `checkpoints/run_checkpoints.py`, their contents
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
-from typing import Protocol
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from megatron_entropic.checkpoints.run_checkpoints import CheckpointError, checkpoint_path, intact_checkpoint
 from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.config.run import Config
 from megatron_entropic.errors import RunError
-from megatron_entropic.observability.progress import Progress
 
-
-class Run(Protocol):
-    """Where the run lies, and who is told what it does."""
-
-    path: Path
-    progress: Progress
-
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Time the block and show its name."""
+if TYPE_CHECKING:
+    from megatron_entropic.training.run_directory import RunDirectory
 
 
 class Checkpoints:
     """RUN/checkpoints and RUN/exports."""
 
-    def __init__(self, config: Config, run: Run) -> None:
+    def __init__(self, config: Config, run: RunDirectory) -> None:
         self.path = config.run.output_dir / "checkpoints"
         self._config = config
         self._run = run
