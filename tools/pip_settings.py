@@ -26,7 +26,8 @@ def configuration_files(environment: Mapping[str, str]) -> list[Path]:
     chosen = environment.get("PIP_CONFIG_FILE")
     if chosen == os.devnull:
         return []
-    home = Path(environment.get("HOME", "/"))
+    # Where nobody set HOME, pip too takes the user's own from the system's list of users.
+    home = Path(environment.get("HOME") or os.path.expanduser("~"))
     shared = [Path(folder) for folder in environment.get("XDG_CONFIG_DIRS", "/etc/xdg").split(":") if folder]
     user = Path(environment.get("XDG_CONFIG_HOME") or home / ".config")
     files = [folder / "pip/pip.conf" for folder in reversed(shared)]

@@ -30,9 +30,7 @@ class RolloutLog:
     """Writes the rollouts of some steps of a run, and deletes those that are beyond its limits."""
 
     def __init__(self, run_dir: Path, config: LoggingConfig, record_steps: Collection[int]) -> None:
-        """Args:
-        record_steps: steps that are recorded in any case and never deleted.
-        """
+        """Decide for a run in `run_dir`; `record_steps` are recorded in any case and never deleted."""
         self._run_dir, self._config, self._record_steps = run_dir, config, frozenset(record_steps)
 
     def due(self, step: int, metrics: dict[str, float]) -> bool:

@@ -86,3 +86,17 @@ def test_values_survive_the_shell(tmp_path: Path) -> None:
     value = 'a folder/$(touch gone)/"wheels"'
     environment = {"HOME": str(tmp_path), "PIP_CONFIG_FILE": os.devnull, "PIP_CERT": value}
     assert shell_values(environment, "SSL_CERT_FILE") == [value]
+
+
+def test_without_home_the_users_own_folder_is_looked_into_as_pip_does() -> None:
+    program = (
+        "import os, pwd; from pathlib import Path; import pip_settings;"
+        "own = Path(pwd.getpwuid(os.getuid()).pw_dir) / '.config/pip/pip.conf';"
+        "assert own in pip_settings.configuration_files({}), pip_settings.configuration_files({})"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(SCRIPT.parent)},
+        check=True,
+        timeout=60,
+    )
