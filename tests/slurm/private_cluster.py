@@ -76,7 +76,7 @@ class PrivateCluster:
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {
             "PATH": os.environ["PATH"],
-            "HOME": os.environ["HOME"],
+            "HOME": os.path.expanduser("~"),
             "LANG": "C.UTF-8",
             "SLURM_CONF": str(self.root / "slurm.conf"),
         }
