@@ -34,13 +34,16 @@ def _install_slurm() -> None:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[PrivateCluster]:
     # Of the module, not of the session: its daemons are children of the worker, which runs other files afterwards.
-    _install_slurm()
-    cluster = PrivateCluster(nodes=3)
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.stop()
+    with pytest.MonkeyPatch.context() as shell:
+        # Slurm's daemons and `ip` are root's programs: not every PATH names their folders.
+        shell.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin:/sbin")
+        _install_slurm()
+        cluster = PrivateCluster(nodes=3)
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.stop()
 
 
 @pytest.fixture(scope="module")
