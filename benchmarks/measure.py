@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -13,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._profiler import _EventType
+from torch.profiler._utils import traverse_dfs
 
 Result = TypeVar("Result")
 
@@ -37,16 +37,33 @@ def peak_extra_bytes(work: Callable[[], Result], device: torch.device) -> tuple[
         result = work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before, result
-    # What is garbage already must not end within `work`: its end would count against what `work` makes.
-    gc.collect()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         result = work()
     assert profile.profiler is not None
     assert profile.profiler.kineto_results is not None
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in events), initial=0)), result
+    events = traverse_dfs(profile.profiler.kineto_results.experimental_event_tree())
+    allocations = [event for event in events if event.tag == _EventType.Allocation]
+    allocations.sort(key=lambda event: event.start_time_ns)
+    return _peak((event.extra_fields.ptr, event.extra_fields.alloc_size) for event in allocations), result
+
+
+def _peak(changes: Iterable[tuple[int, int]]) -> int:
+    """The highest sum of (address, bytes) over time; only the end of what was also made here has bytes < 0 that count.
+
+    The profiler keeps the size of what it once saw made and did not see end, by address: where another tensor got that
+    address later and ends now, it reports an end of the old size.
+    """
+    alive: dict[int, int] = {}
+    total = highest = 0
+    for address, change in changes:
+        if change > 0:
+            alive[address] = change
+            total += change
+        else:
+            total -= alive.pop(address, 0)
+        highest = max(highest, total)
+    return highest
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,20 @@ def test_peak_ignores_what_was_there_before() -> None:
     assert peak_extra_bytes(work, CPU)[0] == 5 * MIB
 
 
+def test_end_of_an_older_tensor_at_a_remembered_address_does_not_count() -> None:
+    """The profiler saw 1 MiB made at an address, not its end; what has that address later ends within `work`."""
+    for _ in range(20):
+        _, result = peak_extra_bytes(lambda: _bytes(MIB), CPU)
+        del result
+        kept = [_bytes(MIB)]
+
+        def work(kept: list[Tensor] = kept) -> Tensor:
+            kept.clear()
+            return _bytes(5 * MIB)
+
+        assert peak_extra_bytes(work, CPU)[0] == 5 * MIB
+
+
 def test_collectives_are_restored_after_counting() -> None:
     before = dist.all_reduce
     with counted_collectives([]) as traffic:
