@@ -19,12 +19,15 @@ from megatron_entropic.rewards.verifiers.math_reading import (
     base,
     compared_as_written,
     gold_answer,
+    in_one_order,
     last_boxed,
+    listed,
     normalised,
     plain_number,
     prepared,
     scaled,
 )
+from megatron_entropic.rewards.verifiers.math_units import split_unit
 
 _ANSWER_CHARACTERS = 300
 # LaTeX alone: by default the first number of what cannot be parsed is taken for all of it.
@@ -39,7 +42,8 @@ def math_answer(response: str, ground_truth: Any, extra_info: Mapping[str, Any])
     r"""1.0 if the last \boxed{} of the response equals the ground truth mathematically, else 0.0.
 
     No box, an unclosed one, or an answer far longer than any right one is wrong without being parsed. What nobody can
-    parse, such as a time of day, and what parsing would lose, such as ellipses, is compared as written.
+    parse, such as a time of day, and what parsing would lose, such as ellipses, is compared as written. A unit counts
+    where both name one.
 
     Args:
         ground_truth: LaTeX or a number, with or without \boxed{}; or a dictionary with `answer` or `target`.
@@ -50,10 +54,14 @@ def math_answer(response: str, ground_truth: Any, extra_info: Mapping[str, Any])
     gold, answer = gold_answer(ground_truth), last_boxed(response)
     if answer is None or len(answer) > max(_ANSWER_CHARACTERS, 2 * len(gold)):
         return 0.0
-    forms = normalised(gold), normalised(answer)
-    if forms[0] == forms[1]:
+    if normalised(gold) == normalised(answer):
         return 1.0
-    numbers = plain_number(forms[0]), plain_number(forms[1])
+    (gold, gold_unit), (answer, answer_unit) = split_unit(gold), split_unit(answer)
+    if gold_unit and answer_unit and gold_unit != answer_unit:
+        if not gold_unit.measures_as(answer_unit):
+            return 0.0
+        gold, answer = gold_unit.converted(gold), answer_unit.converted(answer)
+    numbers = plain_number(normalised(gold)), plain_number(normalised(answer))
     if None not in numbers:
         return float(numbers[0] == numbers[1])
     return float(_equal(prepared(gold), prepared(answer)))
@@ -63,6 +71,8 @@ def _equal(gold: str, answer: str) -> bool:
     """Whether two prepared answers of different writing are equal."""
     if compared_as_written(gold) or compared_as_written(answer) or _of_different_kinds(gold, answer):
         return False
+    if in_one_order(gold) == in_one_order(answer):
+        return True
     if scaled(gold) != gold:
         gold, answer = scaled(gold), scaled(answer)
     elif scaled(answer) != answer and _equal(gold, scaled(answer)):
@@ -71,6 +81,8 @@ def _equal(gold: str, answer: str) -> bool:
     if not golds:
         raise UserError(f"the ground truth {gold!r} cannot be read as mathematics")
     try:
+        if _repeats(gold, golds[0]) or (_repeats(answer, answers[0]) if answers else False):
+            return _equal_lists(gold, answer)
         return any(equal(one, other) for one in golds for other in answers)
     except Exception:  # noqa: BLE001  sympy raises anything
         # Whose fault is it? An answer that sympy cannot compare is wrong. A ground truth that it cannot compare even
@@ -89,6 +101,21 @@ def _of_different_kinds(gold: str, answer: str) -> bool:
         for text in (gold, answer)
     ]
     return kinds in ([(True, False), (False, True)], [(False, True), (True, False)])
+
+
+def _repeats(text: str, value: Any) -> bool:
+    """Whether a list names a value twice, which the set that it is parsed as does not show."""
+    if isinstance(value, sympy.Equality):
+        value = value.rhs
+    return isinstance(value, sympy.FiniteSet) and len(listed(text)) > len(value.args)
+
+
+def _equal_lists(gold: str, answer: str) -> bool:
+    """Whether two lists have the same values equally often; of a ground truth in braces, whether they are one set."""
+    golds, answers = ([_parse(part)[0] for part in listed(text)] for text in (gold, answer))
+    if gold.startswith(r"\{"):
+        return equal(sympy.FiniteSet(*golds), sympy.FiniteSet(*answers))
+    return _matched(golds, answers, ordered=False)
 
 
 def _parse(latex: str) -> list[Any]:

@@ -8,6 +8,7 @@ Imports no computer algebra, so that reading an answer stays quick.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from fractions import Fraction
@@ -88,6 +89,17 @@ _PLAIN = re.compile(r"([+-]?)(\d+|\d{1,3}(?:,\d{3})+)?(\.\d+)?")
 _PLAIN_FRACTION = re.compile(r"([+-]?)(?:\\frac\{([+-]?\d+)\}\{([+-]?\d+)\}|(\d+)/(\d+))")
 # Primes, since no ground truth but themselves equals them by chance.
 _ANOTHER_NUMBER = ("7919", "7907")
+_CONNECTIVES = tuple(
+    (re.compile(rf"\\{name}(?![a-zA-Z])"), sign)
+    for name, sign in (
+        ("cup", "\N{UNION}"),
+        ("cap", "\N{INTERSECTION}"),
+        ("wedge", "\N{LOGICAL AND}"),
+        ("vee", "\N{LOGICAL OR}"),
+    )
+)
+_COMMUTATIVE = re.compile("[" + "".join(sign for _, sign in _CONNECTIVES) + "]")
+_BETWEEN_PARTS = re.compile(rf"[,;]|{_TEXT}\s*(?:and|or)\s*\}}|\b(?:and|or)\b")
 _DIGITS = 1000
 """More than a person writes; Python's own limit for reading an integer is 4,300."""
 
@@ -126,6 +138,31 @@ def scaled(answer: str) -> str:
     return _SCALE.sub(lambda found: rf"\cdot 10^{{{_SCALES[found.group(1)]}}}" + _rest(found.group()), answer)
 
 
+def listed(answer: str) -> list[str]:
+    r"""The parts of a prepared answer that is a list, with or without the braces of a set and a name before it."""
+    if answer.count("=") == 1:
+        answer = answer.rpartition("=")[2].strip()
+    return _split(answer.removeprefix(r"\{").removesuffix(r"\}"), _BETWEEN_PARTS)[::2]
+
+
+def in_one_order(answer: str) -> str:
+    r"""A prepared answer with what \cup, \cap, \wedge or \vee connects sorted: B \cup A is A \cup B.
+
+    For comparing, not for parsing. Different operators side by side stay as they are: which of them binds is not said.
+    """
+    for name, sign in _CONNECTIVES:
+        answer = name.sub(sign, answer)
+    answer = _without_brackets(_DROPPED.sub("", answer))
+    parts = _split(answer, _COMMUTATIVE)
+    if len(set(parts[1::2])) != 1:
+        return answer
+    operands: list[str] = []
+    for operand in map(in_one_order, parts[::2]):
+        inner = _split(_without_brackets(operand), _COMMUTATIVE)
+        operands += inner[::2] if set(inner[1::2]) == {parts[1]} else [operand]
+    return f"({parts[1].join(sorted(operands))})"
+
+
 def plain_number(answer: str) -> Fraction | None:
     """The value of a normalised answer that is one integer, decimal or fraction of integers; None for any other."""
     if len(answer) > _DIGITS:
@@ -145,6 +182,28 @@ def _spelled(answer: str) -> str:
         answer = pattern.sub(spelling, answer)
     answer = _GROUPED_BY_SPACES.sub(lambda found: re.sub(r"\s|\\,", "", found.group()), answer)
     return _MIXED.sub(r"\1\\frac{\2}{\3}", answer).strip()
+
+
+def _split(text: str, separator: re.Pattern[str]) -> list[str]:
+    """The parts of a text and between them its separators, those within brackets not counted."""
+    parts, depth, start = [], 0, 0
+    for found in re.finditer(rf"(?P<bracket>[(\[{{])|[)\]}}]|(?P<separator>{separator.pattern})", text):
+        if not found["separator"]:
+            depth += 1 if found["bracket"] else -1
+        elif depth == 0:
+            parts += [text[start : found.start()], found["separator"]]
+            start = found.end()
+    return [*parts, text[start:]]
+
+
+def _without_brackets(text: str) -> str:
+    """The text without round brackets around the whole of it, unless it is a pair or an interval."""
+    while text.startswith("(") and text.endswith(")"):
+        depths = list(itertools.accumulate((char in "([{") - (char in ")]}") for char in text))
+        if 0 in depths[:-1] or len(_split(text[1:-1], _BETWEEN_PARTS)) > 1:
+            break
+        text = text[1:-1]
+    return text
 
 
 def _rest(word: str) -> str:

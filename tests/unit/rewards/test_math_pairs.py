@@ -31,6 +31,45 @@ PAIRS = {
         (r"50\%", [r"50.0\%", "0.5"], [r"0.5\%", r"5000\%"]),
         (r"33\frac13\%", [r"\frac{100}{3}\%", r"\frac13"], [r"12\frac13\%", r"33\%", r"\frac13\%"]),
     ],
+    "values named twice": [
+        ("1,2,2", ["2,1,2", "1, 2, 2.0", r"\{1,2,2\}", r"1,2\text{ and }2"], ["1,2", "1,1,2", "1,2,2,2", r"\{1,2\}"]),
+        ("1,2", ["2,1", r"1\text{ and }2"], ["1,2,2", "1,1,2"]),
+        ("x=1,2,2", ["1,2,2"], ["1,2"]),
+        ("a,b,b", ["b,a,b"], ["a,b"]),
+        (r"\{1,2\}", ["1,2,2"], ["1,2,3"]),
+    ],
+    "in another order": [
+        (r"A\cup B", [r"B\cup A", r"\left(B \cup A\right)"], [r"A\cap B", r"A\cup C", r"A\cup B\cup C"]),
+        (r"A\cap(B\cup C)", [r"(C\cup B)\cap A"], [r"A\cup(B\cap C)", r"A\cap B\cup C"]),
+        (r"A\cup B\cup C", [r"C\cup(B\cup A)", r"(A\cup C)\cup B"], []),
+        (r"\overline{A}\cup B", [r"B\cup\overline{A}"], [r"A\cup\overline{B}"]),
+        (r"p\land q", [r"q\land p"], [r"q\lor p"]),
+        (r"A\setminus B", [], [r"B\setminus A"]),
+        (r"p\to q", [], [r"q\to p"]),
+    ],
+    "units of both": [
+        (r"5\text{ km}", [r"5000\text{ m}", "5km", r"5\text{ kilometers}"], [r"5\text{ m}", "5 miles", r"5\text{ kg}"]),
+        (r"\frac{3}{2}\text{ hours}", ["90 min", "1.5"], ["90 hours", "90", r"1.5\text{ days}"]),
+        (r"\sqrt{2}\text{ km}", [r"1000\sqrt{2}\text{ m}"], [r"\sqrt{2}\text{ m}"]),
+        (r"x=5\text{ cm}", ["5", "x=5", "0.05 m"], ["5 m"]),
+        ("12,500 m", ["12.5 km", "12500"], ["12.5 m"]),
+        (
+            r"12\text{ cm}^2",
+            [r"12\text{ square centimeters}", "12", r"0.0012\text{ m}^{2}"],
+            [r"12\text{ cm}", "12 m^2"],
+        ),
+        (r"3\text{ m/s}", ["3"], ["4"]),
+        ("2 hours 30 minutes", [], ["2 hours", "150 hours"]),
+        ("3, 4 cm", ["3,4"], ["3,5"]),
+    ],
+    "temperatures": [
+        (
+            r"5^\circ C",
+            ["5", "5\N{DEGREE SIGN}C", r"5^{\circ}\text{C}", r"5\text{ degrees Celsius}", r"41^\circ F"],
+            [r"5^\circ F", "5 \N{DEGREE SIGN}F", r"5\text{ K}", r"41^\circ C"],
+        ),
+        ("98.6 \N{DEGREE SIGN}F", ["37 \N{DEGREE CELSIUS}", "98.6"], ["98.6 \N{DEGREE CELSIUS}"]),
+    ],
     "units": [
         (r"12\text{ km}", ["12", r"12\,\mathrm{km}"], ["13", "120"]),
         (r"3.5\text{ hours}", ["3.5", r"\frac{7}{2}", "3.5 hours"], ["3.6", "35"]),
@@ -39,6 +78,8 @@ PAIRS = {
         ("5'10''", [], ["5'11''", "510"]),
     ],
     "money": [
+        (r"\$0.05", [r"5\text{ cents}", "5 cents", "5\N{CENT SIGN}", "0.05"], ["5", r"5\text{ dollars}"]),
+        ("5 cents", ["5", "$0.05"], [r"\$5", r"50\text{ cents}"]),
         (r"\$1{,}250.50", ["1250.50", "1250.5", r"\$1,250.50", "$1250.5$"], ["1250.05", "1250"]),
     ],
     "other money": [
