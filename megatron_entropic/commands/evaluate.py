@@ -63,6 +63,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--prompt-key", default="prompt", metavar="KEY", help="as data.prompt_key (default: prompt)")
     parser.add_argument("--answer-key", metavar="KEY", help="as data.answer_key, for files that have it")
     parser.add_argument("--verifier", default="math", help="as reward.verifier (default: math)")
+    parser.add_argument("--answer", metavar="WAY", help="as reward.answer (default: the verifier's own way)")
+    parser.add_argument("--answer-pattern", default="", metavar="REGEX", help="as reward.answer_pattern")
     parser.add_argument("--workers", type=whole(0), default=2, metavar="N", help="verifier processes (default: 2)")
     parser.add_argument(
         "--verifier-timeout", type=number(above=0), default=10.0, metavar="S", help="of a response, seconds"
@@ -139,7 +141,13 @@ def evaluation_config(options: argparse.Namespace) -> Config:
                 prompt_key=options.prompt_key,
                 answer_key=options.answer_key,
             ),
-            reward=RewardConfig(verifier=options.verifier, workers=options.workers, timeout_s=options.verifier_timeout),
+            reward=RewardConfig(
+                verifier=options.verifier,
+                answer=options.answer,
+                answer_pattern=options.answer_pattern,
+                workers=options.workers,
+                timeout_s=options.verifier_timeout,
+            ),
             rollout=RolloutConfig(
                 engines=options.engines,
                 tensor_parallel=options.tensor_parallel,

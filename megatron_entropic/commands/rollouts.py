@@ -11,6 +11,7 @@ from rich.style import Style
 from rich.text import Text
 
 from megatron_entropic.commands.options import whole
+from megatron_entropic.config.data import RewardConfig
 from megatron_entropic.config.names import controller_entry
 from megatron_entropic.data import load_tokenizer
 from megatron_entropic.errors import UserError
@@ -92,8 +93,10 @@ def _tokenizer(given: Path | None, run: Run) -> Any:
 
 def _reader(run: Run, console: Console) -> Reader:
     """What the run's verifier takes for an answer. Responses can be looked at without it."""
+    answer, pattern = (run.setting(f"reward.{key}") for key in ("answer", "answer_pattern"))
     try:
-        return build_reader(str(run.setting("reward.verifier", "math")))
+        reward = RewardConfig(answer=None if answer is None else str(answer), answer_pattern=str(pattern or ""))
+        return build_reader(str(run.setting("reward.verifier", "math")), reward)
     except UserError as error:
         console.print(printable(f"answers are not read: {error}"), style="yellow", markup=False, soft_wrap=True)
         return lambda response: None

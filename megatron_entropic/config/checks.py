@@ -12,15 +12,17 @@ from dataclasses import dataclass
 
 from megatron_entropic.config.names import (
     ADVANTAGES,
+    ANSWERS,
     CONTROLLERS,
     OFF,
     POLICY_LOSSES,
     VERIFIERS,
     controller_entry,
+    is_instant,
     unknown_name,
     verifier_entry,
 )
-from megatron_entropic.config.run import Config
+from megatron_entropic.config.run import Config, RewardConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,16 +245,46 @@ def reward_violations(config: Config) -> Iterator[Violation]:
         yield Violation(
             ("reward.added", "reward.verifier"), f"reward.added: {reward.verifier} is reward.verifier already"
         )
-    try:
-        re.compile(reward.format_pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        yield Violation(("reward.format_pattern",), f"reward.format_pattern: not a regular expression: {error}")
+    if problem := _pattern_problem(reward.format_pattern):
+        yield Violation(("reward.format_pattern",), f"reward.format_pattern: {problem}")
+    yield from _answer_violations(reward)
     if reward.overlong_buffer_tokens > config.rollout.max_response_tokens:
         yield Violation(
             ("reward.overlong_buffer_tokens", "rollout.max_response_tokens"),
             f"reward.overlong_buffer_tokens={reward.overlong_buffer_tokens} is more than "
             f"rollout.max_response_tokens={config.rollout.max_response_tokens}",
         )
+
+
+def _answer_violations(reward: RewardConfig) -> Iterator[Violation]:
+    """Ways to find an answer that do not exist, lack their pattern, or that no verifier asks for."""
+    if reward.answer is not None:
+        if problem := unknown_name(reward.answer, ANSWERS):
+            yield Violation(("reward.answer",), f"reward.answer={reward.answer!r}: {problem}")
+        verifiers = (reward.verifier, *reward.added)
+        if all(verifier_entry(name).answer is None for name in verifiers):
+            readers = ", ".join(name for name, entry in VERIFIERS.items() if entry.answer is not None)
+            yield Violation(
+                ("reward.answer", "reward.verifier", "reward.added"),
+                f"reward.answer={reward.answer} has no use: {' and '.join(verifiers)} looks at the response as it is; "
+                f"verifiers that read an answer are {readers}. Leave reward.answer away or choose one of these",
+            )
+    if reward.answer == "regex":
+        problem = _pattern_problem(reward.answer_pattern) if reward.answer_pattern else "reward.answer=regex needs one"
+        if problem:
+            yield Violation(("reward.answer", "reward.answer_pattern"), f"reward.answer_pattern: {problem}")
+    elif reward.answer_pattern:
+        yield Violation(
+            ("reward.answer", "reward.answer_pattern"), "reward.answer_pattern has no use without reward.answer=regex"
+        )
+
+
+def _pattern_problem(pattern: str) -> str | None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"not a regular expression: {error}"
+    return None
 
 
 def _placement(config: Config) -> Iterator[Violation]:
@@ -368,7 +400,7 @@ def config_warnings(config: Config) -> list[str]:
             f"rollout.quantization={rollout.quantization} without rollout.importance_correction: responses come from "
             "the rounded policy, tis is recommended"
         )
-    if config.reward.workers == 0 and not verifier_entry(config.reward.verifier).instant:
+    if config.reward.workers == 0 and not is_instant(config.reward.verifier, config.reward.answer):
         found.append("reward.workers=0: the verifier runs in the driver, and no time limit protects the run from it")
     if config.algorithm.kl.coefficient == 0 and config.algorithm.kl.reference_hf_dir is not None:
         found.append("algorithm.kl.reference_hf_dir is not used: algorithm.kl.coefficient is 0")

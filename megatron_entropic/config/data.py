@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from megatron_entropic.config.base import Count, Seconds, Section, one_is_a_list
-from megatron_entropic.config.names import VERIFIERS
+from megatron_entropic.config.names import ANSWERS, VERIFIERS
 
 
 class DataConfig(Section):
@@ -63,6 +63,17 @@ class RewardConfig(Section):
     """How a response is judged."""
 
     verifier: str = Field("math", description=f"{', '.join(VERIFIERS)}, or module:function.")
+    answer: str | None = Field(
+        None,
+        description=f"How the answer is found in a response: {', '.join(ANSWERS)}. None: the verifier's own way, boxed "
+        "for math, whole_response for countdown and exact; the others look at responses as they are. Base models do "
+        "not box: first_line after few-shot examples, last_number of a text.",
+    )
+    answer_pattern: str = Field(
+        "",
+        description="Regular expression of answer=regex. The last match counts, of it the first group, if it has any; "
+        "^ and $ are those of a line, a dot ends with it.",
+    )
     added: dict[str, float] = Field(
         {}, description="Name: weight of further rewards, named as verifiers are, which are added to the verifier's."
     )

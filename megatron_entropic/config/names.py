@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megatron_entropic.config.plugins import is_module_name
 
 _LOSSES = "megatron_entropic.algorithms.losses"
+_ANSWERS = "megatron_entropic.rewards.answers"
 _VERIFIERS = "megatron_entropic.rewards.verifiers"
 _CONTROLLERS = "megatron_entropic.algorithms.entropy_control"
 
@@ -67,16 +68,45 @@ OFF = "off"
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerEntry:
+    """A value of reward.answer: how the answer is found in a response."""
+
+    target: str
+    """response -> the answer as written, None without one."""
+    alone: str | None = None
+    """answer -> a response in which nothing else is found; None where a pattern of somebody's own decides.
+
+    Where it is known, finding an answer takes time linear in the response.
+    """
+    takes_pattern: bool = False
+    """Its first argument is reward.answer_pattern."""
+
+
+ANSWERS = {
+    "boxed": AnswerEntry(f"{_ANSWERS}:last_boxed", alone=f"{_ANSWERS}:in_box"),
+    "last_number": AnswerEntry(f"{_ANSWERS}:last_number", alone=f"{_ANSWERS}:as_it_is"),
+    "first_line": AnswerEntry(f"{_ANSWERS}:first_line", alone=f"{_ANSWERS}:as_it_is"),
+    "whole_response": AnswerEntry(f"{_ANSWERS}:whole_response", alone=f"{_ANSWERS}:as_it_is"),
+    "regex": AnswerEntry(f"{_ANSWERS}:by_pattern", takes_pattern=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class VerifierEntry:
     """A value of reward.verifier; targets are functions of rewards/verifiers/."""
 
     target: str
-    reading: str | None = None
-    """response -> the answer in it, which majority votes count and people look at; None where the verifier knows."""
+    answer: str | None = None
+    """How it finds the answer where reward.answer does not say; None for one that looks at responses as they are.
+
+    With it the target gets the answer, or None where there is none, instead of the response.
+    """
+    vote: str | None = None
+    """answer -> its writing in majority votes, None if it has no say; None where the verifier knows no answer."""
     trials: str | None = None
     """ground truth -> answers to try it with before training; None where the verifier takes any ground truth."""
-    decisive: str | None = None
-    """response -> the part that decides alone: responses to one prompt that agree in it are judged once."""
+    once: bool = False
+    """Equal answers to one prompt are judged once."""
     instant: bool = False
     """Its time is bounded and far below that of asking another process."""
     takes_pattern: bool = False
@@ -86,18 +116,22 @@ class VerifierEntry:
 VERIFIERS = {
     "countdown": VerifierEntry(
         f"{_VERIFIERS}.countdown:countdown",
-        reading=f"{_VERIFIERS}.text:whole_response",
+        answer="whole_response",
+        vote=f"{_VERIFIERS}.text:vote",
         trials=f"{_VERIFIERS}.text:any_verdict",
         instant=True,
     ),
-    "exact": VerifierEntry(f"{_VERIFIERS}.text:exact", reading=f"{_VERIFIERS}.text:whole_response", instant=True),
+    "exact": VerifierEntry(
+        f"{_VERIFIERS}.text:exact", answer="whole_response", vote=f"{_VERIFIERS}.text:vote", instant=True
+    ),
     "format": VerifierEntry(f"{_VERIFIERS}.text:response_format", takes_pattern=True),
     "ifeval": VerifierEntry(f"{_VERIFIERS}.ifeval:ifeval", trials=f"{_VERIFIERS}.text:any_verdict"),
     "math": VerifierEntry(
-        f"{_VERIFIERS}.math:math_answer",
-        reading=f"{_VERIFIERS}.math_reading:boxed_answer",
+        f"{_VERIFIERS}.math:math_verdict",
+        answer="boxed",
+        vote=f"{_VERIFIERS}.math_reading:math_vote",
         trials=f"{_VERIFIERS}.math_reading:math_trials",
-        decisive=f"{_VERIFIERS}.math_reading:box_alone",
+        once=True,
     ),
 }
 
@@ -107,6 +141,15 @@ ADVANTAGES = ("grpo", "grpo_no_std", "rloo", "reinforce_plus_plus_baseline", "ns
 def verifier_entry(name: str) -> VerifierEntry:
     """The row of a verifier; of one of somebody's own (`module:function`) nothing is known."""
     return VERIFIERS.get(name, VerifierEntry(name))
+
+
+def is_instant(verifier: str, answer: str | None) -> bool:
+    """Whether a verifier and its way to find an answer (reward.answer) take bounded time, far below that of a call.
+
+    A pattern of somebody's own can take any time.
+    """
+    way = ANSWERS.get(answer or "")
+    return verifier_entry(verifier).instant and (way is None or not way.takes_pattern)
 
 
 def controller_entry(name: str) -> ControllerEntry:

@@ -7,11 +7,19 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 
-from megatron_entropic.config.names import verifier_entry
-from megatron_entropic.config.plugins import find_attribute
+from megatron_entropic.config.names import ANSWERS, VerifierEntry, is_instant, verifier_entry
 from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.rewards.pool import VerifierPool
-from megatron_entropic.rewards.verifier import Job, Verdict, build_verifier, judge, takes_batches
+from megatron_entropic.rewards.verifier import (
+    Job,
+    Verdict,
+    answer_name,
+    build_reading,
+    build_verifier,
+    judge,
+    lone_answer,
+    takes_batches,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +39,12 @@ class Judge:
         """
         self.name = name
         entry = verifier_entry(name)
-        self.decisive: Callable[[str], str] | None = None
-        """Part of a response that decides alone."""
-        if entry.decisive is not None:
-            self.decisive = find_attribute("verifier", entry.decisive, arguments=1)
+        self.decisive = _decisive(entry, config) if entry.once else None
+        """response -> a shorter one with the same verdict; responses to one prompt that agree in it are judged once."""
         self._batch_size = config.batch_size
         self._pool: VerifierPool | None = None
-        if config.workers == 0 or entry.instant:
-            self._verifier = build_verifier(name, config.format_pattern)
+        if config.workers == 0 or is_instant(name, config.answer):
+            self._verifier = build_verifier(name, config)
         else:
             self._pool = VerifierPool(config, name)
 
@@ -71,6 +77,20 @@ class Judge:
         """End the verifier processes."""
         if self._pool:
             self._pool.close()
+
+
+def _decisive(entry: VerifierEntry, config: RewardConfig) -> Callable[[str], str] | None:
+    """The answer of a response alone; None where finding it may take any time, which is not for the driver."""
+    way = answer_name(entry, config)
+    if ANSWERS[way].alone is None:
+        return None
+    reading, alone = build_reading(entry, config), lone_answer(way)
+
+    def decisive(response: str) -> str:
+        answer = reading(response)
+        return "" if answer is None else alone(answer)
+
+    return decisive
 
 
 class Judging:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.rewards.judge import Judge, Judging
-from megatron_entropic.rewards.verifier import Job, Trial, Verdict, trials
+from megatron_entropic.rewards.verifier import Job, Trial, Verdict, trial_settings, trials
 
 if TYPE_CHECKING:
     from megatron_entropic.types import Sample
@@ -51,12 +51,17 @@ class RewardScorer:
         """Why the verifier cannot use a ground truth, None where it can; see `verifier.trials`."""
         reasons: list[str | None] = [None] * len(truths)
         asked: list[tuple[int, Trial, Job]] = []
+        settings, alone = trial_settings(self._main.name, self._config)
         for position, truth in enumerate(truths):
             try:
-                asked += [(position, trial, (trial.response, truth, {})) for trial in trials(self._main.name, truth)]
+                found = trials(self._main.name, truth)
             except ValueError as error:
                 reasons[position] = str(error)
-        verdicts = self._main.verdicts([job for *_, job in asked])
+                continue
+            asked += [(position, trial, (alone(trial.answer), truth, {})) for trial in found]
+        with ExitStack() as closing:
+            judge = self._main if settings is self._config else self._judge_of(self._main.name, closing, settings)
+            verdicts = judge.verdicts([job for *_, job in asked])
         for (position, trial, _), verdict in zip(asked, verdicts, strict=True):
             reasons[position] = reasons[position] or trial.objection(verdict)
         return reasons
@@ -73,8 +78,8 @@ class RewardScorer:
     ) -> None:
         self.close()
 
-    def _judge_of(self, name: str, judges: ExitStack) -> Judge:
-        judge = Judge(self._config, name)
+    def _judge_of(self, name: str, judges: ExitStack, settings: RewardConfig | None = None) -> Judge:
+        judge = Judge(settings or self._config, name)
         judges.callback(judge.close)
         return judge
 

@@ -1,7 +1,7 @@
 """What a verifier is, how it is found by name, and what comes out of asking it.
 
 name -> function                      build_verifier
-response -> answer as written         build_reader, for majority votes
+response -> answer as written         build_reader, for majority votes; how it is found: `answers`
 ground truth -> answers to try        trials, before training: a truth that cannot be judged is found there
 jobs -> verdicts                      judge
 """
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from megatron_entropic.config.names import VERIFIERS, unknown_name, verifier_entry
+from megatron_entropic.config.data import RewardConfig
+from megatron_entropic.config.names import ANSWERS, VERIFIERS, VerifierEntry, unknown_name, verifier_entry
 from megatron_entropic.config.plugins import find_attribute
 from megatron_entropic.errors import UserError
 
@@ -31,11 +32,11 @@ def takes_batches(verifier: Verifier | BatchVerifier) -> bool:
     return bool(getattr(verifier, "takes_batches", False))
 
 
-def build_verifier(name: str, format_pattern: str = "") -> Verifier | BatchVerifier:
+def build_verifier(name: str, reward: RewardConfig | None = None) -> Verifier | BatchVerifier:
     """The verifier called `name`: a built-in one, or `module:function`, also from the current directory.
 
     Args:
-        format_pattern: `reward.format_pattern`, which `format` needs.
+        reward: how it finds answers, and the pattern of `format`; None: as by default.
 
     Raises:
         UserError: no such verifier, or its module does not import.
@@ -44,8 +45,51 @@ def build_verifier(name: str, format_pattern: str = "") -> Verifier | BatchVerif
         raise UserError(f"verifier {name!r}: {problem}")
     entry = verifier_entry(name)
     function = find_attribute("verifier", entry.target, arguments=4 if entry.takes_pattern else 3)
+    reward = reward or RewardConfig()
+    if entry.takes_pattern:
+        return partial(function, re.compile(reward.format_pattern, re.DOTALL))
+    if entry.answer is not None:
+        return partial(_judge_answer, build_reading(entry, reward), function)
     verifier: Verifier | BatchVerifier = function
-    return partial(function, re.compile(format_pattern, re.DOTALL)) if entry.takes_pattern else verifier
+    return verifier
+
+
+def _judge_answer(
+    reading: Reader, verdict: Any, response: str, ground_truth: Any, extra_info: Mapping[str, Any]
+) -> float:
+    """A verifier made of two functions: one finds the answer, the other judges it."""
+    reward: float = verdict(reading(response), ground_truth, extra_info)
+    return reward
+
+
+Reader = Callable[[str], str | None]
+"""Response text -> the answer as written, None if there is none."""
+
+
+def build_reading(entry: VerifierEntry, reward: RewardConfig) -> Reader:
+    """How a verifier that reads answers finds them: `reward.answer`, by default its own way.
+
+    Raises:
+        UserError: there is no such way, or its pattern is none.
+    """
+    name = answer_name(entry, reward)
+    if problem := unknown_name(name, ANSWERS):
+        raise UserError(f"reward.answer={name!r}: {problem}")
+    way = ANSWERS[name]
+    function = find_attribute("answer", way.target, arguments=2 if way.takes_pattern else 1)
+    if not way.takes_pattern:
+        reading: Reader = function
+        return reading
+    try:
+        return partial(function, re.compile(reward.answer_pattern, re.MULTILINE))
+    except re.error as error:
+        raise UserError(f"reward.answer_pattern: not a regular expression: {error}") from error
+
+
+def answer_name(entry: VerifierEntry, reward: RewardConfig) -> str:
+    """The row of `ANSWERS` that a verifier which reads answers uses."""
+    assert entry.answer is not None, "it looks at responses as they are"
+    return reward.answer or entry.answer
 
 
 # What came out of judging responses.
@@ -99,23 +143,27 @@ def _failure(error: BaseException) -> Verdict:
 
 # What a verifier takes for the answer of a response: majority votes count these, and people look at them.
 
-Reader = Callable[[str], str | None]
-"""Response text -> the answer as written, None if there is none."""
 
-
-def build_reader(verifier: str) -> Reader:
-    """How the verifier called `verifier` reads a response: by the function of its row in `config.names`.
+def build_reader(verifier: str, reward: RewardConfig | None = None) -> Reader:
+    """How the verifier called `verifier` reads a response, in the writing that votes count.
 
     A verifier of one's own may have an attribute `read_answer`, a function of the response; without it no answer is
     known, and a majority cannot be counted.
+
+    Args:
+        reward: how answers are found; None: as by default.
     """
     entry = verifier_entry(verifier)
-    reader: Reader
-    if entry.reading is not None:
-        reader = find_attribute("verifier", entry.reading, arguments=1)
-    else:
-        reader = getattr(build_verifier(verifier), "read_answer", _nothing)
+    if entry.vote is not None:
+        reading = build_reading(entry, reward or RewardConfig())
+        return partial(_read_vote, reading, find_attribute("verifier", entry.vote, arguments=1))
+    reader: Reader = getattr(build_verifier(verifier), "read_answer", _nothing)
     return reader
+
+
+def _read_vote(reading: Reader, vote: Reader, response: str) -> str | None:
+    answer = reading(response)
+    return None if answer is None else vote(answer)
 
 
 def _nothing(response: str) -> str | None:
@@ -129,7 +177,7 @@ def _nothing(response: str) -> str | None:
 class Trial:
     """An answer to try a ground truth with."""
 
-    response: str
+    answer: str
     expected: Literal["right", "wrong", "verdict"]
     """What the verifier must say; "verdict": anything but an error."""
 
@@ -142,12 +190,12 @@ class Trial:
         if self.expected == "right" and verdict.reward <= 0:
             return "as an answer it is judged wrong"
         if self.expected == "wrong" and verdict.reward > 0:
-            return f"the answer {self.response} is judged right"
+            return f"the answer {self.answer} is judged right"
         return None
 
 
 def trials(verifier: str, truth: Any) -> list[Trial]:
-    """Responses to try a ground truth with before training; none if the verifier takes any.
+    """Answers to try a ground truth with before training; none if the verifier takes any.
 
     Raises:
         UserError: the ground truth is empty.
@@ -157,3 +205,25 @@ def trials(verifier: str, truth: Any) -> list[Trial]:
         return []
     found: list[Trial] = find_attribute("verifier", entry.trials, arguments=1)(truth)
     return found
+
+
+def trial_settings(verifier: str, reward: RewardConfig) -> tuple[RewardConfig, Callable[[str], str]]:
+    """How answers are found when ground truths are tried, and the response that is nothing but a given answer.
+
+    The same as in training, so that a ground truth no response could give (an equation where the last number counts) is
+    found too. What a pattern finds nobody can write: there the answers are judged as they are.
+    """
+    entry = verifier_entry(verifier)
+    if entry.answer is None:
+        return reward, lambda answer: answer
+    if ANSWERS[answer_name(entry, reward)].alone is None:
+        reward = reward.model_copy(update={"answer": "whole_response", "answer_pattern": ""})
+    return reward, lone_answer(answer_name(entry, reward))
+
+
+def lone_answer(answer: str) -> Callable[[str], str]:
+    """answer -> a response that is nothing but it, for a way to find answers that has one."""
+    alone = ANSWERS[answer].alone
+    assert alone is not None, "a pattern decides"
+    function: Callable[[str], str] = find_attribute("answer", alone, arguments=1)
+    return function

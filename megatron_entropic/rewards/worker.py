@@ -1,4 +1,6 @@
-"""A verifier process: `python -m megatron_entropic.rewards.worker NAME TIMEOUT_S CPU_TIME_S MEMORY_GB FORMAT_PATTERN`.
+"""A verifier process: `python -m megatron_entropic.rewards.worker NAME TIMEOUT_S CPU_TIME_S MEMORY_GB REWARD`.
+
+REWARD is the section `reward` of the configuration as JSON.
 
 Chunks of jobs come in as pickles on standard input, verdicts go out as JSON lines on what was standard output, each as
 soon as it is there. The process ends when its input does, when a job uses up its CPU time, and, should its parent be
@@ -17,6 +19,7 @@ import signal
 import sys
 from typing import IO, Any
 
+from megatron_entropic.config.data import RewardConfig
 from megatron_entropic.config.names import VERIFIERS
 from megatron_entropic.rewards.verifier import Job, build_verifier, judge, takes_batches
 
@@ -25,7 +28,7 @@ _ORPHAN_GRACE_S = 30
 
 def main() -> None:
     """Serve jobs until the input ends."""
-    name, format_pattern = sys.argv[1], sys.argv[5]
+    name, reward = sys.argv[1], RewardConfig.model_validate_json(sys.argv[5])
     timeout_s, cpu_time_s, memory_gb = map(float, sys.argv[2:5])
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     # A verifier that prints must not speak into the answers.
@@ -34,7 +37,7 @@ def main() -> None:
         limit = int(memory_gb * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
-        verifier = build_verifier(name, format_pattern)
+        verifier = build_verifier(name, reward)
     except ValueError as error:
         _answer(answers, {"failed": str(error)})
         return

@@ -56,7 +56,7 @@ class Evaluator:
         """
         self._config = config
         self._tokenizer = tokenizer
-        self._read_answer = build_reader(config.reward.verifier)
+        self._read_answer = build_reader(config.reward.verifier, config.reward)
         self._benchmarks: dict[str, list[Prompt]] = {}
         refused = []
         self.problems: dict[str, list[str]] = {}
@@ -174,6 +174,8 @@ class Evaluator:
             "seed": config.evaluation.seed,
             "dtype": config.model.dtype,
             "verifier": config.reward.verifier,
+            "answer": config.reward.answer,
+            "answer_pattern": config.reward.answer_pattern or None,
             "data": data.model_dump(mode="json", include=set(_FORM_KEYS)),
         }
 

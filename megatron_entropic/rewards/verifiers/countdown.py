@@ -14,11 +14,11 @@ _EXPRESSION = re.compile(rf"{_NUMBER}(?:[+\-*]{_NUMBER})*")
 _MAX_CHARACTERS = 1000
 
 
-def countdown(response: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:
-    """1.0 if the whole response is a right expression, else 0.0.
+def countdown(answer: str | None, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:
+    """1.0 if the whole answer, by default the response, is a right expression, else 0.0.
 
     An expression is numbers joined by + - *, with * before + and -; white space is ignored, and nothing else may
-    stand in the response. Reading it takes time linear in its length, which is limited.
+    stand in the answer. Reading it takes time linear in its length, which is limited.
 
     Args:
         ground_truth: {"numbers": [...], "target": n}, or the same as a JSON string.
@@ -27,7 +27,7 @@ def countdown(response: str, ground_truth: Any, extra_info: Mapping[str, Any]) -
         UserError: a ground truth that is not of this form.
     """
     numbers, target = _problem(ground_truth)
-    expression = "".join(response.split())
+    expression = "" if answer is None else "".join(answer.split())
     if len(expression) > _MAX_CHARACTERS or not _EXPRESSION.fullmatch(expression):
         return 0.0
     if sorted(map(int, re.findall(_NUMBER, expression))) != sorted(numbers):

@@ -1,4 +1,4 @@
-r"""A mathematical answer in \boxed{}, compared by math-verify.
+r"""A mathematical answer, compared by math-verify.
 
 math-verify's own time limits are off: they measure wall time, and turn a slow machine into a silent "wrong". The
 process this runs in is killed from outside instead, and that is counted (`pool`).
@@ -15,12 +15,12 @@ import sympy
 from math_verify import LatexExtractionConfig, parse, verify
 
 from megatron_entropic.errors import UserError
+from megatron_entropic.rewards.answers import last_boxed
 from megatron_entropic.rewards.verifiers.math_reading import (
     base,
     compared_as_written,
     gold_answer,
     in_one_order,
-    last_boxed,
     listed,
     normalised,
     plain_number,
@@ -39,11 +39,16 @@ for _name in ("math_verify.parser", "math_verify.grader"):
 
 
 def math_answer(response: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:
-    r"""1.0 if the last \boxed{} of the response equals the ground truth mathematically, else 0.0.
+    r"""`math_verdict` on the last \boxed{} of a response; one that is not closed is none."""
+    return math_verdict(last_boxed(response), ground_truth, extra_info)
 
-    No box, an unclosed one, or an answer far longer than any right one is wrong without being parsed. What nobody can
-    parse, such as a time of day, and what parsing would lose, such as ellipses, is compared as written. A unit counts
-    where both name one.
+
+def math_verdict(answer: str | None, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:
+    r"""1.0 if the answer equals the ground truth mathematically, else 0.0.
+
+    No answer, or one far longer than any right one, is wrong without being parsed. What nobody can parse, such as a
+    time of day, and what parsing would lose, such as ellipses, is compared as written. A unit counts where both name
+    one.
 
     Args:
         ground_truth: LaTeX or a number, with or without \boxed{}; or a dictionary with `answer` or `target`.
@@ -51,7 +56,7 @@ def math_answer(response: str, ground_truth: Any, extra_info: Mapping[str, Any])
     Raises:
         UserError: a ground truth that cannot be read, or not even be compared with itself.
     """
-    gold, answer = gold_answer(ground_truth), last_boxed(response)
+    gold = gold_answer(ground_truth)
     if answer is None or len(answer) > max(_ANSWER_CHARACTERS, 2 * len(gold)):
         return 0.0
     if normalised(gold) == normalised(answer):

@@ -15,6 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 from megatron_entropic.errors import UserError
+from megatron_entropic.rewards.answers import last_boxed
 from megatron_entropic.rewards.verifier import Trial
 
 _TEXT = r"\\(?:text|textrm|mathrm|mbox)\s*\{"
@@ -224,21 +225,7 @@ def _repeating(found: re.Match[str]) -> str:
     return rf"\frac{{{numerator}}}{{{nines}}}"
 
 
-# What stands in a \boxed{}. Apart from its verifier, so that reading an answer loads no computer algebra.
-
-
-def last_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{} of a text, braces balanced; None without one or if it is not closed."""
-    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
-    if start < 0:
-        return None
-    start = text.index("{", start) + 1
-    depth = 1
-    for brace in re.finditer(r"\\.|[{}]", text[start:]):
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0:
-            return text[start : start + brace.start()].strip()
-    return None
+# Ground truths, votes and trials. Apart from the verifier, so that reading an answer loads no computer algebra.
 
 
 def gold_answer(ground_truth: Any) -> str:
@@ -263,23 +250,13 @@ def gold_answer(ground_truth: Any) -> str:
     return boxed
 
 
-def boxed_answer(response: str) -> str | None:
-    r"""The answer in the last \boxed{}, normalised; None without one."""
-    answer = last_boxed(response)
-    return None if answer is None else normalised(answer) or None
-
-
-def box_alone(response: str) -> str:
-    r"""The last box of a response without the rest, which is all that `math` looks at; empty if it has none.
-
-    The blank keeps a backslash at the end of the answer from escaping the brace.
-    """
-    answer = last_boxed(response)
-    return "" if answer is None else _in_box(answer + " ")
+def math_vote(answer: str) -> str | None:
+    """An answer in the writing that votes count; None if nothing is left of it."""
+    return normalised(answer) or None
 
 
 def math_trials(ground_truth: Any) -> list[Trial]:
-    r"""\boxed{ground truth} must be right, another number wrong, and neither may be an error.
+    r"""The ground truth must be right as an answer, another number wrong, and neither may be an error.
 
     Nor may the ground truth with its digits changed be one, which in training would give wrong answers the mean reward
     of their group. Equal strings are right whether math-verify can parse them or not; other forms of such an answer
@@ -290,10 +267,6 @@ def math_trials(ground_truth: Any) -> list[Trial]:
     """
     gold = gold_answer(ground_truth)
     another = next(number for number in _ANOTHER_NUMBER if number not in gold)
-    found = [Trial(_in_box(gold), "right"), Trial(_in_box(another), "wrong")]
+    found = [Trial(gold, "right"), Trial(another, "wrong")]
     changed = re.sub(r"\d", lambda digit: str((int(digit.group()) + 1) % 10), gold)
-    return found if changed == gold else [*found, Trial(_in_box(changed), "verdict")]
-
-
-def _in_box(answer: str) -> str:
-    return rf"\boxed{{{answer}}}"
+    return found if changed == gold else [*found, Trial(changed, "verdict")]

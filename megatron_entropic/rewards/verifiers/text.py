@@ -1,4 +1,4 @@
-"""Verifiers and readings that take a response as text."""
+"""Verifiers that take an answer or a response as text."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from megatron_entropic.rewards.verifier import Trial
 
 
-def exact(response: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:
-    """1.0 if the response equals the ground truth as a string, white space around both ignored; else 0.0."""
-    return float(response.strip() == str(ground_truth).strip())
+def exact(answer: str | None, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:
+    """1.0 if the answer equals the ground truth as a string, white space around both ignored; else 0.0."""
+    return float(answer is not None and answer.strip() == str(ground_truth).strip())
 
 
 # Whether a response has the form that was asked for, whatever it says.
@@ -22,11 +22,11 @@ def response_format(pattern: re.Pattern[str], response: str, ground_truth: Any, 
     return float(pattern.fullmatch(response.strip()) is not None)
 
 
-def whole_response(response: str) -> str | None:
-    """The response is the answer; None if nothing stands in it."""
-    return response.strip() or None
+def vote(answer: str) -> str | None:
+    """The answer without white space around it; None if nothing stands in it."""
+    return answer.strip() or None
 
 
 def any_verdict(ground_truth: Any) -> list[Trial]:
-    """A ground truth is good if an empty response can be judged with it."""
+    """A ground truth is good if an empty answer can be judged with it."""
     return [Trial("", "verdict")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_entropic.rewards import build_reader, build_verifier
+from megatron_entropic.rewards.answers import in_box
 from megatron_entropic.rewards.verifier import judge, trials
 
 math_answer = build_verifier("math")
@@ -263,7 +264,7 @@ def test_right_answers_are_right_and_wrong_ones_wrong(kind: str) -> None:
 @pytest.mark.parametrize("gold", ["05:00", r"\frac{1}{0}", r"\ldots", "1 2 3", r"\forall", "}{", r"\frac", "?", "n=1"])
 def test_no_ground_truth_that_passes_the_start_check_makes_wrong_answers_an_error(gold: str) -> None:
     for trial in trials("math", gold):
-        (verdict,) = judge(math_answer, [(trial.response, gold, {})])
+        (verdict,) = judge(math_answer, [(in_box(trial.answer), gold, {})])
         if trial.objection(verdict) is not None:
             return
     for answer in (

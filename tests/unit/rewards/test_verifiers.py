@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_entropic.rewards import build_verifier
+from megatron_entropic.rewards.answers import last_boxed
 from megatron_entropic.rewards.verifier import judge
-from megatron_entropic.rewards.verifiers.math_reading import last_boxed
 
 countdown = build_verifier("countdown")
 exact = build_verifier("exact")
