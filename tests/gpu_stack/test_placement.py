@@ -22,7 +22,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
         ["cluster.colocate=true", "policy.offload=all", "policy.data_parallel=4", "rollout.engines=16"],
     ),
     "qwen3_8b, engines of two GPUs": (2, ["rollout.tensor_parallel=2", "rollout.engines=4"]),
-    "qwen3_32b": (4, []),
+    "qwen3_32b": (8, []),
     "qwen3_30b_a3b": (4, []),
     "qwen3_235b_a22b": (16, []),
 }

@@ -104,7 +104,7 @@ def test_sleeping_memory_has_the_names_that_the_driver_wakes() -> None:
 
 def test_packed_sequences_have_the_fields_that_te_attention_takes() -> None:
     te_bindings.install()
-    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+    from megatron.core.extensions import transformer_engine as extensions
     from megatron.core.models.gpt import GPTModel
     from megatron.core.packed_seq_params import PackedSeqParams
     from transformer_engine.pytorch import DotProductAttention
@@ -119,7 +119,8 @@ def test_packed_sequences_have_the_fields_that_te_attention_takes() -> None:
     assert handed <= {field.name for field in fields(PackedSeqParams)}
     own = {field.name for field in fields(PackedSegments)} - {field.name for field in fields(PackedSeqParams)}
     assert own, "PackedSegments adds nothing any more"
-    source = inspect.getsource(TEDotProductAttention)
+    # Its text: the class is a stand-in where another test imported megatron-core before Transformer Engine came.
+    source = inspect.getsource(extensions).partition("class TEDotProductAttention")[2]
     assert "kept_packed_seq_params" in source, "megatron-core no longer keeps the fields that it knows"
     assert not own & set(taken)
 
