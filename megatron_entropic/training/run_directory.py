@@ -204,7 +204,10 @@ class RunDirectory:
     def record_restart(self, restart: int, limit: int, error: RunError) -> None:
         """Write down why everything starts anew, in restarts.jsonl and on the screen."""
         self._write_restart("run", error)
-        self.progress.log(f"{error}\nrestart {restart} of {limit} from the newest checkpoint")
+        newest = latest_checkpoint(self.checkpoints.path)
+        # One that was being written when the process went counts for nothing.
+        begin = f"from {newest}" if newest else "from the beginning: no checkpoint is complete yet"
+        self.progress.log(f"{error}\nrestart {restart} of {limit} {begin}")
 
     def record_engine_restarts(self, losses: list[RunError]) -> dict[str, float]:
         """Write down why engines were replaced within the step, as above; returns their number as a metric."""

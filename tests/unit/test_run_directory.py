@@ -147,3 +147,19 @@ def test_when_ranks_go_with_an_engine_both_losses_are_told(tmp_path: Path) -> No
     told = "(?s)generate: the process of engine 0 died.*step 1 could not be saved: .*ran out of memory"
     with pytest.raises(PeerDied, match=told), run.checkpoints.preserving(cast(PolicyGroup, LostPolicy()), 1):
         raise RunError("generate: the process of engine 0 died")
+
+
+def test_a_restart_says_from_which_checkpoint_it_goes_on_or_that_there_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_directory(tmp_path)
+    run.progress = Progress(9)
+    being_written = tmp_path / "checkpoints" / ".step_00000004.1.partial"
+    being_written.mkdir(parents=True)
+    run.record_restart(1, 3, RunError("checkpoint: policy rank 0 died"))
+    assert "restart 1 of 3 from the beginning: no checkpoint is complete yet" in capsys.readouterr().out
+    checkpoint = checkpoint_path(tmp_path / "checkpoints", 4)
+    checkpoint.mkdir()
+    (checkpoint / MANIFEST).write_text("{}")
+    run.record_restart(2, 3, RunError("update: policy rank 0 died"))
+    assert f"restart 2 of 3 from {checkpoint}" in capsys.readouterr().out
