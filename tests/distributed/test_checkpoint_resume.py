@@ -178,6 +178,9 @@ def test_a_save_that_fails_costs_nothing(run_ranks, work):
             assert cause in message, case
             assert left == ["step_00000001"], f"{case}: the partial checkpoint is still there"
             assert state["driver"] == {"step": 1}
+        message, _, state = report["rank 0 cannot write or remove"]
+        assert "step_00000002 could not be written: rank 0: [Errno 27] File too large" in message
+        assert state["driver"] == {"step": 1}
         message, exists = report["export"]
         assert "export to" in message
         assert "File too large" in message

@@ -149,7 +149,7 @@ class CheckpointWriter:
         except (OSError, RuntimeError) as error:
             # Only rank 0 writes at this point (small state, for which `_find_space` found space). The others wait in a
             # collective that will not come; this error ends the run without them.
-            discard(self._partial(directory))
+            _abandon(self._partial(directory))
             raise CheckpointError(_message(directory, error)) from error
         return strategy.copy_to_host(live, self._group)
 
@@ -187,7 +187,7 @@ class CheckpointWriter:
                 action()
             except OSError as error:
                 problem = [_message(directory, f"rank 0: {error}")]
-                discard(self._partial(directory))
+                _abandon(self._partial(directory))
         dist.broadcast_object_list(problem, src=0, group=self._group)
         if problem[0] is not None:
             raise CheckpointError(problem[0])
@@ -197,7 +197,7 @@ class CheckpointWriter:
         causes = {f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items()}
         message = [_message(directory, "; ".join(sorted(causes)))]
         if dist.get_rank() == 0:
-            discard(self._partial(directory))
+            _abandon(self._partial(directory))
         dist.broadcast_object_list(message, src=0, group=self._group)
         raise CheckpointError(message[0]) from error
 
@@ -292,6 +292,13 @@ def _find_space(partial: Path, needed: int) -> None:
     with probe.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, SPACE_MARGIN_BYTES)
     probe.unlink()
+
+
+def _abandon(partial: Path) -> None:
+    """Remove what there is of a checkpoint, as far as it can be removed; the next save tries again."""
+    # A folder that has become read-only refuses this, too. The other ranks wait to be told what failed first.
+    with suppress(OSError):
+        discard(partial)
 
 
 def _message(directory: Path, cause: object) -> str:

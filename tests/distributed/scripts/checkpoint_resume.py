@@ -141,6 +141,7 @@ def fail(work: Path, run: dict[str, Any], rendezvous: Rendezvous) -> dict[str, A
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
         if RANK == 0:
             resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, unlimited[1]))
+        report["rank 0 cannot write or remove"] = refused_and_kept(policy, root)
         report["export"] = refused_export(policy, work / "exported")
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
         margin, checkpoint_writer.SPACE_MARGIN_BYTES = checkpoint_writer.SPACE_MARGIN_BYTES, 2**60
@@ -164,6 +165,19 @@ def refused(policy: Policy, root: Path) -> list[Any]:
         assert latest is not None
         return [str(error), sorted(path.name for path in root.iterdir()), checkpoint.read_state(latest)["state"]]
     return ["nothing was raised", [], {}]
+
+
+def refused_and_kept(policy: Policy, root: Path) -> list[Any]:
+    """As `refused`, in a folder from which nothing can be removed, as in one that has become read-only."""
+
+    def refuse(directory: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(directory))
+
+    removing, checkpoint_writer.discard = checkpoint_writer.discard, refuse
+    try:
+        return refused(policy, root)
+    finally:
+        checkpoint_writer.discard = removing
 
 
 def refused_export(policy: Policy, output_dir: Path) -> list[Any]:
