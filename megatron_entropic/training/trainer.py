@@ -46,10 +46,14 @@ def train(config: Config) -> Path:
         scorer, evaluator, prompts = inputs.scorer, inputs.evaluator, inputs.prompts
         run.report_data(prompts.report.lines())
 
+        def starting(name: str) -> None:
+            stop.raise_if_asked()  # nothing is computed yet that would have to be saved
+            run.progress.starting(name)
+
         def attempt() -> None:
-            with launch(config, run.progress.starting) as (policy, engines):
+            with launch(config, starting) as (policy, engines):
                 stop.listen()  # Ray's own handlers would end the process
-                run.progress.starting("looking for a checkpoint to continue from")
+                starting("looking for a checkpoint to continue from")
                 step = run.resume(policy)
                 if step is None:
                     step = warm_start(policy, run, inputs.lessons)

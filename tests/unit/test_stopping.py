@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megatron_entropic.config.run import Config
 from megatron_entropic.errors import Interrupted, PeerDied, PhaseTimeout, RunError, StopAsked
+from megatron_entropic.training import trainer
 from megatron_entropic.training.lifecycle import SkipLimit, StopRequest, with_restarts
 
 
@@ -52,6 +57,31 @@ def test_a_signal_is_heard_and_the_former_handler_comes_back(number: signal.Sign
         with pytest.raises(StopAsked, match=f"asked to stop by {number.name}"):
             stop.raise_if_asked()
     assert signal.getsignal(number) == before
+
+
+def test_ctrl_c_during_the_start_ends_the_run_before_the_next_part_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It went on for a minute, to save what was as new as before."""
+    started = []
+
+    @contextmanager
+    def launch(_config: Config, announce: Callable[[str], None]) -> Iterator[None]:
+        announce("starting Ray")
+        started.append("Ray")
+        os.kill(os.getpid(), signal.SIGINT)
+        announce("loading the policy")
+        started.append("policy")
+        yield
+
+    prompts = SimpleNamespace(report=SimpleNamespace(lines=list))
+    inputs = SimpleNamespace(scorer=None, evaluator=None, prompts=prompts, lessons=[])
+    monkeypatch.setattr(trainer, "open_inputs", lambda _config: nullcontext(inputs))
+    monkeypatch.setattr(trainer, "launch", launch)
+    sections = {"run": {"output_dir": tmp_path}, "model": {"hf_dir": tmp_path}, "data": {"train_files": [tmp_path]}}
+    with pytest.raises(Interrupted, match="asked to stop by SIGINT"):
+        trainer.train(Config.model_validate(sections | {"logging": {"wandb": "off", "tensorboard": False}}))
+    assert started == ["Ray"]
 
 
 def test_ctrl_c_saves_and_ctrl_c_again_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None:
