@@ -1,4 +1,4 @@
-"""What a configuration will need before anything runs: parameters, memory, traffic and time by arithmetic alone.
+"""Parameters, memory, traffic and time that a configuration will need, found by arithmetic alone before anything runs.
 
 `plan.make_plan` puts the other modules together; nothing here starts a process, reads weights or touches a device.
 """

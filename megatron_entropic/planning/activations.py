@@ -1,4 +1,4 @@
-"""What autograd keeps of one micro-batch, tensor by tensor, and what the output head needs beside it.
+"""Bytes that autograd keeps of one micro-batch, tensor by tensor, and that the output head needs besides.
 
     h = H / TP with sequence parallelism, else H        q, k = query and key/value width / TP        f = F / TP
 
@@ -35,7 +35,7 @@ HeadName = Literal["logits", "recompute", "fused_loss"]
 LOSS_BLOCK_BYTES = 1 << 30
 LOSS_BLOCK_TOKENS = (1024, 8192)
 RECOMPUTE_BLOCK = (4096, 32768)
-"""Blocks of logits of the two fused heads on an accelerator, as in `tensor_parallel`; a test compares."""
+"""Sizes of a block of logits in the two fused heads on an accelerator, as in `tensor_parallel`; a test compares."""
 
 
 @dataclass(frozen=True)
@@ -43,26 +43,26 @@ class LayerBytes:
     """Bytes that one micro-batch leaves on one rank, in float because padding of sequences is averaged."""
 
     saved: float
-    """By one layer, with the layout's recomputation."""
+    """Bytes kept by one layer until its backward pass, with the layout's recomputation."""
     complete: float
-    """By one layer while its backward pass runs: everything, recomputed or not."""
+    """Bytes kept by one layer while its backward pass runs: everything, recomputed or not."""
     final: float
-    """By the final norm, with the hidden states it gives to the output head."""
+    """Bytes kept by the final norm, with the hidden states it gives to the output head."""
 
 
 @dataclass(frozen=True)
 class _Widths:
-    """Elements per token on one rank."""
+    """Widths of a layer's tensors, in elements per token on one rank."""
 
     hidden: float
     query: float
     key: float
     attended: float
-    """Result of attention."""
+    """Width of the result of attention."""
     ffn: float
-    """Of a layer without experts, or of one expert."""
+    """Width of the feed-forward part of a layer without experts, or of one expert."""
     shared: float
-    """Of experts that every token goes through."""
+    """Width of the shared experts, which every token goes through."""
 
 
 def rank_tokens(policy: PolicyConfig, tokens: int) -> int:
@@ -84,7 +84,7 @@ def layer_bytes(
     attention: Attention,
     experts: bool | None = None,
 ) -> LayerBytes:
-    """What one layer and the final norm keep of a micro-batch of `tokens` packed tokens.
+    """Bytes that one layer and the final norm keep of a micro-batch of `tokens` packed tokens.
 
     `experts` says whether the layer has experts; None: it has, if the model has any.
     """
@@ -111,7 +111,7 @@ def layer_bytes(
 
 
 def head_bytes(model: PlannedModel, policy: PolicyConfig, tokens: int, *, dtype: Dtype, head: HeadName) -> int:
-    """Peak of the output head on the last stage, beside the hidden states: logits or a block of them, dL/dhidden.
+    """Peak bytes of the output head on the last stage, beside the hidden states: logits or a block of them, dL/dhidden.
 
     Every token is taken for a response token, which is the most it can be.
     """
@@ -135,7 +135,7 @@ def head_bytes(model: PlannedModel, policy: PolicyConfig, tokens: int, *, dtype:
 
 
 def backward_bytes(model: PlannedModel, policy: PolicyConfig, tokens: int, *, dtype: Dtype) -> int:
-    """Gradients alive beside what is saved: of the widest activation, and of the largest matrix in `dtype`."""
+    """Bytes of gradients alive beside what is saved: of the widest activation, and of the largest matrix in `dtype`."""
     dimensions, item = model.dimensions, ITEM_BYTES[dtype]
     rows = rank_tokens(policy, tokens) * (model.experts.per_token if model.experts else 1)
     width = 3 * model.feed_forward_width // feed_forward_ranks(model, policy)
@@ -144,7 +144,7 @@ def backward_bytes(model: PlannedModel, policy: PolicyConfig, tokens: int, *, dt
 
 
 def feed_forward_ranks(model: PlannedModel, policy: PolicyConfig) -> int:
-    """Ranks that cut the matrices of a feed-forward part, or of an expert."""
+    """Number of ranks that cut the matrices of a feed-forward part, or of an expert."""
     return policy.expert_tensor_size if model.experts else policy.tensor_parallel
 
 
@@ -168,7 +168,7 @@ def _widths(model: PlannedModel, policy: PolicyConfig, sparse: bool) -> _Widths:
 
 
 def _around_attention(model: PlannedModel, width: _Widths, item: int, attention: Attention) -> float:
-    """Packed q, k, v, their norms, RoPE, and the output projection's input."""
+    """Bytes per token of packed q, k, v, their norms, RoPE, and the output projection's input."""
     if model.dimensions.latent is not None:
         return _around_latent_attention(model.dimensions.latent, width, item, attention)
     packed, projection = item * (width.query + 2 * width.key), item * width.query
@@ -184,7 +184,10 @@ def _around_attention(model: PlannedModel, width: _Widths, item: int, attention:
 
 
 def _around_latent_attention(latent: LatentAttention, width: _Widths, item: int, attention: Attention) -> float:
-    """The two latent vectors before and after their norms, the keys' shared part, RoPE, the projection's input."""
+    """Bytes per token kept around latent attention.
+
+    They are the two latent vectors before and after their norms, the keys' shared part, RoPE, the projection's input.
+    """
     query_rank, projection = latent.query_rank or 0, item * width.attended
     if attention == "flash":
         return item * (2 * query_rank + 2 * latent.key_value_rank + latent.rotary_head_dim) + projection
@@ -207,7 +210,10 @@ def _core_attention(
 
 
 def _core_attention_inputs(model: PlannedModel, width: _Widths, item: int) -> float:
-    """Of plain layers, selectively recomputed: q and k after RoPE, and v where nothing else keeps packed q, k, v."""
+    """Bytes per token that a plain layer keeps to compute core attention again.
+
+    They are q and k after RoPE, and v where nothing else keeps packed q, k, v.
+    """
     inputs = item * (width.query + width.key)
     if model.dimensions.latent is not None:
         return inputs + item * width.attended

@@ -23,29 +23,29 @@ Direction = Literal["forward", "update"]
 
 @dataclass(frozen=True)
 class Traffic:
-    """What the busiest GPU sends for one purpose."""
+    """Bytes that the busiest GPU sends for one purpose."""
 
     kind: Kind
     operation: str
     ranks: int
     across_nodes: bool
     count: int
-    """Collectives, or messages."""
+    """Number of collectives, or of messages."""
     sent_bytes: float
 
     def times(self, factor: int) -> Traffic:
-        """The same that many times."""
+        """The traffic of `factor` repetitions: count and bytes multiplied."""
         return replace(self, count=self.count * factor, sent_bytes=self.sent_bytes * factor)
 
     def time_s(self, hardware: Hardware) -> float:
-        """At the link's rate, without latency."""
+        """Seconds at the link's rate, without latency."""
         return self.sent_bytes / hardware.link_bytes_per_s(self.across_nodes)
 
 
 def microbatch_traffic(
     config: Config, table: ParameterTable, hardware: Hardware, tokens: float, direction: Direction
 ) -> list[Traffic]:
-    """Of one micro-batch with `tokens` tokens.
+    """Traffic of one micro-batch of `tokens` tokens.
 
     `forward` is a pass without gradients; `update` is forward, backward and, with policy.recompute=full, a second
     forward of the layers.
@@ -60,7 +60,7 @@ def microbatch_traffic(
 
 
 def gradient_traffic(config: Config, table: ParameterTable, hardware: Hardware) -> list[Traffic]:
-    """Of one optimizer step, once for all its micro-batches: gradients, and parameters that others updated."""
+    """Traffic of one optimizer step, once for all its micro-batches: gradients, and parameters that others updated."""
     policy = config.policy
     per_stage = [list(_gradients(config, table, hardware, stage)) for stage in range(policy.pipeline_parallel)]
     found = max(per_stage, key=lambda rows: sum(row.sent_bytes for row in rows))
@@ -76,7 +76,7 @@ def gradient_traffic(config: Config, table: ParameterTable, hardware: Hardware) 
 def _tensor(
     config: Config, table: ParameterTable, hardware: Hardware, tokens: float, direction: Direction
 ) -> Iterator[Traffic]:
-    """Hidden states in and out of attention and of the feed-forward part, of embedding and output head.
+    """Traffic of hidden states in and out of attention and of the feed-forward part, of embedding and output head.
 
     Without sequence parallelism two all-reduces forward and two backward in each layer (Shoeybi et al. 2019, section
     3). With it an all-gather and a reduce-scatter in place of each (Korthikanti et al. 2022, section 4.2), and the two
@@ -106,7 +106,7 @@ def _tensor(
 def _context(
     config: Config, table: ParameterTable, hardware: Hardware, tokens: float, direction: Direction
 ) -> Iterator[Traffic]:
-    """Keys and values of the other ranks' tokens in every layer, and their gradients back."""
+    """Traffic of the keys and values of the other ranks' tokens in every layer, and of their gradients back."""
     policy, dimensions = config.policy, table.model.dimensions
     ranks, layers = policy.context_parallel, dimensions.num_layers // policy.pipeline_parallel
     heads = dimensions.num_query_groups / policy.tensor_parallel
@@ -120,7 +120,7 @@ def _context(
 def _expert(
     config: Config, table: ParameterTable, hardware: Hardware, tokens: float, direction: Direction
 ) -> Iterator[Traffic]:
-    """Each token's copies to its experts and back; over tensor ranks too, since these share every expert."""
+    """Traffic of each token's copies to its experts and back; over tensor ranks too, since these share every expert."""
     policy, model = config.policy, table.model
     if model.experts is None:
         return
@@ -140,7 +140,7 @@ def _expert(
 def _pipeline(
     config: Config, table: ParameterTable, hardware: Hardware, tokens: float, direction: Direction
 ) -> Iterator[Traffic]:
-    """Hidden states to the next stage and their gradients to the one before."""
+    """Traffic of hidden states to the next stage and of their gradients to the one before."""
     policy = config.policy
     size = _hidden_bytes(config, table, tokens) / (policy.tensor_parallel if policy.sequence_parallel else 1)
     # A stage between two others sends both ways, and so does every stage with several chunks.
@@ -152,7 +152,7 @@ def _pipeline(
 
 
 def _gradients(config: Config, table: ParameterTable, hardware: Hardware, stage: int) -> Iterator[Traffic]:
-    """Sums of gradients in float32; under the distributed optimizer by parts, and what each rank updated comes back."""
+    """Traffic of float32 gradients; the distributed optimizer sums them by parts and gathers what each rank updated."""
     policy, item = config.policy, ITEM_BYTES[config.model.dtype]
     for buffer in table.buffers(policy, stage, overlap=overlaps(config)):
         ranks, count = buffer.data_ranks, len(buffer.buckets)
@@ -167,13 +167,13 @@ def _gradients(config: Config, table: ParameterTable, hardware: Hardware, stage:
 
 
 def _hidden_bytes(config: Config, table: ParameterTable, tokens: float) -> float:
-    """All hidden states of a context-parallel rank's tokens."""
+    """Bytes of all hidden states of a context-parallel rank's tokens."""
     own_tokens = rank_tokens(config.policy, round(tokens))
     return own_tokens * table.model.dimensions.hidden_size * ITEM_BYTES[config.model.dtype]
 
 
 def _crosses(policy: PolicyConfig, hardware: Hardware, kind: Kind) -> bool:
-    """Whether a group of this kind reaches over several nodes."""
+    """Whether a group of ranks of this kind of parallelism reaches over several nodes."""
     span = {
         "tensor": policy.tensor_parallel,
         "context": policy.tensor_parallel * policy.context_parallel,

@@ -16,7 +16,7 @@ def _constant(value: float, unit: str, source: str) -> Any:
 
 @dataclass(frozen=True)
 class Hardware:
-    """H100 SXM nodes, unless changed with `hardware_of`."""
+    """Rates of H100 SXM nodes and guesses of what is reached of them; `hardware_of` gives those of other GPUs."""
 
     gpus_per_node: int = _constant(8, "GPUs", "DGX and HGX H100")
     bfloat16_flop_per_s: float = _constant(989e12, "FLOP/s", "H100 SXM data sheet, dense")
@@ -35,16 +35,16 @@ class Hardware:
     exposed_gradient_share: float = _constant(0.5, "of the time", "guess: gradient traffic that backward does not hide")
 
     def flop_per_s(self, dtype: Dtype) -> float:
-        """Peak rate of matrix products."""
+        """Peak rate of matrix products, in FLOP/s."""
         return self.bfloat16_flop_per_s if dtype == "bfloat16" else self.float32_flop_per_s
 
     def link_bytes_per_s(self, across_nodes: bool) -> float:
-        """What a collective reaches between two GPUs."""
+        """Bytes per second that a collective reaches between two GPUs."""
         peak = self.network_bytes_per_s if across_nodes else self.node_link_bytes_per_s
         return self.link_efficiency * peak
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
-        """(name, value with unit, source) of every constant."""
+        """Yields (name, value with unit, source) of every constant."""
         for constant in fields(self):
             value = getattr(self, constant.name)
             yield constant.name, f"{value:g} {constant.metadata['unit']}", constant.metadata["source"]
@@ -55,7 +55,7 @@ _H200_MEMORY_BYTES_PER_S = 4.8e12
 
 
 def hardware_of(gpu_memory_gb: float) -> Hardware:
-    """H100, or with more than 100 GB the same with an H200's memory (4.8 TB/s, its data sheet)."""
+    """Rates of an H100, or above 100 GB those with an H200's memory rate (4.8 TB/s, its data sheet)."""
     if gpu_memory_gb > _LARGE_MEMORY_GB:
         return replace(Hardware(), memory_bytes_per_s=_H200_MEMORY_BYTES_PER_S)
     return Hardware()

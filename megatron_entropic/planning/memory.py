@@ -36,20 +36,20 @@ class StageMemory:
     stage: int
     weights: int
     reference: int
-    """Frozen weights of the KL penalty."""
+    """Bytes of the frozen weights of the KL penalty."""
     gradients: int
-    """float32, whatever the dtype of the weights."""
+    """Bytes of gradients: float32, whatever the dtype of the weights."""
     optimizer: int
-    """Two float32 moments and, for bfloat16 weights, a float32 copy of the parameters."""
+    """Bytes of two float32 moments and, for bfloat16 weights, a float32 copy of the parameters."""
     activations: int
-    """Of all micro-batches in flight, with the gradients of the layer in its backward pass."""
+    """Bytes of all micro-batches in flight, with the gradients of the layer in its backward pass."""
     head: int
-    """Of the output layer, on the last stage."""
+    """Bytes of the output layer, on the last stage."""
     runtime: int
 
     @property
     def total(self) -> int:
-        """Sum of all kinds."""
+        """Sum of all kinds, in bytes."""
         return sum(getattr(self, name) for name in MEMORY_KINDS)
 
 
@@ -58,18 +58,18 @@ MEMORY_KINDS = tuple(field.name for field in fields(StageMemory) if field.name !
 
 @dataclass(frozen=True)
 class RolloutMemory:
-    """One GPU of a vLLM engine."""
+    """Bytes on one GPU of a vLLM engine."""
 
     weights: int
     workspace: int
     kv_cache: int
-    """What is left for keys and values; negative if nothing is."""
+    """Bytes left for keys and values; negative if nothing is left."""
     kv_bytes_per_token: int
-    """On one GPU, all layers."""
+    """Bytes that one token's keys and values of all layers take on one GPU."""
 
     @property
     def tokens(self) -> int:
-        """Tokens that an engine's cache holds."""
+        """Number of tokens that an engine's cache holds."""
         return max(0, self.kv_cache // self.kv_bytes_per_token)
 
 
@@ -79,7 +79,7 @@ def optimizer_bytes_per_element(dtype: Dtype) -> int:
 
 
 def attention_kind(config: Config) -> Attention:
-    """Which layers run: torch's attention on a CPU, flash attention on a GPU."""
+    """Attention whose layers run: torch's (`sdpa`) on a CPU, flash attention on a GPU."""
     return "sdpa" if config.cluster.device == "cpu" else "flash"
 
 
@@ -95,7 +95,7 @@ def overlaps(config: Config) -> bool:
 
 
 def stage_memory(config: Config, table: ParameterTable, schedule: Schedule, stage: int) -> StageMemory:
-    """Peak of one pipeline stage's GPUs."""
+    """Peak memory of one pipeline stage's GPUs."""
     policy, dtype = config.policy, config.model.dtype
     item, parameters = ITEM_BYTES[dtype], table.stage(policy, stage)
     buffers = table.buffers(policy, stage, overlap=overlaps(config))
@@ -117,7 +117,7 @@ def stage_memory(config: Config, table: ParameterTable, schedule: Schedule, stag
 
 
 def _activation_bytes(config: Config, model: PlannedModel, schedule: Schedule, stage: int) -> int:
-    """What a stage holds when its first backward pass begins: micro-batches of its chunks (`in_flight`)."""
+    """Bytes that a stage holds when its first backward pass begins: micro-batches of its chunks (`in_flight`)."""
     policy, tokens = config.policy, schedule.largest_tokens
     chunks = policy.virtual_pipeline_parallel
     count = model.dimensions.num_layers // (policy.pipeline_parallel * chunks)
@@ -140,7 +140,7 @@ def _activation_bytes(config: Config, model: PlannedModel, schedule: Schedule, s
 
 
 def rollout_memory(config: Config, table: ParameterTable, gpu_memory_bytes: int) -> RolloutMemory:
-    """What vLLM has on each of an engine's GPUs; on a CPU `rollout.kv_cache_gb` is the cache."""
+    """Memory that vLLM has on each of an engine's GPUs; on a CPU `rollout.kv_cache_gb` is the cache."""
     dimensions, ranks = table.model.dimensions, config.rollout.tensor_parallel
     item = ITEM_BYTES[config.model.dtype]
     weights = engine_weight_elements(table, ranks) * item
@@ -153,11 +153,11 @@ def rollout_memory(config: Config, table: ParameterTable, gpu_memory_bytes: int)
 
 
 def engine_weight_elements(table: ParameterTable, ranks: int) -> int:
-    """Parameters on each of an engine's GPUs: matrices are cut, norms are whole."""
+    """Number of parameters on each of an engine's GPUs: matrices are cut, norms are whole."""
     norms = sum(prod(e.shape) for e in table.map.entries if e.layout.partition_dim is None)
     return -(-(table.elements - norms) // ranks) + norms
 
 
 def sequences_that_fit(memory: RolloutMemory, tokens: float) -> int:
-    """Sequences of that length that an engine's cache holds at once."""
+    """Number of sequences of `tokens` tokens that an engine's cache holds at once."""
     return int(memory.tokens // tokens)

@@ -38,12 +38,12 @@ class PlannedModel:
 
     @property
     def experts(self) -> ExpertDimensions | None:
-        """Of every layer that has some; None for a dense model."""
+        """Sizes of the experts, the same in every layer that has some; None for a dense model."""
         return self.dimensions.experts
 
     @property
     def feed_forward_width(self) -> int:
-        """Of a layer of a dense model, or of one expert."""
+        """Width of the feed-forward part of a dense model's layer, or of one expert."""
         return self.experts.ffn_hidden_size if self.experts else self.dimensions.ffn_hidden_size
 
 
@@ -90,7 +90,7 @@ def read_model(path: Path, name: str) -> PlannedModel:
 
 
 def _dimensions(config: dict[str, Any], path: Path) -> ModelDimensions:
-    """`read_dimensions` of a configuration that is not in a model directory of its own."""
+    """Read the dimensions (`read_dimensions`) of a configuration that is not in a model directory of its own."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "config.json"
         copy.write_text(json.dumps(config), encoding="utf-8")
@@ -131,17 +131,17 @@ class ParameterShard:
     name: str
     part: Part
     elements: int
-    """On this rank, vocabulary padding included."""
+    """Number of elements on this rank, vocabulary padding included."""
     expert: bool = False
     shared_embedding: bool = False
     """One of two copies of a tied embedding, on the first and on the last pipeline stage."""
     chunk: int = 0
-    """Of the stage's chunks, which have buffers of their own."""
+    """Index of the stage's chunk that has the parameter; chunks have buffers of their own."""
 
 
 @dataclass(frozen=True)
 class StageParameters:
-    """What each rank of one pipeline stage holds, in megatron-core's order."""
+    """Parameters that each rank of one pipeline stage holds, in megatron-core's order."""
 
     stage: int
     layers: int
@@ -149,21 +149,21 @@ class StageParameters:
 
     @property
     def elements(self) -> int:
-        """Of all parameters."""
+        """Number of elements of all parameters."""
         return sum(shard.elements for shard in self.shards)
 
     def elements_of(self, part: Part) -> int:
-        """Of the embedding, of the layers, or of final norm and output layer."""
+        """Number of elements of the embedding, of the layers, or of final norm and output layer."""
         return sum(shard.elements for shard in self.shards if shard.part == part)
 
     @property
     def expert_elements(self) -> int:
-        """Of experts, which have data-parallel groups of their own."""
+        """Number of elements of experts, which have data-parallel groups of their own."""
         return sum(shard.elements for shard in self.shards if shard.expert)
 
 
 class ParameterTable:
-    """Parts of one model under any layout; each is worked out once."""
+    """Parameters of every rank of one model under any layout; each part is worked out once."""
 
     def __init__(self, model: PlannedModel) -> None:
         self.model = model
@@ -182,12 +182,12 @@ class ParameterTable:
         return self._stages[key]
 
     def stages(self, policy: PolicyConfig) -> tuple[StageParameters, ...]:
-        """All stages, first to last."""
+        """Parameters of all stages, first to last."""
         return tuple(self.stage(policy, index) for index in range(policy.pipeline_parallel))
 
     @cached_property
     def elements(self) -> int:
-        """Parameters of the whole model as Hugging Face counts them: no padding, a tied embedding once."""
+        """Number of parameters of the whole model as Hugging Face counts them: no padding, a tied embedding once."""
         return sum(prod(shape) for name, shape in self.map.hf_tensors.items() if name not in self.map.buffers)
 
     @cached_property
@@ -238,7 +238,7 @@ class ParameterTable:
         return self._buffers[key]
 
     def publish_plan(self, policy: PolicyConfig, dtype: Dtype, bucket_bytes: int) -> PublishPlan:
-        """`weights.plan.publish_plan` of a layout."""
+        """Plan of a publication (`weight_sync.plan.publish_plan`) under a layout."""
         key = (*self._key(policy, 0), dtype, bucket_bytes)
         if key not in self._publish_plans:
             self._publish_plans[key] = publish_plan(
@@ -258,7 +258,7 @@ class ParameterTable:
         return policy.tensor_parallel, *pipeline, policy.expert_parallel, policy.expert_tensor_size, stage
 
     def _shards(self, policy: PolicyConfig, stage: int) -> Iterator[ParameterShard]:
-        """Of the first expert-parallel rank: the others hold as much, in the same order."""
+        """Yields the parameters of a stage's first expert-parallel rank: the others hold as much, in the same order."""
         held = [
             entry
             for entry in self.map.entries_of_stage(stage, policy.pipeline_parallel, policy.virtual_pipeline_parallel)
@@ -281,7 +281,7 @@ class ParameterTable:
 
 
 def _registration(entry: Entry) -> tuple[int, int]:
-    """Sorts entries of a stage as megatron-core registers them; the sort keeps the map's order otherwise."""
+    """Sort key of a stage's entries in the order in which megatron-core registers them; ties keep the map's order."""
     if entry.layer is None:
         return (-1 if entry.megatron_name.startswith("embedding") else 1 << 30, 0)
     place = next((i for i, name in enumerate(_REGISTERED_FIRST) if f".{name}." in entry.megatron_name), 99)
@@ -301,20 +301,20 @@ class GradientBuffer:
     data_ranks: int
     distributed: bool
     expert: bool = False
-    """Of experts, summed over ranks of their own; `data_rank` below is a rank's place among those."""
+    """Whether it is of experts, summed over ranks of their own; `data_rank` below is a rank's place among those."""
 
     @property
     def padded_elements(self) -> int:
-        """Length of the buffer."""
+        """Length of the buffer, in elements."""
         return self.buckets[-1][1] if self.buckets else 0
 
     @property
     def elements(self) -> int:
-        """Of the parameters alone."""
+        """Number of elements of the parameters alone, without padding."""
         return sum(end - begin for begin, end in self.ranges)
 
     def owned_elements(self, data_rank: int) -> int:
-        """Elements whose optimizer state a data-parallel rank keeps: its equal part of every bucket, less padding."""
+        """Number of elements whose optimizer state a data-parallel rank keeps: its part of each bucket less padding."""
         if not self.distributed:
             return self.elements
         owned = 0
@@ -334,18 +334,18 @@ def gradient_buffer(
     bucket_elements: int | None,
     expert: bool = False,
 ) -> GradientBuffer:
-    """The buffer of some parameters, given in megatron-core's order.
+    """The gradient buffer of some parameters, given in megatron-core's order.
 
     The rule is that of megatron-core 0.16 to 0.19 (distributed/param_and_grad_buffer): parameters lie in reverse order.
     Under the distributed optimizer each begins at a multiple of 64 elements, each bucket ends at a multiple of 128 and
     of the number of ranks, and a copy of a tied embedding has a bucket of its own.
 
     Args:
-        shards: of one rank.
+        shards: the parameters of one rank.
         data_ranks: ranks that hold the same parameters (data x context parallel).
         distributed: policy.distributed_optimizer.
         bucket_elements: size at which a bucket is closed; None: never.
-        expert: of experts alone.
+        expert: the parameters are of experts alone.
     """
     ranges: list[tuple[int, int]] = []
     bucket_of: list[int] = []

@@ -32,17 +32,17 @@ class Numbers:
     stages: tuple[StageParameters, ...]
     memory: tuple[StageMemory, ...]
     checkpoint_host_bytes: int
-    """Host memory of the fullest policy node while a checkpoint is being written."""
+    """Host memory of the fullest policy node while a checkpoint is being written, in bytes."""
     rollout: RolloutMemory
     traffic: tuple[Traffic, ...]
-    """Of one optimizer step: all micro-batches, then the gradients."""
+    """Traffic of one optimizer step: all micro-batches, then the gradients."""
     publication: Publication
     time: StepTime
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one configuration needs of `gpus` GPUs."""
+    """Everything that one configuration needs of `gpus` GPUs."""
 
     config: Config
     table: ParameterTable
@@ -63,13 +63,13 @@ def make_plan(
     gpus: int | None = None,
     known_problems: Sequence[str] = (),
 ) -> Plan:
-    """Work a configuration out.
+    """Work out the plan of a configuration.
 
     Args:
-        config: need not be able to run.
-        table: of the model; plans of one model share it.
-        gpu_memory_gb: of each GPU, in units of 2**30 bytes; above 100 its bandwidth is an H200's too.
-        gpus: that there are; None: as many as the configuration asks for.
+        config: the configuration; it need not be able to run.
+        table: the parameters of its model; plans of one model share it.
+        gpu_memory_gb: memory of each GPU, in units of 2**30 bytes; above 100 its bandwidth is an H200's too.
+        gpus: number of GPUs that there are; None: as many as the configuration asks for.
         known_problems: what the checks of the configuration alone have found.
     """
     hardware = hardware_of(gpu_memory_gb)
@@ -121,18 +121,20 @@ def _numbers(config: Config, table: ParameterTable, hardware: Hardware, gpu_memo
 
 
 def gpus_of(config: Config) -> tuple[int, int]:
-    """(policy GPUs, rollout GPUs); with `cluster.colocate` the second are some of the first, see `gpus_in_use`."""
+    """Numbers of policy and of rollout GPUs; with `cluster.colocate` these are some of the former (`gpus_in_use`)."""
     return config.policy.world_size, config.rollout.engines * config.rollout.tensor_parallel
 
 
 def gpus_in_use(config: Config) -> int:
-    """GPUs that the run takes; an engine that shares the GPU of a policy rank takes none of its own."""
+    """Number of GPUs that the run takes; an engine that shares the GPU of a policy rank takes none of its own."""
     policy_gpus, rollout_gpus = gpus_of(config)
     return max(policy_gpus, rollout_gpus) if config.cluster.colocate else policy_gpus + rollout_gpus
 
 
 def layout_problems(config: Config, model: PlannedModel, gpus: int) -> Iterator[str]:
-    """Why the model cannot be laid out so on `gpus` GPUs; nothing can be computed for a layout that divides nothing."""
+    """Yields why the model cannot be laid out on `gpus` GPUs; nothing can be computed for a layout that does not
+    divide.
+    """
     policy, rollout, dimensions = config.policy, config.rollout, model.dimensions
     for problem in dimensions.layout_problems(policy):
         yield f"policy.{problem}"
@@ -160,7 +162,7 @@ def layout_problems(config: Config, model: PlannedModel, gpus: int) -> Iterator[
 def memory_problems(
     config: Config, stages: Sequence[StageMemory], rollout: RolloutMemory, gpu_memory_gb: float
 ) -> Iterator[str]:
-    """Which GPUs would run out of memory, with the kinds that fill them."""
+    """Sentences that say which GPUs would run out of memory, with the kinds that fill them."""
     for stage in stages:
         if stage.total > gpu_memory_gb * GIB:
             yield (
@@ -177,7 +179,7 @@ def memory_problems(
 
 
 def _kinds(stage: StageMemory) -> str:
-    """The kinds that count, largest first."""
+    """Names and GiB of the kinds of a stage's memory that are not 0, largest first."""
     sizes = sorted(((getattr(stage, kind), kind) for kind in MEMORY_KINDS), reverse=True)
     return ", ".join(f"{kind} {size / GIB:.1f}" for size, kind in sizes if size)
 
@@ -185,12 +187,13 @@ def _kinds(stage: StageMemory) -> str:
 # Host memory that a checkpoint takes of a node, until its files are written.
 
 WHOLE_BYTES_PER_PARAMETER = 27
-"""Of what `fully_reshardable` takes for each parameter of a rank's stage, whatever the number of replicas. Measured
-with benchmarks/checkpoint_memory.py: 3,143 MB on each of four ranks that replicate 116.5 million parameters."""
+"""Host bytes that `fully_reshardable` takes for each parameter of a rank's stage, whatever the number of replicas.
+Measured with benchmarks/checkpoint_memory.py: 3,143 MB on each of four ranks that replicate 116.5 million parameters.
+"""
 
 
 def checkpoint_host_bytes(config: Config, table: ParameterTable, ranks_per_node: int) -> int:
-    """Bytes on the fullest node, nodes being filled with policy ranks one after the other.
+    """Host bytes of a checkpoint on the fullest node, nodes being filled with policy ranks one after the other.
 
     A rank copies its part of the optimizer state, the first replica also the weights.
     """
@@ -201,7 +204,7 @@ def checkpoint_host_bytes(config: Config, table: ParameterTable, ranks_per_node:
 
 
 def _rank_bytes(config: Config, table: ParameterTable, stage: int, place: int) -> int:
-    """What the rank at a place of its stage copies; tensor ranks lie next to each other, replicas do not."""
+    """Bytes that the rank at a place of its stage copies; tensor ranks lie next to each other, replicas do not."""
     policy, dtype = config.policy, config.model.dtype
     parameters = table.stage(policy, stage)
     first_replica = place < policy.tensor_parallel
@@ -217,34 +220,34 @@ def _rank_bytes(config: Config, table: ParameterTable, stage: int, place: int) -
     return written * ITEM_BYTES[dtype] + kept * optimizer_bytes_per_element(dtype)
 
 
-# What one publication of weights to the engines moves: `weights.plan` in numbers.
+# What one publication of weights to the engines moves: `weight_sync.plan` in numbers.
 
 BUCKET_BYTES = 512 * 2**20
-"""The policy's on GPUs (`policy.publish`); a test compares."""
+"""Size of the policy's buckets on GPUs (`policy.publish`); a test compares."""
 
 
 @dataclass(frozen=True)
 class Publication:
-    """One publication."""
+    """Bytes and messages of one publication of weights to the engines."""
 
     engine_bytes: int
-    """Received by each engine."""
+    """Bytes received by each engine."""
     buckets: int
     collectives: int
-    """Gathers, sends and broadcasts."""
+    """Number of gathers, sends and broadcasts."""
     gathered_bytes: int
-    """Sent by each GPU to those that hold the rest of a bucket, summed over buckets, busiest stage."""
+    """Bytes sent by each GPU to those that hold the rest of a bucket, summed over buckets, busiest stage."""
     forwarded_bytes: int
-    """Sent to the first stage by all others."""
+    """Bytes sent to the first stage by all others."""
 
     def time_s(self, hardware: Hardware, *, across_nodes: bool) -> float:
-        """Gather, forward and broadcast one after the other; the broadcast at the rate of rank 0's port."""
+        """Seconds of gather, forward and broadcast one after the other; the broadcast at the rate of rank 0's port."""
         inside, outside = hardware.link_bytes_per_s(False), hardware.link_bytes_per_s(across_nodes)
         return self.gathered_bytes / inside + self.forwarded_bytes / outside + self.engine_bytes / outside
 
 
 def publication(config: Config, table: ParameterTable) -> Publication:
-    """The publication of a configuration; the layout must divide the model."""
+    """The publication of a configuration's weights; the layout must divide the model."""
     policy, dtype = config.policy, config.model.dtype
     plan = table.publish_plan(policy, dtype, BUCKET_BYTES)
     per_stage = [

@@ -25,7 +25,7 @@ class Section:
 
     title: str
     header: Row
-    """Empty for tables of names and sentences."""
+    """Names of the columns; empty for tables of names and sentences."""
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
 

@@ -21,7 +21,7 @@ from megatron_entropic.planning.parameters import ParameterTable
 from megatron_entropic.planning.schedule import Schedule
 
 OPTIMIZER_BYTES_PER_ELEMENT = 32
-"""AdamW reads gradient, parameter and two moments in float32 and writes the last three, and a bfloat16 copy."""
+"""Bytes AdamW moves: gradient, parameter, two moments read in float32, the last three and a bfloat16 copy written."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class StepTime:
 
     @property
     def total_s(self) -> float:
-        """One after the other."""
+        """Sum of the four phases, which run one after the other."""
         return self.rollout_s + self.score_s + self.update_s + self.publish_s
 
 
@@ -46,11 +46,11 @@ class _Work:
     layers: float
     head: float
     feed_forward: float
-    """Of `layers`."""
+    """Operations of the feed-forward parts, which `layers` includes."""
 
 
 def score_time_s(config: Config, table: ParameterTable, schedule: Schedule, hardware: Hardware) -> float:
-    """Old log-probs of all responses, and what else needs a pass without gradients.
+    """Seconds of scoring all responses for their old log-probs, and of what else needs a pass without gradients.
 
     The KL penalty scores under the reference too, decoupled PPO before each epoch, a loss that ranks tokens of the
     whole optimizer step before each of these. With the denominator high_prob_tokens, tokens are counted once more
@@ -71,7 +71,7 @@ def score_time_s(config: Config, table: ParameterTable, schedule: Schedule, hard
 
 
 def update_time_s(config: Config, table: ParameterTable, schedule: Schedule, hardware: Hardware) -> float:
-    """All optimizer steps of a training step."""
+    """Seconds of all optimizer steps of a training step."""
     policy = config.policy
     turns = schedule.microbatches + (policy.pipeline_parallel - 1) / policy.virtual_pipeline_parallel
     traffic_s = sum(traffic.time_s(hardware) for traffic in gradient_traffic(config, table, hardware))
@@ -89,7 +89,9 @@ def update_time_s(config: Config, table: ParameterTable, schedule: Schedule, har
 def rollout_time_s(
     config: Config, table: ParameterTable, schedule: Schedule, memory: RolloutMemory, hardware: Hardware
 ) -> float:
-    """Engines share the responses equally and decode as many at once as cache and max_concurrent_sequences allow.
+    """Seconds in which the engines generate all responses of a training step.
+
+    Engines share the responses equally and decode as many at once as cache and max_concurrent_sequences allow.
 
     Each decoding step reads the weights once and the cache of every running sequence. The last and longest responses
     decode alone, from the mean length to the greatest.
@@ -143,7 +145,7 @@ def _work(table: ParameterTable, schedule: Schedule) -> _Work:
 
 
 def _feed_forward_elements(table: ParameterTable) -> float:
-    """Of the three matrices of gated feed-forward parts, those that a token goes through."""
+    """Number of elements of the gated feed-forward parts' matrices, three in each part, that a token goes through."""
     model, dimensions = table.model, table.model.dimensions
     sparse = sum(dimensions.has_experts(layer) for layer in range(dimensions.num_layers))
     width = (dimensions.num_layers - sparse) * dimensions.ffn_hidden_size

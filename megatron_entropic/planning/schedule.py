@@ -15,31 +15,31 @@ MEAN_RESPONSE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Schedule:
-    """What one training step consists of. Means are assumptions (this module's constants)."""
+    """Parts of one training step, counted. Means are assumptions (this module's constants)."""
 
     responses: int
-    """Of one training step."""
+    """Number of responses of one training step."""
     optimizer_steps: int
     mean_prompt_tokens: float
     mean_response_tokens: float
     microbatches: int
-    """Expected, of an optimizer step on each data-parallel replica."""
+    """Expected number of micro-batches of an optimizer step on each data-parallel replica."""
     microbatches_at_most: int
-    """If every sequence had the greatest length."""
+    """Number of micro-batches if every sequence had the greatest length."""
     tokens: float
-    """Expected, of a micro-batch."""
+    """Expected number of tokens of a micro-batch."""
     largest_tokens: int
-    """The most that a micro-batch can have."""
+    """The most tokens that a micro-batch can have."""
     bubble_fraction: float
 
     @property
     def mean_tokens(self) -> float:
-        """Of a sequence."""
+        """Mean number of tokens of a sequence."""
         return self.mean_prompt_tokens + self.mean_response_tokens
 
 
 def in_flight(stages: int, stage: int, microbatches: int, chunks: int = 1) -> int:
-    """Micro-batches of a chunk whose activations a stage (from 0) keeps at once, over all its chunks.
+    """Number of pairs of a micro-batch and a chunk whose activations a stage (from 0) keeps at once.
 
     1F1B: one for each stage behind it and its own. Interleaved: two for each stage behind it, `stages` for each chunk
     but one, and its own (megatron-core's warm-up).
@@ -83,5 +83,5 @@ def make_schedule(config: Config) -> Schedule:
 
 
 def _microbatches(sequences: int, budget_tokens: int, length: float) -> int:
-    """Sequences of one length share a micro-batch while they fit; a longer one is alone."""
+    """Number of micro-batches: sequences of one length share one while they fit; a longer one is alone."""
     return -(-sequences // max(1, int(budget_tokens // length)))

@@ -33,16 +33,16 @@ SPLITS = 16
 """Numbers of policy GPUs that are tried, at equal distances between none and all."""
 
 MEMORY_SHARE = 0.9
-"""Part of a policy GPU's memory that a suggestion may fill: activations are estimates."""
+"""Share of a policy GPU's memory that a suggestion may fill: activations are estimates."""
 
 MAX_TENSOR_PARALLEL = 8
-"""More would leave the node."""
+"""Most ranks of tensor parallelism that are tried: more would leave the node."""
 
 _CONTEXT_SIZES = (1, 2, 4, 8)
 _CHUNKS = (1, 2, 4)
-"""Of a pipeline stage: more would send small pieces often."""
+"""Numbers of chunks of a pipeline stage that are tried: more would send small pieces often."""
 _VIRTUAL = "virtual_pipeline_parallel"
-"""Like recomputation, no reason to list a layout twice."""
+"""Key of the number of chunks; like recomputation, it is no reason to list a layout twice."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,18 @@ class Suggestion:
     """A layout that fits."""
 
     overrides: tuple[str, ...]
-    """`dotted.key=value` that select it."""
+    """The `dotted.key=value` that select the layout."""
     plan: Plan
 
     @property
     def time_s(self) -> float:
-        """Expected, of one training step."""
+        """Expected seconds of one training step."""
         assert self.plan.numbers is not None
         return self.plan.numbers.time.total_s
 
     @property
     def memory_bytes(self) -> int:
-        """Of the fullest policy GPU."""
+        """Peak bytes of the fullest policy GPU."""
         assert self.plan.numbers is not None
         return max(stage.total for stage in self.plan.numbers.memory)
 
@@ -88,11 +88,11 @@ def suggest(
 
     Args:
         config: everything but the layout is taken as it is.
-        table: of the model.
-        gpus: of policy and engines together.
-        gpu_memory_gb: of each, in units of 2**30 bytes.
+        table: the parameters of its model.
+        gpus: number of GPUs of policy and engines together.
+        gpu_memory_gb: memory of each GPU, in units of 2**30 bytes.
         accepts: whether the rest of the project runs a configuration.
-        count: how many are wanted.
+        count: how many layouts are wanted.
     """
     hardware = hardware_of(gpu_memory_gb)
     engines = _fastest_engines(config, table, gpus, gpu_memory_gb, hardware)
@@ -155,7 +155,7 @@ def _fastest_engines(
 def _engines(
     config: Config, table: ParameterTable, gpus: int, tensor: int, gpu_memory_gb: float, hardware: Hardware
 ) -> _Half | None:
-    """Engines of `tensor` GPUs each, if the model and at least one long sequence fit."""
+    """Engines of `tensor` GPUs each; None unless the model and at least one long sequence fit."""
     if gpus % tensor or table.model.dimensions.num_attention_heads % tensor:
         return None
     changes = {"engines": gpus // tensor, "tensor_parallel": tensor}
@@ -190,7 +190,7 @@ def _policies(
 
 
 def _layouts(table: ParameterTable, gpus: int) -> Iterator[dict[str, Any]]:
-    """Sizes whose product is the number of GPUs."""
+    """Yields the sizes of all kinds of parallelism, where tensor x pipeline x context x data is the number of GPUs."""
     layers = table.model.dimensions.num_layers
     for tensor in _tensor_sizes(table):
         for pipeline in (size for size in range(1, layers + 1) if layers % size == 0):
