@@ -1,1 +1,1 @@
-"""What a Hugging Face config.json says about a model, and the map between its tensors and Megatron parameters."""
+"""A model's description in its Hugging Face config.json, and the map between its tensors and Megatron parameters."""

@@ -13,7 +13,7 @@ from megatron_entropic.models.families import Architecture
 
 MOST_LAYERS = 1_000
 MOST_ELEMENTS = 2**24
-"""Of one axis, and of experts; the largest vocabularies have a million."""
+"""Largest length of one axis, and largest number of experts; the largest vocabularies have a million rows."""
 _MOST_POSITIONS = 2**31 - 1
 _SHOWN_CHARACTERS = 60
 
@@ -25,7 +25,7 @@ REQUIRED_SIZES = {
     "vocab_size": MOST_ELEMENTS,
     "max_position_embeddings": _MOST_POSITIONS,
 }
-"""Keys that a config.json must have, whatever transformers would take for them, and the most that is believed."""
+"""Keys that a config.json must have, whatever transformers takes for absent ones, with the largest value accepted."""
 _OPTIONAL_SIZES = {
     "num_key_value_heads": MOST_ELEMENTS,
     "head_dim": MOST_ELEMENTS,
@@ -36,10 +36,10 @@ _SWITCHES = (
     *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "norm_topk_prob", "rope_interleave"),
 )
 _ALIASES = {"num_mtp_layers": "num_nextn_predict_layers"}
-"""Other names of keys, as transformers' attribute_map has them."""
+"""Other names of keys, as transformers' attribute_map has them, with the names used here."""
 
 Check = Callable[[Any], str | None]
-"""What a value must be, if it is not."""
+"""Function of a value that returns words for what the value must be, or None if it is that already."""
 
 
 def read_json(hf_dir: Path) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def read_json(hf_dir: Path) -> dict[str, Any]:
 
 
 def complete_values(config: Mapping[str, Any], architecture: Architecture) -> tuple[dict[str, Any], list[str]]:
-    """The values with the family's defaults for absent keys, and problems.
+    """Complete the values of a config.json with the family's defaults for absent keys; also returns the problems found.
 
     A value of the wrong kind is a problem and gives way to the default, so that everything else can still be checked.
     """
@@ -84,18 +84,18 @@ def complete_values(config: Mapping[str, Any], architecture: Architecture) -> tu
 
 
 def positive_number(value: Any) -> str | None:
-    """What it must be, if it is not a number above 0."""
+    """Return "a positive number" unless the value is a number above 0."""
     return None if _is_number(value) and value > 0 else "a positive number"
 
 
 def shown(value: Any) -> str:
-    """A value as a message has it."""
+    """Text of a value for a message, cut if it is long."""
     text = repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def _canonical(config: Mapping[str, Any], architecture: Architecture) -> tuple[dict[str, Any], list[str]]:
-    """Values under the first of each key's names."""
+    """Move each value to the first of its key's names; two names with different values are a problem."""
     values, problems = dict(config), []
     aliases = dict(_ALIASES)
     if architecture.experts is not None:
@@ -140,7 +140,7 @@ def _size(most: int, least: int = 1) -> Check:
 
 
 def _float_dtype(value: Any) -> str | None:
-    """transformers and vLLM look the name up in torch, whatever the weights are."""
+    """Check of a dtype's name: transformers and vLLM look it up in torch, whatever the weights are."""
     known = ("float32", "bfloat16", "float16", "float64")
     return None if isinstance(value, str) and value.removeprefix("torch.") in known else f"one of {', '.join(known)}"
 
@@ -167,7 +167,7 @@ def _finite(value: float) -> bool:
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Every number below a value, with where it stands."""
+    """Yields every number below a value, with its place, such as `rope_scaling.factor`."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield from _numbers(item, f"{key}.{name}" if key else str(name))

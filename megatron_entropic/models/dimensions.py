@@ -1,4 +1,4 @@
-"""What a Hugging Face config.json says about a model's size, checked against what the project can train."""
+"""The size of a model as its Hugging Face config.json gives it, checked against what the project can train."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class ModelDimensions:
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
-    """Of layers without experts."""
+    """Width of the feed-forward part in layers without experts."""
     num_attention_heads: int
     num_query_groups: int
     """Number of key/value heads."""
     head_dim: int
-    """Of queries and keys."""
+    """Width of a head of queries and keys."""
     vocab_size: int
     """Rows of the Hugging Face embedding, before any padding for tensor parallelism."""
     tie_word_embeddings: bool
@@ -49,9 +49,9 @@ class ModelDimensions:
     rms_norm_eps: float
     max_position_embeddings: int
     experts: ExpertDimensions | None = None
-    """None for dense models."""
+    """Experts of the layers that have some; None for dense models."""
     latent: LatentAttention | None = None
-    """None where each head has keys and values of its own or of its group."""
+    """Latent attention; None where each head has keys and values of its own or of its group."""
     prediction_layers: int = 0
     """Layers behind the last in the checkpoint that predict further tokens; they are neither trained nor exported."""
 
@@ -115,7 +115,7 @@ class ModelDimensions:
         expert_parallel: int = 1,
         expert_tensor_parallel: int | None = None,
     ) -> list[str]:
-        """Why this model cannot be laid out so; empty if it can. `expert_tensor_parallel` None: `tensor_parallel`."""
+        """Reasons against this layout; empty if there are none. `expert_tensor_parallel` None: `tensor_parallel`."""
         problems = []
         if tensor_parallel > self.num_query_groups:
             problems.append(
@@ -144,7 +144,7 @@ class ModelDimensions:
         return problems
 
     def layout_problems(self, policy: PolicyConfig) -> list[str]:
-        """Why this model cannot be laid out as configured, each reason beginning with a key of `policy`."""
+        """Reasons why this model cannot be laid out as configured, each beginning with a key of `policy`."""
         problems = self.parallel_problems(
             policy.tensor_parallel,
             policy.pipeline_parallel,
@@ -181,7 +181,7 @@ class ModelDimensions:
         expert_parallel: int = 1,
         expert_tensor_parallel: int | None = None,
     ) -> None:
-        """Refuse a layout.
+        """Refuse a layout that does not divide the model.
 
         Raises:
             UserError: listing everything `parallel_problems` finds.
@@ -232,7 +232,7 @@ def read_dimensions(hf_dir: Path) -> ModelDimensions:
 def _dimensions(
     config: dict[str, Any], architecture: Architecture, rope_theta: float, rope_scaling: dict[str, Any] | None
 ) -> ModelDimensions:
-    """Fill the dataclass from a config that passed every check."""
+    """Dimensions from a config.json's values that passed every check."""
     heads, keys = config["num_attention_heads"], architecture.experts
     latent = read_latent(config) if architecture.latent else None
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -266,7 +266,7 @@ def _problem_list(hf_dir: Path, problems: list[str]) -> str:
 
 
 def _architecture_of(config: dict[str, Any]) -> tuple[Architecture | None, list[str]]:
-    """Find the table by `architectures`, or by `model_type` where a bare config names no class."""
+    """Find the family by `architectures`, or by `model_type` where no class is named; also returns the problems."""
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None, [f"architectures must be a list of names, found {shown(names)}"]
@@ -280,7 +280,7 @@ def _architecture_of(config: dict[str, Any]) -> tuple[Architecture | None, list[
 
 
 def _other_family(config: dict[str, Any], architecture: Architecture) -> list[str]:
-    """transformers and vLLM take the model's class by model_type, not by `architectures`."""
+    """Problem of a model_type that is another family's: transformers and vLLM take the model's class by model_type."""
     found = config.get("model_type")
     if found == architecture.family:
         return []

@@ -25,11 +25,11 @@ class Row:
     hf: tuple[str, ...]
     layout: Layout
     layers: Literal["all", "dense", "sparse"] = "all"
-    """Which layers of a mixture of experts have it; sparse ones are those with experts."""
+    """Which layers of a mixture of experts have the parameter; sparse ones are those with experts."""
     query: Literal["any", "direct", "latent"] = "any"
-    """With latent attention: which models have it, those that make queries of hidden states or of a latent vector."""
+    """Which models with latent attention have it: those that make queries of hidden states, or of a latent vector."""
     buffer: bool = False
-    """Whether it is no parameter but a float32 buffer, which no step changes and no dtype of the model rounds."""
+    """Whether the row is a float32 buffer, not a parameter: no step changes it and no dtype of the model rounds it."""
 
     @property
     def per_layer(self) -> bool:
@@ -38,13 +38,13 @@ class Row:
 
     @property
     def per_expert(self) -> bool:
-        """Whether it stands for one parameter of every expert."""
+        """Whether the row stands for one parameter of every expert."""
         return EXPERT in self.megatron
 
 
 @dataclass(frozen=True)
 class ExpertKeys:
-    """Where config.json tells about experts; keys of transformers' config class of the family."""
+    """Keys of config.json that describe experts, as transformers' config class of the family names them."""
 
     count: tuple[str, ...]
     """Names of the key of the number of experts of a layer, of which one is present."""
@@ -63,16 +63,16 @@ class Architecture:
     """A model family: how Hugging Face calls it and its rows in the order of the forward pass."""
 
     family: str
-    """Also `model_type` in config.json."""
+    """Name of the family, which is also `model_type` in config.json."""
     hf_class: str
     """Entry of `architectures` in config.json."""
     rows: tuple[Row, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What transformers' config class of the family has for keys that config.json leaves out."""
+    """Values that transformers' config class of the family has for keys that config.json leaves out."""
     experts: ExpertKeys | None = None
-    """None for dense families."""
+    """Keys that describe the experts; None for dense families."""
     always_windowed: bool = False
-    """A `sliding_window` in config.json is in use unless it is null; other families have a switch for it."""
+    """Whether a `sliding_window` in config.json is in use unless it is null; other families have a switch for it."""
     windowed_from_layer: bool = True
     """Whether the switch is for layers from `max_window_layers` on; all layers otherwise."""
 
@@ -166,16 +166,16 @@ GATED_MLP = (
     ),
     Row(MEGATRON_LAYER + "mlp.linear_fc2.weight", (HF_LAYER + "mlp.down_proj.weight",), RowShard(("hidden", "ffn"))),
 )
-"""Feed-forward part of a dense layer."""
+"""Rows of the feed-forward part of a dense layer."""
 
 
 def gated_experts(router: str, expert: str, *, gate: str, up: str, down: str) -> tuple[Row, ...]:
-    """Feed-forward part of a layer with experts, each a gated MLP, and a router without bias.
+    """Rows of the feed-forward part of a layer with experts, each a gated MLP, and a router without bias.
 
     Args:
         router: Hugging Face name of the router below the layer.
-        expert: of an expert below the layer, with `{expert}` for its number.
-        gate, up, down: of the three matrices below the expert.
+        expert: Hugging Face name of an expert below the layer, with `{expert}` for its number.
+        gate, up, down: Hugging Face names of the three matrices below the expert.
     """
     megatron, hf = MEGATRON_LAYER + "mlp.experts.local_experts.{expert}.", f"{HF_LAYER}{expert}."
     rows = (
@@ -191,10 +191,12 @@ def gated_experts(router: str, expert: str, *, gate: str, up: str, down: str) ->
 
 
 def shared_experts(shared: str) -> tuple[Row, ...]:
-    """Experts that every token goes through, in layers with experts: together one gated MLP, cut as a dense one.
+    """Rows of the experts that every token goes through, in layers with experts.
+
+    Together they are one gated MLP, cut as a dense one.
 
     Args:
-        shared: Hugging Face name below the layer.
+        shared: Hugging Face name of the shared experts below the layer.
     """
     megatron, hf = MEGATRON_LAYER + "mlp.shared_experts.", f"{HF_LAYER}{shared}."
     rows = (
@@ -212,8 +214,9 @@ def decoder(*, attention: tuple[Row, ...], feed_forward: tuple[Row, ...]) -> tup
     """All rows of a decoder with RMS norms before attention and feed-forward part.
 
     Args:
-        attention: what attention has besides its output projection.
-        feed_forward: of a layer; with rows of experts and of a dense layer, each layer has one of the two.
+        attention: rows of attention besides its output projection.
+        feed_forward: rows of the feed-forward part; with rows of experts and of a dense layer, each layer has one of
+            the two.
     """
     embedding, hidden = VocabularyShard(("vocab", "hidden")), Replicated(("hidden",))
     return (
@@ -233,7 +236,7 @@ def decoder(*, attention: tuple[Row, ...], feed_forward: tuple[Row, ...]) -> tup
 
 
 def in_dense_layers(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """The same rows, for those layers of a mixture of experts that have none."""
+    """The same rows, for the layers without experts in a mixture of experts."""
     return tuple(replace(row, layers="dense") for row in rows)
 
 

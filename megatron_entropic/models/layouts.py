@@ -47,7 +47,7 @@ class _OneTensor:
     partition_dim: ClassVar[int | None] = None
 
     def hf_shapes(self, dimensions: ModelDimensions) -> tuple[Shape, ...]:
-        """One tensor of the named axes."""
+        """Shape of the one tensor, from the names of its axes."""
         return (tuple(dimensions.size(axis) for axis in self.axes),)
 
     def combine(self, dimensions: ModelDimensions, parts: Sequence[Tensor]) -> Tensor:
@@ -89,7 +89,7 @@ class ColumnShard:
     partition_dim: ClassVar[int | None] = 0
 
     def hf_shapes(self, dimensions: ModelDimensions) -> tuple[Shape, ...]:
-        """One [out, in] for each stacked matrix."""
+        """Shape [out, in] of each stacked matrix."""
         return tuple((dimensions.size(output), dimensions.size(self.input)) for output in self.outputs)
 
     def combine(self, dimensions: ModelDimensions, parts: Sequence[Tensor]) -> Tensor:
@@ -116,7 +116,7 @@ class QkvInterleaved:
     partition_dim: ClassVar[int | None] = 0
 
     def hf_shapes(self, dimensions: ModelDimensions) -> tuple[Shape, ...]:
-        """q, k, v."""
+        """Shapes of q, k and v."""
         columns = () if self.input is None else (dimensions.size(self.input),)
         rows = (dimensions.size("query"), dimensions.size("key_value"), dimensions.size("key_value"))
         return tuple((row, *columns) for row in rows)

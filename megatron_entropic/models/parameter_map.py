@@ -36,16 +36,16 @@ class Entry:
     """One Megatron parameter, or buffer, of the unsharded model."""
 
     megatron_name: str
-    """With the global layer number, counted over all pipeline stages."""
+    """Name in megatron-core, with the global layer number, counted over all pipeline stages."""
     hf_names: tuple[str, ...]
     hf_shapes: tuple[Shape, ...]
     layout: Layout
     shape: Shape
-    """Of the Megatron parameter before sharding and padding."""
+    """Shape of the Megatron parameter before sharding and padding."""
     layer: int | None
     """Global layer number; None outside the layers."""
     expert: int | None = None
-    """Global number of the expert within its layer, whose parameter it is; sharded over expert tensor ranks then."""
+    """Global number of the expert within its layer, if it is an expert's: sharded over expert tensor ranks then."""
     exported: bool = True
     """False for the output layer of a model with tied embeddings: a copy of the embedding, which is exported."""
     buffer: bool = False
@@ -84,7 +84,7 @@ class ParameterMap:
         }
         """Name and shape of every tensor of the Hugging Face checkpoint (a tied one has no lm_head.weight)."""
         self.buffers = frozenset(name for entry in self.entries if entry.buffer for name in entry.hf_names)
-        """Names of those that are no parameters."""
+        """Names of those Hugging Face tensors that are buffers, not parameters."""
 
     def by_megatron_name(self, name: str) -> Entry:
         """Entry of a global Megatron name; norms may be named as Transformer Engine fuses them.
@@ -101,7 +101,7 @@ class ParameterMap:
         return self._by_name[name]
 
     def is_buffer(self, name: str) -> bool:
-        """Whether a global Megatron name is that of a buffer with values of the checkpoint."""
+        """Whether a global Megatron name is that of a buffer whose values the checkpoint holds."""
         return name in self._by_name and self._by_name[name].buffer
 
     def stage_of(self, entry: Entry, pipeline_parallel: int, virtual_pipeline_parallel: int = 1) -> int:
@@ -115,7 +115,7 @@ class ParameterMap:
         return 0 if entry.megatron_name == self.entries[0].megatron_name else pipeline_parallel - 1
 
     def chunk_of(self, entry: Entry, pipeline_parallel: int, virtual_pipeline_parallel: int) -> int:
-        """Which of its stage's chunks a parameter belongs to; see `stage_of`."""
+        """Index of the chunk, among its stage's, that a parameter belongs to; see `stage_of`."""
         layers = self._layers_of_chunk(pipeline_parallel, virtual_pipeline_parallel)
         if entry.layer is not None:
             return entry.layer // layers // pipeline_parallel
@@ -206,7 +206,7 @@ class ParameterMap:
 
 
 def _entries(dimensions: ModelDimensions) -> list[Entry]:
-    """Rows before, in and after the layers, in table order."""
+    """Entries of the rows before, in and after the layers, in table order."""
     rows = ARCHITECTURES[dimensions.family].rows
     in_layers = [row for row in rows if row.per_layer]
     first = rows.index(in_layers[0])
@@ -223,14 +223,14 @@ def _entries(dimensions: ModelDimensions) -> list[Entry]:
 
 
 def _layer_entries(rows: list[Row], dimensions: ModelDimensions, layer: int, per_expert: bool) -> list[Entry]:
-    """Rows of one layer; those of experts are repeated, all of one expert before the next, as megatron-core does."""
+    """Entries of one layer; those of experts are repeated, all of one expert before the next, as megatron-core does."""
     if not per_expert:
         return [_entry(row, dimensions, layer) for row in rows]
     return [_entry(row, dimensions, layer, expert) for expert in range(dimensions.size("experts")) for row in rows]
 
 
 def _entry(row: Row, dimensions: ModelDimensions, layer: int | None, expert: int | None = None) -> Entry:
-    """A row with its numbers and sizes filled in."""
+    """Entry of a row, with its numbers and sizes filled in."""
     tied_output = dimensions.tie_word_embeddings and row.megatron == _OUTPUT_LAYER
     hf_names = ARCHITECTURES[dimensions.family].rows[0].hf if tied_output else row.hf
     hf_shapes = row.layout.hf_shapes(dimensions)

@@ -1,4 +1,4 @@
-"""The mixture of experts that a Hugging Face config.json describes."""
+"""Experts, latent attention and rotary embedding as a Hugging Face config.json describes them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from megatron_entropic.models.config_values import MOST_ELEMENTS, MOST_LAYERS, p
 from megatron_entropic.models.families import ExpertKeys
 
 _MOST_EXPERTS = 1_000_000
-"""Of all layers together."""
+"""Largest number of experts of all layers together."""
 
 
 @dataclass(frozen=True)
 class SigmoidRouting:
-    """How DeepSeek-V3 chooses a token's experts (arXiv 2412.19437, 2.1.2).
+    """Choice of a token's experts as in DeepSeek-V3 (arXiv 2412.19437, 2.1.2).
 
     An expert's score is the sigmoid of its logit. The highest sums of score and a bias of each expert choose: first
     groups of experts, by their two best, then experts in these. The weights are the scores alone, scaled.
@@ -23,9 +23,9 @@ class SigmoidRouting:
 
     groups: int
     chosen_groups: int
-    """Of which a token's experts are; all groups: no such restriction."""
+    """Number of groups that a token's experts are taken from; all groups: no such restriction."""
     scaling: float
-    """Of the weights, after they were made to add up to 1."""
+    """Factor of a token's expert weights, after they were made to add up to 1."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class ExpertDimensions:
     shared_ffn_hidden_size: int = 0
     """Width of all experts together that every token goes through besides; 0: there are none."""
     sigmoid: SigmoidRouting | None = None
-    """None: probabilities are a softmax over all experts, and the highest are chosen."""
+    """DeepSeek-V3's routing; None: probabilities are a softmax over all experts, and the highest are chosen."""
 
     def parallel_problems(self, expert_parallel: int, expert_tensor_parallel: int) -> list[str]:
-        """Why the experts cannot be spread so; empty if they can."""
+        """Reasons why the experts cannot be spread so; empty if they can."""
         problems = []
         if self.count % expert_parallel:
             problems.append(f"expert_parallel={expert_parallel} does not divide the {self.count} experts")
@@ -61,7 +61,7 @@ class ExpertDimensions:
 
 
 def expert_problems(config: Mapping[str, Any], keys: ExpertKeys) -> list[str]:
-    """What in a config.json does not describe experts that can be trained."""
+    """Reasons why a config.json does not describe experts that can be trained."""
     problems = []
     for key in (keys.count[0], "num_experts_per_tok", keys.ffn):
         if not _is_positive(config.get(key)):
@@ -112,7 +112,7 @@ def read_experts(config: Mapping[str, Any], keys: ExpertKeys, num_layers: int) -
 
 
 def _sigmoid_problems(config: Mapping[str, Any]) -> list[str]:
-    """What does not describe DeepSeek-V3's routing; vLLM needs the two names, whose defaults are those of V2."""
+    """Reasons why routing is not DeepSeek-V3's; vLLM needs the two names, whose defaults are those of V2."""
     problems = [
         f"{key} must be a positive integer, found {config.get(key)!r}"
         for key in ("n_group", "topk_group", "n_shared_experts")
@@ -133,7 +133,7 @@ def _sigmoid_problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def _group_problems(routing: SigmoidRouting, experts: ExpertDimensions) -> list[str]:
-    """Groups of experts that cannot be chosen from."""
+    """Reasons why experts cannot be chosen from the groups."""
     groups, chosen = routing.groups, routing.chosen_groups
     if experts.count % groups or chosen > groups:
         return [f"topk_group={chosen} of n_group={groups} groups of {experts.count} experts: they must divide them"]
@@ -174,7 +174,7 @@ class LatentAttention:
 
 
 def latent_problems(config: Mapping[str, Any]) -> list[str]:
-    """What in a config.json does not describe latent attention that can be trained."""
+    """Reasons why a config.json does not describe latent attention that can be trained."""
     problems = []
     optional = ["q_lora_rank"] if config["q_lora_rank"] is not None else []
     for key in (*_SIZES, *optional):
@@ -216,8 +216,9 @@ def read_rope(config: Mapping[str, Any], *, latent: bool) -> tuple[float, dict[s
     """RoPE base, scaling and problems; transformers 5 writes rope_parameters, 4 rope_theta and rope_scaling.
 
     Args:
-        config: of config.json, with the family's defaults.
-        latent: the family has latent attention, whose megatron-core module knows YaRN and not Llama 3's scaling.
+        config: the values of config.json, with the family's defaults.
+        latent: whether the family has latent attention, whose megatron-core module knows YaRN and not Llama 3's
+            scaling.
     """
     written = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)]
     parameters = {**written[0]} if written else {}
@@ -254,7 +255,7 @@ def read_rope(config: Mapping[str, Any], *, latent: bool) -> tuple[float, dict[s
 
 
 def _bad_numbers(parameters: Mapping[str, Any]) -> list[str]:
-    """Numbers that are none."""
+    """Problems of rope parameters that must be positive numbers and are not."""
     return [
         f"{key} of the rope parameters must be {wanted}, found {shown(parameters[key])}"
         for key in ("rope_theta", "partial_rotary_factor", *_LLAMA3_KEYS, *_YARN_DEFAULTS)
@@ -263,7 +264,7 @@ def _bad_numbers(parameters: Mapping[str, Any]) -> list[str]:
 
 
 def _yarn_problems(parameters: Mapping[str, Any]) -> list[str]:
-    """What transformers, vLLM and megatron-core do not all understand in the same way."""
+    """Problems of YaRN settings that transformers, vLLM and megatron-core do not all understand in the same way."""
     problems = []
     for key in ("mscale", "mscale_all_dim"):
         if key in parameters and positive_number(parameters[key]) is not None:
