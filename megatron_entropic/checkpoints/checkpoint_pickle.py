@@ -64,7 +64,7 @@ UNREADABLE = (
     *(ArithmeticError, AttributeError, EOFError, ImportError, LookupError, MemoryError, RuntimeError, TypeError),
     *(pickle.UnpicklingError, ValueError),
 )
-"""What a pickle with wrong bytes in it raises when it is read."""
+"""Exceptions that reading a pickle with wrong bytes in it raises."""
 
 
 @dataclass
@@ -74,16 +74,16 @@ class DescribedTensor:
     shape: Shape
     dtype: torch.dtype
     chunks: dict[Shape, Shape] = field(default_factory=dict)
-    """Offsets -> sizes of its blocks."""
+    """Blocks of the tensor: offsets -> sizes, in elements."""
 
 
 @dataclass(frozen=True)
 class StoredPlace:
-    """Part of a file that holds a block of a tensor, or an object; bytes."""
+    """The part of a file that holds a block of a tensor, or an object; `start` and `length` in bytes."""
 
     name: str
     offsets: Shape | None
-    """None for objects, and for tensors that were not cut."""
+    """Offsets of the block in its tensor; None for objects, and for tensors that were not cut."""
     file: str
     start: int
     length: int
@@ -91,11 +91,11 @@ class StoredPlace:
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """What a checkpoint holds and where it lies."""
+    """Tensors and objects that a checkpoint holds, and their places in its files."""
 
     tensors: dict[str, DescribedTensor]
     objects: frozenset[str]
-    """Names of what is no tensor."""
+    """Names of everything that is not a tensor."""
     places: tuple[StoredPlace, ...]
 
 
@@ -103,7 +103,7 @@ def read_checkpoint_metadata(path: Path, *, only_known: bool = False) -> Checkpo
     """Read a `.metadata` file.
 
     Args:
-        path: of the file.
+        path: the file.
         only_known: refuse names that are not in the lists above. Reading here is safe either way, because they are
             ignored; but another reader (torch's own) would call them.
 
@@ -142,16 +142,16 @@ class _Record:
     state: Any = None
 
     def __new__(cls, *arguments: Any, **_named: Any) -> Self:
-        """Called with or without `__init__`, as pickle pleases."""
+        """Keep the arguments; pickle calls this with `__init__` or without, as it pleases."""
         made = super().__new__(cls)
         made.arguments = arguments
         return made
 
     def __init__(self, *_arguments: Any, **_named: Any) -> None:
-        """`__new__` has kept them."""
+        """Do nothing: `__new__` has kept the arguments."""
 
     def __setstate__(self, state: Any) -> None:
-        """Called on a class instead of an object it lacks an argument (TypeError): nothing can be set on a class."""
+        """Keep an object's state. Called on a class it lacks an argument (TypeError): nothing can be set on a class."""
         self.state = state
 
 
@@ -161,23 +161,23 @@ class _Ignored(_Record, dict):
     __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __setitem__(self, _key: Any, _value: Any) -> None:
-        """As in a dictionary."""
+        """Forget an item, which a dictionary would keep."""
 
     def append(self, _value: Any) -> None:
-        """As to a list."""
+        """Forget a value, which a list would keep."""
 
     def extend(self, _values: Any) -> None:
-        """As to a list."""
+        """Forget values, which a list would keep."""
 
     def add(self, _value: Any) -> None:
-        """As to a set."""
+        """Forget a value, which a set would keep."""
 
 
 class _GetAttribute(_Record):
     """Stands for `getattr`, of which only members of the enums are asked."""
 
     def __new__(cls, owner: Any, member: Any) -> Self:
-        """Anything but a member of an enum, or of an unknown class, is refused."""
+        """Refuse anything but a member of an enum, or of an unknown class."""
         kind = owner.kind if isinstance(owner, type) and issubclass(owner, _Record) else ("", "")
         if owner is not _Ignored and member not in _ENUMS.get(kind, ()):
             raise _ForeignName(f"builtins.getattr for {member!r}")
@@ -191,11 +191,11 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(data))
         self._only_known = only_known
         self.ignored: list[str] = []
-        """Names without a stand-in, as they came."""
+        """Names without a stand-in, as they came in the file."""
         self._classes: dict[tuple[str, str], type[_Record]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in of a name, or `_Ignored`."""
+        """The stand-in of a name; `_Ignored` if it is in no list."""
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         kind = (module, name)
@@ -212,7 +212,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _interpret(root: Any) -> CheckpointMetadata:
-    """Turn stand-ins into what they describe.
+    """Turn stand-ins into the tensors, objects and places that they describe.
 
     Raises:
         TypeError, ValueError, KeyError: they describe no checkpoint.
@@ -292,7 +292,7 @@ def _fields(value: Any, module: str, name: str) -> dict[str, Any]:
 
 
 def _sizes(value: Any) -> Shape:
-    """Numbers of a torch.Size."""
+    """Numbers of a stand-in for torch.Size."""
     if _kind(value) == ("torch", "Size"):
         value = value.arguments[0] if value.arguments else ()
     if not isinstance(value, tuple | list) or not all(type(n) is int and n >= 0 for n in value):

@@ -20,15 +20,15 @@ from megatron_entropic.models.parameter_map import Entry
 
 @dataclass
 class Difference:
-    """How one tensor differs between the two."""
+    """Difference of one tensor between a Hugging Face directory and a distributed checkpoint."""
 
     name: str
-    """Of the Hugging Face tensor."""
+    """Name of the Hugging Face tensor."""
     hf_dtype: torch.dtype
     megatron_dtype: torch.dtype
     values: int
     differing: int = 0
-    """Values whose bits differ; with different dtypes, after conversion of the Hugging Face tensor."""
+    """Number of values whose bits differ; with different dtypes, after conversion of the Hugging Face tensor."""
     largest: float = 0.0
     """Largest absolute difference among values that are numbers on both sides."""
     hf_nan: int = 0
@@ -36,7 +36,7 @@ class Difference:
 
     @property
     def is_equal(self) -> bool:
-        """Same bits, after conversion of the Hugging Face tensor where dtypes differ, and no NaN on either side."""
+        """Whether the bits are the same, after conversion where dtypes differ, and no value is NaN on either side."""
         return not (self.differing or self.hf_nan or self.megatron_nan)
 
     @property
@@ -53,12 +53,13 @@ def compare_weights(
     begin: Callable[[int], None],
     report: Callable[[int], None],
 ) -> list[Difference]:
-    """All tensors of the model, in the order of the forward pass.
+    """Compare all tensors of the model; the result is in the order of the forward pass.
 
     Args:
-        hf_dir, megatron_dir: are only read.
-        workers: threads.
-        begin, report: get the number of bytes of all tensors and of those just compared.
+        hf_dir, megatron_dir: directories, which are only read.
+        workers: number of threads.
+        begin: called once with the number of bytes of all tensors.
+        report: called with the number of bytes just compared.
 
     Raises:
         ValueError: from `HfReader` or `MegatronCheckpoint`: one of them is not the whole model.
@@ -92,7 +93,7 @@ def _compare_entry(
 
 
 def _compare_values(difference: Difference, hf: Tensor, megatron: Tensor) -> None:
-    """Add what differs in some rows of a tensor."""
+    """Add the differences in some rows of a tensor."""
     wanted = hf.to(megatron.dtype)
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[megatron.dtype.itemsize]
     difference.hf_nan += int(hf.isnan().sum())

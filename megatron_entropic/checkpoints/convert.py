@@ -30,7 +30,7 @@ from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 
 PIECE_BYTES = 16 * 2**20
-"""Memory of a piece; a thread holds about three of them at most.
+"""Size of a piece in memory; a thread holds about three of them at most.
 
 From 32 MiB on, the C library gives memory back as soon as it is free, and every new piece would cost page faults that
 take four times as long as copying it.
@@ -53,10 +53,10 @@ def hf_to_megatron(
     """Write a distributed checkpoint with the weights of a Hugging Face directory, and its configuration beside them.
 
     Args:
-        hf_dir: is only read.
-        output_dir: must not exist, or be empty.
-        dtype: of the output's parameters; None keeps the dtype of the input. Buffers keep theirs.
-        workers: threads.
+        hf_dir: Hugging Face directory, which is only read.
+        output_dir: directory that must not exist, or be empty.
+        dtype: dtype of the output's parameters; None keeps the dtype of the input. Buffers keep theirs.
+        workers: number of threads.
         begin: called once with the number of bytes to write, when everything has been checked.
         report: called with progress.
 
@@ -94,10 +94,11 @@ def megatron_to_hf(
 
     Args:
         megatron_dir: a converted checkpoint, one of a run, or one of another Megatron training script; is only read.
-        output_dir: must not exist, or be empty.
+        output_dir: directory that must not exist, or be empty.
         template_dir: Hugging Face directory with the model's configuration and tokenizer; None: they are in
             `megatron_dir`, as a conversion leaves them.
-        max_shard_bytes, workers, begin, report: as `hf_to_megatron` and `write_hf_directory`.
+        max_shard_bytes: size of a weight file, as in `write_hf_directory`.
+        workers, begin, report: as in `hf_to_megatron`.
 
     Raises:
         UserError: from `read_dimensions` or `MegatronCheckpoint`, or one error that lists why nothing can be written;
@@ -140,7 +141,7 @@ def read_template(megatron_dir: Path, template_dir: Path | None) -> tuple[Path, 
 
 
 def _chunks(reader: HfReader, dtype: torch.dtype, invalid: UnusableTensors, report: Report) -> Iterator[Chunk]:
-    """All of the checkpoint, in the order of the forward pass."""
+    """All chunks of the checkpoint, in the order of the forward pass."""
     dimensions = reader.parameter_map.dimensions
     for entry in reader.parameter_map.entries:
         if not entry.exported:
@@ -176,7 +177,7 @@ def _write_piece(
     report: Report,
     piece: Piece,
 ) -> None:
-    """Rows of a parameter from the checkpoint to the files of their Hugging Face tensors."""
+    """Write rows of a parameter from the checkpoint to the files of their Hugging Face tensors."""
     values = checkpoint.rows(piece.entry, piece.start, piece.stop)
     for rows, part in zip(piece.sources, piece.separate(checkpoint.parameter_map.dimensions, values), strict=True):
         invalid.check(rows.name, part)

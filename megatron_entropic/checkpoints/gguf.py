@@ -31,20 +31,20 @@ _TEXT = "Ada has 17 apples and 25 pears.\n12 + 7 =\n\td\u00e9j\u00e0 vu, \u65e5\
 
 @dataclass(frozen=True)
 class GgufDifference:
-    """How far a directory is from the GGUF file, both read by transformers."""
+    """Differences between a directory and the GGUF file, both read by transformers."""
 
     tensors: int
-    """Compared."""
+    """Number of tensors compared."""
     differing: tuple[str, ...]
     """Tensors of which any bit differs, and names that one side lacks."""
     logits: float
-    """Largest distance of two logits."""
+    """Largest absolute difference of two logits."""
     tokens_agree: bool
     """Whether texts become the same token ids, and the chat templates are equal."""
 
     @property
     def is_equal(self) -> bool:
-        """Nothing differs."""
+        """Whether nothing differs."""
         return not self.differing and self.logits == 0 and self.tokens_agree
 
 

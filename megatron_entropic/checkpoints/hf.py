@@ -25,7 +25,7 @@ from megatron_entropic.models.parameter_map import ParameterMap
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-"""What weights may be, as safetensors spells it."""
+"""Dtypes that weights may have, as safetensors spells them."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LISTED_PER_KIND = 20
 _COMPARED_ROWS = 4096
@@ -41,12 +41,13 @@ _COPIED = (
     "*.model",
     "*.tiktoken",
 )
-"""What belongs to a model beside config.json and weights; a model card would describe another model."""
+"""Patterns of the files that belong to a model beside config.json and weights; a model card would describe another
+model."""
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a tensor lies, by the header of its file."""
+    """Place, dtype and shape of a tensor, by the header of its file."""
 
     path: Path
     dtype: str
@@ -64,12 +65,12 @@ class Problems:
         self._by_kind.setdefault(kind, []).append(detail)
 
     def add_once(self, kind: str, detail: str) -> None:
-        """Add what may have been noted before."""
+        """Note a problem that may have been noted before."""
         if detail not in self._by_kind.get(kind, []):
             self.add(kind, detail)
 
     def raise_if_any(self, headline: str) -> None:
-        """Raise one ValueError with every kind of problem; long lists are cut with a count."""
+        """Raise one UserError with every kind of problem; long lists are cut with a count."""
         if not self._by_kind:
             return
         lines = [headline]
@@ -152,8 +153,8 @@ class HfReader(Mapping[str, Tensor]):
 
 
 def _read_headers(hf_dir: Path, expected: Mapping[str, Shape], problems: Problems) -> dict[str, _Stored]:
-    """What every weight file holds. Expected tensors that nobody stores are reported, unless the file that should
-    hold them is itself reported."""
+    """Tensors of every weight file. Expected ones that nobody stores are reported, unless the file that should hold
+    them is itself reported."""
     stored: dict[str, _Stored] = {}
     explained: set[str] = set()
     for path, promised in _weight_files(hf_dir, expected, problems).items():
@@ -183,7 +184,7 @@ def _read_headers(hf_dir: Path, expected: Mapping[str, Shape], problems: Problem
 
 
 def _weight_files(hf_dir: Path, expected: Mapping[str, Shape], problems: Problems) -> dict[Path, set[str]]:
-    """Weight files and the tensors each should hold.
+    """Weight files, each with the names of the tensors it should hold.
 
     Raises:
         UserError: there are none, or the index cannot be read (nothing else can be said then).
@@ -327,7 +328,11 @@ def _buffers_last(tensors: Iterable[tuple[str, Tensor]], buffers: frozenset[str]
 def create_weight_files(
     directory: Path, expected: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], max_shard_bytes: int
 ) -> dict[str, SafetensorsWriter]:
-    """Weight files of at most `max_shard_bytes` of data (one tensor may exceed it) and their index; writer by name."""
+    """Create weight files of at most `max_shard_bytes` of data (one tensor may exceed it) and their index.
+
+    Returns:
+        The writer of each tensor, by name.
+    """
     shards: list[dict[str, Shape]] = [{}]
     shard_bytes = total_bytes = 0
     for name, shape in expected.items():
@@ -353,8 +358,9 @@ def create_weight_files(
 
 
 def copy_companions(directory: Path, template_dir: Path, dtype: torch.dtype) -> None:
-    """config.json with the new dtype, under the key the template uses (torch_dtype before transformers 5)."""
+    """Write config.json with the new dtype, and copy tokenizer and generation settings beside it."""
     config = json.loads((template_dir / "config.json").read_text(encoding="utf-8"))
+    # The template's own key: torch_dtype before transformers 5.
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     config |= dict.fromkeys(keys, str(dtype).removeprefix("torch."))
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -76,7 +76,7 @@ class MegatronCheckpoint:
         return block.view(inner) if block.is_contiguous() else block.reshape(inner)
 
     def _find_prefix(self) -> str:
-        """What stands before every name of a parameter; nothing in most checkpoints."""
+        """Text before every name of a parameter; empty in most checkpoints."""
         prefixes = sorted(
             name.removesuffix(_EMBEDDING)
             for name in self._reader.tensors
@@ -88,7 +88,7 @@ class MegatronCheckpoint:
         return prefixes[0]
 
     def _find(self, entry: Entry, problems: Problems) -> set[str]:
-        """Note where a parameter lies and check its shape; returns the names of all tensors that hold it."""
+        """Note the places of a parameter and check its shape; returns the names of all tensors that hold it."""
         dimensions = self.parameter_map.dimensions
         tensors = self._reader.tensors
         found: list[tuple[Place, ...]]
@@ -106,7 +106,8 @@ class MegatronCheckpoint:
         return {self._prefix + place.key for places in found for place in places}
 
     def _compare_places(self, entry: Entry, found: list[tuple[Place, ...]], problems: Problems) -> None:
-        """A parameter under several names, as conversions write norms for several layer specs, must be one."""
+        """Report a parameter stored under several names with different values."""
+        # Conversions write norms under several names, one for each layer spec.
         values = []
         for places in found:
             self._places[entry.megatron_name] = places

@@ -40,7 +40,7 @@ class Piece:
 
     @property
     def elements(self) -> int:
-        """Number of values."""
+        """Number of values of the rows."""
         return (self.stop - self.start) * prod(self.entry.shape[1:])
 
     def combine(self, dimensions: ModelDimensions, parts: Sequence[Tensor]) -> Tensor:
@@ -76,7 +76,7 @@ def equal_parts(items: Sequence[Item], count: int, size: Callable[[Item], int]) 
 
 
 def _pieces_of_qkv(entry: Entry, groups: int, max_rows: int) -> Iterator[Piece]:
-    """Runs of query groups; a group has the same number of rows of q, of k and of v wherever it is."""
+    """Pieces of a q, k, v parameter, each a run of query groups; every group has as many rows of q, of k and of v."""
     group_rows = entry.shape[0] // groups
     for start, stop in _runs(groups, max_rows // group_rows):
         sources = tuple(

@@ -1,4 +1,5 @@
-"""Where checkpoints lie and which of them count. Plain files, no processes: the driver uses it too.
+"""A run's folder of checkpoints and the rule for which of them count. Plain files, no processes: the driver uses it
+too.
 
 root/step_00000050/            a checkpoint is a directory that was renamed into place, never written in place
     COMPLETE                   size and SHA-256 of every file; without it the directory does not count
@@ -63,7 +64,7 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 
 def refuse_unwanted_resume(resume: str, newest: Path | None) -> None:
-    """Do nothing if run.resume allows a run to go on after its newest checkpoint, or there is none.
+    """Refuse to go on after a run's newest checkpoint, if there is one, unless run.resume allows it.
 
     Raises:
         UserError: it does not.
@@ -73,7 +74,7 @@ def refuse_unwanted_resume(resume: str, newest: Path | None) -> None:
 
 
 def refuse_fewer_steps(steps: int, newest: Path | None) -> None:
-    """Do nothing if a run of `steps` steps in all has something to go on with after its newest checkpoint.
+    """Refuse a run of `steps` steps in all that has nothing to go on with after its newest checkpoint.
 
     Raises:
         UserError: it has done more.
@@ -161,7 +162,7 @@ def prune_checkpoints(root: Path, keep_last: int, keep_every: int = 0, keep_step
 
 
 def partial_path(directory: Path, writer: str = "") -> Path:
-    """Where a checkpoint is written before it is renamed to `directory`.
+    """Path at which a checkpoint is written before it is renamed to `directory`.
 
     Each `writer` has a place of its own: ranks that outlived their driver may still be writing when the run goes on.
     """
@@ -195,7 +196,7 @@ def finish_checkpoint(
 
     Args:
         directory, writer: as in `begin_checkpoint`.
-        state: JSON.
+        state: values that JSON can hold.
         sums: SHA-256 of files that are known, by name; the others' are computed here.
 
     Raises:
@@ -336,7 +337,7 @@ def _check_object(directory: Path, place: StoredPlace) -> None:
 
 
 def _load_data(path: Path, data: bytes, name: str) -> Any:
-    """What is saved there, if torch makes it without calling anything.
+    """The value of `data`, which `torch.save` wrote, if torch makes it without calling anything.
 
     Raises:
         UserError: it is more than data, or damaged.

@@ -29,7 +29,7 @@ DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
-    """Header of a safetensors file without its metadata, and what is wrong with the file's size (None: nothing).
+    """Header of a safetensors file without its metadata, and the fault of the file's size (None: it has none).
 
     Raises:
         UserError: there is no readable header.
@@ -58,7 +58,7 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
 
 
 def _header_problem(header: dict[str, Any]) -> str | None:
-    """Whether entries are what the format calls for, and describe data without gaps or overlaps."""
+    """First entry that is not as the format calls for, or leaves gaps or overlaps in the data; None: there is none."""
     end = 0
     for name, tensor in header.items():
         if not isinstance(tensor, dict) or not {"dtype", "shape", "data_offsets"} <= tensor.keys():

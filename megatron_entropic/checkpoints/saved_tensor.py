@@ -1,4 +1,4 @@
-"""What torch.save makes of a tensor, found without reading its values.
+"""Dtype and place of the values of a tensor that torch.save wrote, found without reading them.
 
 It is an uncompressed zip archive with a pickled description (data.pkl) and the values (data/0). The description is read
 with stand-ins for the functions that would build the tensor; nothing else in it is called.
@@ -36,7 +36,7 @@ class DamagedTensor(ValueError):
 
 @dataclass(frozen=True)
 class _Description:
-    """What a pickled tensor says about itself; offset and strides in elements."""
+    """Dtype, size and layout that a pickled tensor says it has; offset and strides in elements."""
 
     dtype: torch.dtype
     offset: int
@@ -76,17 +76,18 @@ class _TensorUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a plain tensor")
 
     def persistent_load(self, pid: Any) -> torch.dtype:
-        """The storage; its type is all that is not in the archive itself."""
+        """Dtype of the storage; its type is all that is not in the archive itself."""
         dtype: torch.dtype = pid[1]
         return dtype
 
 
 def find_values(data: mmap.mmap, start: int, length: int, sizes: Shape) -> tuple[int, torch.dtype]:
-    """Where the values of a contiguous tensor of `sizes` lie that was saved to `data`, and their dtype.
+    """Position of the values of a contiguous tensor of `sizes` that was saved to `data`, and their dtype.
 
     Args:
         data: map of a whole file.
-        start, length: of what torch.save wrote, in bytes.
+        start, length: place of what torch.save wrote, in bytes.
+        sizes: shape that the tensor must have.
 
     Raises:
         DamagedTensor: it is not such a tensor.
@@ -130,26 +131,26 @@ class _Slice(io.RawIOBase):
         self._position = 0
 
     def seekable(self) -> bool:
-        """Always."""
+        """Whether the file can be sought in: always."""
         return True
 
     def readable(self) -> bool:
-        """Always."""
+        """Whether the file can be read: always."""
         return True
 
     def tell(self) -> int:
-        """Position in the slice."""
+        """Position in the slice, in bytes."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As of any file."""
+        """Move the position, as in any file; returns the new one."""
         self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
         if self._position < 0:
             raise ValueError("seek before the start")
         return self._position
 
     def read(self, size: int | None = -1) -> bytes:
-        """At most `size` bytes."""
+        """Read at most `size` bytes; all that are left if it is None or negative."""
         left = max(0, self._length - self._position)
         count = left if size is None or size < 0 else min(size, left)
         first = self._start + self._position

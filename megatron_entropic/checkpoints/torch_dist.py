@@ -26,7 +26,7 @@ from megatron_entropic.models.layouts import Shape
 from megatron_entropic.models.parameter_map import Entry
 
 _FORMAT_VERSION = 1
-"""Of megatron-core's torch_dist format, in metadata.json."""
+"""Version of megatron-core's torch_dist format, in metadata.json."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class StoredTensor:
     shape: Shape
     dtype: torch.dtype
     chunks: list[_Chunk] = field(default_factory=list)
-    """In the order of their first offsets."""
+    """Chunks in the order of their first offsets."""
 
     def near(self, first: int, count: int) -> list[_Chunk]:
-        """Chunks that may hold something of `count` rows behind `first`; there may be very many others."""
+        """Chunks that may hold some of the `count` rows from `first` on; there may be very many others."""
         longest = max(chunk.sizes[0] for chunk in self.chunks)
         low = bisect_left(self.chunks, first - longest + 1, key=lambda chunk: chunk.offsets[0])
         return self.chunks[low : bisect_left(self.chunks, first + count, key=lambda chunk: chunk.offsets[0])]
@@ -158,7 +158,7 @@ class TorchDistReader:
 
 
 def _intersection(chunk: _Chunk, offsets: Shape, sizes: Shape) -> tuple[Shape, Shape] | None:
-    """Begin and extent of what a chunk and a block have in common, None if nothing."""
+    """Begin and extent of the block that a chunk and a block have in common; None if there is none."""
     begin = tuple(max(a, b) for a, b in zip(chunk.offsets, offsets, strict=True))
     ends = [min(a + m, b + n) for a, m, b, n in zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True)]
     extent = tuple(end - first for end, first in zip(ends, begin, strict=True))
@@ -226,12 +226,12 @@ _FUSED_LATENT = {
     "self_attention.q_layernorm.weight": "self_attention.linear_q_up_proj.layer_norm_weight",
     "self_attention.kv_layernorm.weight": "self_attention.linear_kv_up_proj.layer_norm_weight",
 }
-"""Under latent attention."""
+"""Names of norms -> those in Transformer Engine's fused layers, under latent attention."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter lies: in tensor `key`, below leading axes of lengths `axes` at the indices `index`."""
+    """Place of a parameter: tensor `key`, below leading axes of lengths `axes` at the indices `index`."""
 
     key: str
     axes: Shape = ()
@@ -240,12 +240,12 @@ class Place:
     """Row of the parameter that is row 0 here; not 0 only for the second half of a split pair."""
 
     def shape(self, entry: Entry) -> Shape:
-        """Of the stored tensor, without padding of the vocabulary."""
+        """Shape of the stored tensor, without padding of the vocabulary."""
         return (*self.axes, *entry.shape)
 
 
 def places_to_write(entry: Entry, dimensions: ModelDimensions) -> tuple[Place, ...]:
-    """Where a new checkpoint has a parameter, as megatron-core itself saves a model of these dimensions.
+    """Places of a parameter in a new checkpoint, as megatron-core itself saves a model of these dimensions.
 
     More than one place for norms that layer specs name differently, so that each finds it under its own name.
     """
@@ -274,7 +274,10 @@ def _fused(dimensions: ModelDimensions) -> dict[str, str]:
 
 
 def possible_places(entry: Entry, dimensions: ModelDimensions, *, stacked: bool | None = None) -> Iterator[Place]:
-    """Every single tensor that can hold the whole parameter; with layers as axis (`stacked`), numbered, or both."""
+    """Yields the place in every single tensor that can hold the whole parameter.
+
+    Layers are a leading axis (`stacked`), numbers in the name (not `stacked`), or either (None).
+    """
     if entry.layer is None:
         yield Place(entry.megatron_name)
         return

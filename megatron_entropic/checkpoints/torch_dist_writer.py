@@ -48,12 +48,12 @@ class Chunk:
 
     key: str
     shape: Shape
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     offsets: Shape
     sizes: Shape
     dtype: torch.dtype
     read: Callable[[], Tensor]
-    """Gives the values; called once, in any thread. Their memory is let go when they are written."""
+    """Function that returns the values; called once, in any thread. Their memory is let go when they are written."""
 
     @property
     def nbytes(self) -> int:
@@ -65,9 +65,9 @@ def write_torch_dist(directory: Path, chunks: Sequence[Chunk], *, workers: int) 
     """Fill an empty directory with a checkpoint, flushed to disk.
 
     Args:
-        directory: exists.
-        chunks: together they cover every tensor exactly once.
-        workers: threads that read and write.
+        directory: an existing directory.
+        chunks: blocks that together cover every tensor exactly once.
+        workers: number of threads that read and write.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -112,7 +112,7 @@ class _LazyPlanner(DefaultSavePlanner):
         return _of_exact_size(values.contiguous())
 
     def stop(self) -> None:
-        """Ends all threads at their next chunk."""
+        """End all threads at their next chunk."""
         self._stopping.set()
 
     def stops_others(self, writer: FileSystemWriter, plan: SavePlan) -> list:
@@ -128,7 +128,7 @@ class _LazyPlanner(DefaultSavePlanner):
 
 
 def _of_exact_size(tensor: Tensor) -> Tensor:
-    """The same memory, without what lies before and behind it in a memory map or a larger buffer."""
+    """A tensor in the same memory, without what lies before and behind it in a memory map or a larger buffer."""
     if tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     data = tensor.flatten().view(torch.uint8).numpy()
@@ -136,7 +136,7 @@ def _of_exact_size(tensor: Tensor) -> Tensor:
 
 
 def _deal(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
-    """Chunks in order, in files of about equal size."""
+    """Chunks in order, dealt to files of about equal size."""
     total = sum(chunk.nbytes for chunk in chunks)
     count = max(1, -(-total // _FILE_BYTES))
     count += count % 2 if count > 1 else 0  # an even number keeps two threads equally busy

@@ -12,14 +12,14 @@ from megatron_entropic.checkpoints.hf import Problems
 
 
 class UnusableTensors:
-    """Collects the names of such tensors as they are read, from any thread."""
+    """Names of tensors with NaN or infinite values, collected as they are read, from any thread."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def check(self, name: str, values: Tensor) -> None:
-        """Look at some values of a tensor."""
+        """Note the tensor if some of these values of it are NaN or infinite."""
         if not values.numel():
             return
         # NaN is the minimum of whatever it is among, and both extremes take a fraction of the time of a comparison.
@@ -29,7 +29,7 @@ class UnusableTensors:
                 self._counts[name] = self._counts.get(name, 0) + count
 
     def raise_if_any(self, source: Path, consequence: str) -> None:
-        """Do nothing if there are none.
+        """Refuse to go on if tensors with NaN or infinite values were found.
 
         Raises:
             UserError: names all of them. `consequence` says what therefore was not done.

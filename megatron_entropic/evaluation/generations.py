@@ -24,25 +24,25 @@ class Generation:
     """One judged response to one problem."""
 
     problem: int
-    """Row of the benchmark's file."""
+    """Row of the problem in the benchmark's file."""
     sample: int
-    """Which of the responses to this problem, from 0."""
+    """Number of the response among those to this problem, from 0."""
     prompt: str
     response: str
     answer: str | None
     """The verifier's reading of the response; None if it found no answer."""
     ground_truth: str
-    """As JSON where it is not a string."""
+    """The problem's ground truth, as JSON where it is not a string."""
     reward: float
-    """0 where the verifier gave none; `verifier_status` says why."""
+    """Reward of the verifier; 0 where it gave none, and `verifier_status` says why."""
     verifier_status: str
-    """ok, timeout or error."""
+    """Outcome of the verifier: ok, timeout or error."""
     response_tokens: list[int]
     """Token ids, the end-of-sequence token included."""
     logprob_sum: float
     """Sum of the sampled tokens' log-probs under the distribution they were sampled from, nats."""
     finish_reason: str
-    """stop or length."""
+    """Reason why generation ended: stop or length."""
 
     @property
     def correct(self) -> bool:
@@ -70,7 +70,7 @@ def write_generations(path: Path, generations: Sequence[Generation], settings: d
 
 
 def read_generations(path: Path) -> tuple[list[Generation], dict[str, Any]]:
-    """(responses in the order of problem and sample, settings).
+    """Read the responses, in the order of problem and sample, and the settings they were made with.
 
     Raises:
         UserError: not a file that `write_generations` wrote, or of a later version of the package.

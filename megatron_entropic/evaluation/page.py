@@ -51,7 +51,7 @@ def write_evaluation_page(directories: Sequence[Path], output_dir: Path) -> Path
 
 
 def _compare(first: StoredEvaluation, second: StoredEvaluation) -> list[Comparison]:
-    """The benchmarks that both have."""
+    """Comparisons on the benchmarks that both evaluations have."""
     shared = [name for name in first.problems if name in second.problems]
     return [compare(name, first.problems[name], second.problems[name]) for name in shared]
 
@@ -63,7 +63,7 @@ def _pass_at(summary: BenchmarkSummary) -> list[tuple[int, float]]:
 
 
 def _problem(problem: Problem) -> dict[str, Any]:
-    """A problem with its pass rate and a correct and a wrong response, if it has both."""
+    """Values that the page shows of a problem: its pass rate, and a correct and a wrong response if it has both."""
     ordered = sorted(problem.generations, key=lambda generation: generation.correct, reverse=True)
     chosen = [ordered[0], *ordered[1:][-(_RESPONSES_SHOWN - 1) :]]
     return {

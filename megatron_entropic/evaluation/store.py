@@ -32,17 +32,17 @@ class StoredEvaluation:
     path: Path
     label: str
     problems: dict[str, list[Problem]]
-    """By benchmark."""
+    """Problems of each benchmark, by its name."""
     summaries: list[BenchmarkSummary]
 
 
 def generations_path(directory: Path, benchmark: str) -> Path:
-    """Where the responses to a benchmark are kept."""
+    """Path of the responses to a benchmark."""
     return directory / f"{benchmark}.parquet"
 
 
 def is_evaluation(directory: Path) -> bool:
-    """Whether a finished evaluation is kept there."""
+    """Whether a directory holds a finished evaluation."""
     return (directory / SUMMARY_FILE).is_file()
 
 
@@ -57,7 +57,7 @@ def stored_settings(directory: Path, benchmark: str) -> dict[str, Any] | None:
 
 
 def summarise_stored(directory: Path, benchmark: str) -> tuple[list[Problem], BenchmarkSummary]:
-    """One benchmark from its stored responses."""
+    """Problems and numbers of one benchmark, computed from its stored responses."""
     generations, settings = read_generations(generations_path(directory, benchmark))
     problems = problems_of(generations)
     return problems, summarise(benchmark, problems, greedy=settings["sampling"]["temperature"] == 0)
@@ -105,7 +105,7 @@ _PAPER_ORDER = ("math", "amc", "aime24", "aime25", "olympi", "omni", "minerva", 
 
 
 def in_paper_order(summaries: Sequence[BenchmarkSummary]) -> list[BenchmarkSummary]:
-    """The paper's benchmarks as its tables have them, others behind them as given."""
+    """Summaries in the order of the paper's tables; other benchmarks behind them, as given."""
     return sorted(summaries, key=lambda summary: _place(summary.name))
 
 

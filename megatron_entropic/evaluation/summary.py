@@ -26,7 +26,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What became of one problem."""
+    """One problem with all responses to it."""
 
     index: int
     prompt: str
@@ -51,7 +51,7 @@ class BenchmarkSummary:
     name: str
     problems: int
     samples: int
-    """N."""
+    """Number of responses to each problem, N."""
     average: Estimate
     """avg@N: the mean pass rate."""
     pass_at: dict[int, Estimate]
@@ -60,7 +60,7 @@ class BenchmarkSummary:
     """maj@N; a problem without a readable answer counts as wrong. None if no response at all has one."""
     mean_tokens: float
     truncated: float
-    """Share of responses that ended at the limit."""
+    """Share of responses that ended at the limit of tokens."""
     sampled_entropy: float | None
     """Mean of -log p over all sampled tokens, nats; None for greedy decoding.
 
@@ -72,7 +72,7 @@ class BenchmarkSummary:
 
 
 def problems_of(generations: Sequence[Generation]) -> list[Problem]:
-    """Responses grouped by problem.
+    """Group responses by problem.
 
     Args:
         generations: in the order of `read_generations`.
@@ -92,7 +92,7 @@ def problems_of(generations: Sequence[Generation]) -> list[Problem]:
 
 
 def summarise(name: str, problems: Sequence[Problem], *, greedy: bool) -> BenchmarkSummary:
-    """The numbers of one benchmark."""
+    """Compute the numbers of one benchmark."""
     samples = len(problems[0].generations)
     generations = [generation for problem in problems for generation in problem.generations]
     tokens = sum(len(generation.response_tokens) for generation in generations)
@@ -195,17 +195,17 @@ def sign_flip_p_value(differences: np.ndarray, *, seed: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Second minus first on one benchmark."""
+    """Difference of two evaluations on one benchmark, second minus first."""
 
     name: str
     problems: int
-    """Of both evaluations."""
+    """Number of problems, the same in both evaluations."""
     difference: Estimate
-    """Of avg@N, its interval from resampled pairs."""
+    """Difference of avg@N, its interval from resampled pairs."""
     p_value: float
-    """Two-sided, sign flips of the per-problem differences."""
+    """Two-sided p-value, from sign flips of the per-problem differences."""
     better: int
-    """Problems with a higher pass rate in the second."""
+    """Number of problems with a higher pass rate in the second."""
     worse: int
 
 
