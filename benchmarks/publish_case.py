@@ -20,7 +20,7 @@ from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.policy.local_ranks import free_port
 from megatron_entropic.policy.publish.publisher import Publisher
-from megatron_entropic.types import GenerationRequest, Prompt, Sample
+from megatron_entropic.types import GenerationRequest, Segment
 from megatron_entropic.weight_sync.checksums import checksums, mismatches
 from megatron_entropic.weight_sync.plan import PublishPlan, publish_plan
 
@@ -172,24 +172,21 @@ def _compare(engine: Any, hf_dir: Path, size: ModelSize, result: CaseResult) -> 
     expected = checksums((name, reader[name] * FACTOR) for name in reader)
     result.different_tensors = len(mismatches(expected, {"engine": engine.weight_pieces()}))
     generator = torch.Generator().manual_seed(3)
-    requests = [
-        GenerationRequest(
-            Prompt(index, torch.randint(size.vocab, (PROMPT_TOKENS,), generator=generator).tolist(), "", None), 0, index
-        )
-        for index in range(4)
-    ]
-    result.logprob_distance = max(_distance(hf_dir, sample) for sample in engine.generate(requests))
+    prompts = torch.randint(size.vocab, (4, PROMPT_TOKENS), generator=generator, dtype=torch.int32).numpy()
+    responses = engine.generate([GenerationRequest(prompt, seed) for seed, prompt in enumerate(prompts)])
+    pairs = zip(prompts.tolist(), responses, strict=True)
+    result.logprob_distance = max(_distance(hf_dir, prompt, response.segment) for prompt, response in pairs)
 
 
-def _distance(hf_dir: Path, sample: Sample) -> float:
+def _distance(hf_dir: Path, prompt: list[int], sampled: Segment) -> float:
     """Largest |engine - transformers| of the response's log-probs."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
-    prompt, response = sample.prompt.tokens, sample.response_tokens
+    response = sampled.tokens.tolist()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(FACTOR)
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double()
     wanted = logits.log_softmax(-1).gather(1, torch.tensor(response).unsqueeze(1)).squeeze(1)
-    return float((torch.tensor(sample.rollout_logprobs) - wanted).abs().max())
+    return float((torch.from_numpy(sampled.logprobs) - wanted).abs().max())

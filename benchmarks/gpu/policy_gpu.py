@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +108,8 @@ def compare_float32(hf_dir: Path, sizes: Sizes, device: torch.device) -> dict[st
     with _policy(hf_dir, device, "float32", learning_rate=1e-12) as policy:
         scores = policy.score(sequences)
         assert scores is not None
-        for sequence, logprobs in zip(sequences, scores.logprobs, strict=True):
-            sequence.old_logprobs = logprobs.cpu()
+        pairs = zip(sequences, scores.logprobs, strict=True)
+        sequences = [replace(sequence, old_logprobs=logprobs.cpu()) for sequence, logprobs in pairs]
         metrics = policy.update(sequences)
         gradients = _gradients(policy)
     model = _reference(hf_dir, device, torch.float32)

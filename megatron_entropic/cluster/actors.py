@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 
@@ -18,9 +18,12 @@ from megatron_entropic.cluster.environment import use_interface_of
 from megatron_entropic.cluster.processes import ActorProcess, this_process
 from megatron_entropic.config.run import Config, Device, Sampling, Transport
 from megatron_entropic.observability.stacks import offer_stacks
-from megatron_entropic.types import GenerationRequest, Sample, Sequence
+from megatron_entropic.types import GenerationRequest, Response, Sequence
 from megatron_entropic.weight_sync.checksums import Piece
 from megatron_entropic.weight_sync.plan import PublishPlan
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _MESSAGE_EVERY_S = 0.1
 """Finished responses leave an engine at most so often: a message costs it about a millisecond."""
@@ -111,13 +114,19 @@ class PolicyWorker:
         )
         return self._policy.parallel.data_rank
 
-    def call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        """Run a method of `Policy`; `PolicyGroup` has the types of each."""
-        return getattr(self._policy, method)(*arguments, **options)
+    def call(self, method: Callable[Concatenate[Policy, P], R], *arguments: P.args, **options: P.kwargs) -> R:
+        """Run a method of `Policy`."""
+        return method(self._policy, *arguments, **options)
 
-    def call_with(self, method: str, sequences: list[Sequence], *arguments: Any, **options: Any) -> Any:
+    def call_with(
+        self,
+        method: Callable[Concatenate[Policy, list[Sequence], P], R],
+        sequences: list[Sequence],
+        *arguments: P.args,
+        **options: P.kwargs,
+    ) -> R:
         """Run a method on this replica's sequences, which arrive through the object store."""
-        return getattr(self._policy, method)(sequences, *arguments, **options)
+        return method(self._policy, sequences, *arguments, **options)
 
 
 @ray.remote(max_restarts=0)
@@ -175,9 +184,9 @@ class EngineWorker:
         """Checksums of the weights in this engine."""
         return self._engine.weight_pieces()
 
-    def generate(self, requests: list[GenerationRequest], sampling: Sampling) -> Iterator[list[tuple[int, Sample]]]:
+    def generate(self, requests: list[GenerationRequest], sampling: Sampling) -> Iterator[list[tuple[int, Response]]]:
         """Responses with the positions of their requests, soon after they are finished, several in one message."""
-        ready: list[tuple[int, Sample]] = []
+        ready: list[tuple[int, Response]] = []
         sent = time.monotonic()
         for finished in self._engine.respond(requests, sampling):
             ready += finished

@@ -44,9 +44,6 @@ class PolicyGroup:
         ]
         self._offloaded = config.policy.offloaded_parts
         self._offload_metrics: dict[str, float] = {}
-        self.before_training: Callable[[], None] = lambda: None
-        self.before_publishing: Callable[[], None] = lambda: None
-        """Called before anything that needs the devices; see `launch.DeviceTurns`."""
         self._places = {self._name(rank): actor.place.remote() for rank, actor in enumerate(self._actors)}
         self._replica_of: list[int] = []
 
@@ -93,7 +90,6 @@ class PolicyGroup:
 
     def begin_reinforcement_learning(self) -> None:
         """Fresh optimizer state and the schedule of `optimizer`, after a warm start."""
-        self.before_training()
         self._on_all(Policy.begin_reinforcement_learning, self._limits.update_timeout_s)
 
     def open_transport(self, receivers: int) -> list[dict[str, Any]]:
@@ -111,7 +107,6 @@ class PolicyGroup:
 
     def publish(self) -> dict[str, ray.ObjectRef]:
         """Pending calls that send the current weights; to be gathered beside the engines' receiving."""
-        self.before_publishing()
         return self._calls(Policy.publish)
 
     def publish_plan(self) -> PublishPlan:
@@ -123,7 +118,6 @@ class PolicyGroup:
 
         With `checkpoint.asynchronous` it is complete when `check_checkpoint` has waited for it.
         """
-        self.before_training()
         self._on_all(Policy.save_checkpoint, self._limits.checkpoint_timeout_s, directory, driver_state)
 
     def check_checkpoint(self, *, wait: bool) -> None:
@@ -132,22 +126,19 @@ class PolicyGroup:
 
     def load_checkpoint(self, directory: Path) -> dict[str, Any]:
         """Restore all ranks; returns the driver's state."""
-        self.before_training()
         return self._on_all(Policy.load_checkpoint, self._limits.checkpoint_timeout_s, directory)[0]
 
     def export_hf(self, output_dir: Path) -> None:
         """Write the policy as a Hugging Face directory."""
-        self.before_training()
         self._on_all(Policy.export_hf, self._limits.checkpoint_timeout_s, output_dir)
 
     def begin_export(self, output_dir: Path) -> None:
         """Copy the weights to rank 0, which writes them as a Hugging Face directory in the background."""
-        self.before_training()
         self._on_all(Policy.begin_export, self._limits.checkpoint_timeout_s, output_dir)
 
     def check_export(self, *, wait: bool) -> None:
         """Raise what the last background export failed with; with `wait` after it has ended."""
-        call = {self._name(0): self._actors[0].call.remote(Policy.check_export.__name__, wait)}
+        call = {self._name(0): self._actors[0].call.remote(Policy.check_export, wait)}
         gather(call, phase="export", timeout_s=self._limits.checkpoint_timeout_s)
 
     def offload(self, *, keep_parameters: bool = False) -> None:
@@ -181,16 +172,14 @@ class PolicyGroup:
         *arguments: P.args,
         **options: P.kwargs,
     ) -> list[R]:
-        self.before_training()
         require_raylet(method.__name__)
         # One object per replica: its ranks on one node read the same shared memory.
         parts = [ray.put([sequences[index] for index in shard]) for shard in shards]
-        name = method.__name__
         calls = {
-            self._name(rank): actor.call_with.remote(name, parts[self._replica_of[rank]], *arguments, **options)
+            self._name(rank): actor.call_with.remote(method, parts[self._replica_of[rank]], *arguments, **options)
             for rank, actor in enumerate(self._actors)
         }
-        return list(gather(calls, phase=name, timeout_s=timeout_s).values())
+        return list(gather(calls, phase=method.__name__, timeout_s=timeout_s).values())
 
     def _on_all(
         self,
@@ -205,9 +194,8 @@ class PolicyGroup:
     def _calls(
         self, method: Callable[Concatenate[Policy, P], R], *arguments: P.args, **options: P.kwargs
     ) -> dict[str, ray.ObjectRef]:
-        name = method.__name__
-        require_raylet(name)
-        return {self._name(rank): a.call.remote(name, *arguments, **options) for rank, a in enumerate(self._actors)}
+        require_raylet(method.__name__)
+        return {self._name(rank): a.call.remote(method, *arguments, **options) for rank, a in enumerate(self._actors)}
 
     @staticmethod
     def _name(rank: int) -> str:

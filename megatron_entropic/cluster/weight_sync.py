@@ -11,6 +11,7 @@ from megatron_entropic.cluster.waiting import gather
 from megatron_entropic.config.run import ClusterConfig
 from megatron_entropic.errors import PeerDied, RunError
 from megatron_entropic.weight_sync.checksums import mismatches
+from megatron_entropic.weight_sync.plan import PublishPlan
 
 T = TypeVar("T")
 
@@ -19,7 +20,7 @@ class WeightPublisher:
     """Brings the policy's weights into all engines: both sides work at the same time, both are awaited."""
 
     def __init__(self, policy: PolicyGroup, engines: EngineGroup, config: ClusterConfig) -> None:
-        """Connect both sides once; the connection serves every later `publish`, until an engine is replaced."""
+        """Nothing happens yet: the first `publish` connects both sides, until an engine is replaced."""
         self._policy = policy
         self._engines = engines
         self._timeout_s = config.publish_timeout_s
@@ -27,9 +28,7 @@ class WeightPublisher:
         self._replaces_engines = not config.colocate  # there is no room for an engine to load beside the policy
         self._version = 0
         self._connected = False
-        self._survive(self._connect)
-        self._plan = policy.publish_plan()
-        engines.renew_weights = self.renew
+        self._plan: PublishPlan | None = None
 
     def renew(self) -> None:
         """Connect both sides again and send the current weights once more, after engines were replaced."""
@@ -72,6 +71,8 @@ class WeightPublisher:
     def _publish(self) -> dict[str, float]:
         if not self._connected:
             self._connect()
+        if self._plan is None:
+            self._plan = self._policy.publish_plan()
         version = self._version
         phase = f"publish (weights version {version})"
         sending = self._policy.publish()

@@ -124,17 +124,16 @@ def show(view: StepView, console: Console) -> None:
 
 
 def _heading(response: ResponseView) -> Text:
-    sample = response.recorded.sample
-    reward = "none" if sample.reward is None else f"{sample.reward:g}"
-    text = Text(f"\n[{sample.sample_index}] ")
-    text.append(f"reward {reward}", "bold green" if sample.correct else "bold red")
+    trajectory, reward = response.recorded.trajectory, response.recorded.reward
+    text = Text(f"\n[{trajectory.sample_index}] ")
+    text.append(f"reward {reward.value:g}", "bold green" if reward.correct else "bold red")
     answer = "none" if response.answer is None else printable(shortened(response.answer, 200))
-    text.append(f"  answer read: {answer}  A {response.advantage:+.3f}  {len(sample.response_tokens)} tokens")
+    text.append(f"  answer read: {answer}  A {response.advantage:+.3f}  {trajectory.response_length} tokens")
     text.append(f"  entropy {response.mean_entropy:.3f}")
-    if sample.finish_reason == "length":
+    if trajectory.finish_reason == "length":
         text.append("  cut off at the limit")
-    if sample.verifier_status != "ok":
-        text.append(printable(f"  verifier: {sample.verifier_status}"), "bold yellow")
+    if reward.status != "ok":
+        text.append(printable(f"  verifier: {reward.status}"), "bold yellow")
     return text
 
 

@@ -40,7 +40,7 @@ def _train(options: argparse.Namespace) -> None:
         from megatron_entropic.training.preconditions import open_inputs
 
         with open_inputs(config) as inputs:
-            console.print(printable("\n".join(inputs.prompts.report.lines())), markup=False, soft_wrap=True)
+            console.print(printable("\n".join(inputs.tasks.report.lines())), markup=False, soft_wrap=True)
         return
     # Ray reads its settings when the trainer imports it.
     prepare_ray_environment(config.cluster)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_entropic.config.run import DataConfig
 from megatron_entropic.data.filters import DataReport, find_duplicates, find_overlap, read_pass_rates, recorded_form
 from megatron_entropic.data.order import Arrangement, EpochOrder, MixedOrder, as_stored, easy_to_hard, shuffled
@@ -23,7 +25,7 @@ from megatron_entropic.data.prompts import PromptForm, lookup, problem_text, rea
 from megatron_entropic.data.rows import Problems, Row, read_rows
 from megatron_entropic.data.tokenizer import RenderedPrompt, Tokenizer, appended_tokens, template_digest, unknown_to
 from megatron_entropic.errors import UserError
-from megatron_entropic.types import Prompt
+from megatron_entropic.types import Task
 
 TruthCheck = Callable[[list[Any]], list[str | None]]
 """Ground truths -> why each of them cannot be used, None where it can."""
@@ -32,8 +34,8 @@ _ROUNDS = 1000
 """More than a step ever asks for replacements."""
 
 
-class PromptDataset:
-    """All prompts in memory; `at_step` says which of them a step takes."""
+class TaskDataset:
+    """All tasks in memory; `at_step` says which of them a step takes."""
 
     def __init__(
         self,
@@ -69,17 +71,17 @@ class PromptDataset:
         if config.skip_malformed:
             self.report.note_skipped(problems)
         self._filter(benchmarks or {}, problems)
-        if not self._prompts and not problems.messages and (config.skip_malformed or not problems.row_count):
+        if not self._tasks and not problems.messages and (config.skip_malformed or not problems.row_count):
             problems.add("no prompt is left\n    " + "\n    ".join(self.report.lines()))
         problems.raise_if_any("the training data cannot be used", skip_rows=config.skip_malformed)
-        self.report.kept = len(self._prompts)
+        self.report.kept = len(self._tasks)
         self._order = self._make_order(self._seed, self._arrange)
 
     def __len__(self) -> int:
-        return len(self._prompts)
+        return len(self._tasks)
 
-    def __getitem__(self, position: int) -> Prompt:
-        return self._prompts[position]
+    def __getitem__(self, position: int) -> Task:
+        return self._tasks[position]
 
     @property
     def dropped(self) -> int:
@@ -87,42 +89,42 @@ class PromptDataset:
         return len(self.report.too_long)
 
     @property
-    def prompts(self) -> list[Prompt]:
-        """Every prompt once, in the order of the files."""
-        return list(self._prompts)
+    def tasks(self) -> list[Task]:
+        """Every task once, in the order of the files."""
+        return list(self._tasks)
 
     @property
     def problems(self) -> list[str]:
-        """What the user asks in each of `prompts`, without templates, system prompt and suffix."""
+        """What the user asks in each of `tasks`, without templates, system prompt and suffix."""
         return list(self._problems)
 
-    def at_step(self, step: int, count: int) -> list[Prompt]:
-        """The `count` prompts of `step` (counted from 1), every step of the run taking as many.
+    def at_step(self, step: int, count: int) -> list[Task]:
+        """The `count` tasks of `step` (counted from 1), every step of the run taking as many.
 
         A pure function of the files, the seed and the arguments: a resumed run continues with the same prompts.
         """
         assert step >= 1, "steps are counted from 1"
-        return [self._prompts[row] for row in self._order.rows((step - 1) * count, count)]
+        return [self._tasks[row] for row in self._order.rows((step - 1) * count, count)]
 
-    def replacements(self, step: int, earlier: int, count: int, seen: Set[int]) -> list[Prompt]:
-        """Prompts for a step beside those of `at_step`, from a shuffled order of its own.
+    def replacements(self, step: int, earlier: int, count: int, seen: Set[int]) -> list[Task]:
+        """Tasks for a step beside those of `at_step`, from a shuffled order of its own.
 
         A pure function of files, seed and arguments, as `at_step`. Fewer than `count` if the data set has no more.
 
         Args:
             earlier: how often the step has asked before.
-            seen: indices of prompts that the step has had.
+            seen: indices of tasks that the step has had.
         """
         order = self._make_order(self._seed + (step * _ROUNDS + earlier << 32), lambda rows: shuffled(len(rows)))
-        found: dict[int, Prompt] = {}
-        for row in order.rows(0, len(self._prompts)):
-            prompt = self._prompts[row]
-            if len(found) < count and prompt.index not in seen:
-                found[prompt.index] = prompt
+        found: dict[int, Task] = {}
+        for row in order.rows(0, len(self._tasks)):
+            task = self._tasks[row]
+            if len(found) < count and task.index not in seen:
+                found[task.index] = task
         return list(found.values())
 
     def _read(self, tokenizer: Tokenizer, check_truths: TruthCheck | None, problems: Problems) -> None:
-        """Fill prompts, problems and the number of each one's file with every usable row of bearable length."""
+        """Fill tasks, problems and the number of each one's file with every usable row of bearable length."""
         config, form = self._config, PromptForm.of(self._config)
         usable: list[tuple[Row, int, int, list[dict[str, Any]], Any]] = []
         index = 0
@@ -139,7 +141,7 @@ class PromptDataset:
                 index += 1
         prompts = _rendered([messages for *_, messages, _ in usable], tokenizer, form, problems)
         reasons = check_truths([truth for *_, truth in usable]) if check_truths else [None] * len(usable)
-        self._prompts: list[Prompt] = []
+        self._tasks: list[Task] = []
         self._problems: list[str] = []
         self._file_numbers: list[int] = []
         for (row, index, file_number, messages, truth), prompt, reason in zip(usable, prompts, reasons, strict=True):
@@ -153,7 +155,7 @@ class PromptDataset:
             elif not ids:
                 problems.add_row(row, "the prompt has no tokens")
             elif len(ids) <= config.max_prompt_tokens:
-                self._prompts.append(_prompt(index, row, prompt.text, ids, truth))
+                self._tasks.append(_task(index, row, prompt.text, ids, truth))
                 if unknown_to(tokenizer, prompt):
                     self.report.unknown.append(row.place)
                 self._problems.append(problem_text(messages))
@@ -167,9 +169,9 @@ class PromptDataset:
     def _filter(self, benchmarks: Mapping[str, Sequence[str]], problems: Problems) -> None:
         """Look for copies, benchmark problems and recorded pass rates; leave out what the configuration says."""
         config = self._config
-        duplicates = find_duplicates(self._problems, [prompt.ground_truth for prompt in self._prompts])
+        duplicates = find_duplicates(self._problems, [task.ground_truth for task in self._tasks])
         overlaps = find_overlap(self._problems, benchmarks, config.overlap_words)
-        places = [f"prompt {prompt.index} of {prompt.data_source}" for prompt in self._prompts]
+        places = [f"prompt {task.index} of {task.data_source}" for task in self._tasks]
         self.report.note_copies(config, places, duplicates, overlaps)
         out: set[int] = set()
         if config.duplicates == "drop":
@@ -180,8 +182,8 @@ class PromptDataset:
         outside = {i for i, rate in rates.items() if not config.pass_rate_min <= rate <= config.pass_rate_max}
         if config.pass_rates is not None:
             self.report.pass_rates = (len(rates), len(outside))
-        kept = [position for position in range(len(self._prompts)) if position not in out | outside]
-        self._prompts = [self._prompts[position] for position in kept]
+        kept = [position for position in range(len(self._tasks)) if position not in out | outside]
+        self._tasks = [self._tasks[position] for position in kept]
         self._problems = [self._problems[position] for position in kept]
         self._file_numbers = [self._file_numbers[position] for position in kept]
         self._pass_rates = [rates.get(position) for position in kept]
@@ -196,10 +198,10 @@ class PromptDataset:
         except ValueError as error:
             problems.add(f"data.pass_rates: {error}")
             return {}
-        known = {i: rates[prompt.text] for i, prompt in enumerate(self._prompts) if prompt.text in rates}
+        known = {i: rates[task.text] for i, task in enumerate(self._tasks) if task.text in rates}
         changed = self._changes_since(file)
         because = f": recorded with other prompts, since {', '.join(changed)} changed" if changed else ""
-        if self._prompts and not known:
+        if self._tasks and not known:
             problems.add(
                 f"data.pass_rates: {file}: none of its prompts is one of the training prompts, as the chat template, "
                 f"system prompt and suffix make them{because}"
@@ -234,7 +236,7 @@ class PromptDataset:
                 return easy_to_hard([self._pass_rates[row] for row in rows], self._config.order_blur)
 
     def _make_order(self, seed: int, arrange: Callable[[Sequence[int]], Arrangement]) -> EpochOrder | MixedOrder:
-        config, size = self._config, len(self._prompts)
+        config, size = self._config, len(self._tasks)
         if config.file_weights is None:
             return EpochOrder(size, arrange(range(size)), seed=seed)
         members: list[list[int]] = [[] for _ in config.train_files]
@@ -274,11 +276,11 @@ def _rendered(
         return [RenderedPrompt(tokens=[0])] * len(prompts)
 
 
-def _prompt(index: int, row: Row, text: str, tokens: list[int], truth: Any) -> Prompt:
+def _task(index: int, row: Row, text: str, tokens: list[int], truth: Any) -> Task:
     extra, source = row.values.get("extra_info"), str(row.values.get("data_source") or Path(row.file).stem)
-    return Prompt(
+    return Task(
         index=index,
-        tokens=tokens,
+        tokens=np.array(tokens, np.int32),
         text=text,
         ground_truth=truth,
         # Nothing but a label: half of a character becomes its escape, since it goes into files that hold UTF-8.

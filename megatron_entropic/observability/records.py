@@ -19,8 +19,7 @@ from megatron_entropic.errors import UserError
 from megatron_entropic.files.atomic import write_parquet
 from megatron_entropic.files.formats import ROLLOUTS, NewerFormat
 from megatron_entropic.files.jsonl import JsonLinesWriter
-from megatron_entropic.types import Prompt, Sample, Scores
-from megatron_entropic.types import Sequence as TokenSequence
+from megatron_entropic.types import Group, Reward, Scores, Segment, Task, TrainingBatch, Trajectory
 
 ROLLOUTS_FOLDER = "rollouts"
 _METADATA_KEY = b"megatron_entropic.rollouts"
@@ -30,8 +29,9 @@ _METADATA_KEY = b"megatron_entropic.rollouts"
 class RecordedResponse:
     """One response of a step. R tokens."""
 
-    sample: Sample
-    """As it was judged: prompt, tokens, text, reward, verifier status, the engine's log-probs."""
+    trajectory: Trajectory
+    """Task, tokens, text, the engine's log-probs."""
+    reward: Reward
     advantages: np.ndarray
     """[R] float32."""
     old_logprobs: np.ndarray
@@ -50,6 +50,24 @@ class RecordedStep:
     metrics: dict[str, Any]
     """What metrics.jsonl says of the step, as far as it was known when the file was written."""
     responses: list[RecordedResponse]
+    """In the order of the training batch."""
+
+    def by_task(self) -> list[list[RecordedResponse]]:
+        """Those of each group. A task that comes twice in a row is two: its sample_index starts anew."""
+        groups: list[list[RecordedResponse]] = []
+        for response in self.responses:
+            now, last = response.trajectory, groups[-1][-1].trajectory if groups else None
+            if last and now.task.index == last.task.index and now.sample_index > last.sample_index:
+                groups[-1].append(response)
+            else:
+                groups.append([response])
+        return groups
+
+    def groups(self) -> list[Group]:
+        """What the step was trained on."""
+        return [
+            Group(tuple(r.trajectory for r in of_one), tuple(r.reward for r in of_one)) for of_one in self.by_task()
+        ]
 
 
 def rollouts_path(run_dir: Path, step: int) -> Path:
@@ -63,45 +81,40 @@ def recorded_steps(run_dir: Path) -> list[int]:
     return sorted(int(number) for file in files if (number := file.stem.removeprefix("step_")).isdigit())
 
 
-def write_rollouts(
-    path: Path,
-    step: int,
-    samples: Sequence[Sample],
-    batch: Sequence[TokenSequence],
-    scores: Scores,
-    metrics: Mapping[str, Any],
-) -> None:
+def write_rollouts(path: Path, step: int, batch: TrainingBatch, scores: Scores, metrics: Mapping[str, Any]) -> None:
     """Write a step's rollouts as a whole: the file appears when it is complete.
 
     Args:
-        samples: judged and decoded.
-        batch: their sequences in the same order, with advantages and old log-probs.
-        scores: of the same sequences, before the first update.
+        path: of the file.
+        step: whose rollouts they are.
+        batch: with advantages and reference log-probs.
+        scores: of its sequences, before the first update.
         metrics: of the step.
     """
     import pyarrow as pa
 
-    prompts = [sample.prompt for sample in samples]
+    trajectories, sequences = batch.trajectories, batch.sequences
+    tasks = [trajectory.task for trajectory in trajectories]
     columns = {
-        "prompt_index": pa.array([prompt.index for prompt in prompts], pa.int64()),
-        "sample_index": pa.array([sample.sample_index for sample in samples], pa.int32()),
-        "prompt": pa.array([_storable(prompt.text) for prompt in prompts], pa.string()),
-        "prompt_tokens": _lists([prompt.tokens for prompt in prompts], np.int32),
-        "ground_truth": pa.array([_json(prompt.ground_truth) for prompt in prompts], pa.string()),
-        "data_source": pa.array([prompt.data_source for prompt in prompts], pa.string()),
-        "extra_info": pa.array([_json(prompt.extra_info) for prompt in prompts], pa.string()),
-        "response": pa.array([_storable(sample.text) for sample in samples], pa.string()),
-        "response_tokens": _lists([sample.response_tokens for sample in samples], np.int32),
-        "finish_reason": pa.array([sample.finish_reason for sample in samples], pa.string()),
-        "weights_version": pa.array([sample.weights_version for sample in samples], pa.int64()),
-        "reward": pa.array([sample.reward for sample in samples], pa.float64()),
-        "verifier_reward": pa.array([sample.verifier_reward for sample in samples], pa.float64()),
-        "verifier_status": pa.array([sample.verifier_status for sample in samples], pa.string()),
-        "rollout_logprobs": _lists([sample.rollout_logprobs for sample in samples], np.float32),
-        "advantages": _lists([_array(sequence.advantages) for sequence in batch], np.float32),
+        "prompt_index": pa.array([task.index for task in tasks], pa.int64()),
+        "sample_index": pa.array([one.sample_index for one in trajectories], pa.int32()),
+        "prompt": pa.array([_storable(task.text) for task in tasks], pa.string()),
+        "prompt_tokens": _lists([task.tokens for task in tasks], np.int32),
+        "ground_truth": pa.array([_json(task.ground_truth) for task in tasks], pa.string()),
+        "data_source": pa.array([task.data_source for task in tasks], pa.string()),
+        "extra_info": pa.array([_json(task.extra_info) for task in tasks], pa.string()),
+        "response": pa.array([_storable(one.text) for one in trajectories], pa.string()),
+        "response_tokens": _lists([one.response_tokens for one in trajectories], np.int32),
+        "finish_reason": pa.array([one.finish_reason for one in trajectories], pa.string()),
+        "weights_version": pa.array([one.weights_version for one in trajectories], pa.int64()),
+        "reward": pa.array([reward.value for reward in batch.rewards], pa.float64()),
+        "verifier_reward": pa.array([reward.verifier for reward in batch.rewards], pa.float64()),
+        "verifier_status": pa.array([reward.status for reward in batch.rewards], pa.string()),
+        "rollout_logprobs": _lists([one.rollout_logprobs for one in trajectories], np.float32),
+        "advantages": _lists([_array(sequence.advantages) for sequence in sequences], np.float32),
         "old_logprobs": _lists([_array(values) for values in scores.logprobs], np.float32),
         "entropies": _lists([_array(values) for values in scores.entropies], np.float32),
-        "reference_logprobs": _lists([_array(sequence.reference_logprobs) for sequence in batch], np.float32),
+        "reference_logprobs": _lists([_array(sequence.reference_logprobs) for sequence in sequences], np.float32),
     }
     content = ROLLOUTS.stamp({"step": step, "metrics": dict(metrics)})
     table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(content).encode()})
@@ -154,33 +167,27 @@ def _content(schema: Any, path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def _response(row: dict[str, Any]) -> RecordedResponse:
-    prompt = Prompt(
+    count = len(row["response_tokens"])
+    lists = ("rollout_logprobs", "advantages", "old_logprobs", "entropies")
+    if unequal := [name for name in lists if len(row[name]) != count]:
+        raise UserError(f"a response of {count} tokens has other numbers of {', '.join(unequal)}")
+    task = Task(
         index=row["prompt_index"],
-        tokens=row["prompt_tokens"],
+        tokens=np.array(row["prompt_tokens"], np.int32),
         text=row["prompt"],
         ground_truth=json.loads(row["ground_truth"]),
         data_source=row["data_source"],
         extra_info=json.loads(row["extra_info"]),
     )
-    sample = Sample(
-        prompt=prompt,
-        sample_index=row["sample_index"],
-        response_tokens=row["response_tokens"],
-        rollout_logprobs=row["rollout_logprobs"],
-        finish_reason=row["finish_reason"],
+    segment = Segment(
+        tokens=np.array(row["response_tokens"], np.int32),
+        logprobs=np.array(row["rollout_logprobs"], np.float32),
         weights_version=row["weights_version"],
-        text=row["response"],
-        reward=row["reward"],
-        verifier_status=row["verifier_status"],
-        verifier_reward=row["verifier_reward"],
     )
     reference = row["reference_logprobs"]
-    count = len(sample.response_tokens)
-    lists = ("rollout_logprobs", "advantages", "old_logprobs", "entropies")
-    if unequal := [name for name in lists if len(row[name]) != count]:
-        raise UserError(f"a response of {count} tokens has other numbers of {', '.join(unequal)}")
     return RecordedResponse(
-        sample=sample,
+        trajectory=Trajectory(task, row["sample_index"], (segment,), row["finish_reason"], row["response"]),
+        reward=Reward(float(row["reward"]), float(row["verifier_reward"]), str(row["verifier_status"])),
         advantages=np.array(row["advantages"], np.float32),
         old_logprobs=np.array(row["old_logprobs"], np.float32),
         entropies=np.array(row["entropies"], np.float32),
@@ -230,12 +237,13 @@ class SampleLog:
         if self._lines:
             self._lines.truncate_after(step)
 
-    def write(self, step: int, samples: list[Sample]) -> None:
-        """Record one step. Different prompts are taken where there are enough of them."""
+    def write(self, step: int, batch: TrainingBatch) -> None:
+        """Record one step. Different tasks are taken where there are enough of them."""
         if self._lines is None:
             return
-        chosen = sorted(samples, key=lambda sample: sample.sample_index)[: self._samples_per_step]
-        self._lines.append_all([_row(step, sample) for sample in chosen])
+        judged = zip(batch.trajectories, batch.rewards, strict=True)
+        chosen = sorted(judged, key=lambda one: one[0].sample_index)[: self._samples_per_step]
+        self._lines.append_all([_row(step, trajectory, reward) for trajectory, reward in chosen])
 
     def close(self) -> None:
         """Close the file."""
@@ -243,16 +251,16 @@ class SampleLog:
             self._lines.close()
 
 
-def _row(step: int, sample: Sample) -> dict[str, object]:
+def _row(step: int, trajectory: Trajectory, reward: Reward) -> dict[str, object]:
     return {
         "step": step,
-        "prompt_index": sample.prompt.index,
-        "sample_index": sample.sample_index,
-        "weights_version": sample.weights_version,
-        "prompt": sample.prompt.text,
-        "response": sample.text,
-        "response_tokens": len(sample.response_tokens),
-        "reward": sample.reward,
-        "verifier_status": sample.verifier_status,
-        "finish_reason": sample.finish_reason,
+        "prompt_index": trajectory.task.index,
+        "sample_index": trajectory.sample_index,
+        "weights_version": trajectory.weights_version,
+        "prompt": trajectory.task.text,
+        "response": trajectory.text,
+        "response_tokens": trajectory.response_length,
+        "reward": reward.value,
+        "verifier_status": reward.status,
+        "finish_reason": trajectory.finish_reason,
     }

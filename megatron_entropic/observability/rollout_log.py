@@ -8,7 +8,7 @@ rollouts/step_000047.parquet       asked for by train.record_steps, or with a sk
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 from megatron_entropic.config.run import LoggingConfig
@@ -19,8 +19,7 @@ from megatron_entropic.observability.records import (
     rollouts_path,
     write_rollouts,
 )
-from megatron_entropic.types import Sample, Scores
-from megatron_entropic.types import Sequence as TokenSequence
+from megatron_entropic.types import Scores, TrainingBatch
 
 SKIPPED = "optimizer/skipped"
 _BYTES_PER_MB = 10**6
@@ -38,20 +37,13 @@ class RolloutLog:
         every = self._config.rollouts_every_steps
         return step in self._record_steps or (every > 0 and step % every == 0) or metrics[SKIPPED] > 0
 
-    def write(
-        self,
-        step: int,
-        samples: Sequence[Sample],
-        batch: Sequence[TokenSequence],
-        scores: Scores,
-        metrics: dict[str, float],
-    ) -> None:
+    def write(self, step: int, batch: TrainingBatch, scores: Scores, metrics: dict[str, float]) -> None:
         """Write one step, see `write_rollouts`, then keep to the limits.
 
         Raises:
             OSError: the disk refuses; the message names the file.
         """
-        write_rollouts(rollouts_path(self._run_dir, step), step, samples, batch, scores, metrics)
+        write_rollouts(rollouts_path(self._run_dir, step), step, batch, scores, metrics)
         self._prune(step)
 
     def truncate_after(self, step: int) -> None:

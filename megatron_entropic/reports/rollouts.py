@@ -105,14 +105,14 @@ def view_step(
     Raises:
         UserError: a prompt that is not in the step; naming some that are.
     """
-    groups = [(members[0].sample.prompt.index, members) for members in _groups(recorded.responses)]
+    groups = [(members[0].trajectory.task.index, members) for members in recorded.by_task()]
     present = [index for index, _ in groups]
     missing = [index for index in prompts if index not in present]
     if missing:
         some = ", ".join(map(str, present[:10]))
         raise UserError(f"step {recorded.step} has no prompt {', '.join(map(str, missing))}; it has {some}, ...")
     # Groups whose rewards are all alike have no advantage and teach nothing; sorting keeps the order of the step.
-    with_signal_first = sorted(groups, key=lambda group: len({member.sample.reward for member in group[1]}) < 2)
+    with_signal_first = sorted(groups, key=lambda group: len({member.reward.value for member in group[1]}) < 2)
     chosen = [group for group in groups if group[0] in prompts] if prompts else with_signal_first[:max_prompts]
     entropies = np.concatenate([response.entropies for response in recorded.responses])
     return StepView(
@@ -124,26 +124,13 @@ def view_step(
         groups=[
             GroupView(
                 index,
-                members[0].sample.prompt.text,
-                members[0].sample.prompt.ground_truth,
-                [_response(member, tokenizer, read_answer(member.sample.text), tau, max_tokens) for member in members],
+                members[0].trajectory.task.text,
+                members[0].trajectory.task.ground_truth,
+                [_response(one, tokenizer, read_answer(one.trajectory.text), tau, max_tokens) for one in members],
             )
             for index, members in chosen
         ],
     )
-
-
-def _groups(responses: Sequence[RecordedResponse]) -> list[list[RecordedResponse]]:
-    """The responses to each prompt. A prompt that comes twice in a row is two groups: its sample_index starts anew."""
-    groups: list[list[RecordedResponse]] = []
-    for response in responses:
-        last = groups[-1][-1].sample if groups else None
-        sample = response.sample
-        if last and sample.prompt.index == last.prompt.index and sample.sample_index > last.sample_index:
-            groups[-1].append(response)
-        else:
-            groups.append([response])
-    return groups
 
 
 def token_texts(tokens: Sequence[int], tokenizer: Any) -> list[str]:
@@ -167,12 +154,12 @@ def token_texts(tokens: Sequence[int], tokenizer: Any) -> list[str]:
 def _response(
     recorded: RecordedResponse, tokenizer: Any, answer: str | None, tau: float | None, max_tokens: int
 ) -> ResponseView:
-    sample = recorded.sample
-    count = len(sample.response_tokens)
+    trajectory = recorded.trajectory
+    count = trajectory.response_length
     hidden = max(0, count - max_tokens)
     cut = (count - hidden) // 2
-    texts = token_texts(sample.response_tokens, tokenizer)
-    probabilities, engine = np.exp(recorded.old_logprobs), np.exp(np.array(sample.rollout_logprobs, np.float32))
+    texts = token_texts(trajectory.response_tokens.tolist(), tokenizer)
+    probabilities, engine = np.exp(recorded.old_logprobs), np.exp(trajectory.rollout_logprobs)
     tokens = [
         TokenView(
             texts[position],

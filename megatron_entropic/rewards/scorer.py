@@ -1,4 +1,4 @@
-"""Rewards of the samples of a step.
+"""Rewards of the trajectories of a step.
 
 reward = verifier + sum over reward.added of weight * its reward + overlong_weight * soft overlong punishment
 """
@@ -6,22 +6,21 @@ reward = verifier + sum over reward.added of weight * its reward + overlong_weig
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from statistics import fmean
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.rewards.judge import Judge, Judging
 from megatron_entropic.rewards.verifier import Job, Trial, Verdict, trial_settings, trials
-
-if TYPE_CHECKING:
-    from megatron_entropic.types import Sample
+from megatron_entropic.types import Reward, Trajectory
 
 
 class RewardScorer:
-    """Judges samples with the configured verifier and added rewards; a context manager, or call `close`."""
+    """Judges trajectories with the configured verifier and added rewards; a context manager, or call `close`."""
 
     def __init__(self, config: RewardConfig, *, max_response_tokens: int | None = None):
         """Load the verifiers, in their processes if they get some.
@@ -39,12 +38,13 @@ class RewardScorer:
             self._added = [self._judge_of(name, judges) for name in config.added]
             self._judges = judges.pop_all()
 
-    def scoring(self, count: int) -> Scoring:
-        """Begin to judge `count` samples, which need not be there yet."""
-        return Scoring(self._config, [self._main, *self._added], count, self._max_response_tokens)
+    def scoring(self, groups: int, group_size: int) -> Scoring:
+        """Begin to judge the trajectories of some groups, which need not be there yet."""
+        judgings = {judge.name: judge.judging(groups * group_size) for judge in (self._main, *self._added)}
+        return Scoring(self._config, judgings, group_size, self._max_response_tokens)
 
     def judging(self, count: int) -> Judging:
-        """The same by the verifier alone, which changes no sample."""
+        """Begin to judge `count` jobs by the verifier alone."""
         return self._main.judging(count)
 
     def truth_problems(self, truths: Sequence[Any]) -> list[str | None]:
@@ -85,45 +85,39 @@ class RewardScorer:
 
 
 class Scoring:
-    """Samples that come in any order and are judged meanwhile, by every verifier; a context manager."""
+    """Trajectories that come in any order and are judged meanwhile, by every verifier; a context manager."""
 
-    def __init__(self, config: RewardConfig, judges: Sequence[Judge], count: int, max_response_tokens: int | None):
-        """Expect samples at the positions 0, ..., count - 1; the first judge decides what is correct."""
+    def __init__(
+        self, config: RewardConfig, judgings: dict[str, Judging], group_size: int, max_response_tokens: int | None
+    ):
+        """Expect trajectories at the positions 0, 1, ...; the first of `judgings` decides what is correct."""
         self._config, self._max_response_tokens = config, max_response_tokens
-        self._samples: list[Sample | None] = [None] * count
-        self._judgings = {judge.name: judge.judging(count) for judge in judges}
-        self._main = judges[0].name
+        self._judgings, self._group_size = judgings, group_size
+        self._overlong: dict[int, float] = {}
 
-    def add(self, position: int, sample: Sample) -> None:
-        """Take one sample with its text."""
-        self._samples[position] = sample
+    def add(self, position: int, trajectory: Trajectory) -> None:
+        """Take one trajectory; those at the positions of a group are attempts at one task."""
+        self._overlong[position] = self._overlong_penalty(trajectory)
         for judging in self._judgings.values():
-            judging.add(position, job_of(sample))
+            judging.add(position, job_of(trajectory))
 
-    def finish(self) -> dict[str, float]:
-        """Wait for the last verdicts and set `reward`, `verifier_reward` and `verifier_status` of every sample.
+    def finish(self) -> tuple[list[Reward], dict[str, float]]:
+        """Wait for the last verdicts; returns the rewards in the order of positions, and metrics.
 
-        All samples have come, those at neighbouring positions being the groups of a prompt, with sample_index ascending
-        in each. A sample of which a verifier failed gets the mean reward of the others to its prompt (0 if there are
-        none): a group-relative advantage is then 0 for it, and it pushes the policy nowhere.
+        All trajectories have come. One of which a verifier failed gets the mean reward of the others of its group (0 if
+        there are none): a group-relative advantage is then 0 for it, and it pushes the policy nowhere.
 
         Returns:
-            reward/verifier_errors and _timeouts (responses); with several rewards the mean of each before weighting,
-            reward/verifier_mean, reward/NAME_mean, reward/overlong_mean.
+            Metrics are reward/verifier_errors and _timeouts (responses); with several rewards the mean of each before
+            weighting, reward/verifier_mean, reward/NAME_mean, reward/overlong_mean.
         """
-        samples = [sample for sample in self._samples if sample is not None]
-        verdicts = {name: judging.verdicts(warn=True) for name, judging in self._judgings.items()}
-        overlong = [self._overlong(sample) for sample in samples]
-        for position, sample in enumerate(samples):
-            main, *added = (of_one[position] for of_one in verdicts.values())
-            weighted = (weight * one.reward for weight, one in zip(self._config.added.values(), added, strict=True))
-            sample.reward = main.reward + sum(weighted) + self._config.overlong_weight * overlong[position]
-            sample.verifier_reward = main.reward
-            sample.verifier_status = next((one.status for one in (main, *added) if one.status != "ok"), "ok")
-        for group in _groups(samples):
-            _neutralise_failures(group)
-        statuses = Counter(sample.verifier_status for sample in samples)
-        return {
+        verdicts = [judging.verdicts(warn=True) for judging in self._judgings.values()]
+        overlong = [self._overlong[position] for position in range(len(self._overlong))]
+        rewards = [self._reward(of_one, penalty) for *of_one, penalty in zip(*verdicts, overlong, strict=True)]
+        starts = range(0, len(rewards), self._group_size)
+        rewards = [one for start in starts for one in _without_failures(rewards[start : start + self._group_size])]
+        statuses = Counter(reward.status for reward in rewards)
+        return rewards, {
             "reward/verifier_errors": float(statuses["error"]),
             "reward/verifier_timeouts": float(statuses["timeout"]),
             **self._parts(verdicts, overlong),
@@ -138,47 +132,43 @@ class Scoring:
         for judging in self._judgings.values():
             judging.cancel()
 
-    def _overlong(self, sample: Sample) -> float:
+    def _reward(self, verdicts: Sequence[Verdict], overlong: float) -> Reward:
+        main, *added = verdicts
+        weighted = (weight * one.reward for weight, one in zip(self._config.added.values(), added, strict=True))
+        return Reward(
+            value=main.reward + sum(weighted) + self._config.overlong_weight * overlong,
+            verifier=main.reward,
+            status=next((one.status for one in verdicts if one.status != "ok"), "ok"),
+        )
+
+    def _overlong_penalty(self, trajectory: Trajectory) -> float:
         buffer = self._config.overlong_buffer_tokens
         if not buffer:
             return 0.0
         assert self._max_response_tokens is not None, "reward.overlong_buffer_tokens needs the longest response"
-        return overlong_penalty(len(sample.response_tokens), self._max_response_tokens, buffer)
+        return overlong_penalty(trajectory.response_length, self._max_response_tokens, buffer)
 
-    def _parts(self, verdicts: dict[str, list[Verdict]], overlong: list[float]) -> dict[str, float]:
+    def _parts(self, verdicts: Sequence[list[Verdict]], overlong: list[float]) -> dict[str, float]:
         """Means of the single rewards, where there are several."""
         parts: dict[str, float] = {}
         if self._config.overlong_buffer_tokens:
             parts["reward/overlong_mean"] = fmean(overlong)
         if len(verdicts) > 1:
-            for name, of_one in verdicts.items():
-                short = "verifier" if name == self._main else name.rpartition(":")[2]
-                parts[f"reward/{short}_mean"] = fmean(verdict.reward for verdict in of_one)
+            names = ["verifier", *(name.rpartition(":")[2] for name in list(self._judgings)[1:])]
+            for name, of_one in zip(names, verdicts, strict=True):
+                parts[f"reward/{name}_mean"] = fmean(verdict.reward for verdict in of_one)
         return parts
 
 
-def job_of(sample: Sample) -> Job:
-    """What a verifier gets of a sample that has its text."""
-    return sample.text, sample.prompt.ground_truth, sample.prompt.extra_info
+def job_of(trajectory: Trajectory) -> Job:
+    """What a verifier gets of a trajectory."""
+    return trajectory.text, trajectory.task.ground_truth, trajectory.task.extra_info
 
 
-def _groups(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """The samples of each prompt. A prompt that comes twice in a row is two groups: its sample_index starts anew."""
-    group: list[Sample] = []
-    for sample in samples:
-        if group and (sample.prompt.index != group[-1].prompt.index or sample.sample_index <= group[-1].sample_index):
-            yield group
-            group = []
-        group.append(sample)
-    if group:
-        yield group
-
-
-def _neutralise_failures(group: list[Sample]) -> None:
-    rewards = [sample.reward for sample in group if sample.verifier_status == "ok" and sample.reward is not None]
-    for sample in group:
-        if sample.verifier_status != "ok":
-            sample.reward = fmean(rewards) if rewards else 0.0
+def _without_failures(group: list[Reward]) -> list[Reward]:
+    judged = [reward.value for reward in group if reward.status == "ok"]
+    mean = fmean(judged) if judged else 0.0
+    return [reward if reward.status == "ok" else replace(reward, value=mean) for reward in group]
 
 
 # Soft overlong punishment of DAPO (arXiv 2503.14476, equation 13).

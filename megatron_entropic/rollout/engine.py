@@ -15,13 +15,15 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from megatron_entropic.config.run import Dtype, RolloutConfig, Sampling, Transport
 from megatron_entropic.data.tokenizer import stop_token_ids
 from megatron_entropic.errors import UserError
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.rollout.vllm_setup import Device, prepare_environment, silence_known_noise
-from megatron_entropic.types import GenerationRequest, Sample
+from megatron_entropic.types import GenerationRequest, Response, Segment
 from megatron_entropic.weight_sync.checksums import Piece
 from megatron_entropic.weight_sync.gloo import FlatContents
 from megatron_entropic.weight_sync.plan import PublishPlan
@@ -109,14 +111,14 @@ class RolloutEngine:
             raise RuntimeError(self._refusal)
         return self._weights_version
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling | None = None) -> list[Sample]:
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling | None = None) -> list[Response]:
         """One response to each request, in the order of the requests; see `respond`."""
         found = dict(pair for finished in self.respond(requests, sampling) for pair in finished)
         return [found[position] for position in range(len(requests))]
 
     def respond(
         self, requests: Sequence[GenerationRequest], sampling: Sampling | None = None
-    ) -> Iterator[list[tuple[int, Sample]]]:
+    ) -> Iterator[list[tuple[int, Response]]]:
         """One response to each request, with the position of the request; what each forward pass has finished, if any.
 
         When the caller takes them changes nothing about the responses.
@@ -136,7 +138,7 @@ class RolloutEngine:
         self._check_lengths(requests, sampling.max_response_tokens)
         if not requests:
             return
-        prompts = [TokensPrompt(prompt_token_ids=request.prompt.tokens) for request in requests]
+        prompts = [TokensPrompt(prompt_token_ids=request.tokens.tolist()) for request in requests]
         names = self._llm.enqueue(prompts, self._parameters(requests, sampling), use_tqdm=False)
         # An output has vLLM's number of its request alone; inside, random characters follow it.
         position_of = {name.partition("-")[0]: position for position, name in enumerate(names)}
@@ -145,7 +147,7 @@ class RolloutEngine:
             while engine.has_unfinished_requests():
                 outputs = [output for output in engine.step() if output.finished]
                 positions = [position_of[output.request_id] for output in outputs]
-                yield [(i, _sample(requests[i], output, version)) for i, output in zip(positions, outputs, strict=True)]
+                yield [(i, _response(output, version)) for i, output in zip(positions, outputs, strict=True)]
         except GeneratorExit:
             # The caller stopped asking. A running request would keep the prefix cache from being emptied.
             engine.abort_request(names, internal=True)
@@ -185,7 +187,7 @@ class RolloutEngine:
         """
         # Level 2 would not copy the weights, 16 GB for an 8B, to the host and back: a second or two a step by estimate.
         # But vLLM then brings back registered buffers only, not what layers keep as plain attributes, and a turn of
-        # rollouts or evaluation can begin without a publication (`cluster/launch.py`).
+        # rollouts or evaluation can begin without a publication (`cluster/cluster.py`).
         self._llm.sleep(level=1)
 
     def wake(self, parts: list[str]) -> None:
@@ -296,13 +298,11 @@ class RolloutEngine:
 
     def _check_lengths(self, requests: Sequence[GenerationRequest], response_tokens: int) -> None:
         room = self._max_model_tokens - response_tokens
-        too_long = [r.prompt for r in requests if len(r.prompt.tokens) > room]
-        if too_long:
-            worst = max(too_long, key=lambda prompt: len(prompt.tokens))
+        lengths = [request.tokens.size for request in requests]
+        if too_long := [length for length in lengths if length > room]:
             raise UserError(
                 f"{len(too_long)} prompts are longer than the {room} tokens that max_response_tokens="
-                f"{response_tokens} leaves of {self._max_model_tokens}; the longest is prompt "
-                f"{worst.index} with {len(worst.tokens)}"
+                f"{response_tokens} leaves of {self._max_model_tokens}; the longest has {max(too_long)}"
             )
 
 
@@ -371,16 +371,16 @@ def _whole_prompts(max_model_tokens: int) -> dict[str, Any]:
     }
 
 
-def _sample(request: GenerationRequest, output: Any, weights_version: int) -> Sample:
-    """vLLM's request output as a sample."""
+def _response(output: Any, weights_version: int) -> Response:
+    """The answer in vLLM's request output."""
     (completion,) = output.outputs
     tokens, logprobs = list(completion.token_ids), completion.logprobs
     assert list(logprobs.token_ids) == tokens, "one log-prob for each sampled token"
-    return Sample(
-        prompt=request.prompt,
-        sample_index=request.sample_index,
-        response_tokens=tokens,
-        rollout_logprobs=list(logprobs.logprobs),
+    return Response(
+        Segment(
+            tokens=np.array(tokens, np.int32),
+            logprobs=np.array(list(logprobs.logprobs), np.float32),
+            weights_version=weights_version,
+        ),
         finish_reason=str(completion.finish_reason),
-        weights_version=weights_version,
     )

@@ -7,77 +7,79 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from megatron_entropic.checkpoints.run_checkpoints import CheckpointError, checkpoint_path, intact_checkpoint
-from megatron_entropic.cluster.policy_group import PolicyGroup
+from megatron_entropic.cluster.cluster import Cluster
 from megatron_entropic.config.run import Config
 from megatron_entropic.errors import RunError
-
-if TYPE_CHECKING:
-    from megatron_entropic.training.run_directory import RunDirectory
+from megatron_entropic.training.journal import Journal
 
 
 class Checkpoints:
     """RUN/checkpoints and RUN/exports."""
 
-    def __init__(self, config: Config, run: RunDirectory) -> None:
+    def __init__(self, config: Config, journal: Journal) -> None:
         self.path = config.run.output_dir / "checkpoints"
-        self._config = config
-        self._run = run
+        self._exports = config.run.output_dir / "exports"
+        self._config = config.checkpoint
+        self._train = config.train
+        self._journal = journal
 
-    def restore(self, policy: PolicyGroup) -> int | None:
+    def restore(self, cluster: Cluster) -> int | None:
         """Load the newest intact checkpoint into all policy ranks; returns its step, None if there is none.
 
         Raises:
             CheckpointError: there are checkpoints, but none that can be used; nothing was changed.
         """
-        accept_unverified = self._config.checkpoint.accept_unverified
+        accept_unverified = self._config.accept_unverified
         newest = intact_checkpoint(self.path, self._damaged, accept_unverified=accept_unverified)
-        return None if newest is None else int(policy.load_checkpoint(newest)["step"])
+        if newest is None:
+            return None
+        with cluster.training() as policy:
+            return int(policy.load_checkpoint(newest)["step"])
 
     def due(self, step: int) -> bool:
         """Whether the run is to be saved after this step: every `checkpoint.every_steps`, at the end, for a replay."""
-        every, train = self._config.checkpoint.every_steps, self._config.train
+        every, train = self._config.every_steps, self._train
         return step == train.steps or (every > 0 and step % every == 0) or step + 1 in train.record_steps
 
-    def save(self, policy: PolicyGroup, step: int) -> None:
+    def save(self, cluster: Cluster, step: int) -> None:
         """Save everything that step + 1 depends on; the oldest checkpoints beyond `keep_last` go.
 
         With `checkpoint.asynchronous` it is written while the run goes on; see `check`.
         """
-        with self._run.phase("checkpoint"):
+        with self._journal.phase("checkpoint"), cluster.training() as policy:
             policy.save_checkpoint(checkpoint_path(self.path, step), {"step": step})
 
-    def check(self, policy: PolicyGroup, *, wait: bool) -> None:
+    def check(self, cluster: Cluster, *, wait: bool) -> None:
         """Raise what the last checkpoint failed with; with `wait`, when the run is about to end, after it is there."""
-        with self._run.phase("checkpoint"):
-            policy.check_checkpoint(wait=wait)
+        with self._journal.phase("checkpoint"):
+            cluster.policy.check_checkpoint(wait=wait)
 
-    def export(self, policy: PolicyGroup, step: int, *, resumed: bool = False) -> None:
+    def export(self, cluster: Cluster, step: int, *, resumed: bool = False) -> None:
         """Begin the export that is due after this step, if one is; raise what an earlier one failed with.
 
         Args:
-            policy: as it is after `step`.
+            cluster: its policy is as it is after `step`.
             step: the last one done.
             resumed: the run continues after `step`: it is exported only if it had no time for it before.
         """
-        every = self._config.checkpoint.export_every_steps
+        every = self._config.export_every_steps
         if not every:
             return
-        directory = self._run.path / "exports" / f"step_{step:06d}"
-        policy.check_export(wait=False)
+        directory = self._exports / f"step_{step:06d}"
+        cluster.policy.check_export(wait=False)
         if step and step % every == 0 and not (resumed and directory.exists()):
-            with self._run.phase("export"):
+            with self._journal.phase("export"), cluster.training() as policy:
                 policy.begin_export(directory)
 
-    def finish_exports(self, policy: PolicyGroup) -> None:
+    def finish_exports(self, cluster: Cluster) -> None:
         """Wait for the last export of `export`."""
-        if self._config.checkpoint.export_every_steps:
-            policy.check_export(wait=True)
+        if self._config.export_every_steps:
+            cluster.policy.check_export(wait=True)
 
     @contextmanager
-    def preserving(self, policy: PolicyGroup, step: int) -> Iterator[None]:
+    def preserving(self, cluster: Cluster, step: int) -> Iterator[None]:
         """If the block fails, save the policy as of `step` before the error goes on: the step is not lost.
 
         For blocks during which the policy stands still, such as generation. Where it cannot be saved any more, as when
@@ -87,10 +89,10 @@ class Checkpoints:
             yield
         except RunError as error:
             try:
-                self.check(policy, wait=True)
+                self.check(cluster, wait=True)
                 if not checkpoint_path(self.path, step).exists():
-                    self.save(policy, step)
-                    self.check(policy, wait=True)
+                    self.save(cluster, step)
+                    self.check(cluster, wait=True)
             except RunError as refusal:
                 raise type(refusal)(f"{error}\nstep {step} could not be saved: {refusal}") from error
             raise type(error)(
@@ -99,4 +101,4 @@ class Checkpoints:
             ) from error
 
     def _damaged(self, error: CheckpointError) -> None:
-        self._run.progress.log(f"warning: {error}; it is set aside, and the one before is used")
+        self._journal.progress.log(f"warning: {error}; it is set aside, and the one before is used")

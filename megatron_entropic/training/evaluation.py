@@ -8,6 +8,7 @@ from rich.console import Console
 
 from megatron_entropic.checkpoints.hf import HfReader
 from megatron_entropic.cluster.launch import launch_engines
+from megatron_entropic.cluster.sampling import Sampler
 from megatron_entropic.config.run import Config
 from megatron_entropic.data import load_checked_tokenizer
 from megatron_entropic.evaluation.summary import BenchmarkSummary
@@ -37,15 +38,17 @@ def evaluate(config: Config, directory: Path, label: str) -> list[BenchmarkSumma
         phases.begin("reading model and benchmarks")
         HfReader(config.model.hf_dir)  # vLLM reads some incomplete or ambiguous checkpoints without a word
         model = model_identity(config.model.hf_dir)
-        evaluator = Evaluator(config, load_checked_tokenizer(config.model.hf_dir))
+        tokenizer = load_checked_tokenizer(config.model.hf_dir)
+        evaluator = Evaluator(config, tokenizer)
         pending = evaluator.pending(directory, model)
         if pending:
             make_directory(directory)
-            with RewardScorer(config.reward) as scorer, launch_engines(config, phases.begin) as engines:
+            with RewardScorer(config.reward) as scorer, launch_engines(config, phases.begin) as cluster:
+                sampler = Sampler(config, cluster, tokenizer)
                 for name in pending:
                     responses = len(evaluator.problems[name]) * config.evaluation.samples(name)
                     phases.begin(f"answering {name}: responses", total=responses)
-                    evaluator.answer(name, engines, scorer, directory, model, phases.count)
+                    evaluator.answer(name, sampler, scorer, directory, model, phases.count)
                 phases.begin("ending the engines")
         phases.begin("summarising")
         return evaluator.summarise(directory, label)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_entropic.config.run import Config, DataConfig
-from megatron_entropic.data import PromptDataset
+from megatron_entropic.data import TaskDataset
 from megatron_entropic.data.rows import content_digest
 from megatron_entropic.data.tokenizer import template_digest, tokenizer_digest
 from megatron_entropic.errors import UserError
@@ -25,11 +25,10 @@ from megatron_entropic.evaluation.summary import BenchmarkSummary
 from megatron_entropic.observability.settings_history import sampled_digest
 from megatron_entropic.rewards import RewardScorer, build_reader, job_of
 from megatron_entropic.rewards.verifier import Verdict
-from megatron_entropic.training.step import on_arrival
-from megatron_entropic.types import Prompt, Sample
+from megatron_entropic.types import Task, Trajectory
 
 if TYPE_CHECKING:  # what is read before a start needs no Ray
-    from megatron_entropic.cluster.engine_group import EngineGroup
+    from megatron_entropic.cluster.sampling import Sampler
     from megatron_entropic.training.run_directory import RunDirectory
 
 # The settings of training data that hold for benchmarks too.
@@ -57,7 +56,7 @@ class Evaluator:
         self._config = config
         self._tokenizer = tokenizer
         self._read_answer = build_reader(config.reward.verifier, config.reward)
-        self._benchmarks: dict[str, list[Prompt]] = {}
+        self._benchmarks: dict[str, list[Task]] = {}
         refused = []
         self.problems: dict[str, list[str]] = {}
         """What is asked, by benchmark."""
@@ -65,8 +64,8 @@ class Evaluator:
         for name, file in config.evaluation.benchmarks.items():
             data = DataConfig(train_files=[file], **form)
             try:
-                dataset = PromptDataset(data, tokenizer, seed=0, other_columns=True)
-                self._benchmarks[name], self.problems[name] = dataset.prompts, dataset.problems
+                dataset = TaskDataset(data, tokenizer, seed=0, other_columns=True)
+                self._benchmarks[name], self.problems[name] = dataset.tasks, dataset.problems
             except ValueError as error:
                 refused.append(f"benchmark {name}: {error}")
         if refused:
@@ -103,7 +102,7 @@ class Evaluator:
     def answer(
         self,
         name: str,
-        engines: EngineGroup,
+        sampler: Sampler,
         scorer: RewardScorer,
         directory: Path,
         model: dict[str, Any],
@@ -115,14 +114,14 @@ class Evaluator:
             count: called once for each response that has come.
         """
 
-        def judge(position: int, sample: Sample) -> None:
-            judging.add(position, job_of(sample))
+        def judge(position: int, trajectory: Trajectory) -> None:
+            judging.add(position, job_of(trajectory))
             count()
 
         problems = self._benchmarks[name]
         with scorer.judging(len(problems) * self._config.evaluation.samples(name)) as judging:
-            samples = engines.answer_benchmark(name, problems, on_arrival(self._tokenizer, judge))
-            generations = list(map(self._generation, samples, judging.verdicts(warn=True)))
+            trajectories = sampler.answer_benchmark(name, problems, judge)
+            generations = list(map(self._generation, trajectories, judging.verdicts(warn=True)))
         write_generations(generations_path(directory, name), generations, self._settings(name, model))
 
     def summarise(self, directory: Path, label: str) -> list[BenchmarkSummary]:
@@ -131,33 +130,33 @@ class Evaluator:
         write_summary(directory, label, summaries)
         return summaries
 
-    def after_step(self, step: int, engines: EngineGroup, scorer: RewardScorer, run: RunDirectory) -> dict[str, float]:
+    def after_step(self, step: int, sampler: Sampler, scorer: RewardScorer, run: RunDirectory) -> dict[str, float]:
         """Evaluate the weights of a training step; returns evaluation/* for metrics.jsonl.
 
         What an earlier attempt of the run stored for this step is replaced.
         """
         directory = run.path / "evaluations" / f"step_{step:06d}"
         # Counted, as checkpoints are, into the time of the step that follows.
-        with run.phase("evaluate"):
+        with run.journal.phase("evaluate"):
             for name in self._benchmarks:
-                self.answer(name, engines, scorer, directory, {"step": step})
+                self.answer(name, sampler, scorer, directory, {"step": step})
             summaries = self.summarise(directory, f"{self._config.run.name}, step {step}")
         return {key: value for summary in summaries for key, value in _metrics(summary)}
 
-    def _generation(self, sample: Sample, verdict: Verdict) -> Generation:
-        truth = sample.prompt.ground_truth
+    def _generation(self, trajectory: Trajectory, verdict: Verdict) -> Generation:
+        truth = trajectory.task.ground_truth
         return Generation(
-            problem=sample.prompt.index,
-            sample=sample.sample_index,
-            prompt=sample.prompt.text,
-            response=sample.text,
-            answer=self._read_answer(sample.text),
+            problem=trajectory.task.index,
+            sample=trajectory.sample_index,
+            prompt=trajectory.task.text,
+            response=trajectory.text,
+            answer=self._read_answer(trajectory.text),
             ground_truth=truth if isinstance(truth, str) else json.dumps(truth, sort_keys=True, default=str),
             reward=verdict.reward,
             verifier_status=verdict.status,
-            response_tokens=sample.response_tokens,
-            logprob_sum=sum(sample.rollout_logprobs),
-            finish_reason=sample.finish_reason,
+            response_tokens=trajectory.response_tokens.tolist(),
+            logprob_sum=sum(trajectory.rollout_logprobs.tolist()),
+            finish_reason=trajectory.finish_reason,
         )
 
     def _settings(self, name: str, model: dict[str, Any]) -> dict[str, Any]:
@@ -180,11 +179,11 @@ class Evaluator:
         }
 
 
-def _prompts_digest(prompts: list[Prompt]) -> str:
+def _prompts_digest(tasks: list[Task]) -> str:
     """SHA-256 over what the model reads and what its responses are judged by, whatever made them so."""
     digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(json.dumps([prompt.index, prompt.tokens, prompt.ground_truth], default=str).encode())
+    for task in tasks:
+        digest.update(json.dumps([task.index, task.tokens.tolist(), task.ground_truth], default=str).encode())
     return digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from megatron_entropic.errors import Interrupted, PeerDied, PhaseTimeout, RunError, StopAsked
-from megatron_entropic.training.run_directory import RunDirectory
+from megatron_entropic.training.journal import Journal
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _INTERRUPTED = b"\ninterrupted: the run ends when its state is saved; Ctrl-C again ends it at once\n"
@@ -110,7 +110,7 @@ class SkipLimit:
 # Going on after the loss of a process: everything is started anew and continues from the newest checkpoint.
 
 
-def with_restarts(attempt: Callable[[], None], run: RunDirectory, stop: StopRequest, max_restarts: int) -> None:
+def with_restarts(attempt: Callable[[], None], journal: Journal, stop: StopRequest, max_restarts: int) -> None:
     """Call `attempt` until it returns, at most `max_restarts` times more than once.
 
     Only what another attempt can cure leads to one: a process that is gone or does not answer.
@@ -125,5 +125,5 @@ def with_restarts(attempt: Callable[[], None], run: RunDirectory, stop: StopRequ
         except (PeerDied, PhaseTimeout) as error:
             if stop.asked:
                 raise
-            run.record_restart(restart, max_restarts, error)
+            journal.record_restart(restart, max_restarts, error)
     attempt()

@@ -25,7 +25,7 @@ from megatron_entropic.checkpoints.run_checkpoints import (
 )
 from megatron_entropic.config.load import ConfigError
 from megatron_entropic.config.run import Config
-from megatron_entropic.data import PromptDataset, load_checked_tokenizer
+from megatron_entropic.data import TaskDataset, load_checked_tokenizer
 from megatron_entropic.errors import RunError, UserError, explained
 from megatron_entropic.observability.metrics import check_sinks
 from megatron_entropic.rewards import RewardScorer
@@ -42,7 +42,7 @@ class Inputs:
 
     scorer: RewardScorer
     evaluator: Evaluator
-    prompts: PromptDataset
+    tasks: TaskDataset
     lessons: list[list[Sequence]]
     """The sequences of each supervised step."""
 
@@ -87,8 +87,8 @@ def open_inputs(config: Config) -> Iterator[Inputs]:
         if tokenizer is None:
             raise ConfigError("what the run reads", problems)
         evaluator = attempt(lambda: Evaluator(config, tokenizer))
-        prompts = attempt(
-            lambda: PromptDataset(
+        tasks = attempt(
+            lambda: TaskDataset(
                 config.data,
                 tokenizer,
                 seed=config.run.seed,
@@ -97,9 +97,9 @@ def open_inputs(config: Config) -> Iterator[Inputs]:
             )
         )
         lessons = attempt(lambda: warm_start_sequences(config, tokenizer))
-        if problems or scorer is None or evaluator is None or prompts is None or lessons is None:
+        if problems or scorer is None or evaluator is None or tasks is None or lessons is None:
             raise ConfigError("what the run reads", problems)
-        yield Inputs(scorer, evaluator, prompts, lessons)
+        yield Inputs(scorer, evaluator, tasks, lessons)
 
 
 def check_resumable(config: Config) -> None:

@@ -112,20 +112,19 @@ class _OneRank:
 
 
 def _compare(recorded: RecordedStep, config: Config, policy: _OneRank, *, state: str) -> Replay:
-    samples = [response.sample for response in recorded.responses]
-    batch = training_batch(samples, config)
-    scores, measured = score_batch(policy, samples, batch, config)
-    computed = {**measured, **update_policy(policy, batch, config, recorded.step)}
-    responses = recorded.responses
-    advantages = [sequence.advantages for sequence in batch if sequence.advantages is not None]
+    batch = training_batch(recorded.groups(), config.algorithm.advantage)
+    batch, scores, measured = score_batch(policy, batch, config)
+    updated = update_policy(policy, batch, config.algorithm, seed=config.run.seed, step=recorded.step)
+    computed = {**measured, **updated}
+    advantages = [sequence.advantages for sequence in batch.sequences if sequence.advantages is not None]
     return Replay(
         step=recorded.step,
         state=state,
         metrics={name: (recorded.metrics[name], computed[name]) for name in recorded.metrics if name in computed},
         largest_difference={
-            "old_logprobs": _largest([response.old_logprobs for response in responses], scores.logprobs),
-            "entropies": _largest([response.entropies for response in responses], scores.entropies),
-            "advantages": _largest([response.advantages for response in responses], advantages),
+            "old_logprobs": _largest([response.old_logprobs for response in recorded.responses], scores.logprobs),
+            "entropies": _largest([response.entropies for response in recorded.responses], scores.entropies),
+            "advantages": _largest([response.advantages for response in recorded.responses], advantages),
         },
     )
 

@@ -20,13 +20,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-import time
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -38,16 +36,10 @@ from megatron_entropic.checkpoints.run_checkpoints import (
     refuse_unwanted_resume,
     step_of,
 )
-from megatron_entropic.cluster.policy_group import PolicyGroup
+from megatron_entropic.cluster.cluster import Cluster
 from megatron_entropic.config.load import dump_config
 from megatron_entropic.config.run import Config
 from megatron_entropic.errors import RunError
-from megatron_entropic.files.jsonl import JsonLinesWriter
-from megatron_entropic.files.text import printable
-from megatron_entropic.observability.metrics import MetricsWriter
-from megatron_entropic.observability.progress import Progress
-from megatron_entropic.observability.records import SampleLog
-from megatron_entropic.observability.rollout_log import RolloutLog
 from megatron_entropic.observability.settings_history import (
     RunPart,
     model_files,
@@ -55,13 +47,8 @@ from megatron_entropic.observability.settings_history import (
     record_part,
     sampled_digest,
 )
-from megatron_entropic.observability.timing import PhaseClock
-from megatron_entropic.observability.yardsticks import mismatch_yardstick
 from megatron_entropic.training.checkpoints import Checkpoints
-from megatron_entropic.types import Sample, Scores, Sequence
-
-WORKING_PHASES = ("generate", "score", "update", "publish", "evaluate")
-"""In which engines or policy ranks are at work; the rest of a step is the driver's."""
+from megatron_entropic.training.journal import Journal
 
 
 class RunDirectory:
@@ -75,45 +62,30 @@ class RunDirectory:
     def __init__(self, config: Config) -> None:
         self.path = config.run.output_dir
         self.export_dir = self.path / "hf"
-        self.clock = PhaseClock()
+        self.journal = Journal(config)
+        self.checkpoints = Checkpoints(config, self.journal)
         self._config = config
-        self.checkpoints = Checkpoints(config, self)
-        self._rollouts = RolloutLog(self.path, config.logging, config.train.record_steps)
-        self._open_files = ExitStack()
-        self._began: float | None = time.time()
+        self._open = ExitStack()
 
     def __enter__(self) -> RunDirectory:
         config = self._config
-        with ExitStack() as files:
+        with ExitStack() as opened:
             self.path.mkdir(parents=True, exist_ok=True)
-            files.enter_context(self._lock())
+            opened.enter_context(self._lock())
             self._newest = latest_checkpoint(self.checkpoints.path)
             refuse_unwanted_resume(config.run.resume, self._newest)
             refuse_fewer_steps(config.train.steps, self._newest)
             self._keep_settings_before()
             dump_config(config, self.path / "config.yaml")
-            resolved = config.model_dump(mode="json")
-            self._metrics = files.enter_context(
-                MetricsWriter(self.path, config.logging, run_name=config.run.name, run_config=resolved)
-            )
-            self._warm_start = files.enter_context(closing(JsonLinesWriter(self.path / "warm_start.jsonl")))
-            self._samples = files.enter_context(closing(SampleLog(self.path, config.logging.samples_per_step)))
-            self.progress = files.enter_context(
-                Progress(
-                    config.train.steps,
-                    target=config.entropy_control.fixed_target if config.entropy_control.enabled else None,
-                    mismatch=mismatch_yardstick(resolved),
-                    title=config.run.name,
-                )
-            )
-            self.progress.resume(step_of(self._newest))
-            self._open_files = files.pop_all()
+            opened.enter_context(self.journal)
+            self.journal.progress.resume(step_of(self._newest))
+            self._open = opened.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._open_files:
+        with self._open:
             if error is not None:
                 self._keep_traceback(error)
 
@@ -122,18 +94,19 @@ class RunDirectory:
         try:
             path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         except OSError as refusal:  # often of the same cause, and `error` is what the user has to read
-            self.progress.log(f"cannot write to {path}: {refusal.strerror}")
+            self.journal.progress.log(f"cannot write to {path}: {refusal.strerror}")
 
     @property
     def finished(self) -> bool:
         """Whether the last step is saved and exported, so that nothing is left to do; says so."""
+        steps = self._config.train.steps
         exported = self.export_dir.is_dir() or not self._config.checkpoint.export_hf
-        finished = exported and self._newest == checkpoint_path(self.checkpoints.path, self._config.train.steps)
+        finished = exported and self._newest == checkpoint_path(self.checkpoints.path, steps)
         if finished:
-            self.progress.log(f"all {self._config.train.steps} steps of train.steps are done; nothing is left to train")
+            self.journal.progress.log(f"all {steps} steps of train.steps are done; nothing is left to train")
         return finished
 
-    def resume(self, policy: PolicyGroup) -> int | None:
+    def resume(self, cluster: Cluster) -> int | None:
         """Restore the newest intact checkpoint into all policy ranks; returns its step, None if there is none.
 
         Metrics and rollouts of later steps, which will be computed again, are cut off.
@@ -141,17 +114,11 @@ class RunDirectory:
         Raises:
             CheckpointError: there are checkpoints, but none that can be used; nothing was changed.
         """
-        step = self.checkpoints.restore(policy)
-        done = -1 if step is None else step
-        self._metrics.truncate_after(done)
-        self._samples.truncate_after(done)
-        self._rollouts.truncate_after(done)
-        self.progress.resume(max(done, 0))
-        if step is None:
-            self._warm_start.truncate_after(done)
-        else:
-            self.progress.log(f"resuming after step {step} from {checkpoint_path(self.checkpoints.path, step)}")
-        self._record_settings(max(done, 0))
+        step = self.checkpoints.restore(cluster)
+        self.journal.continue_after(step)
+        if step is not None:
+            self.journal.progress.log(f"resuming after step {step} from {checkpoint_path(self.checkpoints.path, step)}")
+        self._record_settings(step or 0)
         return step
 
     def _keep_settings_before(self) -> None:
@@ -175,83 +142,9 @@ class RunDirectory:
         changed = record_part(self.path, part, [_with_defaults(earlier) for earlier in before])
         if changed:
             lines = "".join(f"\n  {change}" for change in changed)
-            self.progress.log(f"warning: settings differ from step {step + 1} on; both are in settings.jsonl:{lines}")
-
-    def report_data(self, lines: list[str]) -> None:
-        """Show what became of the rows of the training files, and keep it."""
-        text = printable("\n".join(lines))
-        (self.path / "data_report.txt").write_text(text + "\n", encoding="utf-8")
-        self.progress.log(text)
-
-    def record(self, step: int, metrics: dict[str, Any]) -> None:
-        """Write one step's metrics and show them; after an attempt's first one, how long it took to get there."""
-        self._metrics.write(step, metrics)
-        self.progress.update(step, metrics)
-        if self._began is not None:
-            waited = f"first step of this start after {time.time() - self._began:.0f} s"
-            if submitted := os.environ.get("ME_SUBMIT_TIME"):
-                waited += f", {time.time() - float(submitted):.0f} s after the job was queued"
-            self.progress.log(waited)
-            self._began = None
-
-    def record_warm_start(self, step: int, metrics: dict[str, Any]) -> None:
-        """Write and show one supervised step."""
-        self._warm_start.append({"step": step, **metrics})
-        total = self._config.warm_start.steps
-        if step % max(1, total // 10) == 0 or step == total:
-            self.progress.log(f"warm start {step}/{total}  loss {metrics['loss/warm_start']:.3f}")
-
-    def record_restart(self, restart: int, limit: int, error: RunError) -> None:
-        """Write down why everything starts anew, in restarts.jsonl and on the screen."""
-        self._write_restart("run", error)
-        newest = latest_checkpoint(self.checkpoints.path)
-        # One that was being written when the process went counts for nothing.
-        begin = f"from {newest}" if newest else "from the beginning: no checkpoint is complete yet"
-        self.progress.log(f"{error}\nrestart {restart} of {limit} {begin}")
-
-    def record_engine_restarts(self, losses: list[RunError]) -> dict[str, float]:
-        """Write down why engines were replaced within the step, as above; returns their number as a metric."""
-        for error in losses:
-            self._write_restart("engine", error)
-            self.progress.log(f"{error}\nthe engine was replaced within the step")
-        return {"cluster/engine_restarts": float(len(losses))}
-
-    def keep_samples(self, step: int, samples: list[Sample]) -> None:
-        """Write some responses of a step, for people to read."""
-        self._samples.write(step, samples)
-
-    def keep_rollouts(
-        self, step: int, samples: list[Sample], batch: list[Sequence], scores: Scores, metrics: dict[str, float]
-    ) -> None:
-        """Write the step's rollouts with what its update was computed from, if it is one of those to keep."""
-        if self._rollouts.due(step, metrics):
-            with self.phase("record"):
-                self._rollouts.write(step, samples, batch, scores, metrics)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time the block and show its name."""
-        self.progress.phase(name)
-        with self.clock.phase(name):
-            yield
-
-    def step_time(self, tokens: int) -> dict[str, float]:
-        """time/* of the step that ends now, and its throughput: prompt and response tokens over wall time.
-
-        time/driver_fraction is the share of the step in which neither engines nor policy did the step's work,
-        time/reward_fraction that of waiting for verdicts after the last response has come.
-        """
-        times = self.clock.finish_step()
-        step_s = times["time/step_s"]
-        working_s = sum(times.get(f"time/{phase}_s", 0.0) for phase in WORKING_PHASES)
-        times["time/driver_fraction"] = 1 - working_s / step_s
-        times["time/reward_fraction"] = times.get("time/reward_s", 0.0) / step_s
-        return {**times, "throughput/tokens_per_s": tokens / step_s}
-
-    def _write_restart(self, what: str, error: RunError) -> None:
-        with closing(JsonLinesWriter(self.path / "restarts.jsonl")) as restarts:
-            cause = {"cause": type(error).__name__, "message": str(error)}
-            restarts.append({"time": time.time(), "restarted": what, **cause})
+            self.journal.progress.log(
+                f"warning: settings differ from step {step + 1} on; both are in settings.jsonl:{lines}"
+            )
 
     @contextmanager
     def _lock(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from megatron_entropic.data.tokenizer import Tokenizer
 from megatron_entropic.types import Sequence
 
 if TYPE_CHECKING:  # what is read before a start needs no Ray
-    from megatron_entropic.cluster.policy_group import PolicyGroup
+    from megatron_entropic.cluster.cluster import Cluster
     from megatron_entropic.training.run_directory import RunDirectory
 
 
@@ -35,7 +35,7 @@ def warm_start_sequences(config: Config, tokenizer: Tokenizer) -> list[list[Sequ
     ]
 
 
-def warm_start(policy: PolicyGroup, run: RunDirectory, steps: list[list[Sequence]]) -> int:
+def warm_start(cluster: Cluster, run: RunDirectory, steps: list[list[Sequence]]) -> int:
     """Maximum likelihood of the responses, one optimizer step for each list; returns the step the run starts from, 0.
 
     Afterwards the optimizer is fresh, with the schedule of `optimizer`, and the result is a checkpoint: a run that is
@@ -43,10 +43,11 @@ def warm_start(policy: PolicyGroup, run: RunDirectory, steps: list[list[Sequence
     """
     if not steps:
         return 0
-    for step, sequences in enumerate(steps, start=1):
-        run.record_warm_start(step, policy.warm_start_step(sequences))
-    policy.begin_reinforcement_learning()
-    run.checkpoints.save(policy, 0)
+    with cluster.training() as policy:
+        for step, sequences in enumerate(steps, start=1):
+            run.journal.record_warm_start(step, policy.warm_start_step(sequences))
+        policy.begin_reinforcement_learning()
+    run.checkpoints.save(cluster, 0)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a step learns from its judged samples: the score pass, then the optimizer steps.
+"""What a step learns from its judged groups: the score pass, then the optimizer steps.
 
 The trainer does it with all ranks, `replay` with one rank in its own process.
 """
@@ -6,16 +6,16 @@ The trainer does it with all ranks, `replay` with one rank in its own process.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from itertools import chain
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from megatron_entropic.algorithms import advantages, importance_metrics, importance_ratios, mismatch_metrics
-from megatron_entropic.config.run import Config
-from megatron_entropic.types import Sample, Scores, Sequence
+from megatron_entropic.config.algorithm import AlgorithmConfig
+from megatron_entropic.config.run import Config, RolloutConfig
+from megatron_entropic.types import Group, Scores, Sequence, TrainingBatch, Trajectory
 
 
 class Learner(Protocol):
@@ -28,145 +28,113 @@ class Learner(Protocol):
         """One optimizer step; returns its metrics."""
 
 
+def training_batch(groups: list[Group], advantage: str) -> TrainingBatch:
+    """One sequence for each trajectory, in order; the advantage of a trajectory holds for each of its tokens.
+
+    Args:
+        groups: judged, all of the same size.
+        advantage: `algorithm.advantage`.
+    """
+    rewards = torch.tensor([[reward.value for reward in group.rewards] for group in groups], dtype=torch.float32)
+    values = advantages(advantage, rewards).flatten()
+    trajectories = chain.from_iterable(group.trajectories for group in groups)
+    sequences = tuple(_sequence(one, value) for one, value in zip(trajectories, values, strict=True))
+    return TrainingBatch(tuple(groups), sequences)
+
+
 def score_batch(
-    policy: Learner, samples: list[Sample], batch: list[Sequence], config: Config
-) -> tuple[Scores, dict[str, float]]:
-    """Put old and reference log-probs on the sequences of `batch`; returns the scores and what they say of the batch.
+    policy: Learner, batch: TrainingBatch, config: Config
+) -> tuple[TrainingBatch, Scores, dict[str, float]]:
+    """The batch with old and reference log-probs, the scores they are from, and what these say of the batch.
 
     Args:
         policy: before the step's first update.
-        samples: judged.
-        batch: their sequences, in the same order.
+        batch: of `training_batch`.
         config: of the run.
     """
     if config.algorithm.kl.coefficient:
-        attach_reference(batch, policy.score(batch, reference=True))
-    scores = policy.score(batch)
-    attach_scores(batch, scores)
-    return scores, {**entropy_profile(samples, scores), **mismatch(batch), **importance(batch, config)}
+        batch = batch.with_reference(policy.score(list(batch.sequences), reference=True))
+    scores = policy.score(list(batch.sequences))
+    batch = batch.scored(scores)
+    return batch, scores, {**entropy_profile(batch, scores), **mismatch(batch), **importance(batch, config.rollout)}
 
 
-def update_policy(policy: Learner, batch: list[Sequence], config: Config, step: int) -> dict[str, float]:
+def update_policy(
+    policy: Learner, batch: TrainingBatch, algorithm: AlgorithmConfig, *, seed: int, step: int
+) -> dict[str, float]:
     """All optimizer steps of rollout step `step`; returns their metrics, see `mean_of`."""
     updates = []
-    for epoch in range(config.algorithm.epochs_per_rollout):
-        if epoch and config.algorithm.proximal_logprobs == "each_epoch":
-            attach_scores(batch, policy.score(batch))
-        updates += [policy.update(minibatch) for minibatch in minibatches(batch, config, step, epoch)]
+    for epoch in range(algorithm.epochs_per_rollout):
+        if epoch and algorithm.proximal_logprobs == "each_epoch":
+            batch = batch.scored(policy.score(list(batch.sequences)))
+        order = f"{seed}/{step}/{epoch}" if epoch else None
+        updates += [policy.update(part) for part in minibatches(batch, algorithm.optimizer_steps_per_rollout, order)]
     return mean_of(updates)
 
 
-# From judged samples to what the policy trains on, and the statistics of a rollout.
-
-
-def on_arrival(tokenizer: Any, take: Callable[[int, Sample], None]) -> Callable[[list[tuple[int, Sample]]], None]:
-    """What to do with responses as they come: give each its text, for verifiers and people, and let `take` have it.
-
-    Special tokens are left out of the text.
-    """
-
-    def arrived(responses: list[tuple[int, Sample]]) -> None:
-        texts = tokenizer.batch_decode([s.response_tokens for _, s in responses], skip_special_tokens=True)
-        for (position, sample), text in zip(responses, texts, strict=True):
-            sample.text = text
-            take(position, sample)
-
-    return arrived
-
-
-def training_batch(samples: list[Sample], config: Config) -> list[Sequence]:
-    """One `Sequence` for each sample, in order; the advantage of a response holds for each of its tokens.
+def minibatches(batch: TrainingBatch, parts: int, order: str | None) -> list[list[Sequence]]:
+    """Split a rollout into equal parts of whole groups, one for each optimizer step of an epoch.
 
     Args:
-        samples: judged, grouped by prompt, `rollout.samples_per_prompt` of each.
+        batch: groups of one size.
+        parts: how many; they divide the number of groups.
+        order: of the groups is a function of it; None keeps that of the batch.
     """
-    per_prompt = config.rollout.samples_per_prompt
-    rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float32).view(-1, per_prompt)
-    values = advantages(config.algorithm.advantage, rewards).flatten()
-    return [_sequence(sample, value) for sample, value in zip(samples, values, strict=True)]
+    size = len(batch.sequences) // len(batch.groups)
+    groups = [batch.sequences[start : start + size] for start in range(0, len(batch.sequences), size)]
+    if order is not None:
+        random.Random(order).shuffle(groups)
+    width = len(groups) // parts
+    return [list(chain.from_iterable(groups[part * width : (part + 1) * width])) for part in range(parts)]
 
 
-def minibatches(batch: list[Sequence], config: Config, step: int, epoch: int) -> list[list[Sequence]]:
-    """Split a rollout into equal parts of whole prompt groups, one for each optimizer step of an epoch.
-
-    Args:
-        step, epoch: of the rollout, and from 0 within it. The first epoch keeps the order of the batch; the order of
-            groups in later ones is a function of (seed, step, epoch).
-    """
-    per_prompt, parts = config.rollout.samples_per_prompt, config.algorithm.optimizer_steps_per_rollout
-    groups = [batch[start : start + per_prompt] for start in range(0, len(batch), per_prompt)]
-    if epoch:
-        random.Random(f"{config.run.seed}/{step}/{epoch}").shuffle(groups)
-    size = len(groups) // parts
-    return [list(chain.from_iterable(groups[part * size : (part + 1) * size])) for part in range(parts)]
-
-
-def attach_scores(batch: list[Sequence], scores: Scores) -> None:
-    """Put the score pass's log-probs and the experts it chose on the sequences."""
-    for index, sequence in enumerate(batch):
-        sequence.old_logprobs = scores.logprobs[index]
-        sequence.experts = scores.experts[index] if scores.experts else None
-
-
-def attach_reference(batch: list[Sequence], scores: Scores) -> None:
-    """Put the log-probs of the frozen reference on the sequences."""
-    for sequence, logprobs in zip(batch, scores.logprobs, strict=True):
-        sequence.reference_logprobs = logprobs
-
-
-def prompt_groups(samples: list[Sample], per_prompt: int) -> list[list[Sample]]:
-    """The responses to each prompt."""
-    return [samples[start : start + per_prompt] for start in range(0, len(samples), per_prompt)]
-
-
-def rollout_metrics(samples: list[Sample], config: Config) -> dict[str, float]:
+def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     """reward/* and response/* of one rollout.
 
-    solved_none and solved_all are the shares of prompts of which no or every response is correct: such groups teach
+    solved_none and solved_all are the shares of tasks of which no or every trajectory is correct: such groups teach
     nothing to a group-relative advantage of the verifier's reward.
     """
-    per_prompt = config.rollout.samples_per_prompt
-    rewards = [float(sample.reward or 0.0) for sample in samples]
-    solved = [[sample.correct for sample in group] for group in prompt_groups(samples, per_prompt)]
-    lengths = [len(sample.response_tokens) for sample in samples]
+    solved = [[reward.correct for reward in group.rewards] for group in groups]
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    lengths = [trajectory.response_length for trajectory in trajectories]
     return {
-        "reward/mean": fmean(rewards),
+        "reward/mean": fmean(reward.value for group in groups for reward in group.rewards),
         "reward/solved_none": fmean(not any(group) for group in solved),
         "reward/solved_all": fmean(all(group) for group in solved),
         "response/length_mean": fmean(lengths),
         "response/length_max": float(max(lengths)),
-        "response/truncated_fraction": fmean(sample.finish_reason == "length" for sample in samples),
+        "response/truncated_fraction": fmean(one.finish_reason == "length" for one in trajectories),
     }
 
 
-def mismatch(batch: list[Sequence]) -> dict[str, float]:
+def mismatch(batch: TrainingBatch) -> dict[str, float]:
     """How far the engines' log-probs are from the policy's own, before any update of this step."""
-    policy = torch.cat([s.old_logprobs for s in batch if s.old_logprobs is not None])
-    rollout = torch.cat([s.rollout_logprobs for s in batch if s.rollout_logprobs is not None])
+    policy = torch.cat([s.old_logprobs for s in batch.sequences if s.old_logprobs is not None])
+    rollout = torch.cat([s.rollout_logprobs for s in batch.sequences if s.rollout_logprobs is not None])
     return mismatch_metrics(policy, rollout)
 
 
-def importance(batch: list[Sequence], config: Config) -> dict[str, float]:
+def importance(batch: TrainingBatch, rollout: RolloutConfig) -> dict[str, float]:
     """importance/* of the rollout correction, before truncation; nothing without one."""
-    if config.rollout.importance_correction == "none":
+    if rollout.importance_correction == "none":
         return {}
     ratios = [
-        importance_ratios(s.old_logprobs, s.rollout_logprobs, config.rollout.importance_level)
-        for s in batch
+        importance_ratios(s.old_logprobs, s.rollout_logprobs, rollout.importance_level)
+        for s in batch.sequences
         if s.old_logprobs is not None and s.rollout_logprobs is not None
     ]
-    return importance_metrics(ratios, config.rollout.importance_correction, config.rollout.importance_cap)
+    return importance_metrics(ratios, rollout.importance_correction, rollout.importance_cap)
 
 
-def entropy_profile(samples: list[Sample], scores: Scores) -> dict[str, float]:
+def entropy_profile(batch: TrainingBatch, scores: Scores) -> dict[str, float]:
     """Where the entropy lies: token means over the rollout, over correct and wrong responses, over their quarters.
 
     All are those of the policy before the step's first update. entropy/correct and entropy/wrong are left out where
     there is no such response, a quarter where no token falls.
     """
     parts: dict[str, list[torch.Tensor]] = {}
-    for sample, entropies in zip(samples, scores.entropies, strict=True):
-        outcome = "correct" if sample.correct else "wrong"
+    for reward, entropies in zip(batch.rewards, scores.entropies, strict=True):
+        outcome = "correct" if reward.correct else "wrong"
         parts.setdefault("entropy/rollout", []).append(entropies)
         parts.setdefault(f"entropy/{outcome}", []).append(entropies)
         for quarter, piece in enumerate(entropies.tensor_split(4), start=1):
@@ -185,10 +153,11 @@ def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def _sequence(sample: Sample, advantage: torch.Tensor) -> Sequence:
+def _sequence(trajectory: Trajectory, advantage: torch.Tensor) -> Sequence:
+    prompt, response = torch.from_numpy(trajectory.task.tokens), torch.from_numpy(trajectory.response_tokens)
     return Sequence(
-        tokens=torch.tensor(sample.prompt.tokens + sample.response_tokens, dtype=torch.int64),
-        prompt_length=len(sample.prompt.tokens),
-        advantages=advantage.expand(len(sample.response_tokens)).clone(),
-        rollout_logprobs=torch.tensor(sample.rollout_logprobs, dtype=torch.float32),
+        tokens=torch.cat([prompt, response]).long(),
+        prompt_length=prompt.numel(),
+        advantages=advantage.expand(response.numel()).clone(),
+        rollout_logprobs=torch.from_numpy(trajectory.rollout_logprobs),
     )

@@ -1,6 +1,6 @@
 """The loop.
 
-             prompts                samples               rewards, advantages
+              tasks                trajectories            rewards, advantages
     data/ ------------> rollout/ ------------> rewards/ ---------------------+
                            ^      vLLM engines                               |
                            | weights version k                               v
@@ -19,12 +19,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
+from megatron_entropic.cluster.cluster import Cluster
 from megatron_entropic.cluster.launch import launch
-from megatron_entropic.cluster.policy_group import PolicyGroup
-from megatron_entropic.cluster.weight_sync import WeightPublisher
+from megatron_entropic.cluster.sampling import Sampler
 from megatron_entropic.config.run import Config
 from megatron_entropic.training.lifecycle import SkipLimit, StopRequest, with_restarts
-from megatron_entropic.training.preconditions import open_inputs
+from megatron_entropic.training.preconditions import Inputs, open_inputs
 from megatron_entropic.training.rollouts import JudgedRollouts
 from megatron_entropic.training.run_directory import RunDirectory
 from megatron_entropic.training.sft import warm_start
@@ -41,80 +41,81 @@ def train(config: Config) -> Path:
     with StopRequest() as stop, RunDirectory(config) as run, ExitStack() as opened:
         if run.finished:
             return run.path
-        run.progress.starting("reading model, data and verifier")
-        inputs = opened.enter_context(open_inputs(config))
-        scorer, evaluator, prompts = inputs.scorer, inputs.evaluator, inputs.prompts
-        run.report_data(prompts.report.lines())
 
         def starting(name: str) -> None:
             stop.raise_if_asked()  # nothing is computed yet that would have to be saved
-            run.progress.starting(name)
+            run.journal.progress.starting(name)
+
+        starting("reading model, data and verifier")
+        inputs = opened.enter_context(open_inputs(config))
+        run.journal.report_data(inputs.tasks.report.lines())
 
         def attempt() -> None:
-            with launch(config, starting) as (policy, engines):
+            with launch(config, starting) as cluster:
                 stop.listen()  # Ray's own handlers would end the process
                 starting("looking for a checkpoint to continue from")
-                step = run.resume(policy)
+                step = run.resume(cluster)
                 if step is None:
-                    step = warm_start(policy, run, inputs.lessons)
-                run.progress.starting("publishing the weights to the engines")
-                weights = WeightPublisher(policy, engines, config.cluster)
-                weights.publish(version=step)
-                run.checkpoints.export(policy, step, resumed=True)
-                run.progress.starting("the first step")
-                rollouts = JudgedRollouts(config, prompts, engines, scorer, run, stop)
-                skips = SkipLimit(config.train.max_skipped_steps)
-                while step < config.train.steps:
-                    step += 1
-                    metrics = one_step(step, config, rollouts, policy, weights, run)
-                    if evaluator.due(step):
-                        metrics |= evaluator.after_step(step, engines, scorer, run)
-                    run.record(step, metrics)
-                    skips.observe(step, metrics)
-                    stopping = stop.asked
-                    if run.checkpoints.due(step) or stopping:
-                        run.checkpoints.save(policy, step)
-                    run.checkpoints.check(policy, wait=stopping or step == config.train.steps)
-                    if stopping:
-                        stop.raise_if_asked()
-                    run.checkpoints.export(policy, step)
-                run.checkpoints.finish_exports(policy)
-                if config.checkpoint.export_hf:
-                    policy.export_hf(run.export_dir)
+                    step = warm_start(cluster, run, inputs.lessons)
+                starting("publishing the weights to the engines")
+                cluster.publish(version=step)
+                run.checkpoints.export(cluster, step, resumed=True)
+                starting("the first step")
+                loop(step, config, cluster, inputs, run, stop)
 
-        with_restarts(attempt, run, stop, config.cluster.max_restarts)
+        with_restarts(attempt, run.journal, stop, config.cluster.max_restarts)
     return run.path
 
 
+def loop(step: int, config: Config, cluster: Cluster, inputs: Inputs, run: RunDirectory, stop: StopRequest) -> None:
+    """Every step after `step`, and what is written between them."""
+    sampler = Sampler(config, cluster, inputs.tasks.tokenizer)
+    rollouts = JudgedRollouts(config.rollout, inputs.tasks, sampler, inputs.scorer, run.journal, stop)
+    skips = SkipLimit(config.train.max_skipped_steps)
+    while step < config.train.steps:
+        step += 1
+        metrics = one_step(step, config, rollouts, cluster, run)
+        if inputs.evaluator.due(step):
+            metrics |= inputs.evaluator.after_step(step, sampler, inputs.scorer, run)
+        run.journal.record(step, metrics)
+        skips.observe(step, metrics)
+        stopping = stop.asked
+        if run.checkpoints.due(step) or stopping:
+            run.checkpoints.save(cluster, step)
+        run.checkpoints.check(cluster, wait=stopping or step == config.train.steps)
+        if stopping:
+            stop.raise_if_asked()
+        run.checkpoints.export(cluster, step)
+    run.checkpoints.finish_exports(cluster)
+    if config.checkpoint.export_hf:
+        with cluster.training() as policy:
+            policy.export_hf(run.export_dir)
+
+
 def one_step(
-    step: int,
-    config: Config,
-    rollouts: JudgedRollouts,
-    policy: PolicyGroup,
-    weights: WeightPublisher,
-    run: RunDirectory,
+    step: int, config: Config, rollouts: JudgedRollouts, cluster: Cluster, run: RunDirectory
 ) -> dict[str, float]:
     """One rollout and its optimizer steps; returns what metrics.jsonl says of them."""
-    with run.checkpoints.preserving(policy, step - 1):
-        samples, reward_metrics = rollouts.of_step(step)
-    with run.phase("reward"):
-        batch = training_batch(samples, config)
-    with run.phase("score"):
-        scores, measured = score_batch(policy, samples, batch, config)
-    with run.phase("update"):
-        updated = update_policy(policy, batch, config, step)
-    with run.phase("publish"):
-        publish_metrics = weights.publish(version=step)
-    run.keep_samples(step, samples)
-    run.keep_rollouts(step, samples, batch, scores, {**measured, **updated})
+    journal = run.journal
+    with run.checkpoints.preserving(cluster, step - 1):
+        groups, reward_metrics = rollouts.of_step(step)
+    with journal.phase("reward"):
+        batch = training_batch(groups, config.algorithm.advantage)
+    with journal.phase("score"), cluster.training() as policy:
+        batch, scores, measured = score_batch(policy, batch, config)
+    with journal.phase("update"), cluster.training() as policy:
+        updated = update_policy(policy, batch, config.algorithm, seed=config.run.seed, step=step)
+    with journal.phase("publish"):
+        publish_metrics = cluster.publish(version=step)
+    journal.keep(step, batch, scores, {**measured, **updated})
     return {
-        **rollout_metrics(samples, config),
+        **rollout_metrics(groups),
         **reward_metrics,
         **measured,
         **updated,
-        **run.step_time(tokens=sum(sequence.tokens.numel() for sequence in batch)),
+        **journal.step_time(tokens=sum(sequence.tokens.numel() for sequence in batch.sequences)),
         "weights/version": step - 1,
         **publish_metrics,
-        **policy.memory_metrics(),
-        **run.record_engine_restarts(rollouts.engines.new_losses()),
+        **cluster.policy.memory_metrics(),
+        **journal.record_engine_restarts(cluster.engines.new_losses()),
     }

@@ -226,7 +226,7 @@ class Chaos:
     def _check_samples(self) -> None:
         for step in recorded_steps(self.run.directory):
             responses = read_rollouts(rollouts_path(self.run.directory, step)).responses
-            keys = Counter((one.sample.prompt.index, one.sample.sample_index) for one in responses)
+            keys = Counter((one.trajectory.task.index, one.trajectory.sample_index) for one in responses)
             self.violations += [f"step {step}: {key} is trained {n} times" for key, n in keys.items() if n > 1]
 
 

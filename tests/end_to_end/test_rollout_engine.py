@@ -119,13 +119,13 @@ def test_responses_come_when_they_are_finished(lives):
     finished, all_of_them = lives["full"]["first finished"], lives["full"]["before"]
     assert 0 < len(finished) < len(all_of_them)
     for position, sample in finished:
-        assert sample["index"] == all_of_them[position]["index"]
+        assert sample["seed"] == all_of_them[position]["seed"]
         assert sample["response"] == all_of_them[position]["response"]
 
 
 def test_order_lengths_and_end_of_sequence(lives):
     samples = lives["full"]["before"]
-    assert [s["index"] for s in samples] == [(prompt, sample) for prompt in range(10) for sample in range(4)]
+    assert [s["seed"] for s in samples] == [1000 + 10 * prompt + sample for prompt in range(10) for sample in range(4)]
     assert {s["finish_reason"] for s in samples} == {"stop", "length"}
     for sample in samples:
         assert len(sample["logprobs"]) == len(sample["response"])
@@ -178,7 +178,7 @@ def test_a_sender_that_sends_nothing_is_named_and_leaves_no_usable_weights(lives
 
 
 def test_a_prompt_over_the_budget_is_refused(lives):
-    assert "prompt 77 with 201" in lives["full"]["too long"]
+    assert "the longest has 201" in lives["full"]["too long"]
 
 
 def test_scores_of_given_tokens_are_those_of_transformers_at_temperature_one(lives, directory):

@@ -1,7 +1,7 @@
 """One publication and one cycle of sleep through vLLM's own classes, from our engine down to where the driver begins.
 
     RolloutEngine -> vllm.LLM -> (collective_rpc) -> vLLM's GPU worker -> its NCCL or IPC engine -> recorded
-    DeviceTurns   -> vllm.LLM -> vLLM's EngineCore -> its Executor -> (collective_rpc) -> recorded
+    Cluster       -> vllm.LLM -> vLLM's EngineCore -> its Executor -> (collective_rpc) -> recorded
 
 Everything named here is the installed class with its own methods; only `__init__` is left out, and what would touch a
 GPU is recorded with its arguments.
@@ -30,7 +30,8 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.worker import gpu_worker
 from vllm.v1.worker.gpu_worker import Worker
 
-from megatron_entropic.cluster.launch import DeviceTurns
+from megatron_entropic.cluster.cluster import Cluster
+from megatron_entropic.config.run import ClusterConfig
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.rollout.engine import RolloutEngine
@@ -222,23 +223,23 @@ def test_turns_are_ones_that_vllm_takes_and_the_scheduler_runs_while_the_engines
     ours: Any = object.__new__(RolloutEngine)
     ours._llm = llm
     policy: Any = SimpleNamespace(offload=lambda keep_parameters=False: calls.append(("offload", {})))
-    turns = DeviceTurns(policy, ours, colocated=True)
+    turns: Any = Cluster(ClusterConfig(colocate=True), ours, policy)
     ours.sleep()
     del calls[:]
 
     woken: dict[str, list[list[str]]] = {}
-    for turn in ("to_publish", "to_rollout", "to_training", "to_rollout", "to_training", "to_publish", "to_training"):
-        getattr(turns, turn)()
+    for turn in ("publish", "rollout", "training", "rollout", "training", "publish", "training"):
+        getattr(turns, f"_to_{turn}")()
         woken.setdefault(turn, []).append([str(a.get("tags", name)) for name, a in calls if name != "offload"])
-        if turn == "to_rollout":
+        if turn == "rollout":
             assert core.state == "UNPAUSED"
             assert not core.model_executor.is_sleeping
         else:
             assert core.state != "UNPAUSED", f"{turn}: vLLM would schedule without a KV cache"
         del calls[:]
     asleep, everything = ["caches cleared", "sleep"], ["['weights', 'kv_cache']"]
-    assert woken["to_publish"] == [["['weights']"], ["['weights']"]]
-    assert woken["to_rollout"] == [["['kv_cache']"], everything]
+    assert woken["publish"] == [["['weights']"], ["['weights']"]]
+    assert woken["rollout"] == [["['kv_cache']"], everything]
     # From half awake it wakes up first, since vLLM falls asleep from being awake.
-    assert woken["to_training"] == [asleep, asleep, ["['kv_cache']", *asleep]]
+    assert woken["training"] == [asleep, asleep, ["['kv_cache']", *asleep]]
     assert core.model_executor.sleeping_tags == {"weights", "kv_cache"}

@@ -8,10 +8,10 @@ import time
 
 import psutil
 import whole_steps
+from trajectories import task_of, trajectory_of
 
 from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.rewards import RewardScorer
-from megatron_entropic.types import Prompt, Sample
 
 CPU_LIMIT_S = 1.0
 HOSTILE = [
@@ -69,13 +69,10 @@ HOSTILE = [
 LONG = ["1+" * 100_000 + "1", "{" * 200_000, r"\boxed{" * 30_000, "\x00" * 200_000, r"\frac{1}{2}" * 20_000]
 
 
-def sample(text: str, truth: str, number: int) -> Sample:
-    return Sample(Prompt(number, [1], "", truth), 0, [1], [0.0], "stop", 0, text=text)
-
-
 def judge(scorer: RewardScorer, answers: list[str], truth: str) -> list[tuple[str, float]]:
-    samples = [sample(rf"\boxed{{{answer}}}", truth, number) for number, answer in enumerate(answers)]
-    return [(verdict.status, verdict.reward) for verdict in whole_steps.verdicts(scorer, samples)]
+    task = task_of(0, truth=truth)
+    attempts = [trajectory_of(task, text=rf"\boxed{{{answer}}}") for answer in answers]
+    return [(verdict.status, verdict.reward) for verdict in whole_steps.verdicts(scorer, attempts)]
 
 
 def test_hostile_answers_are_wrong_or_counted_and_the_pool_goes_on() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from trajectories import task_of, trajectory_of
 
 from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.errors import RunError
@@ -18,7 +19,7 @@ from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.rewards.judge import Judge
 from megatron_entropic.rewards.pool import VerifierPool
 from megatron_entropic.rewards.verifier import Job, Verdict
-from megatron_entropic.types import Prompt, Sample
+from megatron_entropic.types import Reward
 
 VERIFIERS = """
     import os, pathlib, time
@@ -51,10 +52,6 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
-def sample(text: str, prompt: int, index: int) -> Sample:
-    return Sample(Prompt(prompt, [1], "", str(prompt)), index, [1] * len(text), [0.0] * len(text), "stop", 0, text=text)
-
-
 def test_the_order_of_arrival_changes_no_reward(module: str, caplog: pytest.LogCaptureFixture) -> None:
     """Batches, equal answers, failures and group means are those of the positions."""
     config = RewardConfig(
@@ -66,22 +63,24 @@ def test_the_order_of_arrival_changes_no_reward(module: str, caplog: pytest.LogC
         overlong_buffer_tokens=4,
     )
     texts = [r"\boxed{0}", r"\boxed{0.0}", "none", "raise", r"\boxed{\sum_{k=1}^{10^{9}} k^{-1}}", r"\boxed{1}"]
-    asked = [(text, prompt, index) for prompt in range(3) for index, text in enumerate([*texts[prompt:], "end"])]
+    asked = [
+        trajectory_of(task_of(number, truth=str(number)), index, [1] * len(text), text)
+        for number in range(3)
+        for index, text in enumerate([*texts[number:], *["end"] * (number + 1)])
+    ]
 
-    def judged(order: list[int]) -> tuple[list[tuple[float | None, float, str]], dict[str, float]]:
-        samples = [sample(*one) for one in asked]
-        with scorer.scoring(len(samples)) as scoring:
+    def judged(order: list[int]) -> tuple[list[Reward], dict[str, float]]:
+        with scorer.scoring(3, len(texts) + 1) as scoring:
             for position in order:
-                scoring.add(position, samples[position])
-            metrics = scoring.finish()
-        return [(one.reward, one.verifier_reward, one.verifier_status) for one in samples], metrics
+                scoring.add(position, asked[position])
+            return scoring.finish()
 
     orders = [random.Random(seed).sample(range(len(asked)), len(asked)) for seed in range(3)]
     with RewardScorer(config, max_response_tokens=16) as scorer:
         expected = judged(list(range(len(asked))))
         logged = caplog.messages
         assert [judged(order) for order in orders] == [expected] * 3
-    statuses = [status for _, _, status in expected[0]]
+    statuses = [reward.status for reward in expected[0]]
     assert statuses.count("timeout") == 3
     assert statuses.count("error") >= 3
     assert expected[1]["reward/verifier_timeouts"] == 3

@@ -14,10 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 import whole_steps
+from trajectories import task_of, trajectory_of
 
 from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.rewards import RewardScorer
-from megatron_entropic.types import Prompt, Sample
+from megatron_entropic.types import Trajectory
 
 VERIFIER = """
     import os, signal, subprocess, sys, time
@@ -63,32 +64,23 @@ def verifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     assert not left
 
 
-def sample(text: str, truth: object = "4", *, prompt: int = 0, index: int = 0, extra: dict | None = None) -> Sample:
-    return Sample(
-        prompt=Prompt(index=prompt, tokens=[1], text="", ground_truth=truth, extra_info=extra or {}),
-        sample_index=index,
-        response_tokens=[1],
-        rollout_logprobs=[0.0],
-        finish_reason="stop",
-        weights_version=0,
-        text=text,
-    )
+def attempt(text: str, truth: object = "4", *, extra: dict | None = None) -> Trajectory:
+    return trajectory_of(task_of(0, truth=truth, extra_info=extra or {}), text=text)
 
 
 def test_every_way_to_fail_is_counted_and_the_rest_is_judged(verifier: str, caplog: pytest.LogCaptureFixture) -> None:
     texts = ["4", "hang", "5", "crash", "raise", "4", "hang in C", "exit", "nan", "hang with a child", "deaf", "4"]
-    samples = [sample(text, prompt=number) for number, text in enumerate(texts)]
     begin = time.monotonic()
     with (
         RewardScorer(RewardConfig(verifier=verifier, workers=2, timeout_s=1.5)) as scorer,
         caplog.at_level(logging.WARNING),
     ):
-        metrics = whole_steps.judge(scorer, samples)
-        again = [sample("4"), sample("5", prompt=1)]
-        assert whole_steps.judge(scorer, again) == {"reward/verifier_errors": 0.0, "reward/verifier_timeouts": 0.0}
+        rewards, metrics = whole_steps.judge(scorer, list(map(attempt, texts)))
+        again, metrics_again = whole_steps.judge(scorer, [attempt("4"), attempt("5")])
+    assert metrics_again == {"reward/verifier_errors": 0.0, "reward/verifier_timeouts": 0.0}
     assert time.monotonic() - begin < 60
     assert metrics == {"reward/verifier_errors": 4.0, "reward/verifier_timeouts": 4.0}
-    assert {s.text: s.verifier_status for s in samples} == {
+    assert {text: reward.status for text, reward in zip(texts, rewards, strict=True)} == {
         "4": "ok",
         "5": "ok",
         "hang": "timeout",
@@ -100,40 +92,38 @@ def test_every_way_to_fail_is_counted_and_the_rest_is_judged(verifier: str, capl
         "raise": "error",
         "nan": "error",
     }
-    assert [s.reward for s in samples if s.verifier_status == "ok"] == [1.0, 0.0, 1.0, 1.0]
-    assert [s.reward for s in again] == [1.0, 0.0]
+    assert [one.value for one in rewards if one.status == "ok"] == [1.0, 0.0, 1.0, 1.0]
+    assert [one.value for one in again] == [1.0, 0.0]
     assert "failed on 8 of 12 responses" in caplog.text
 
 
 def test_processes_are_reused_and_run_beside_this_one(verifier: str) -> None:
     with RewardScorer(RewardConfig(verifier=verifier, workers=1)) as scorer:
-        samples = [sample("pid", prompt=number) for number in range(20)]
-        whole_steps.judge(scorer, samples)
-    assert len({s.reward for s in samples}) == 1
-    assert samples[0].reward != os.getpid()
+        rewards, _ = whole_steps.judge(scorer, [attempt("pid")] * 20)
+    assert len({one.value for one in rewards}) == 1
+    assert rewards[0].value != os.getpid()
 
 
 def test_a_verifier_may_print_and_sees_extra_info(verifier: str) -> None:
     with RewardScorer(RewardConfig(verifier=verifier, workers=1)) as scorer:
-        samples = [sample("print", "print"), sample("4", prompt=1, extra={"bonus": 2})]
-        whole_steps.judge(scorer, samples)
-    assert [s.reward for s in samples] == [1.0, 3.0]
+        rewards, _ = whole_steps.judge(scorer, [attempt("print", "print"), attempt("4", extra={"bonus": 2})])
+    assert [one.value for one in rewards] == [1.0, 3.0]
 
 
 def test_a_custom_verifier_in_the_driver(verifier: str) -> None:
     with RewardScorer(RewardConfig(verifier=verifier, workers=0)) as scorer:
-        samples = [sample("pid"), sample("raise", prompt=1)]
-        assert whole_steps.judge(scorer, samples)["reward/verifier_errors"] == 1.0
-    assert samples[0].reward == os.getpid()
+        rewards, metrics = whole_steps.judge(scorer, [attempt("pid"), attempt("raise")])
+    assert metrics["reward/verifier_errors"] == 1.0
+    assert rewards[0].value == os.getpid()
 
 
 def test_a_failed_verdict_takes_the_mean_of_its_group(verifier: str) -> None:
-    """Its group-relative advantage is then zero. A prompt drawn twice in a row is two groups."""
+    """Its group-relative advantage is then zero. A task that is drawn twice in a row has two groups."""
     texts = ["4", "5", "raise", "4"], ["5", "5", "5", "raise"], ["raise", "raise", "4", "4"]
-    samples = [sample(text, index=index) for group in texts for index, text in enumerate(group)]
+    attempts = [attempt(text) for group in texts for text in group]
     with RewardScorer(RewardConfig(verifier=verifier, workers=0)) as scorer:
-        whole_steps.judge(scorer, samples)
-    rewards = [s.reward for s in samples]
+        judged, _ = whole_steps.judge(scorer, attempts, group_size=4)
+    rewards = [one.value for one in judged]
     assert rewards[:4] == pytest.approx([1, 0, 2 / 3, 1])
     assert rewards[4:8] == [0, 0, 0, 0]
     assert rewards[8:] == [1, 1, 1, 1]
@@ -150,22 +140,20 @@ def test_a_verifier_that_does_not_import_is_refused_at_once(tmp_path: Path, monk
 def test_instant_verifiers_start_no_process() -> None:
     before = set(psutil.Process().children(recursive=True))
     with RewardScorer(RewardConfig(verifier="countdown", workers=8)) as scorer:
-        samples = [sample("3*7+5", {"numbers": [3, 7, 5], "target": 26})]
-        whole_steps.judge(scorer, samples)
+        (reward,), _ = whole_steps.judge(scorer, [attempt("3*7+5", {"numbers": [3, 7, 5], "target": 26})])
         assert set(psutil.Process().children(recursive=True)) == before
-    assert samples[0].reward == 1.0
+    assert reward.value == 1.0
 
 
 def test_math_verify_survives_a_tower_of_powers() -> None:
     """math-verify computes what it is told to; the right answers beside it must not suffer."""
     endless, tower = r"\boxed{\sum_{k=1}^{10^{9}} k^{-1}}", r"\boxed{9^{9^{9^{9}}}}"
     texts = [endless, r"\boxed{4.0}", tower, r"\boxed{\frac{8}{2}}", r"\boxed{5}"]
-    samples = [sample(text, prompt=number) for number, text in enumerate(texts)]
     with RewardScorer(RewardConfig(verifier="math", workers=2, timeout_s=4)) as scorer:
-        metrics = whole_steps.judge(scorer, samples)
-    assert samples[0].verifier_status in ("timeout", "error")
-    assert [samples[i].reward for i in (1, 2, 3, 4)] == [1.0, 0.0, 1.0, 0.0]
-    assert [samples[i].verifier_status for i in (1, 2, 3, 4)] == ["ok"] * 4
+        rewards, metrics = whole_steps.judge(scorer, list(map(attempt, texts)))
+    assert rewards[0].status in ("timeout", "error")
+    assert [one.value for one in rewards[1:]] == [1.0, 0.0, 1.0, 0.0]
+    assert [one.status for one in rewards[1:]] == ["ok"] * 4
     assert sum(metrics.values()) >= 1
 
 

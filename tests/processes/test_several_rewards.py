@@ -10,13 +10,14 @@ import pytest
 import whole_steps
 from hypothesis import given
 from hypothesis import strategies as st
+from trajectories import task_of, trajectory_of
 
 from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.rewards import RewardScorer, build_verifier
 from megatron_entropic.rewards.judge import Judge
 from megatron_entropic.rewards.scorer import overlong_penalty
 from megatron_entropic.rewards.verifier import Job, judge
-from megatron_entropic.types import Prompt, Sample
+from megatron_entropic.types import Trajectory
 
 BATCHES = """
     import time
@@ -49,16 +50,8 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
-def sample(text: str, truth: str = "4", *, tokens: int = 1, prompt: int = 0, index: int = 0, bonus: int = 0) -> Sample:
-    return Sample(
-        Prompt(prompt, [1], "", truth, extra_info={"bonus": bonus}),
-        index,
-        [1] * tokens,
-        [0.0] * tokens,
-        "stop",
-        0,
-        text=text,
-    )
+def attempt(text: str, truth: str = "4", *, tokens: int = 1, bonus: int = 0) -> Trajectory:
+    return trajectory_of(task_of(0, truth=truth, extra_info={"bonus": bonus}), 0, [1] * tokens, text)
 
 
 def test_dapo_soft_punishment_at_its_corners() -> None:
@@ -84,19 +77,14 @@ def test_the_sum_of_several_rewards(module: str) -> None:
         overlong_buffer_tokens=4,
         overlong_weight=0.25,
     )
-    samples = [
-        sample("4", bonus=1, tokens=6),
-        sample("5", index=1, tokens=8),
-        sample("bad", index=2),
-        sample("45", "45", index=3, tokens=10),
-    ]
+    attempts = [attempt("4", bonus=1, tokens=6), attempt("5", tokens=8), attempt("bad"), attempt("45", "45", tokens=10)]
     with RewardScorer(config, max_response_tokens=10) as scorer:
-        metrics = whole_steps.judge(scorer, samples)
-    assert [s.verifier_status for s in samples] == ["ok", "ok", "error", "ok"]
+        rewards, metrics = whole_steps.judge(scorer, attempts, group_size=4)
+    assert [one.status for one in rewards] == ["ok", "ok", "error", "ok"]
     expected = [1 + 0.5 + 2, 0 + 0.5 - 0.25 * 0.5, 1 - 0.25]
-    assert [samples[i].reward for i in (0, 1, 3)] == pytest.approx(expected)
-    assert samples[2].reward == pytest.approx(sum(expected) / 3), "a failed added reward is no zero either"
-    assert [s.correct for s in samples] == [True, False, False, True]
+    assert [rewards[i].value for i in (0, 1, 3)] == pytest.approx(expected)
+    assert rewards[2].value == pytest.approx(sum(expected) / 3), "a failed added reward is no zero either"
+    assert [one.correct for one in rewards] == [True, False, False, True]
     assert metrics == pytest.approx(
         {
             "reward/verifier_errors": 1,
@@ -114,7 +102,7 @@ def test_a_verifier_that_takes_batches(workers: int, module: str) -> None:
     config = RewardConfig(verifier=f"{module}:length", workers=workers, batch_size=2, timeout_s=1)
     texts = ["a", "bb", "raise", "a", "nan", "ccc", "short", "d", "e"] + ["hang", "f", "gg", "hh"] * workers
     with RewardScorer(config) as scorer:
-        verdicts = whole_steps.verdicts(scorer, [sample(text, index=number) for number, text in enumerate(texts)])
+        verdicts = whole_steps.verdicts(scorer, list(map(attempt, texts)))
     if workers == 0:
         assert {verdict.status for verdict in verdicts} == {"error"}, "one call for all"
         return
@@ -140,13 +128,13 @@ def test_a_verifier_that_takes_batches(workers: int, module: str) -> None:
 def test_the_default_format_is_a_box_near_the_end() -> None:
     with RewardScorer(RewardConfig(verifier="format", workers=1)) as scorer:
         texts = ["so \\boxed{4}.\n", "\\boxed{\\frac{1}{2}}", "4", "\\boxed{4", "\\boxed{}"]
-        assert [v.reward for v in whole_steps.verdicts(scorer, [sample(t) for t in texts])] == [1, 1, 0, 0, 0]
+        assert [v.reward for v in whole_steps.verdicts(scorer, list(map(attempt, texts)))] == [1, 1, 0, 0, 0]
 
 
 def test_a_pattern_that_never_ends_is_a_timeout() -> None:
     config = RewardConfig(verifier="format", format_pattern="(a+)+b", workers=1, cpu_time_s=0.5)
     with RewardScorer(config) as scorer:
-        verdicts = whole_steps.verdicts(scorer, [sample("a" * 40), sample("aab")])
+        verdicts = whole_steps.verdicts(scorer, [attempt("a" * 40), attempt("aab")])
     assert [(v.status, v.reward) for v in verdicts] == [("timeout", 0), ("ok", 1)]
 
 

@@ -6,20 +6,22 @@ from collections.abc import Sequence
 
 from megatron_entropic.rewards.scorer import RewardScorer, job_of
 from megatron_entropic.rewards.verifier import Verdict
-from megatron_entropic.types import Sample
+from megatron_entropic.types import Reward, Trajectory
 
 
-def judge(scorer: RewardScorer, samples: Sequence[Sample]) -> dict[str, float]:
-    """Set the rewards of all samples; the metrics of the step."""
-    with scorer.scoring(len(samples)) as scoring:
-        for position, sample in enumerate(samples):
-            scoring.add(position, sample)
+def judge(
+    scorer: RewardScorer, trajectories: Sequence[Trajectory], *, group_size: int = 1
+) -> tuple[list[Reward], dict[str, float]]:
+    """The rewards of all trajectories, and the metrics of the step."""
+    with scorer.scoring(len(trajectories) // group_size, group_size) as scoring:
+        for position, trajectory in enumerate(trajectories):
+            scoring.add(position, trajectory)
         return scoring.finish()
 
 
-def verdicts(scorer: RewardScorer, samples: Sequence[Sample]) -> list[Verdict]:
-    """What the verifier alone says, failures as such; no sample is changed."""
-    judging = scorer.judging(len(samples))
-    for position, sample in enumerate(samples):
-        judging.add(position, job_of(sample))
+def verdicts(scorer: RewardScorer, trajectories: Sequence[Trajectory]) -> list[Verdict]:
+    """What the verifier alone says, failures as such."""
+    judging = scorer.judging(len(trajectories))
+    for position, trajectory in enumerate(trajectories):
+        judging.add(position, job_of(trajectory))
     return judging.verdicts()

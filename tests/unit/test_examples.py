@@ -17,7 +17,7 @@ import torch
 
 from megatron_entropic.config.load import load_config
 from megatron_entropic.config.run import Config
-from megatron_entropic.data import PromptDataset, WarmStartPairs, load_tokenizer
+from megatron_entropic.data import TaskDataset, WarmStartPairs, load_tokenizer
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.rewards import build_verifier
 from megatron_entropic.training.machine import load_checked_config
@@ -88,7 +88,7 @@ def test_an_interrupted_call_is_repeated(assets: Path, tmp_path: Path) -> None:
 def test_the_trainer_reads_every_prompt(assets: Path) -> None:
     config = countdown_config(assets)
     tokenizer = load_tokenizer(config.model.hf_dir)
-    prompts = PromptDataset(config.data, tokenizer, seed=1)
+    prompts = TaskDataset(config.data, tokenizer, seed=1)
     assert len(prompts) == 300
     verifier = build_verifier("countdown")
     for prompt in (prompts[position] for position in range(len(prompts))):

@@ -138,6 +138,6 @@ def test_a_start_needs_neither_ray_nor_vllm_to_be_checked() -> None:
 def test_what_was_opened_is_what_the_run_gets(files: Path) -> None:
     config = load_checked_config(EXAMPLE, arguments(files, "warm_start.steps=2", "warm_start.sequences_per_step=4"))
     with open_inputs(config) as inputs:
-        assert len(inputs.prompts) == 20
+        assert len(inputs.tasks) == 20
         assert [len(lesson) for lesson in inputs.lessons] == [4, 4]
         assert not inputs.evaluator.due(1)

@@ -8,9 +8,10 @@ from typing import cast
 import pytest
 import torch
 import yaml
+from trajectories import reward_of, task_of, trajectory_of
 
 from megatron_entropic.checkpoints.run_checkpoints import MANIFEST, checkpoint_path
-from megatron_entropic.cluster.policy_group import PolicyGroup
+from megatron_entropic.cluster.cluster import Cluster
 from megatron_entropic.config.load import dump_config
 from megatron_entropic.config.run import Config
 from megatron_entropic.errors import PeerDied, RunError
@@ -18,7 +19,7 @@ from megatron_entropic.observability.progress import Progress
 from megatron_entropic.observability.records import recorded_steps, rollouts_path
 from megatron_entropic.observability.settings_history import read_parts
 from megatron_entropic.training.run_directory import RunDirectory
-from megatron_entropic.types import Prompt, Sample, Scores, Sequence
+from megatron_entropic.types import Group, Scores, Sequence, TrainingBatch
 
 
 def run_directory(folder: Path, **sections: dict[str, object]) -> RunDirectory:
@@ -31,12 +32,12 @@ EVERY_STEP: dict[str, object] = {"rollouts_every_steps": 1}
 
 
 def keep_steps(run: RunDirectory, *steps: int, skipped: tuple[int, ...] = ()) -> None:
-    sample = Sample(Prompt(0, [1], "", None), 0, [2], [-0.5], "stop", 0, reward=1.0, verifier_status="ok")
-    sequence = Sequence(torch.tensor([1, 2]), 1, advantages=torch.zeros(1))
+    group = Group((trajectory_of(task_of(0), 0, [2], logprobs=[-0.5]),), (reward_of(1.0),))
+    batch = TrainingBatch((group,), (Sequence(torch.tensor([1, 2]), 1, advantages=torch.zeros(1)),))
     scores = Scores([torch.zeros(1)], [torch.zeros(1)])
-    run.progress = Progress(60)
-    for step in steps:
-        run.keep_rollouts(step, [sample], [sequence], scores, {"optimizer/skipped": float(step in skipped)})
+    with run.journal as journal:
+        for step in steps:
+            journal.keep(step, batch, scores, {"optimizer/skipped": float(step in skipped)})
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_rollouts_that_cannot_be_read_are_left_alone(tmp_path: Path) -> None:
 def test_a_resume_forgets_the_rollouts_of_steps_that_are_computed_again(tmp_path: Path) -> None:
     run = run_directory(tmp_path, logging=EVERY_STEP, train={"record_steps": [4]})
     keep_steps(run, 1, 2, 3, 4, 5, skipped=(5,))
-    run._rollouts.truncate_after(2)
+    run.journal._rollouts.truncate_after(2)
     assert recorded_steps(tmp_path) == [1, 2, 4, 5]
 
 
@@ -104,7 +105,7 @@ def test_a_resume_says_what_changed_and_keeps_what_was(
     (tmp_path / "x").write_text("rows")
     checkpoint = checkpoint_path(tmp_path / "checkpoints", 4)
     first = run_directory(tmp_path, optimizer={"learning_rate": 1e-3})
-    first.progress = Progress(9)
+    first.journal.progress = Progress(9)
     if older:
         dump_config(first._config, tmp_path / "config.yaml")
         config = yaml.safe_load((tmp_path / "config.yaml").read_text())
@@ -113,7 +114,7 @@ def test_a_resume_says_what_changed_and_keeps_what_was(
     else:
         first._record_settings(0)
     second = run_directory(tmp_path, optimizer={"learning_rate": 1e-4}, run={"output_dir": tmp_path, "seed": 7})
-    second.progress, second._newest = Progress(9), checkpoint
+    second.journal.progress, second._newest = Progress(9), checkpoint
     second._keep_settings_before()
     second._record_settings(4)
     assert [(part.first_step, part.config["optimizer"]["learning_rate"]) for part in read_parts(tmp_path)] == [
@@ -137,15 +138,19 @@ def test_a_recorded_step_has_the_checkpoint_before_it(tmp_path: Path) -> None:
 class LostPolicy:
     """Its ranks are gone."""
 
+    @property
+    def policy(self) -> LostPolicy:
+        return self
+
     def check_checkpoint(self, *, wait: bool) -> None:
         raise PeerDied("check_checkpoint: policy rank 0 was ended because its node ran out of memory")
 
 
 def test_when_ranks_go_with_an_engine_both_losses_are_told(tmp_path: Path) -> None:
     run = run_directory(tmp_path)
-    run.progress = Progress(60)
+    run.journal.progress = Progress(60)
     told = "(?s)generate: the process of engine 0 died.*step 1 could not be saved: .*ran out of memory"
-    with pytest.raises(PeerDied, match=told), run.checkpoints.preserving(cast(PolicyGroup, LostPolicy()), 1):
+    with pytest.raises(PeerDied, match=told), run.checkpoints.preserving(cast(Cluster, LostPolicy()), 1):
         raise RunError("generate: the process of engine 0 died")
 
 
@@ -153,13 +158,13 @@ def test_a_restart_says_from_which_checkpoint_it_goes_on_or_that_there_is_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_directory(tmp_path)
-    run.progress = Progress(9)
+    run.journal.progress = Progress(9)
     being_written = tmp_path / "checkpoints" / ".step_00000004.1.partial"
     being_written.mkdir(parents=True)
-    run.record_restart(1, 3, RunError("checkpoint: policy rank 0 died"))
+    run.journal.record_restart(1, 3, RunError("checkpoint: policy rank 0 died"))
     assert "restart 1 of 3 from the beginning: no checkpoint is complete yet" in capsys.readouterr().out
     checkpoint = checkpoint_path(tmp_path / "checkpoints", 4)
     checkpoint.mkdir()
     (checkpoint / MANIFEST).write_text("{}")
-    run.record_restart(2, 3, RunError("update: policy rank 0 died"))
+    run.journal.record_restart(2, 3, RunError("update: policy rank 0 died"))
     assert f"restart 2 of 3 from {checkpoint}" in capsys.readouterr().out

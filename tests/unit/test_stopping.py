@@ -74,8 +74,8 @@ def test_ctrl_c_during_the_start_ends_the_run_before_the_next_part_is_started(
         started.append("policy")
         yield
 
-    prompts = SimpleNamespace(report=SimpleNamespace(lines=list))
-    inputs = SimpleNamespace(scorer=None, evaluator=None, prompts=prompts, lessons=[])
+    tasks = SimpleNamespace(report=SimpleNamespace(lines=list))
+    inputs = SimpleNamespace(scorer=None, evaluator=None, tasks=tasks, lessons=[])
     monkeypatch.setattr(trainer, "open_inputs", lambda _config: nullcontext(inputs))
     monkeypatch.setattr(trainer, "launch", launch)
     sections = {"run": {"output_dir": tmp_path}, "model": {"hf_dir": tmp_path}, "data": {"train_files": [tmp_path]}}

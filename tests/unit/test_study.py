@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from megatron_entropic.data import PromptDataset, WarmStartPairs, load_tokenizer
+from megatron_entropic.data import TaskDataset, WarmStartPairs, load_tokenizer
 from megatron_entropic.rewards import build_verifier
 from megatron_entropic.training.machine import load_checked_config
 
@@ -119,7 +119,7 @@ def test_the_trainer_reads_the_files(assets: Path) -> None:
         ],
     )
     tokenizer = load_tokenizer(config.model.hf_dir)
-    prompts = PromptDataset(config.data, tokenizer, seed=1)
+    prompts = TaskDataset(config.data, tokenizer, seed=1)
     verifier = build_verifier(config.reward.verifier)
     assert len(prompts) == 300
     assert {len(prompts[position].tokens) for position in range(300)} == {config.data.max_prompt_tokens}

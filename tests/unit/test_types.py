@@ -18,7 +18,7 @@ def test_a_sequence_survives_pickling_bit_for_bit() -> None:
         assert getattr(got, name).numpy().tobytes() == getattr(sent, name).numpy().tobytes()
         assert getattr(got, name).dtype == getattr(sent, name).dtype
     assert got.rollout_logprobs is None
-    got.advantages += 1  # not a view of a read-only buffer
+    got.old_logprobs.add_(1)  # not a view of a read-only buffer
 
 
 def test_scores_survive_pickling_with_their_order_and_empty_responses() -> None:

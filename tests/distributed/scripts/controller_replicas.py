@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,10 @@ def refused_step(policy: Policy, part: list[Sequence]) -> dict[str, Any]:
     policy.update(part)
     before, control = digest(policy), policy._control.state_dict()
     steps = policy.optimizer.steps_taken
-    good = part[0].advantages
+    bad = part
     if policy.parallel.data_rank == policy.parallel.data_size - 1:
-        part[0].advantages = torch.full_like(good, torch.inf)
-    refused = policy.update(part)
-    part[0].advantages = good
+        bad = [replace(part[0], advantages=torch.full_like(part[0].advantages, torch.inf)), *part[1:]]
+    refused = policy.update(bad)
     untouched = digest(policy) == before and policy.optimizer.steps_taken == steps
     held = policy._control.state_dict()["controller"]["acc"] == control["controller"]["acc"]
     after = policy.update(part)
@@ -147,8 +147,7 @@ def reference(rendezvous: Rendezvous, layout: dict[str, Any], model: Path, data:
         part = replica_part(policy, load(data))
         before = policy.score(part, reference=True)
         same = policy.score(part)
-        for sequence in part:
-            sequence.reference_logprobs = sequence.old_logprobs
+        part = [replace(sequence, reference_logprobs=sequence.old_logprobs) for sequence in part]
         policy.update(part)
         after, moved = policy.score(part, reference=True), policy.score(part)
         if before is None or same is None or after is None or moved is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,10 @@ def digest(policy: Policy) -> str:
 
 def sequences(lines: list[tuple[list[int], int]]) -> list[Sequence]:
     """With log-probs of policies that thought little of every token."""
-    found = sequences_with_advantages(lines)
-    for sequence in found:
-        sequence.old_logprobs = torch.full((sequence.response_length,), -5.0)
-        sequence.reference_logprobs = sequence.old_logprobs.clone()
+    found = []
+    for sequence in sequences_with_advantages(lines):
+        values = torch.full((sequence.response_length,), -5.0)
+        found.append(replace(sequence, old_logprobs=values, reference_logprobs=values.clone()))
     return found
 
 

@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -38,10 +39,10 @@ def batch() -> list[Sequence]:
     generator = torch.Generator().manual_seed(31)
     lengths = ((3, 14), (17, 1), (9, 21), (2, 45), (30, 7), (5, 12), (11, 33), (4, 4))
     lines = [(torch.randint(251, (p + r,), generator=generator).tolist(), p) for p, r in lengths]
-    sequences = sequences_with_advantages(lines)
-    for sequence in sequences:
-        sequence.old_logprobs = torch.full_like(sequence.advantages, -5.0)
-    return sequences
+    return [
+        replace(sequence, old_logprobs=torch.full_like(sequence.advantages, -5.0))
+        for sequence in sequences_with_advantages(lines)
+    ]
 
 
 @contextmanager

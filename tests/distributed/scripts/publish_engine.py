@@ -17,7 +17,7 @@ from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.observability.stacks import stacks_of_family
 from megatron_entropic.rollout.engine import RolloutEngine
-from megatron_entropic.types import GenerationRequest, Prompt
+from megatron_entropic.types import GenerationRequest
 from megatron_entropic.weight_sync.checksums import checksums, mismatches
 from megatron_entropic.weight_sync.plan import PublishPlan, publish_plan
 
@@ -34,16 +34,16 @@ def generate(engine: RolloutEngine) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(3)
     requests = []
     for index, length in enumerate((150, 1, 30)):
-        prompt = Prompt(index, torch.randint(4, 97, (length,), generator=generator).tolist(), "", None)
-        requests += [GenerationRequest(prompt, sample, 10 * index + sample) for sample in range(3)]
+        tokens = torch.randint(4, 97, (length,), generator=generator, dtype=torch.int32).numpy()
+        requests += [GenerationRequest(tokens, 10 * index + sample) for sample in range(3)]
     return [
         {
-            "prompt": sample.prompt.tokens,
-            "response": sample.response_tokens,
-            "logprobs": sample.rollout_logprobs,
-            "version": sample.weights_version,
+            "prompt": request.tokens.tolist(),
+            "response": response.segment.tokens.tolist(),
+            "logprobs": response.segment.logprobs.tolist(),
+            "version": response.segment.weights_version,
         }
-        for sample in engine.generate(requests)
+        for request, response in zip(requests, engine.generate(requests), strict=True)
     ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def scored(policy: Policy, part: list[Sequence]) -> list[torch.Tensor]:
     dist.all_gather_object(everywhere, (policy.parallel.data_rank, scores[0]))
     own = next(found for replica, found in everywhere if found is not None and replica == policy.parallel.data_rank)
     for index, sequence in enumerate(part):
-        sequence.old_logprobs, sequence.experts = own.logprobs[index], own.experts[index]
+        part[index] = replace(sequence, old_logprobs=own.logprobs[index], experts=own.experts[index])
     return own.experts
 
 
@@ -99,7 +100,7 @@ def check(policy: Policy, part: list[Sequence]) -> dict[str, Any]:
         # The first layer with experts sees the same input with and without replay; later ones need not.
         "counted": float(unlike) / float(total),
     }
-    part[0].experts = None
+    part[0] = replace(part[0], experts=None)
     try:
         policy._machinery.align(part, replay=True)
     except ValueError as error:

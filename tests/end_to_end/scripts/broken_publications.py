@@ -16,11 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_entropic.cluster.environment import prepare_ray_environment
 from megatron_entropic.config.run import Config
+from megatron_entropic.data import load_tokenizer
 from megatron_entropic.errors import RunError
 from megatron_entropic.training.machine import load_checked_config
-from megatron_entropic.types import Prompt
+from megatron_entropic.types import Task
 
 
 def pid_of(actor: Any) -> int:
@@ -29,13 +32,13 @@ def pid_of(actor: Any) -> int:
     return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=60))
 
 
-def broken_publication(weights: Any, version: int, actor: Any, config: Config) -> dict[str, Any]:
+def broken_publication(cluster: Any, version: int, actor: Any, config: Config) -> dict[str, Any]:
     """Publishes while the process of `actor` is stopped and then killed."""
     seen: dict[str, Any] = {}
     pid = pid_of(actor)
     os.kill(pid, signal.SIGSTOP)
     with ThreadPoolExecutor(1) as threads:
-        publishing = threads.submit(weights.publish, version=version)
+        publishing = threads.submit(cluster.publish, version=version)
         time.sleep(3)
         seen["ended early"] = publishing.done()
         killed = time.monotonic()
@@ -49,21 +52,21 @@ def broken_publication(weights: Any, version: int, actor: Any, config: Config) -
 def broken_start(config: Config, victim: str) -> dict[str, Any]:
     """Publishes and generates, then publishes while `victim` (policy or engine) is lost; one engine may be replaced."""
     from megatron_entropic.cluster.launch import launch
-    from megatron_entropic.cluster.weight_sync import WeightPublisher
+    from megatron_entropic.cluster.sampling import Sampler
 
-    prompts = [Prompt(index, [3, 4, 5], "", None) for index in range(2)]
-    with launch(config) as (policy, engines):
-        weights = WeightPublisher(policy, engines, config.cluster)
-        weights.publish(version=1)
-        seen: dict[str, Any] = {"versions": [sample.weights_version for sample in engines.generate(prompts, 1)]}
+    tasks = [Task(index, np.array([3, 4, 5], np.int32), "", None) for index in range(2)]
+    with launch(config) as cluster:
+        sampler = Sampler(config, cluster, load_tokenizer(config.model.hf_dir))
+        cluster.publish(version=1)
+        seen: dict[str, Any] = {"versions": [one.weights_version for one in sampler.generate(tasks, 1)]}
         if victim == "engine":
-            seen["replaced"] = broken_publication(weights, 2, engines._actors[0], config)
-            seen["replaced"]["versions"] = [s.weights_version for s in engines.generate(prompts, 1)]
+            seen["replaced"] = broken_publication(cluster, 2, cluster.engines._actors["engine 0"], config)
+            seen["replaced"]["versions"] = [one.weights_version for one in sampler.generate(tasks, 1)]
         # The second stage's rank: the buckets of the others arrive, its own do not.
-        actor = policy._actors[1] if victim == "policy" else engines._actors[0]
-        seen |= broken_publication(weights, 3, actor, config)
+        actor = cluster.policy._actors[1] if victim == "policy" else cluster.engines._actors["engine 0"]
+        seen |= broken_publication(cluster, 3, actor, config)
         try:
-            engines.generate(prompts, 2)
+            sampler.generate(tasks, 2)
         except RunError as refusal:
             seen["refusal"] = str(refusal)
     return seen

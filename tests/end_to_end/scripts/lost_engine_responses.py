@@ -9,16 +9,20 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_entropic.cluster.environment import prepare_ray_environment
 from megatron_entropic.config.run import Config
-from megatron_entropic.types import Prompt, Sample
+from megatron_entropic.data import load_tokenizer
+from megatron_entropic.types import Task, Trajectory
 
 
-def plain(sample: Sample) -> list[Any]:
-    return [sample.prompt.index, sample.sample_index, sample.response_tokens, sample.rollout_logprobs]
+def plain(one: Trajectory) -> list[Any]:
+    return [one.task.index, one.sample_index, one.response_tokens.tolist(), one.rollout_logprobs.tolist()]
 
 
 def main(folder: Path) -> None:
@@ -33,24 +37,27 @@ def main(folder: Path) -> None:
     )
     prepare_ray_environment(config.cluster)
     from megatron_entropic.cluster.launch import launch_engines
+    from megatron_entropic.cluster.sampling import Sampler
 
-    prompts = [Prompt(index, list(range(5 + index, 15 + index)), "", None) for index in range(7)]
-    arrivals: list[list[int]] = []
+    tasks = [Task(index, np.arange(5 + index, 15 + index, dtype=np.int32), "", None) for index in range(7)]
+    positions: list[int] = []
+    seen_at_s: list[float] = []
     partly: list[list[Any]] = []
-    with launch_engines(config) as engines:
-        whole = engines.generate(prompts, 1)
+    with launch_engines(config) as cluster:
+        sampler = Sampler(config, cluster, load_tokenizer(config.model.hf_dir))
+        whole = sampler.generate(tasks, 1)
 
-        def arrived(responses: list[tuple[int, Sample]]) -> None:
-            if not arrivals:
-                os.kill(engines.processes()["engine 0"].pid, signal.SIGKILL)
-            arrivals.append([position for position, _ in responses])
-            partly.extend(plain(sample) for _, sample in responses)
+        def take(position: int, one: Trajectory) -> None:
+            if not positions:
+                os.kill(cluster.engines.processes()["engine 0"].pid, signal.SIGKILL)
+            positions.append(position)
+            seen_at_s.append(time.monotonic())
+            partly.append(plain(one))
 
-        again = engines.generate(prompts, 1, arrived=arrived)
-        losses = list(map(str, engines.new_losses()))
-    shared = all(sample.prompt is prompts[sample.prompt.index] for sample in again)
-    seen = {"whole": list(map(plain, whole)), "again": list(map(plain, again)), "arrivals": arrivals}
-    (folder / "seen.json").write_text(json.dumps(seen | {"losses": losses, "partly": partly, "shared": shared}))
+        again = sampler.generate(tasks, 1, take)
+        losses = list(map(str, cluster.engines.new_losses()))
+    seen = {"whole": list(map(plain, whole)), "again": list(map(plain, again)), "positions": positions}
+    (folder / "seen.json").write_text(json.dumps(seen | {"losses": losses, "partly": partly, "seen_at_s": seen_at_s}))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -22,7 +23,7 @@ from megatron_entropic.errors import PhaseTimeout
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.rollout.engine import RolloutEngine
-from megatron_entropic.types import GenerationRequest, Prompt, Sample
+from megatron_entropic.types import GenerationRequest, Response
 from megatron_entropic.weight_sync.gloo import FlatContents, GlooSender
 from megatron_entropic.weight_sync.plan import PublishPlan, publish_plan
 
@@ -37,9 +38,8 @@ def requests_of_step(step: int, vocabulary: int) -> list[GenerationRequest]:
     lengths = [LONGEST_PROMPT, 1, *torch.randint(2, LONGEST_PROMPT, (8,), generator=generator).tolist()]
     requests = []
     for index, length in enumerate(lengths):
-        tokens = torch.randint(4, vocabulary, (length,), generator=generator).tolist()
-        prompt = Prompt(index, tokens, "", None)
-        requests += [GenerationRequest(prompt, sample, 1000 * step + 10 * index + sample) for sample in range(4)]
+        tokens = torch.randint(4, vocabulary, (length,), generator=generator, dtype=torch.int32).numpy()
+        requests += [GenerationRequest(tokens, 1000 * step + 10 * index + sample) for sample in range(4)]
     return requests
 
 
@@ -98,17 +98,17 @@ def cached_tokens(engine: RolloutEngine, prompt: list[int]) -> int:
     return int(output.num_cached_tokens)
 
 
-def plain(samples: list[Sample]) -> list[dict[str, Any]]:
+def plain(requests: list[GenerationRequest], responses: list[Response]) -> list[dict[str, Any]]:
     return [
         {
-            "prompt": sample.prompt.tokens,
-            "index": (sample.prompt.index, sample.sample_index),
-            "response": sample.response_tokens,
-            "logprobs": sample.rollout_logprobs,
-            "finish_reason": sample.finish_reason,
-            "version": sample.weights_version,
+            "prompt": request.tokens.tolist(),
+            "seed": request.seed,
+            "response": response.segment.tokens.tolist(),
+            "logprobs": response.segment.logprobs.tolist(),
+            "finish_reason": response.finish_reason,
+            "version": response.segment.weights_version,
         }
-        for sample in samples
+        for request, response in zip(requests, responses, strict=True)
     ]
 
 
@@ -146,13 +146,14 @@ def main(directory: Path, life: str) -> None:
     seen: dict[str, Any] = {"buckets": len(plan.buckets)}
     if life != "resumed":
         first = requests_of_step(1, vocabulary)
-        longest = first[0].prompt.tokens
-        seen["before"] = plain(engine.generate(first))
-        seen["repeated"] = plain(engine.generate(first))
+        longest = first[0].tokens.tolist()
+        seen["before"] = plain(first, engine.generate(first))
+        seen["repeated"] = plain(first, engine.generate(first))
         # A caller who stops asking leaves no running request behind, which would forbid the publication below.
         responses = engine.respond(first)
         seen["first finished"] = [
-            (position, *plain([sample])) for position, sample in next(finished for finished in responses if finished)
+            (position, *plain([first[position]], [response]))
+            for position, response in next(finished for finished in responses if finished)
         ]
         responses.close()
         seen["cached before"] = cached_tokens(engine, longest)
@@ -162,15 +163,16 @@ def main(directory: Path, life: str) -> None:
     seen["vllm version after"] = engine._llm.get_weight_version()
     if life != "resumed":
         seen["cached after"] = cached_tokens(engine, longest)
-        seen["after"] = plain(engine.generate(first))
+        seen["after"] = plain(first, engine.generate(first))
         # The same state as that of a restarted engine, which has generated nothing yet.
         publish(engine, plan, tensors, version=2)
-    seen["step 2"] = plain(engine.generate(requests_of_step(2, vocabulary)))
+    second = requests_of_step(2, vocabulary)
+    seen["step 2"] = plain(second, engine.generate(second))
     if life != "resumed":
         # vLLM needs room for one token more, which the longest do not leave.
         fitting = [s for s in seen["after"] if len(s["prompt"]) < LONGEST_PROMPT]
         seen["scored"] = engine.score_tokens([(s["prompt"] + s["response"], len(s["prompt"])) for s in fitting])
-        too_long = GenerationRequest(Prompt(77, [5] * (LONGEST_PROMPT + 1), "", None), 0, 0)
+        too_long = GenerationRequest(np.full(LONGEST_PROMPT + 1, 5, np.int32), 0)
         try:
             engine.generate([too_long])
         except ValueError as error:

@@ -1,20 +1,21 @@
-"""The seeds of a step's responses: by place in the step, so that a problem that comes twice is sampled anew."""
+"""The seeds of a step's attempts: by place in the step, so that a task that comes twice is sampled anew."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from trajectories import reward_of, task_of
 
-from megatron_entropic.cluster import engine_group
-from megatron_entropic.cluster.engine_group import EngineGroup
+from megatron_entropic.cluster.sampling import Sampler, sample_seed
 from megatron_entropic.config.run import Config
 from megatron_entropic.training.rollouts import JudgedRollouts
-from megatron_entropic.types import GenerationRequest, Prompt, Sample
+from megatron_entropic.types import GenerationRequest, Response, Segment, Task, Trajectory
 
 
 def _config(engines: int = 1, **rollout: object) -> Config:
@@ -28,101 +29,121 @@ def _config(engines: int = 1, **rollout: object) -> Config:
     )
 
 
-def _prompt(index: int) -> Prompt:
-    return Prompt(index=index, tokens=[1, index], text=f"problem {index}", ground_truth="1")
+def _task(index: int) -> Task:
+    return task_of(index, [1, index])
 
 
-def _sample(request: GenerationRequest) -> Sample:
+def _response(request: GenerationRequest) -> Response:
     # The engine's answer is a function of prompt and seed: what came out tells which seed went in.
-    return Sample(request.prompt, request.sample_index, [request.seed], [0.0], "stop", 0)
+    return Response(Segment(np.array([request.seed], np.int32), np.zeros(1, np.float32), 0), "stop")
 
 
-def _group(config: Config, monkeypatch: pytest.MonkeyPatch) -> EngineGroup:
-    """An `EngineGroup` whose actors answer at once, without Ray."""
-    group = EngineGroup.__new__(EngineGroup)
-    remote = SimpleNamespace(generate=SimpleNamespace(remote=lambda requests, _: list(map(_sample, requests))))
-    group.__dict__ |= {"_config": config, "before_rollout": lambda: None, "_actors": [remote] * config.rollout.engines}
+class Engines:
+    """Stand where the engine group does, and answer at once, the last request first."""
 
-    def receive(answers: dict[str, list[Sample]], take: Callable[..., None], **_: object) -> dict[str, Any]:
-        for name, samples in answers.items():
-            take(name, list(enumerate(samples)))
+    def __init__(self, count: int) -> None:
+        self.names = [f"engine {number}" for number in range(count)]
+
+    def stream(
+        self, requests: dict[str, list[GenerationRequest]], sampling: object, take: Callable[..., None], **_: object
+    ) -> dict[str, Any]:
+        for name, asked in requests.items():
+            take(name, [(number, _response(asked[number])) for number in reversed(range(len(asked)))])
         return {}
 
-    monkeypatch.setattr(engine_group, "receive_streams", receive)
-    return group
+
+class Tokenizer:
+    """Writes tokens as numbers."""
+
+    def batch_decode(self, rows: list[list[int]], *, skip_special_tokens: bool) -> list[str]:
+        return [" ".join(map(str, row)) for row in rows]
+
+
+def _sampler(config: Config) -> Sampler:
+    engines = Engines(config.rollout.engines)
+
+    @contextmanager
+    def rollout() -> Iterator[Engines]:
+        yield engines
+
+    cluster: Any = SimpleNamespace(engines=engines, rollout=rollout)
+    tokenizer: Any = Tokenizer()
+    return Sampler(config, cluster, tokenizer)
+
+
+def _plain(trajectories: list[Trajectory]) -> list[tuple[int, int, str]]:
+    return [(one.task.index, one.sample_index, one.text) for one in trajectories]
 
 
 @pytest.mark.parametrize("engines", [1, 2, 3])
-def test_a_problem_that_comes_twice_within_a_step_is_sampled_anew(
-    engines: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    group = _group(_config(engines), monkeypatch)
-    prompts = [_prompt(3), _prompt(5), _prompt(3), _prompt(3)]
-    samples = group.generate(prompts, step=7)
-    assert [sample.prompt.index for sample in samples] == [3, 3, 5, 5, 3, 3, 3, 3]
-    assert len({tuple(sample.response_tokens) for sample in samples}) == len(samples)
+def test_a_task_that_comes_twice_within_a_step_is_sampled_anew(engines: int) -> None:
+    sampler = _sampler(_config(engines))
+    tasks = [_task(3), _task(5), _task(3), _task(3)]
+    found = _plain(sampler.generate(tasks, step=7))
+    assert [(index, sample) for index, sample, _ in found] == [(i, k) for i in (3, 5, 3, 3) for k in range(2)]
+    assert len({text for *_, text in found}) == len(found)
     # The number of engines and repetition change nothing; the step does.
-    alone = _group(_config(1), monkeypatch)
-    assert alone.generate(prompts, step=7) == samples == group.generate(prompts, step=7)
-    assert alone.generate(prompts, step=8) != samples
+    alone = _sampler(_config(1))
+    assert _plain(alone.generate(tasks, step=7)) == found == _plain(sampler.generate(tasks, step=7))
+    assert _plain(alone.generate(tasks, step=8)) != found
 
 
-def test_places_of_replacements_are_those_after_the_step_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    group = _group(_config(), monkeypatch)
-    together = group.generate([_prompt(1), _prompt(2), _prompt(9)], step=4)
-    assert group.generate([_prompt(9)], step=4, first_place=2) == together[4:]
+def test_places_of_replacements_are_those_after_the_step_s_own() -> None:
+    sampler = _sampler(_config())
+    together = _plain(sampler.generate([_task(1), _task(2), _task(9)], step=4))
+    assert _plain(sampler.generate([_task(9)], step=4, first_place=2)) == together[4:]
 
 
-def test_seeds_of_an_evaluation_belong_to_its_problems(monkeypatch: pytest.MonkeyPatch) -> None:
-    group = _group(_config(), monkeypatch)
-    whole = group.answer_benchmark("held", [_prompt(0), _prompt(1)])
-    assert group.answer_benchmark("held", [_prompt(1)]) == whole[2:]
+def test_seeds_of_an_evaluation_belong_to_its_problems() -> None:
+    sampler = _sampler(_config())
+    whole = _plain(sampler.answer_benchmark("held", [_task(0), _task(1)]))
+    assert _plain(sampler.answer_benchmark("held", [_task(1)])) == whole[2:]
 
 
-class _Prompts:
-    """Two prompts for the step and as many replacements as are asked for."""
+class _Tasks:
+    """Two tasks for the step and as many replacements as are asked for."""
 
-    tokenizer = None
+    def at_step(self, step: int, count: int) -> list[Task]:
+        return [_task(i % 2) for i in range(count)]
 
-    def at_step(self, step: int, count: int) -> list[Prompt]:
-        return [_prompt(i % 2) for i in range(count)]
-
-    def replacements(self, step: int, earlier: int, count: int, seen: set[int]) -> list[Prompt]:
-        return [_prompt(10 * (earlier + 1) + i) for i in range(count)]
+    def replacements(self, step: int, earlier: int, count: int, seen: set[int]) -> list[Task]:
+        return [_task(10 * (earlier + 1) + i) for i in range(count)]
 
 
 class _Scorer:
-    """Judges every response wrong, so that every group is replaced in every round."""
+    """Judges every response wrong, so that every group is replaced in every round; keeps what was asked."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
 
     @contextmanager
-    def scoring(self, count: int) -> Any:
-        yield SimpleNamespace(add=lambda position, sample: None, finish=lambda: {"reward/verifier_errors": 0.0})
+    def scoring(self, groups: int, group_size: int) -> Iterator[Any]:
+        rewards = [reward_of(0.0)] * groups * group_size
+        yield SimpleNamespace(
+            add=lambda position, trajectory: self.texts.append(trajectory.text),
+            finish=lambda: (rewards, {"reward/verifier_errors": 0.0}),
+        )
 
 
-def test_no_seed_comes_twice_over_all_rounds_of_dynamic_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_seed_comes_twice_over_all_rounds_of_dynamic_sampling() -> None:
     config = _config(max_resamples=3, prompts_per_step=4)
-    group = _group(config, monkeypatch)
-    asked: list[int] = []
-    generate = group.generate
-
-    def recording(*arguments: Any, **options: Any) -> list[Sample]:
-        samples = generate(*arguments, **options | {"arrived": lambda _: None})
-        for sample in samples:
-            asked.extend(sample.response_tokens)
-            sample.verifier_status = "ok"
-        return samples
-
-    monkeypatch.setattr(group, "generate", recording)
 
     @contextmanager
-    def phase(name: str) -> Any:
+    def phase(name: str) -> Iterator[None]:
         yield
 
-    run: Any = SimpleNamespace(phase=phase)
+    journal: Any = SimpleNamespace(phase=phase)
     stop: Any = SimpleNamespace(raise_if_asked=lambda: None)
-    prompts: Any = _Prompts()
+    tasks: Any = _Tasks()
     scorer: Any = _Scorer()
-    samples, metrics = JudgedRollouts(config, prompts, group, scorer, run, stop).of_step(2)
+    groups, metrics = JudgedRollouts(config.rollout, tasks, _sampler(config), scorer, journal, stop).of_step(2)
     assert metrics["resampling/rounds"] == 3
-    assert len(samples) == 8
-    assert len(asked) == 4 * 8 == len(set(asked))
+    assert [len(group.trajectories) for group in groups] == [2] * 4
+    assert len(scorer.texts) == 4 * 8 == len(set(scorer.texts))
+
+
+def test_every_response_has_a_seed_of_its_own() -> None:
+    seeds = [sample_seed(1, step, prompt, sample) for step in range(20) for prompt in range(20) for sample in range(8)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert sample_seed(1, 2, 3, 4) == sample_seed(1, 2, 3, 4) != sample_seed(2, 2, 3, 4)

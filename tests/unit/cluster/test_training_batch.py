@@ -1,16 +1,13 @@
-"""Between the rooms: samples become sequences, groups become metrics."""
+"""Between the rooms: trajectories become sequences, groups become metrics."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from trajectories import reward_of, task_of, trajectory_of
 
-from megatron_entropic.cluster.engine_group import sample_seed
-from megatron_entropic.config.run import Config
+from megatron_entropic.config.run import RolloutConfig
 from megatron_entropic.training.step import (
-    attach_scores,
     entropy_profile,
     importance,
     mean_of,
@@ -19,71 +16,59 @@ from megatron_entropic.training.step import (
     rollout_metrics,
     training_batch,
 )
-from megatron_entropic.types import Prompt, Sample, Scores
-
-
-def _config(**algorithm: object) -> Config:
-    return Config.model_validate(
-        {
-            "model": {"hf_dir": Path("model")},
-            "data": {"train_files": [Path("train.parquet")]},
-            "rollout": {"prompts_per_step": 2, "samples_per_prompt": 2},
-            "algorithm": algorithm,
-        }
-    )
+from megatron_entropic.types import Group, Scores, TrainingBatch
 
 
 @pytest.fixture
-def samples() -> list[Sample]:
-    rewards_and_lengths = [(1.0, 3), (0.0, 1), (0.0, 2), (0.0, 4)]
-    return [
-        Sample(
-            prompt=Prompt(index=i // 2, tokens=[7, 8 + i // 2], text="", ground_truth=None),
-            sample_index=i % 2,
-            response_tokens=list(range(length)),
-            rollout_logprobs=[-0.5] * length,
-            finish_reason="length" if i == 3 else "stop",
-            weights_version=0,
-            reward=reward,
-            verifier_reward=reward,
+def groups() -> list[Group]:
+    def group(index: int, *rewards_and_lengths: tuple[float, int]) -> Group:
+        task = task_of(index, [7, 8 + index])
+        return Group(
+            tuple(
+                trajectory_of(task, i, range(n), logprobs=[-0.5] * n, finish_reason="length" if n == 4 else "stop")
+                for i, (_, n) in enumerate(rewards_and_lengths)
+            ),
+            tuple(reward_of(reward) for reward, _ in rewards_and_lengths),
         )
-        for i, (reward, length) in enumerate(rewards_and_lengths)
-    ]
+
+    return [group(0, (1.0, 3), (0.0, 1)), group(1, (0.0, 2), (0.0, 4))]
 
 
-def test_a_sequence_is_prompt_and_response_with_one_advantage_for_every_token(samples: list[Sample]) -> None:
-    batch = training_batch(samples, _config(advantage="grpo_no_std"))
-    assert [sequence.tokens.tolist() for sequence in batch[:2]] == [[7, 8, 0, 1, 2], [7, 8, 0]]
-    assert [sequence.prompt_length for sequence in batch] == [2] * 4
-    assert [sequence.advantages.tolist() for sequence in batch] == [[0.5] * 3, [-0.5], [0.0] * 2, [0.0] * 4]
+@pytest.fixture
+def batch(groups: list[Group]) -> TrainingBatch:
+    return training_batch(groups, "grpo_no_std")
 
 
-def test_mini_batches_are_whole_groups_in_order(samples: list[Sample]) -> None:
-    config = _config()
-    batch = training_batch(samples, config)
-    assert minibatches(batch, config, step=1, epoch=0) == [batch]
-    config.algorithm.optimizer_steps_per_rollout = 2
-    assert minibatches(batch, config, step=1, epoch=0) == [batch[:2], batch[2:]]
+def test_a_sequence_is_prompt_and_response_with_one_advantage_for_every_token(batch: TrainingBatch) -> None:
+    assert [sequence.tokens.tolist() for sequence in batch.sequences[:2]] == [[7, 8, 0, 1, 2], [7, 8, 0]]
+    assert [sequence.prompt_length for sequence in batch.sequences] == [2] * 4
+    advantages = [sequence.advantages.tolist() for sequence in batch.sequences]
+    assert advantages == [[0.5] * 3, [-0.5], [0.0] * 2, [0.0] * 4]
 
 
-def test_later_epochs_have_an_order_of_their_own_and_the_same_groups(samples: list[Sample]) -> None:
-    config = _config(optimizer_steps_per_rollout=2, epochs_per_rollout=9)
-    batch = training_batch(samples, config)
+def test_mini_batches_are_whole_groups_in_order(batch: TrainingBatch) -> None:
+    everything = list(batch.sequences)
+    assert minibatches(batch, 1, None) == [everything]
+    assert minibatches(batch, 2, None) == [everything[:2], everything[2:]]
 
-    def order(epoch: int) -> list[list[int]]:
-        positions = {id(one): index for index, one in enumerate(batch)}
-        return [[positions[id(one)] for one in part] for part in minibatches(batch, config, step=3, epoch=epoch)]
 
-    orders = [order(epoch) for epoch in range(9)]
-    assert orders == [order(epoch) for epoch in range(9)]
+def test_later_epochs_have_an_order_of_their_own_and_the_same_groups(batch: TrainingBatch) -> None:
+    positions = {id(one): index for index, one in enumerate(batch.sequences)}
+
+    def order(name: str | None) -> list[list[int]]:
+        return [[positions[id(one)] for one in part] for part in minibatches(batch, 2, name)]
+
+    names = [None, *(f"1/3/{epoch}" for epoch in range(1, 9))]
+    orders = [order(name) for name in names]
+    assert orders == [order(name) for name in names]
     assert orders[0] == [[0, 1], [2, 3]]
     assert all(sorted(parts) == [[0, 1], [2, 3]] for parts in orders)
     assert [[2, 3], [0, 1]] in orders
 
 
-def test_entropy_profile(samples: list[Sample]) -> None:
+def test_entropy_profile(batch: TrainingBatch) -> None:
     entropies = [torch.tensor([0.3, 0.6, 0.9]), torch.tensor([0.2]), torch.tensor([0.4, 0.0]), torch.ones(4)]
-    profile = entropy_profile(samples, Scores(entropies, entropies))
+    profile = entropy_profile(batch, Scores(entropies, entropies))
     assert profile == pytest.approx(
         {
             "entropy/rollout": 6.4 / 10,
@@ -97,22 +82,21 @@ def test_entropy_profile(samples: list[Sample]) -> None:
     )
 
 
-def test_importance_is_reported_before_truncation_and_only_where_it_is_used(samples: list[Sample]) -> None:
-    config = _config()
-    batch = training_batch(samples, config)
-    attach_scores(batch, Scores([torch.zeros(s.response_length) for s in batch], []))
+def test_importance_is_reported_before_truncation_and_only_where_it_is_used(batch: TrainingBatch) -> None:
+    config = RolloutConfig()
+    batch = batch.scored(Scores([torch.zeros(s.response_length) for s in batch.sequences], []))
     assert importance(batch, config) == {}
-    config.rollout.importance_correction = "tis"
+    config.importance_correction = "tis"
     metrics = importance(batch, config)
     assert metrics["importance/ratio_max"] == pytest.approx(1.6487, rel=1e-4)
     assert metrics["importance/cut_fraction"] == 0.0
-    config.rollout.importance_level = "sequence"
+    config.importance_level = "sequence"
     assert importance(batch, config)["importance/ratio_max"] == pytest.approx(7.389, rel=1e-3)
     assert importance(batch, config)["importance/cut_fraction"] > 0
 
 
-def test_rollout_metrics(samples: list[Sample]) -> None:
-    metrics = rollout_metrics(samples, _config())
+def test_rollout_metrics(groups: list[Group]) -> None:
+    metrics = rollout_metrics(groups)
     assert metrics["reward/mean"] == 0.25
     assert metrics["reward/solved_none"] == 0.5
     assert metrics["reward/solved_all"] == 0.0
@@ -121,12 +105,10 @@ def test_rollout_metrics(samples: list[Sample]) -> None:
     assert metrics["response/truncated_fraction"] == 0.25
 
 
-def test_mismatch_compares_score_pass_and_engine_over_all_tokens(samples: list[Sample]) -> None:
-    batch = training_batch(samples, _config())
-    logprobs = [torch.full((sequence.response_length,), -0.5) for sequence in batch]
+def test_mismatch_compares_score_pass_and_engine_over_all_tokens(batch: TrainingBatch) -> None:
+    logprobs = [torch.full((sequence.response_length,), -0.5) for sequence in batch.sequences]
     logprobs[3][2] = -0.6
-    attach_scores(batch, Scores(logprobs, logprobs))
-    metrics = mismatch(batch)
+    metrics = mismatch(batch.scored(Scores(logprobs, logprobs)))
     assert metrics["mismatch/logprob_abs_max"] == pytest.approx(0.1, rel=1e-5)
     assert metrics["mismatch/logprob_abs_mean"] == pytest.approx(0.01, rel=1e-5)
 
@@ -134,10 +116,3 @@ def test_mismatch_compares_score_pass_and_engine_over_all_tokens(samples: list[S
 def test_metrics_of_several_optimizer_steps_are_means_but_the_controller_is_where_it_is_now() -> None:
     updates = [{"loss/policy": 1.0, "entropy/alpha": -0.2}, {"loss/policy": 3.0, "entropy/alpha": -0.3}]
     assert mean_of(updates) == {"loss/policy": 2.0, "entropy/alpha": -0.3}
-
-
-def test_every_response_has_a_seed_of_its_own() -> None:
-    seeds = [sample_seed(1, step, prompt, sample) for step in range(20) for prompt in range(20) for sample in range(8)]
-    assert len(set(seeds)) == len(seeds)
-    assert all(0 <= seed < 2**31 for seed in seeds)
-    assert sample_seed(1, 2, 3, 4) == sample_seed(1, 2, 3, 4) != sample_seed(2, 2, 3, 4)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from megatron_entropic.config.run import DataConfig
-from megatron_entropic.data import PromptDataset, PromptForm, WarmStartPairs, load_tokenizer
+from megatron_entropic.data import PromptForm, TaskDataset, WarmStartPairs, load_tokenizer
 
 
 def config(*files: Path, **values: Any) -> DataConfig:
@@ -41,7 +41,7 @@ def verl_row(number: int) -> dict[str, Any]:
 
 
 def test_the_verl_layout_from_parquet(tmp_path: Path, tokenizer: Any) -> None:
-    dataset = PromptDataset(config(parquet(tmp_path / "a.parquet", *map(verl_row, range(5)))), tokenizer, seed=1)
+    dataset = TaskDataset(config(parquet(tmp_path / "a.parquet", *map(verl_row, range(5)))), tokenizer, seed=1)
     assert len(dataset) == 5
     prompt = dataset[3]
     assert (prompt.index, prompt.text, prompt.data_source) == (3, "3,2>03:", "countdown")
@@ -55,7 +55,7 @@ def test_the_plain_layout_and_several_files(tmp_path: Path, tokenizer: Any) -> N
     second = tmp_path / "b.json"
     second.write_text(json.dumps([{"problem": "2+2", "answer": "4"}]))
     third = parquet(tmp_path / "c.parquet", {"problem": "0", "answer": "0"})
-    dataset = PromptDataset(config(first, second, third), tokenizer, seed=1)
+    dataset = TaskDataset(config(first, second, third), tokenizer, seed=1)
     assert [prompt.text for prompt in dataset] == ["1+1", "1+2", "2+2", "0"]
     assert [prompt.ground_truth for prompt in dataset] == ["2", 3, "4", "0"]
     assert [prompt.index for prompt in dataset] == [0, 1, 2, 3]
@@ -64,13 +64,13 @@ def test_the_plain_layout_and_several_files(tmp_path: Path, tokenizer: Any) -> N
 
 def test_steps_take_prompts_by_seed_and_step_alone(tmp_path: Path, tokenizer: Any) -> None:
     file = parquet(tmp_path / "a.parquet", *map(verl_row, range(7)))
-    dataset = PromptDataset(config(file), tokenizer, seed=5)
+    dataset = TaskDataset(config(file), tokenizer, seed=5)
     steps = [[prompt.index for prompt in dataset.at_step(step, 3)] for step in range(1, 8)]
     flat = [index for step in steps for index in step]
     assert [sorted(flat[start : start + 7]) for start in (0, 7, 14)] == [list(range(7))] * 3
-    again = PromptDataset(config(file), tokenizer, seed=5)
+    again = TaskDataset(config(file), tokenizer, seed=5)
     assert [prompt.index for prompt in again.at_step(5, 3)] == steps[4]
-    unshuffled = PromptDataset(config(file, order="as_stored"), tokenizer, seed=5)
+    unshuffled = TaskDataset(config(file, order="as_stored"), tokenizer, seed=5)
     assert [prompt.index for prompt in unshuffled.at_step(3, 3)] == [6, 0, 1]
 
 
@@ -80,12 +80,12 @@ def test_the_chat_template(tmp_path: Path, tokenizer: Any) -> None:
         {"prompt": [{"role": "system", "content": "add"}, {"role": "user", "content": "1+1"}], "answer": "2"},
         {"prompt": "1+2", "answer": "3"},
     )
-    with_template = PromptDataset(config(file, apply_chat_template=True, max_prompt_tokens=40), tokenizer, seed=1)
+    with_template = TaskDataset(config(file, apply_chat_template=True, max_prompt_tokens=40), tokenizer, seed=1)
     assert [p.text for p in with_template] == [
         "<system|add<user|1+1<assistant|",
         "<user|1+2<assistant|",
     ]
-    plain = PromptDataset(config(file), tokenizer, seed=1)
+    plain = TaskDataset(config(file), tokenizer, seed=1)
     assert [p.text for p in plain] == ["add\n\n1+1", "1+2"]
 
 
@@ -94,7 +94,7 @@ def test_a_chat_template_that_is_not_there(tmp_path: Path, tokenizer_dir: Path) 
     bare.chat_template = None
     file = jsonl(tmp_path / "a.jsonl", {"problem": "1", "answer": "1"})
     with pytest.raises(ValueError, match="no chat template"):
-        PromptDataset(config(file, apply_chat_template=True), bare, seed=1)
+        TaskDataset(config(file, apply_chat_template=True), bare, seed=1)
 
 
 def test_everything_wrong_in_one_error(tmp_path: Path, tokenizer: Any) -> None:
@@ -113,7 +113,7 @@ def test_everything_wrong_in_one_error(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "lines.jsonl").write_text("\n".join(lines))
     names = ["missing.parquet", "broken.parquet", "empty.jsonl", "latin.jsonl", "lines.jsonl"]
     with pytest.raises(ValueError) as caught:
-        PromptDataset(config(*[tmp_path / name for name in names]), tokenizer, seed=1)
+        TaskDataset(config(*[tmp_path / name for name in names]), tokenizer, seed=1)
     message = str(caught.value)
     for part in (
         "11 problem(s)",
@@ -135,7 +135,7 @@ def test_everything_wrong_in_one_error(tmp_path: Path, tokenizer: Any) -> None:
 def test_many_bad_rows_are_counted_and_none_of_them_hides_another_reason(tmp_path: Path, tokenizer: Any) -> None:
     file = jsonl(tmp_path / "a.jsonl", *[{"text": "x"}] * 100, {"problem": "1", "answer": " "})
     with pytest.raises(ValueError) as caught:
-        PromptDataset(config(file), tokenizer, seed=1)
+        TaskDataset(config(file), tokenizer, seed=1)
     message = str(caught.value)
     assert "201 problem(s)" in message
     assert "100 lines: no prompt" in message
@@ -146,13 +146,13 @@ def test_many_bad_rows_are_counted_and_none_of_them_hides_another_reason(tmp_pat
 def test_prompts_over_the_budget(tmp_path: Path, tokenizer: Any) -> None:
     file = jsonl(tmp_path / "a.jsonl", *[{"problem": "1" * n, "answer": "1"} for n in (29, 30, 31, 60)])
     with pytest.raises(ValueError) as caught:
-        PromptDataset(config(file), tokenizer, seed=1)
+        TaskDataset(config(file), tokenizer, seed=1)
     assert "2 lines: more than data.max_prompt_tokens=30: lines 3 (31 tokens), 4 (60 tokens)" in str(caught.value)
-    dataset = PromptDataset(config(file, too_long="drop"), tokenizer, seed=1)
+    dataset = TaskDataset(config(file, too_long="drop"), tokenizer, seed=1)
     assert (len(dataset), dataset.dropped) == (2, 2)
     assert f"the longest has 60 tokens): {file}, line 3 (31), {file}, line 4 (60)" in "\n".join(dataset.report.lines())
     with pytest.raises(ValueError, match=r"no prompt is left(.|\n)*longer than data\.max_prompt_tokens: 4"):
-        PromptDataset(config(file, too_long="drop", max_prompt_tokens=3), tokenizer, seed=1)
+        TaskDataset(config(file, too_long="drop", max_prompt_tokens=3), tokenizer, seed=1)
 
 
 def test_warm_start_pairs_end_in_one_end_of_sequence(tmp_path: Path, tokenizer: Any) -> None:
@@ -172,9 +172,9 @@ def test_warm_start_pairs_end_in_one_end_of_sequence(tmp_path: Path, tokenizer: 
 def test_warm_start_prompts_equal_those_of_training(tmp_path: Path, tokenizer: Any) -> None:
     row = {"problem": "1+1", "answer": "2", "response": "2"}
     file = jsonl(tmp_path / "a.jsonl", row)
-    dataset = PromptDataset(config(file, apply_chat_template=True), tokenizer, seed=1)
+    dataset = TaskDataset(config(file, apply_chat_template=True), tokenizer, seed=1)
     pairs = WarmStartPairs(file, tokenizer, 100, form=PromptForm(apply_chat_template=True))
-    assert pairs[0][0] == dataset[0].tokens
+    assert pairs[0][0] == dataset[0].tokens.tolist()
 
 
 def test_warm_start_rows_without_a_response(tmp_path: Path, tokenizer: Any) -> None:

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_entropic.config.run import DataConfig, RewardConfig
-from megatron_entropic.data import PromptDataset
+from megatron_entropic.data import TaskDataset
 from megatron_entropic.data.filters import find_duplicates, find_overlap
 from megatron_entropic.data.order import MixedOrder, shuffled
 from megatron_entropic.rewards import RewardScorer
@@ -46,8 +46,8 @@ def save_dataset(directory: Path, *shards: list[dict[str, Any]]) -> Path:
 
 def test_a_saved_datasets_directory(tmp_path: Path, tokenizer: Any) -> None:
     saved = save_dataset(tmp_path / "saved", [problem("a"), problem("b")], [problem("c"), problem("")])
-    dataset = PromptDataset(config(saved, skip_malformed=True), tokenizer, seed=1)
-    assert [prompt.text for prompt in dataset.prompts] == ["a", "b", "c"]
+    dataset = TaskDataset(config(saved, skip_malformed=True), tokenizer, seed=1)
+    assert [prompt.text for prompt in dataset.tasks] == ["a", "b", "c"]
     assert dataset.report.skipped_lines == [f"{saved}, row 3: the prompt in problem is empty"]
     splits = tmp_path / "splits"
     splits.mkdir()
@@ -55,7 +55,7 @@ def test_a_saved_datasets_directory(tmp_path: Path, tokenizer: Any) -> None:
     save_dataset(splits / "train", [problem("a")])
     (tmp_path / "bare").mkdir()
     with pytest.raises(ValueError, match=r"splits train: name the folder of one(.|\n)*bare: not a directory that"):
-        PromptDataset(config(splits, tmp_path / "bare"), tokenizer, seed=1)
+        TaskDataset(config(splits, tmp_path / "bare"), tokenizer, seed=1)
 
 
 def test_columns_by_name_system_prompt_and_suffix(tmp_path: Path, tokenizer: Any) -> None:
@@ -70,19 +70,19 @@ def test_columns_by_name_system_prompt_and_suffix(tmp_path: Path, tokenizer: Any
         "system_prompt": "be brief",
         "prompt_suffix": " think",
     }
-    plain = PromptDataset(config(file, **form), tokenizer, seed=1)
-    assert [p.text for p in plain.prompts] == ["be brief\n\none think", "own\n\ntwo think"]
-    assert [p.ground_truth for p in plain.prompts] == ["1", "2"]
-    chat = PromptDataset(config(file, apply_chat_template=True, **form), tokenizer, seed=1)
-    assert [p.text for p in chat.prompts] == [
+    plain = TaskDataset(config(file, **form), tokenizer, seed=1)
+    assert [p.text for p in plain.tasks] == ["be brief\n\none think", "own\n\ntwo think"]
+    assert [p.ground_truth for p in plain.tasks] == ["1", "2"]
+    chat = TaskDataset(config(file, apply_chat_template=True, **form), tokenizer, seed=1)
+    assert [p.text for p in chat.tasks] == [
         "<system|be brief<user|one think<assistant|",
         "<system|own<user|two think<assistant|",
     ]
     other = jsonl(tmp_path / "b.jsonl", problem("three", "3"))
     with pytest.raises(ValueError, match=r"no ground truth \(looked for inner\.key; columns: answer, problem\)"):
-        PromptDataset(config(other, **form), tokenizer, seed=1)
-    benchmark = PromptDataset(config(other, **form), tokenizer, seed=1, other_columns=True)
-    assert benchmark.prompts[0].ground_truth == "3"
+        TaskDataset(config(other, **form), tokenizer, seed=1)
+    benchmark = TaskDataset(config(other, **form), tokenizer, seed=1, other_columns=True)
+    assert benchmark.tasks[0].ground_truth == "3"
 
 
 def test_malformed_rows_are_told_together_or_skipped_and_counted(tmp_path: Path, tokenizer: Any) -> None:
@@ -99,16 +99,16 @@ def test_malformed_rows_are_told_together_or_skipped_and_counted(tmp_path: Path,
     file = jsonl(tmp_path / "a.jsonl", *rows)
     with RewardScorer(RewardConfig(verifier="math", workers=1)) as scorer:
         with pytest.raises(ValueError) as caught:
-            PromptDataset(config(file), tokenizer, seed=1, check_truths=scorer.truth_problems)
+            TaskDataset(config(file), tokenizer, seed=1, check_truths=scorer.truth_problems)
         (tmp_path / "broken.parquet").write_bytes(b"PAR1")
         broken = config(file, tmp_path / "broken.parquet", skip_malformed=True)
         with pytest.raises(ValueError, match=r"broken\.parquet: not a readable parquet file"):
-            PromptDataset(broken, tokenizer, seed=1)
+            TaskDataset(broken, tokenizer, seed=1)
         skipping = config(file, skip_malformed=True)
-        dataset = PromptDataset(skipping, tokenizer, seed=1, check_truths=scorer.truth_problems)
+        dataset = TaskDataset(skipping, tokenizer, seed=1, check_truths=scorer.truth_problems)
         nothing = jsonl(tmp_path / "b.jsonl", *rows[1:4])
         with pytest.raises(ValueError, match=r"no prompt is left(.|\n)*skipped as malformed: 3 findings"):
-            PromptDataset(config(nothing, skip_malformed=True), tokenizer, seed=1)
+            TaskDataset(config(nothing, skip_malformed=True), tokenizer, seed=1)
     message = str(caught.value)
     for part in (
         "6 problem(s)",
@@ -119,8 +119,8 @@ def test_malformed_rows_are_told_together_or_skipped_and_counted(tmp_path: Path,
         "lines: the verifier cannot use the ground truth: lines 6 (as an answer it is judged wrong), 7 (the ground",
     ):
         assert part in message, part
-    assert [prompt.text for prompt in dataset.prompts] == ["good", "also good"]
-    assert [prompt.index for prompt in dataset.prompts] == [0, 7], "an index is a row, whatever is skipped"
+    assert [prompt.text for prompt in dataset.tasks] == ["good", "also good"]
+    assert [prompt.index for prompt in dataset.tasks] == [0, 7], "an index is a row, whatever is skipped"
     assert "skipped as malformed: 6 findings" in dataset.report.lines()
 
 
@@ -139,14 +139,14 @@ def test_copies_and_benchmark_problems(tmp_path: Path, tokenizer: Any) -> None:
     rows += [problem("Now " + LONG + " ever"), problem("sum of two")]
     file = jsonl(tmp_path / "a.jsonl", *rows)
     benchmarks = {"own": ["Other", LONG + " again"], "none": ["nothing of the kind"]}
-    kept = PromptDataset(config(file), tokenizer, seed=1, benchmarks=benchmarks)
+    kept = TaskDataset(config(file), tokenizer, seed=1, benchmarks=benchmarks)
     assert len(kept) == 6
     assert "2 copies of earlier problems, 1 of them with another ground truth (kept" in kept.report.copies[0]
     assert "own: 1 training problems are in it, 1 more share 13 words" in kept.report.copies[1]
     assert len(kept.report.copies) == 2
     dropping = config(file, duplicates="drop", benchmark_overlap="drop")
-    dropped = PromptDataset(dropping, tokenizer, seed=1, benchmarks=benchmarks)
-    assert [prompt.index for prompt in dropped.prompts] == [0, 5]
+    dropped = TaskDataset(dropping, tokenizer, seed=1, benchmarks=benchmarks)
+    assert [prompt.index for prompt in dropped.tasks] == [0, 5]
     assert dropped.problems == ["what is 1+1", "sum of two"]
 
 
@@ -165,13 +165,13 @@ def test_recorded_pass_rates(tmp_path: Path, tokenizer: Any) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), recorded)
     file = jsonl(tmp_path / "a.jsonl", *map(problem, "abcd"))
     some = config(file, pass_rates=recorded, pass_rate_min=0.1, pass_rate_max=0.9)
-    dataset = PromptDataset(some, tokenizer, seed=1)
-    assert [prompt.text for prompt in dataset.prompts] == ["b", "d"]
+    dataset = TaskDataset(some, tokenizer, seed=1)
+    assert [prompt.text for prompt in dataset.tasks] == ["b", "d"]
     assert dataset.report.pass_rates == (3, 2)
     with pytest.raises(ValueError, match="none of its prompts is one of the training prompts"):
-        PromptDataset(some.model_copy(update={"prompt_suffix": "!"}), tokenizer, seed=1)
+        TaskDataset(some.model_copy(update={"prompt_suffix": "!"}), tokenizer, seed=1)
     with pytest.raises(ValueError, match="not the stored responses"):
-        PromptDataset(some.model_copy(update={"pass_rates": file}), tokenizer, seed=1)
+        TaskDataset(some.model_copy(update={"pass_rates": file}), tokenizer, seed=1)
 
 
 def record_rates(path: Path, rates: dict[str, float]) -> Path:
@@ -189,7 +189,7 @@ def test_a_curriculum_of_recorded_pass_rates(tmp_path: Path, tokenizer: Any) -> 
     easy_first = config(*files, pass_rates=recorded, order="easy_to_hard", order_blur=0.1)
 
     def asked(steps: range, **values: Any) -> list[list[str]]:
-        dataset = PromptDataset(easy_first.model_copy(update=values), tokenizer, seed=3)
+        dataset = TaskDataset(easy_first.model_copy(update=values), tokenizer, seed=3)
         return [[prompt.text for prompt in dataset.at_step(step, 8)] for step in steps]
 
     first, second = asked(range(1, 6)), asked(range(6, 11))
@@ -200,7 +200,7 @@ def test_a_curriculum_of_recorded_pass_rates(tmp_path: Path, tokenizer: Any) -> 
     assert asked(range(4, 6)) == first[3:], "resumed"
     limited = asked(range(1, 5), pass_rate_min=0.2)
     assert sorted(text for step in limited for text in step) == [text for text in names if rates[text] >= 0.2]
-    mixed = PromptDataset(easy_first.model_copy(update={"file_weights": [1, 1]}), tokenizer, seed=3)
+    mixed = TaskDataset(easy_first.model_copy(update={"file_weights": [1, 1]}), tokenizer, seed=3)
     for file in (0, 1):
         own = [p for step in range(1, 5) for p in mixed.at_step(step, 8) if (p.index < 20) == (file == 0)]
         assert rates[own[0].text] > 0.7
@@ -214,17 +214,17 @@ def test_mixtures_hold_their_shares_and_resume_anywhere(tmp_path: Path, tokenize
     big = jsonl(tmp_path / "big.jsonl", *[problem(f"a{n}") for n in range(30)])
     small = jsonl(tmp_path / "small.jsonl", *[problem(f"b{n} ") for n in range(3)])
     mixed = config(big, small, file_weights=[1, 3])
-    dataset = PromptDataset(mixed, tokenizer, seed=5)
+    dataset = TaskDataset(mixed, tokenizer, seed=5)
     steps = [[prompt.index for prompt in dataset.at_step(step, 16)] for step in range(1, 21)]
     assert all(3 <= sum(index < 30 for index in step) <= 5 for step in steps)
     flat = [index for step in steps for index in step]
     assert max(Counter(index for index in flat if index < 30).values()) <= 3, "each file is gone through in epochs"
-    again = PromptDataset(mixed, tokenizer, seed=5)
+    again = TaskDataset(mixed, tokenizer, seed=5)
     assert [prompt.index for prompt in again.at_step(13, 16)] == steps[12]
-    other = PromptDataset(mixed, tokenizer, seed=6)
+    other = TaskDataset(mixed, tokenizer, seed=6)
     assert [prompt.index for prompt in other.at_step(1, 16)] != steps[0]
     with pytest.raises(ValueError, match=r"file_weights: no prompt is left of .*small"):
-        PromptDataset(mixed.model_copy(update={"max_prompt_tokens": 2, "too_long": "drop"}), tokenizer, seed=5)
+        TaskDataset(mixed.model_copy(update={"max_prompt_tokens": 2, "too_long": "drop"}), tokenizer, seed=5)
 
 
 def test_the_mixed_order_is_the_same_on_every_machine_and_version() -> None:
@@ -236,12 +236,12 @@ def test_the_mixed_order_is_the_same_on_every_machine_and_version() -> None:
 def test_replacements_are_a_function_of_step_and_round(tmp_path: Path, tokenizer: Any) -> None:
     files = [jsonl(tmp_path / f"{k}.jsonl", *[problem(f"{k}{n}") for n in range(12)]) for k in "ab"]
     for weights in (None, [1, 2]):
-        dataset = PromptDataset(config(*files, file_weights=weights), tokenizer, seed=2)
+        dataset = TaskDataset(config(*files, file_weights=weights), tokenizer, seed=2)
         asked = {prompt.index for prompt in dataset.at_step(3, 8)}
         first = [prompt.index for prompt in dataset.replacements(3, 0, 4, asked)]
         assert len(set(first)) == 4
         assert not asked & set(first)
-        again = PromptDataset(config(*files, file_weights=weights), tokenizer, seed=2)
+        again = TaskDataset(config(*files, file_weights=weights), tokenizer, seed=2)
         again.replacements(2, 5, 8, set())
         assert [prompt.index for prompt in again.replacements(3, 0, 4, asked)] == first
         assert [prompt.index for prompt in again.replacements(3, 1, 4, asked)] != first

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_entropic.config.run import DataConfig
-from megatron_entropic.data import PromptDataset, WarmStartPairs
+from megatron_entropic.data import TaskDataset, WarmStartPairs
 from megatron_entropic.errors import UserError
 
 GOOD = {"problem": "1+1", "answer": "2"}
@@ -108,13 +108,13 @@ def test_a_row_that_cannot_be_used_is_named(name: str, tmp_path: Path, tokenizer
     file = tmp_path / "rows.jsonl"
     file.write_text(f"{LINE}\n{text}\n")
     with pytest.raises(UserError) as error:
-        PromptDataset(_config(file), tokenizer, seed=1)
+        TaskDataset(_config(file), tokenizer, seed=1)
     assert f"{file}, line 2: " in str(error.value)
     assert said in str(error.value)
     assert len(str(error.value)) < 1000
     # What is wrong with a row is wrong with the row alone.
-    skipping = PromptDataset(_config(file, skip_malformed=True), tokenizer, seed=1)
-    assert [prompt.text for prompt in skipping.prompts] == ["1+1"]
+    skipping = TaskDataset(_config(file, skip_malformed=True), tokenizer, seed=1)
+    assert [prompt.text for prompt in skipping.tasks] == ["1+1"]
 
 
 def _parquet(path: Path, table: pa.Table) -> None:
@@ -215,7 +215,7 @@ def test_a_file_that_cannot_be_used_is_named(name: str, tmp_path: Path, tokenize
     make, said = FILES[name]
     make(tmp_path / name)
     with pytest.raises(UserError) as error:
-        PromptDataset(_config(tmp_path / name), tokenizer, seed=1)
+        TaskDataset(_config(tmp_path / name), tokenizer, seed=1)
     assert str(tmp_path / name) in str(error.value)
     assert said in str(error.value)
     assert len(str(error.value)) < 1500
@@ -239,16 +239,16 @@ def test_a_file_that_cannot_be_used_is_named(name: str, tmp_path: Path, tokenize
 )
 def test_what_is_odd_and_can_be_used_is_used(content: bytes, tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "rows.jsonl").write_bytes(content)
-    data = PromptDataset(_config(tmp_path / "rows.jsonl"), tokenizer, seed=1)
-    assert {prompt.text for prompt in data.prompts} == {"1+1"}
-    for prompt in data.prompts:
+    data = TaskDataset(_config(tmp_path / "rows.jsonl"), tokenizer, seed=1)
+    assert {prompt.text for prompt in data.tasks} == {"1+1"}
+    for prompt in data.tasks:
         prompt.data_source.encode()
 
 
 def test_characters_that_the_tokenizer_does_not_know_are_said(tmp_path: Path, tokenizer: Any) -> None:
     rows = [GOOD, GOOD | {"problem": "1 \u2603"}, GOOD | {"problem": "_"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = PromptDataset(_config(tmp_path / "rows.jsonl"), tokenizer, seed=1).report.lines()
+    lines = TaskDataset(_config(tmp_path / "rows.jsonl"), tokenizer, seed=1).report.lines()
     assert any(line.startswith("1 prompts have characters") and line.endswith("line 2") for line in lines)
 
 
@@ -256,7 +256,7 @@ def test_a_folder_called_key_is_value_is_no_column(tmp_path: Path, tokenizer: An
     file = tmp_path / "difficulty=3" / "train.parquet"
     file.parent.mkdir()
     pq.write_table(pa.Table.from_pylist([GOOD | {"difficulty": "hard"}]), file)
-    assert PromptDataset(_config(file), tokenizer, seed=1)[0].text == "1+1"
+    assert TaskDataset(_config(file), tokenizer, seed=1)[0].text == "1+1"
 
 
 def _config(file: Path, **values: Any) -> DataConfig:

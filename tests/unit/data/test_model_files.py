@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_entropic.config.run import DataConfig
-from megatron_entropic.data import PromptDataset, WarmStartPairs, load_checked_tokenizer, load_tokenizer
+from megatron_entropic.data import TaskDataset, WarmStartPairs, load_checked_tokenizer, load_tokenizer
 from megatron_entropic.data.tokenizer import render_prompts
 from megatron_entropic.errors import UserError
 
@@ -110,7 +110,7 @@ def test_a_tokenizer_that_appends_the_end_of_sequence_leaves_prompts_open(model:
     _append_end(model)
     tokenizer = load_tokenizer(model)
     assert tokenizer("1")["input_ids"][-1] == tokenizer.eos_token_id
-    data = PromptDataset(_config(_rows(tmp_path / "a.jsonl", {"problem": "1+2", "answer": "3"})), tokenizer, seed=1)
+    data = TaskDataset(_config(_rows(tmp_path / "a.jsonl", {"problem": "1+2", "answer": "3"})), tokenizer, seed=1)
     assert tokenizer.decode(data[0].tokens) == "1+2"
     assert any("appends '$' to every text: left off" in line for line in data.report.lines())
     pairs = WarmStartPairs(_rows(tmp_path / "w.jsonl", {"prompt": "1+2", "response": "3"}), tokenizer, 40)
@@ -129,8 +129,8 @@ def test_ids_beyond_the_embedding_are_refused_with_their_rows(model: Path, tmp_p
     rows = [{"problem": "1+2", "answer": "3"}, {"problem": "1#2", "answer": "3"}]
     file = _rows(tmp_path / "a.jsonl", *rows)
     with pytest.raises(UserError, match=rf"line 2: .*beyond the model's embedding of {size} rows.*{size} '#'"):
-        PromptDataset(_config(file), tokenizer, seed=1)
-    assert len(PromptDataset(_config(file, skip_malformed=True), tokenizer, seed=1)) == 1
+        TaskDataset(_config(file), tokenizer, seed=1)
+    assert len(TaskDataset(_config(file, skip_malformed=True), tokenizer, seed=1)) == 1
     pairs = _rows(tmp_path / "w.jsonl", {"prompt": "1", "response": "2"}, {"prompt": "1", "response": "#"})
     with pytest.raises(UserError, match="line 2: the response cannot be used"):
         WarmStartPairs(pairs, tokenizer, 40)
@@ -140,9 +140,9 @@ def test_a_chat_template_with_the_date_needs_one_that_stays(model: Path, tmp_pat
     (model / "chat_template.jinja").write_text(DATE_TEMPLATE)
     tokenizer, file = load_tokenizer(model), _rows(tmp_path / "a.jsonl", {"problem": "1+2", "answer": "3"})
     with pytest.raises(UserError, match=r"line 1: .*today's date.*data\.template_date=2"):
-        PromptDataset(_config(file, apply_chat_template=True), tokenizer, seed=1)
+        TaskDataset(_config(file, apply_chat_template=True), tokenizer, seed=1)
     chosen = _config(file, apply_chat_template=True, template_date="2026-11-28")
-    assert PromptDataset(chosen, tokenizer, seed=1)[0].text == "28 Nov 20261+2"
+    assert TaskDataset(chosen, tokenizer, seed=1)[0].text == "28 Nov 20261+2"
     day = datetime.date(2025, 1, 2)
     (other,) = render_prompts(["1+2"], tokenizer, apply_chat_template=True, template_date=day)
     assert other.text == "02 Jan 20251+2"
@@ -166,7 +166,7 @@ def test_a_chat_template_that_refuses_is_one_error_with_its_rows(
     (model / "chat_template.jinja").write_text(template)
     file = _rows(tmp_path / "a.jsonl", *[{"problem": f"{i}", "answer": "3"} for i in range(3)])
     with pytest.raises(UserError) as error:
-        PromptDataset(_config(file, apply_chat_template=True), load_tokenizer(model), seed=1)
+        TaskDataset(_config(file, apply_chat_template=True), load_tokenizer(model), seed=1)
     assert "3 lines: the prompt cannot be used: the chat template does not take it" in str(error.value)
     assert said in str(error.value)
 
@@ -184,19 +184,19 @@ def test_fields_that_parquet_filled_with_null_are_no_fields(model: Path, tmp_pat
     message = pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.list_(pa.string()))])
     schema = pa.schema([("prompt", pa.list_(message)), ("answer", pa.string())])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "a.parquet")
-    data = PromptDataset(_config(tmp_path / "a.parquet", apply_chat_template=True), load_tokenizer(model), seed=1)
-    assert [prompt.text for prompt in data.prompts] == ["1", "23"]
+    data = TaskDataset(_config(tmp_path / "a.parquet", apply_chat_template=True), load_tokenizer(model), seed=1)
+    assert [prompt.text for prompt in data.tasks] == ["1", "23"]
 
 
 def test_content_in_parts_of_text_is_joined_and_anything_else_refused(model: Path, tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "1+"}, {"type": "text", "text": "2"}]
     tokenizer = load_tokenizer(model)
     file = _rows(tmp_path / "a.jsonl", {"prompt": [{"role": "user", "content": parts}], "answer": "3"})
-    assert PromptDataset(_config(file, prompt_suffix="?"), tokenizer, seed=1)[0].text == "1+2?"
+    assert TaskDataset(_config(file, prompt_suffix="?"), tokenizer, seed=1)[0].text == "1+2?"
     image = [{"type": "image_url", "image_url": {"url": "x"}}, *parts]
     file = _rows(tmp_path / "b.jsonl", {"prompt": [{"role": "user", "content": image}], "answer": "3"})
     with pytest.raises(UserError, match=r"line 1: .*parts \(image_url, text\): only text"):
-        PromptDataset(_config(file), tokenizer, seed=1)
+        TaskDataset(_config(file), tokenizer, seed=1)
 
 
 def test_a_tokenizer_that_is_code_is_neither_run_nor_asked_about(

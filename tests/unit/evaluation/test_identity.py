@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_entropic.commands.evaluate import _apart_at_commas
 from megatron_entropic.config.run import Config, DataConfig
-from megatron_entropic.data import PromptDataset, load_tokenizer
+from megatron_entropic.data import TaskDataset, load_tokenizer
 from megatron_entropic.errors import UserError
 from megatron_entropic.evaluation.generations import Generation, write_generations
 from megatron_entropic.evaluation.store import generations_path
@@ -126,14 +126,14 @@ def test_pass_rates_of_another_template_say_so(model: Path, tmp_path: Path) -> N
     _store(_evaluator(model, file), directory)
     rates = directory / "held.parquet"
     config = DataConfig(train_files=[file], apply_chat_template=True, pass_rates=rates)
-    report = PromptDataset(config, load_tokenizer(model), seed=1).report.lines()
+    report = TaskDataset(config, load_tokenizer(model), seed=1).report.lines()
     assert "recorded pass rates: 1 prompts, 0 of them outside the limits and left out" in report
     (model / "chat_template.jinja").write_text("a{{ messages[0]['content'] }}")
     with pytest.raises(UserError, match="recorded with other prompts, since the chat template changed"):
-        PromptDataset(config, load_tokenizer(model), seed=1)
+        TaskDataset(config, load_tokenizer(model), seed=1)
     suffix = config.model_copy(update={"prompt_suffix": "!"})
     with pytest.raises(UserError, match=r"data\.prompt_suffix \(was ''\)"):
-        PromptDataset(suffix, load_tokenizer(model), seed=1)
+        TaskDataset(suffix, load_tokenizer(model), seed=1)
 
 
 def test_benchmark_paths_with_commas_and_equals_signs(tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 import matplotlib.image
 import pytest
 import yaml
+from trajectories import reward_of, task_of, trajectory_of
 
 from megatron_entropic.observability.records import SampleLog
 from megatron_entropic.reports.report import write_report
 from megatron_entropic.reports.run import load_run, summarise
-from megatron_entropic.types import Prompt, Sample
+from megatron_entropic.types import Group, Reward, TrainingBatch
 
 HOSTILE = "<script>alert('x')</script> & $x_1$ \"quoted\""
 
@@ -136,9 +137,9 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 def test_text_of_models_and_users_is_escaped(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", HOSTILE)
     log = SampleLog(run, 2)
-    prompt = Prompt(index=0, tokens=[1], text=f"prompt {HOSTILE}", ground_truth="")
-    sample = Sample(prompt, 0, [1, 2], [0.0, 0.0], "length", 0, f"\udc80 response {HOSTILE}", 0.0, "timeout")
-    log.write(40, [sample])
+    task, text = task_of(0, text=f"prompt {HOSTILE}"), f"\udc80 response {HOSTILE}"
+    trajectory = trajectory_of(task, 0, [1, 2], text, finish_reason="length")
+    log.write(40, TrainingBatch((Group((trajectory,), (Reward(0.0, 0.0, "timeout"),)),), ()))
     log.close()
     page = Page(write_report([run], tmp_path / "out").read_text())
     assert "script" not in page.tags
@@ -148,11 +149,12 @@ def test_text_of_models_and_users_is_escaped(tmp_path: Path) -> None:
 
 
 def test_samples_of_different_prompts_come_first(tmp_path: Path) -> None:
-    prompts = [Prompt(index=i, tokens=[1], text=f"p{i}", ground_truth="") for i in range(3)]
-    samples = [Sample(prompt, k, [1], [0.0], "stop", 0, f"r{k}", 1.0, "ok") for prompt in prompts for k in range(4)]
+    tasks = [task_of(i, text=f"p{i}") for i in range(3)]
+    attempts = [tuple(trajectory_of(task, k, text=f"r{k}") for k in range(4)) for task in tasks]
+    batch = TrainingBatch(tuple(Group(of_one, (reward_of(1.0),) * 4) for of_one in attempts), ())
     log = SampleLog(tmp_path, 4)
-    log.write(1, samples)
-    log.write(2, samples)
+    log.write(1, batch)
+    log.write(2, batch)
     log.truncate_after(1)
     log.close()
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
@@ -162,7 +164,7 @@ def test_samples_of_different_prompts_come_first(tmp_path: Path) -> None:
         (1, "p2", "r0"),
         (1, "p0", "r1"),
     ]
-    SampleLog(tmp_path / "none", 0).write(1, samples)
+    SampleLog(tmp_path / "none", 0).write(1, batch)
     assert not (tmp_path / "none").exists()
 
 

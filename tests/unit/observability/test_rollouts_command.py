@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
+from trajectories import reward_of, task_of, trajectory_of
 from transformers import PreTrainedTokenizerFast
 
 from megatron_entropic.cli import main
 from megatron_entropic.observability.records import read_rollouts, rollouts_path, write_rollouts
 from megatron_entropic.reports.rollouts import token_texts, view_step
-from megatron_entropic.types import Prompt, Sample, Scores, Sequence
+from megatron_entropic.types import Group, Scores, Sequence, TrainingBatch
 
 TEXT = "So <b>x</b> is \\boxed{4} or \u00e9\u6f22\U0001f642 done"
 
@@ -31,21 +33,18 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def write_run(directory: Path, tokenizer: Any, model: Path, question: str = "Question") -> Path:
     """Three prompts of two responses; the first token is sure, and only the first response has A > 0."""
-    samples, batch, logprobs, entropies = [], [], [], []
-    for number in range(6):
-        tokens = [*tokenizer(TEXT, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        count = len(tokens)
-        prompt = Prompt(10 + number // 2, [1], f"{question} {number // 2} & more", "4")
-        right = number % 2 == 0
-        samples.append(
-            Sample(prompt, number % 2, tokens, [-0.5] * count, "stop", 0, TEXT, float(right), "ok", float(right))
-        )
-        advantages = torch.full((count,), 1.0 if right else -1.0)
-        batch.append(Sequence(torch.tensor([1, *tokens]), 1, advantages=advantages))
-        logprobs.append(torch.tensor([-0.01] + [-1.0] * (count - 1)))
-        entropies.append(torch.linspace(0, 2, count))
+    tokens = [*tokenizer(TEXT, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    count = len(tokens)
+    groups, sequences = [], []
+    for number in range(3):
+        task = task_of(10 + number, text=f"{question} {number} & more", truth="4")
+        attempts = tuple(trajectory_of(task, k, tokens, TEXT, logprobs=[-0.5] * count) for k in range(2))
+        groups.append(Group(attempts, (reward_of(1.0), reward_of(0.0))))
+        sequences += [Sequence(torch.tensor([1, *tokens]), 1, advantages=torch.full((count,), a)) for a in (1.0, -1.0)]
+    scores = Scores([torch.tensor([-0.01] + [-1.0] * (count - 1))] * 6, [torch.linspace(0, 2, count)] * 6)
     metrics = {"entropy/alpha": -0.125}
-    write_rollouts(rollouts_path(directory, 3), 3, samples, batch, Scores(logprobs, entropies), metrics)
+    batch = TrainingBatch(tuple(groups), tuple(sequences))
+    write_rollouts(rollouts_path(directory, 3), 3, batch, scores, metrics)
     (directory / "metrics.jsonl").write_text(json.dumps({"step": 3, **metrics}) + "\n")
     (directory / "config.yaml").write_text(
         f"run: {{name: shown}}\nmodel: {{hf_dir: {model}}}\nreward: {{verifier: math}}\n"
@@ -121,17 +120,23 @@ def test_what_is_not_there_is_said(run: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_a_prompt_that_comes_twice_in_a_row_is_shown_as_two_groups(run: Path, tokenizer: Any) -> None:
     recorded = read_rollouts(rollouts_path(run, 3))
-    for response in recorded.responses:
-        response.sample.prompt.index = 10
-    view = view_step(recorded, tokenizer, lambda text: "4", tau=0.95, max_prompts=9)
+    task = recorded.responses[0].trajectory.task
+    same = [replace(one, trajectory=replace(one.trajectory, task=task)) for one in recorded.responses]
+    view = view_step(replace(recorded, responses=same), tokenizer, lambda text: "4", tau=0.95, max_prompts=9)
     assert [(group.index, len(group.responses)) for group in view.groups] == [(10, 2)] * 3
 
 
 def test_prompts_whose_rewards_differ_are_shown_first(run: Path, tokenizer: Any) -> None:
     recorded = read_rollouts(rollouts_path(run, 3))
-    for response in recorded.responses[:2]:
-        response.sample.reward = 0.0
-    view = view_step(recorded, tokenizer, lambda text: "4", tau=0.95, max_prompts=3)
+    alike = [replace(one, reward=reward_of(0.0)) for one in recorded.responses[:2]]
+    recorded = replace(recorded, responses=[*alike, *recorded.responses[2:]])
+    view = view_step(
+        recorded,
+        tokenizer,
+        lambda text: "4",
+        tau=0.95,
+        max_prompts=3,
+    )
     assert [group.index for group in view.groups] == [11, 12, 10]
 
 

@@ -144,15 +144,13 @@ def test_local_normalizers_are_the_published_weights():
 def test_a_missing_or_misshapen_field_is_named(name):
     for value, found in ((None, "nothing"), (torch.zeros(5), r"shape \(5,\)")):
         batch = sequences()
-        setattr(batch[1], name, value)
+        batch[1] = replace(batch[1], **{name: value})
         with pytest.raises(ValueError, match=rf"sequence 1: {name} needs \[11\], got {found}"):
             token_fields(batch, settings(), CPU)
 
 
 def test_fields_that_no_loss_reads_may_be_missing():
-    batch = sequences()
-    for sequence in batch:
-        sequence.rollout_logprobs = sequence.reference_logprobs = None
+    batch = [replace(sequence, rollout_logprobs=None, reference_logprobs=None) for sequence in sequences()]
     fields = token_fields(batch, settings(correction="none", kl={"coefficient": 0.0}), CPU)
     assert fields.correction is None
     assert fields.reference_logprobs is None
