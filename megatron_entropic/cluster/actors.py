@@ -16,7 +16,9 @@ import ray
 
 from megatron_entropic.cluster.environment import use_interface_of
 from megatron_entropic.cluster.processes import ActorProcess, this_process
-from megatron_entropic.config.run import Config, Device, Sampling, Transport
+from megatron_entropic.config.names import TRANSPORTS
+from megatron_entropic.config.plugins import find_attribute
+from megatron_entropic.config.run import Config, Device, Sampling
 from megatron_entropic.observability.stacks import offer_stacks
 from megatron_entropic.types import GenerationRequest, Response, Sequence
 from megatron_entropic.weight_sync.checksums import Piece
@@ -30,7 +32,6 @@ _MESSAGE_EVERY_S = 0.1
 
 if TYPE_CHECKING:
     from megatron_entropic.policy.policy import Policy
-    from megatron_entropic.policy.publish.publisher import SenderType
     from megatron_entropic.rollout.engine import RolloutEngine
 
 
@@ -97,11 +98,8 @@ class PolicyWorker:
     def start(self, master_address: str, master_port: int) -> int:
         """Join the process group and build the model; returns the data-parallel replica this rank belongs to."""
         from megatron_entropic.policy.policy import Policy
-        from megatron_entropic.rollout.ipc_transport import IpcSender
-        from megatron_entropic.rollout.nccl_transport import NcclSender
-        from megatron_entropic.weight_sync.gloo import GlooSender
 
-        sender_types: dict[Transport, SenderType] = {"gloo": GlooSender, "nccl": NcclSender, "ipc": IpcSender}
+        sender = TRANSPORTS[self._config.cluster.transport_on(self._device)].sender
         self._policy = Policy(
             self._config,
             rank=self._rank,
@@ -109,7 +107,7 @@ class PolicyWorker:
             master_address=master_address,
             master_port=master_port,
             device=self._device,
-            sender_type=sender_types[self._config.cluster.transport_on(self._device)],
+            sender_type=find_attribute("cluster.transport", sender, arguments=3),
             listener=self._listener,
         )
         return self._policy.parallel.data_rank

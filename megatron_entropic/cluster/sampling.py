@@ -111,7 +111,8 @@ class Sampler:
             placed = [(positions[name][number], response) for number, response in answers]
             new = [(position, response) for position, response in placed if position not in seen]
             seen.update(position for position, _ in new)
-            arrived(new)
+            if new:
+                arrived(new)
 
         while requests:
             with self._cluster.rollout():

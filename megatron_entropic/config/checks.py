@@ -16,13 +16,15 @@ from megatron_entropic.config.names import (
     CONTROLLERS,
     OFF,
     POLICY_LOSSES,
+    TRANSPORTS,
     VERIFIERS,
     controller_entry,
     is_instant,
+    transports_for,
     unknown_name,
     verifier_entry,
 )
-from megatron_entropic.config.run import Config, RewardConfig
+from megatron_entropic.config.run import Config, Device, RewardConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,26 +123,27 @@ def _publish(config: Config) -> Iterator[Violation]:
 
 def _transport(config: Config) -> Iterator[Violation]:
     cluster, key = config.cluster, "cluster.transport"
-    if cluster.transport in ("nccl", "ipc") and cluster.device != "cuda":
+    if problem := unknown_name(cluster.transport, ["auto", *TRANSPORTS]):
+        yield Violation((key,), f"{key}={cluster.transport}: {problem}")
+        return
+    device: Device = "cuda" if cluster.device == "cuda" else "cpu"
+    entry, others = TRANSPORTS.get(cluster.transport), transports_for("cuda", colocate=cluster.colocate)
+    if entry is not None and entry.needs_gpu and device == "cpu":
         yield Violation(
             (key, "cluster.device"),
             f"{key}={cluster.transport} is for GPUs: set cluster.device=cuda, or {key}=auto",
         )
-    if cluster.transport == "nccl" and cluster.colocate:
+    if entry is not None and entry.colocated not in (None, cluster.colocate):
         yield Violation(
             (key, "cluster.colocate"),
-            f"{key}=nccl refuses two processes on one GPU, as cluster.colocate=true has them: use ipc or gloo",
+            f"{key}={cluster.transport} {entry.why_colocated}: use {' or '.join(others)}",
         )
-    if cluster.transport == "ipc" and not cluster.colocate:
-        yield Violation(
-            (key, "cluster.colocate"),
-            f"{key}=ipc hands memory over within one GPU, which needs cluster.colocate=true: use nccl or gloo",
-        )
-    transport = cluster.transport_on("cuda" if cluster.device == "cuda" else "cpu")
-    if config.rollout.publish == "delta" and transport != "gloo":
+    transport = cluster.transport_on(device)
+    if config.rollout.publish == "delta" and not TRANSPORTS[transport].delta:
+        able = " or ".join(f"{key}={name}" for name in TRANSPORTS if TRANSPORTS[name].delta)
         yield Violation(
             ("rollout.publish", "cluster.device", key),
-            f"rollout.publish=delta needs gloo, the transport here is {transport}: use full or {key}=gloo",
+            f"rollout.publish=delta does not go over the transport here, {transport}: use full or {able}",
         )
 
 

@@ -135,6 +135,44 @@ VERIFIERS = {
     ),
 }
 
+
+@dataclass(frozen=True, slots=True)
+class TransportEntry:
+    """A value of cluster.transport: what carries weights from the policy to the engines."""
+
+    sender: str
+    """Class of a policy rank's end, a `WeightSender`; see `weight_sync.gloo.GlooSender`."""
+    receiver: str
+    """Class of an engine's end, an `UpdateCalls`; see `rollout.gloo_transport.GlooUpdates`."""
+    needs_gpu: bool = False
+    colocated: bool | None = None
+    """Whether it needs (True) or refuses (False) cluster.colocate."""
+    why_colocated: str = ""
+    """The reason, for the message."""
+    delta: bool = False
+    """It carries rollout.publish=delta."""
+
+
+_SYNC, _ROLLOUT = "megatron_entropic.weight_sync", "megatron_entropic.rollout"
+TRANSPORTS = {
+    "nccl": TransportEntry(
+        f"{_ROLLOUT}.nccl_transport:NcclSender",
+        f"{_ROLLOUT}.nccl_transport:NcclUpdates",
+        needs_gpu=True,
+        colocated=False,
+        why_colocated="refuses two processes on one GPU, as cluster.colocate=true has them",
+    ),
+    "ipc": TransportEntry(
+        f"{_ROLLOUT}.ipc_transport:IpcSender",
+        f"{_ROLLOUT}.ipc_transport:IpcUpdates",
+        needs_gpu=True,
+        colocated=True,
+        why_colocated="hands memory over within one GPU, which needs cluster.colocate=true",
+    ),
+    "gloo": TransportEntry(f"{_SYNC}.gloo:GlooSender", f"{_ROLLOUT}.gloo_transport:GlooUpdates", delta=True),
+}
+"""The best first: cluster.transport=auto takes the first that goes."""
+
 ADVANTAGES = ("grpo", "grpo_no_std", "rloo", "reinforce_plus_plus_baseline", "nsr", "w_reinforce")
 
 
@@ -155,6 +193,15 @@ def is_instant(verifier: str, answer: str | None) -> bool:
 def controller_entry(name: str) -> ControllerEntry:
     """The row of a controller; of one of somebody's own (`module:Class`) nothing is known but that it may steer."""
     return CONTROLLERS.get(name, ControllerEntry(name, steers_alpha=name != OFF))
+
+
+def transports_for(device: str, *, colocate: bool) -> list[str]:
+    """The transports that go, the best first."""
+    return [
+        name
+        for name, entry in TRANSPORTS.items()
+        if (device == "cuda" or not entry.needs_gpu) and entry.colocated in (None, colocate)
+    ]
 
 
 def unknown_name(name: str, table: Collection[str], *, own: str | None = None) -> str | None:

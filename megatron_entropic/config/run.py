@@ -15,12 +15,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from megatron_entropic.config.algorithm import AlgorithmConfig, EntropyControlConfig
 from megatron_entropic.config.base import LARGEST, Count, Ranks, Seconds, Section, off_is_a_word, one_line
 from megatron_entropic.config.data import DataConfig, RewardConfig
-from megatron_entropic.config.names import POLICY_LOSSES
+from megatron_entropic.config.names import POLICY_LOSSES, transports_for
 
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
 PublishMode = Literal["full", "delta"]
-Transport = Literal["gloo", "nccl", "ipc"]
 OffloadPart = Literal["optimizer", "gradients", "parameters"]
 """Memory of a policy rank. optimizer: Adam's moments and float32 main parameters that are not the parameters."""
 OFFLOAD_PARTS: tuple[OffloadPart, ...] = get_args(OffloadPart)
@@ -354,10 +353,10 @@ class ClusterConfig(Section):
         2, ge=0, description="So many lost engines are replaced within the step that loses them, before a new attempt."
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    transport: Literal["auto"] | Transport = Field(
+    transport: str = Field(
         "auto",
-        description="What carries weights to the engines. auto: nccl on GPUs, ipc with colocate, gloo on a CPU. gloo "
-        "goes through host memory and works everywhere.",
+        description="What carries weights to the engines: nccl, ipc, gloo, or auto, which is nccl on GPUs, ipc with "
+        "colocate, gloo on a CPU. gloo goes through host memory and works everywhere.",
     )
     startup_timeout_s: Seconds = 600.0
     generate_timeout_s: Seconds = 3600.0
@@ -369,13 +368,9 @@ class ClusterConfig(Section):
     )
     checkpoint_timeout_s: Seconds = 1800.0
 
-    def transport_on(self, device: Device) -> Transport:
-        """What carries weights to the engines. NCCL refuses two processes on one GPU."""
-        if self.transport != "auto":
-            return self.transport
-        if device == "cpu":
-            return "gloo"
-        return "ipc" if self.colocate else "nccl"
+    def transport_on(self, device: Device) -> str:
+        """What carries weights to the engines, a name in `names.TRANSPORTS`."""
+        return transports_for(device, colocate=self.colocate)[0] if self.transport == "auto" else self.transport
 
 
 class Config(Section):

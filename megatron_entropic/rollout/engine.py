@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_entropic.config.run import Dtype, RolloutConfig, Sampling, Transport
+from megatron_entropic.config.names import TRANSPORTS
+from megatron_entropic.config.plugins import find_attribute
+from megatron_entropic.config.run import Dtype, RolloutConfig, Sampling
 from megatron_entropic.data.tokenizer import stop_token_ids
 from megatron_entropic.errors import UserError
 from megatron_entropic.models.dimensions import read_dimensions
@@ -28,11 +30,21 @@ from megatron_entropic.weight_sync.checksums import Piece
 from megatron_entropic.weight_sync.gloo import FlatContents
 from megatron_entropic.weight_sync.plan import PublishPlan
 
-if TYPE_CHECKING:
-    from megatron_entropic.rollout.ipc_transport import IpcReceiver
-
 _CPU_TOKENS_PER_FORWARD = 4096
 """vLLM's own default for a CPU."""
+
+
+class UpdateCalls(Protocol):
+    """An engine's end of a transport, in the process that calls vLLM; `gloo_transport.GlooUpdates` is one to copy."""
+
+    init_info: dict[str, Any]
+    """Of vLLM's `init_weight_transfer_engine`."""
+
+    def __init__(self, senders: Sequence[dict[str, Any]], rank_offset: int) -> None:
+        """Find the senders; see `RolloutEngine.connect`."""
+
+    def of(self, plan: PublishPlan) -> list[AbstractContextManager[dict[str, Any]]]:
+        """vLLM's update calls for a publication, each to be made within its context."""
 
 
 class RolloutEngine:
@@ -47,7 +59,7 @@ class RolloutEngine:
         max_model_tokens: int,
         seed: int,
         device: Device,
-        transport: Transport = "gloo",
+        transport: str = "gloo",
         sleeps: bool = False,
         max_batched_tokens: int | None = None,
         load_weights: bool = True,
@@ -61,7 +73,7 @@ class RolloutEngine:
             max_model_tokens: longest prompt and response together.
             seed: of vLLM's own generators, which nothing here draws from.
             device: cpu or cuda.
-            transport: what carries weights.
+            transport: what carries weights, a name in `config.names.TRANSPORTS`.
             sleeps: on a GPU, whether `sleep` gives memory back; it needs an allocator of its own.
             max_batched_tokens: tokens of one forward pass; None leaves the choice to vLLM.
             load_weights: False: only the configuration is read, and nothing can be sampled before `receive`.
@@ -82,14 +94,15 @@ class RolloutEngine:
 
         register()
         self._config = config
-        self._transport = transport
+        self._updates_type: type[UpdateCalls] = find_attribute(
+            "cluster.transport", TRANSPORTS[transport].receiver, arguments=2
+        )
+        self._updates: UpdateCalls | None = None
         self._max_model_tokens = max_model_tokens
         self._hf_tensors = ParameterMap(read_dimensions(hf_dir)).hf_tensors
         self._stop_token_ids = stop_token_ids(hf_dir)
         self._weights_version: int | None = 0 if load_weights else None
         self._refusal = "no weights were published to this engine yet, and it has none of its own"
-        self._senders = 0
-        self._receiver: IpcReceiver
         options = _engine_options(dtype, config, device, transport)
         options["enable_sleep_mode"] = sleeps and device == "cuda"
         if max_batched_tokens is not None:
@@ -204,22 +217,8 @@ class RolloutEngine:
         Raises:
             PhaseTimeout: naming phase, worker and peer.
         """
-        first, addresses = senders[0], [(s["master_address"], s["master_port"]) for s in senders]
-        init_info: dict[str, Any] = {"rank_offset": rank_offset, "world_size": first["world_size"]}
-        if self._transport == "nccl":
-            from megatron_entropic.rollout.nccl_transport import packing_options
-
-            ((host, port),) = addresses
-            init_info |= {"master_address": host, "master_port": port} | packing_options()[0]
-        elif self._transport == "ipc":
-            from megatron_entropic.rollout.ipc_transport import IpcReceiver, packing_options
-
-            init_info = packing_options()[0]
-            self._receiver = IpcReceiver(*addresses[rank_offset - 1], first["timeout_s"])
-        else:
-            init_info |= {"addresses": addresses, "timeout_s": first["timeout_s"]}
-        self._senders = len(senders)
-        self._llm.init_weight_transfer_engine({"init_info": init_info})
+        self._updates = self._updates_type(senders, rank_offset)
+        self._llm.init_weight_transfer_engine({"init_info": self._updates.init_info})
 
     def receive(self, plan: PublishPlan, weights_version: int) -> None:
         """Take in all buckets of `plan` while the policy publishes them; the weights are then `weights_version`.
@@ -233,7 +232,8 @@ class RolloutEngine:
         self._weights_version = None
         self._refusal = "a weight update broke off: the engine's weights are incomplete, publish again"
         self._llm.start_weight_update()
-        for update in self._updates(plan):
+        assert self._updates is not None, "connect() comes before receive()"
+        for update in self._updates.of(plan):
             with update as update_info:
                 self._llm.update_weights({"update_info": update_info})
         self._finish_update(weights_version)
@@ -269,22 +269,6 @@ class RolloutEngine:
             )
             for request in requests
         ]
-
-    def _updates(self, plan: PublishPlan) -> list[AbstractContextManager[dict[str, Any]]]:
-        """vLLM's update calls, each to be made within its context: over gloo one for all buckets, else one for each."""
-        contents = [FlatContents.of_bucket(bucket) for bucket in plan.buckets]
-        if self._transport == "ipc":
-            return [self._receiver.next(bucket) for bucket in contents]
-        if self._transport == "nccl":
-            from megatron_entropic.rollout.nccl_transport import packing_options
-
-            return [nullcontext(bucket.update_info() | packing_options()[1]) for bucket in contents]
-        lists = [bucket.update_info() for bucket in contents]
-        together = {key: [value for part in lists for value in part[key]] for key in lists[0]}
-        # One sender sends all stages' buckets.
-        senders = [bucket.owner_stage if self._senders > 1 else 0 for bucket in plan.buckets]
-        together |= {"bucket_tensors": [len(bucket.names) for bucket in contents], "bucket_senders": senders}
-        return [nullcontext(together)]
 
     def _finish_update(self, version: int) -> None:
         """Finish, and let vLLM keep the version where it can (its LLM class has no version up to 0.24)."""
@@ -327,7 +311,7 @@ def check_complete(buckets: Sequence[FlatContents], hf_tensors: dict[str, tuple[
         raise ValueError("publish: the update does not fit the engine's model:\n  " + "\n  ".join(problems))
 
 
-def _engine_options(dtype: Dtype, config: RolloutConfig, device: Device, transport: Transport) -> dict[str, Any]:
+def _engine_options(dtype: Dtype, config: RolloutConfig, device: Device, transport: str) -> dict[str, Any]:
     """Arguments of vLLM's LLM that follow from the configuration alone."""
     from vllm.config import WeightTransferConfig
 

@@ -6,6 +6,8 @@ A publication is one update call, so that the next bucket can be received while 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from megatron_entropic.weight_sync.gloo import FlatContents, GlooReceiver
+from megatron_entropic.weight_sync.plan import PublishPlan
 from megatron_entropic.weight_sync.receiving import Arrivals
 
 
@@ -54,6 +57,33 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
             found[sender].append(FlatContents.of_update(self.names[part], self.dtype_names[part], self.shapes[part]))
             first += count
         return found
+
+
+class GlooUpdates:
+    """`UpdateCalls` over gloo: one call for all buckets, so that vLLM loads one while the next arrives."""
+
+    def __init__(self, senders: Sequence[dict[str, Any]], rank_offset: int) -> None:
+        """Every engine worker joins the group of every sender."""
+        self._senders = len(senders)
+        self.init_info: dict[str, Any] = {
+            "addresses": [(sender["master_address"], sender["master_port"]) for sender in senders],
+            "rank_offset": rank_offset,
+            "world_size": senders[0]["world_size"],
+            "timeout_s": senders[0]["timeout_s"],
+        }
+
+    def of(self, plan: PublishPlan) -> list[AbstractContextManager[dict[str, Any]]]:
+        """One `GlooUpdateInfo`."""
+        contents = [FlatContents.of_bucket(bucket) for bucket in plan.buckets]
+        lists = [bucket.update_info() for bucket in contents]
+        together = {key: [value for part in lists for value in part[key]] for key in lists[0]}
+        # One sender sends all stages' buckets.
+        senders = [bucket.owner_stage if self._senders > 1 else 0 for bucket in plan.buckets]
+        return [
+            nullcontext(
+                together | {"bucket_tensors": [len(bucket.names) for bucket in contents], "bucket_senders": senders}
+            )
+        ]
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from math import prod
@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from megatron_entropic.errors import PeerDied, UserError
 from megatron_entropic.weight_sync.gloo import FlatContents, SendingRanks, listening_store, named_wait
+from megatron_entropic.weight_sync.plan import PublishPlan
 from megatron_entropic.weight_sync.shared_memory import SharedBlock
 
 _LOADED = "loaded"
@@ -165,8 +166,22 @@ class IpcSender:
         del self._store
 
 
+class IpcUpdates:
+    """`UpdateCalls` over CUDA IPC: vLLM's own engine opens the memory of the rank on the same GPU."""
+
+    def __init__(self, senders: Sequence[dict[str, Any]], rank_offset: int) -> None:
+        """Engine i, whose worker would have the rank i + 1 of a group, has the GPU of the i-th sender."""
+        sender = senders[rank_offset - 1]
+        self.init_info = packing_options()[0]
+        self._receiver = IpcReceiver(sender["master_address"], sender["master_port"], sender["timeout_s"])
+
+    def of(self, plan: PublishPlan) -> list[AbstractContextManager[dict[str, Any]]]:
+        """One call a bucket, for whose time the rank lends its memory."""
+        return [self._receiver.next(FlatContents.of_bucket(bucket)) for bucket in plan.buckets]
+
+
 class IpcReceiver:
-    """An engine's end, in the process that calls vLLM."""
+    """Hears of buckets from one policy rank."""
 
     def __init__(self, host: str, port: int, timeout_s: float) -> None:
         """Join the policy rank at `host`:`port`.

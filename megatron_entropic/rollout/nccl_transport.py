@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from inspect import signature
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ import torch
 
 from megatron_entropic.errors import UserError
 from megatron_entropic.weight_sync.gloo import FlatContents, SendingRanks
+from megatron_entropic.weight_sync.plan import PublishPlan
 from megatron_entropic.weight_sync.shared_memory import SharedBlock
 
 # One broadcast a bucket: larger than any bucket. vLLM allocates what a bucket needs, not this.
@@ -28,6 +30,22 @@ def packing_options() -> tuple[dict[str, Any], dict[str, Any]]:
 
     of_connection = "packed" in {field.name for field in fields(NCCLWeightTransferInitInfo)}
     return (_PACKED, {}) if of_connection else ({}, _PACKED)
+
+
+class NcclUpdates:
+    """`UpdateCalls` over NCCL: vLLM's own engine, one call for each bucket, from one sender."""
+
+    def __init__(self, senders: Sequence[dict[str, Any]], rank_offset: int) -> None:
+        """All workers of all engines are in one group."""
+        (sender,) = senders
+        of_connection, self._of_update = packing_options()
+        found = {key: sender[key] for key in ("master_address", "master_port", "world_size")}
+        self.init_info: dict[str, Any] = {"rank_offset": rank_offset, **found, **of_connection}
+
+    def of(self, plan: PublishPlan) -> list[AbstractContextManager[dict[str, Any]]]:
+        """One broadcast of vLLM's a bucket."""
+        contents = map(FlatContents.of_bucket, plan.buckets)
+        return [nullcontext(bucket.update_info() | self._of_update) for bucket in contents]
 
 
 class NcclSender:

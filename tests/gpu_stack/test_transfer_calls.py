@@ -31,6 +31,8 @@ from vllm.v1.worker import gpu_worker
 from vllm.v1.worker.gpu_worker import Worker
 
 from megatron_entropic.cluster.cluster import Cluster
+from megatron_entropic.config.names import TRANSPORTS
+from megatron_entropic.config.plugins import find_attribute
 from megatron_entropic.config.run import ClusterConfig
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
@@ -119,7 +121,8 @@ def engine(transport: Any, plan: PublishPlan, worker: Any, calls: Calls) -> Any:
         reset_prefix_cache=reset_prefix_cache,
     )
     made: Any = object.__new__(RolloutEngine)
-    made._llm, made._transport, made._weights_version, made._refusal = llm, transport, None, ""
+    made._llm, made._weights_version, made._refusal = llm, None, ""
+    made._updates_type = find_attribute("cluster.transport", TRANSPORTS[transport].receiver, arguments=2)
     made._hf_tensors = {
         name: shape for bucket in plan.buckets for name, shape in zip(bucket.hf_names, bucket.hf_shapes, strict=True)
     }

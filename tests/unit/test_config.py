@@ -494,6 +494,6 @@ def test_deltas_need_gloo(machine: Path) -> None:
     asked = ("rollout.publish=delta", "cluster.device=cuda", "cluster.address=10.0.0.1:6379")
     path = write(machine)
     assert problems_of(path, *asked) == [
-        "rollout.publish=delta needs gloo, the transport here is nccl: use full or cluster.transport=gloo"
+        "rollout.publish=delta does not go over the transport here, nccl: use full or cluster.transport=gloo"
     ]
     assert load_checked_config(path, [*asked, "cluster.transport=gloo"]).rollout.publish == "delta"

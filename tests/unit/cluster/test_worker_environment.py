@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from megatron_entropic.cluster.actors import engine_environment, policy_environment
-from megatron_entropic.config.run import Config, Transport
+from megatron_entropic.config.run import Config
 
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
 
 
-def with_transport(transport: Transport) -> Config:
+def with_transport(transport: str) -> Config:
     return Config.model_validate(
         {
             "model": {"hf_dir": "/model"},
