@@ -12,9 +12,12 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
@@ -110,6 +113,56 @@ def missing_model(hf_dir: Path) -> str:
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 """owner/name, which is also how a relative path can look."""
+
+
+class Problems:
+    """Everything that is wrong with an input, collected for one message."""
+
+    _LISTED = 20
+    """Details that are named under one message; the rest is a number."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[str]] = {}
+
+    def add(self, message: str, detail: str | None = None) -> None:
+        """Note one problem, once; details of the same message, such as names of tensors, are listed under it."""
+        details = self._found.setdefault(message, [])
+        if detail is not None and detail not in details:
+            details.append(detail)
+
+    def attempt(self, read: Callable[[], T]) -> T | None:
+        """What `read` returns; None if it is refused, by us or by the operating system, which is noted."""
+        try:
+            return read()
+        except UserError as error:
+            self.add(str(error))
+        except OSError as error:
+            told = explained(error)
+            if told is None:
+                raise
+            self.add(str(told))
+        return None
+
+    @property
+    def messages(self) -> list[str]:
+        """What was noted, without details."""
+        return list(self._found)
+
+    def raise_if_any(self, headline: str) -> None:
+        """Do nothing if nothing was noted.
+
+        Raises:
+            UserError: everything that was, below the headline.
+        """
+        if not self._found:
+            return
+        lines = [headline]
+        for message, details in self._found.items():
+            lines.append(f"  {message} ({len(details)}):" if details else f"  - {message}")
+            lines += [f"    - {detail}" for detail in details[: self._LISTED]]
+            if len(details) > self._LISTED:
+                lines.append(f"    - and {len(details) - self._LISTED} more")
+        raise UserError("\n".join(lines))
 
 
 @contextmanager

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_entropic.checkpoints.hf import HfReader, Problems, copy_companions, create_weight_files
+from megatron_entropic.checkpoints.hf import HfReader, copy_companions, create_weight_files
 from megatron_entropic.checkpoints.open_weights import MegatronCheckpoint
 from megatron_entropic.checkpoints.pieces import Piece, equal_parts, pieces_of
 from megatron_entropic.checkpoints.safetensors_files import DTYPE_NAMES, SafetensorsWriter
 from megatron_entropic.checkpoints.torch_dist import places_to_write
 from megatron_entropic.checkpoints.torch_dist_writer import Chunk, write_torch_dist
 from megatron_entropic.checkpoints.unusable_tensors import UnusableTensors
-from megatron_entropic.errors import UserError
+from megatron_entropic.errors import Problems, UserError
 from megatron_entropic.files.atomic import appears_when_complete, output_problems
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
@@ -72,7 +72,7 @@ def hf_to_megatron(
     invalid = UnusableTensors()
     chunks = list(_chunks(reader, target, invalid, report or _nobody))
     total = sum(chunk.nbytes for chunk in chunks)
-    _refuse([*_too_small(workers=workers), *output_problems(output_dir, total)])
+    _refuse(output_dir, total, workers=workers)
     (begin or _nobody)(total)
     with appears_when_complete(output_dir) as directory:
         write_torch_dist(directory, chunks, workers=workers)
@@ -113,7 +113,7 @@ def megatron_to_hf(
     dtype = _only_dtype({entry.megatron_name: checkpoint.dtype(entry) for entry in parameters}, megatron_dir)
     dtypes = {name: checkpoint.dtype(entry) for entry in exported for name in entry.hf_names}
     total = sum(prod(entry.shape) * checkpoint.dtype(entry).itemsize for entry in exported)
-    _refuse([*_too_small(workers=workers, max_shard_bytes=max_shard_bytes), *output_problems(output_dir, total)])
+    _refuse(output_dir, total, workers=workers, max_shard_bytes=max_shard_bytes)
     (begin or _nobody)(total)
     invalid = UnusableTensors()
     with appears_when_complete(output_dir) as directory:
@@ -230,13 +230,14 @@ def _only_dtype(dtypes: Mapping[str, torch.dtype], source: Path, advice: str = "
     raise AssertionError("some tensor stood out")
 
 
-def _too_small(**numbers: int) -> list[str]:
-    return [f"{name} must be at least 1, not {number}" for name, number in numbers.items() if number < 1]
-
-
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        raise UserError("nothing was written:\n" + "\n".join(f"  - {problem}" for problem in problems))
+def _refuse(output_dir: Path, total_bytes: int, **numbers: int) -> None:
+    problems = Problems()
+    for name, number in numbers.items():
+        if number < 1:
+            problems.add(f"{name} must be at least 1, not {number}")
+    for problem in output_problems(output_dir, total_bytes):
+        problems.add(problem)
+    problems.raise_if_any("nothing was written:")
 
 
 def _nobody(_nbytes: int) -> None:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_entropic.checkpoints.safetensors_files import SafetensorsWriter, read_header
-from megatron_entropic.errors import UserError
+from megatron_entropic.errors import Problems, UserError
 from megatron_entropic.files.atomic import appears_when_complete
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.families import HF_LAYER
@@ -27,7 +27,6 @@ INDEX_FILE = "model.safetensors.index.json"
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 """Dtypes that weights may have, as safetensors spells them."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_LISTED_PER_KIND = 20
 _COMPARED_ROWS = 4096
 """Rows of the embedding that are compared with the head's at a time."""
 _COPIED = (
@@ -52,34 +51,6 @@ class _Stored:
     path: Path
     dtype: str
     shape: Shape
-
-
-class Problems:
-    """Everything wrong with a set of tensors, grouped by kind for one error."""
-
-    def __init__(self) -> None:
-        self._by_kind: dict[str, list[str]] = {}
-
-    def add(self, kind: str, detail: str) -> None:
-        """Note one problem."""
-        self._by_kind.setdefault(kind, []).append(detail)
-
-    def add_once(self, kind: str, detail: str) -> None:
-        """Note a problem that may have been noted before."""
-        if detail not in self._by_kind.get(kind, []):
-            self.add(kind, detail)
-
-    def raise_if_any(self, headline: str) -> None:
-        """Raise one UserError with every kind of problem; long lists are cut with a count."""
-        if not self._by_kind:
-            return
-        lines = [headline]
-        for kind, details in self._by_kind.items():
-            lines.append(f"  {kind} ({len(details)}):")
-            lines += [f"    - {detail}" for detail in details[:_LISTED_PER_KIND]]
-            if len(details) > _LISTED_PER_KIND:
-                lines.append(f"    - and {len(details) - _LISTED_PER_KIND} more")
-        raise UserError("\n".join(lines))
 
 
 class HfReader(Mapping[str, Tensor]):

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_entropic.checkpoints.hf import HfReader, Problems
+from megatron_entropic.checkpoints.hf import HfReader
 from megatron_entropic.checkpoints.torch_dist import Place, TorchDistReader, possible_places, split_pairs
-from megatron_entropic.errors import UserError
+from megatron_entropic.errors import Problems, UserError
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.layouts import VocabularyShard
 from megatron_entropic.models.parameter_map import Entry, ParameterMap
@@ -122,7 +122,7 @@ class MegatronCheckpoint:
         shape = self._reader.tensors[self._prefix + place.key].shape
         padded = isinstance(entry.layout, VocabularyShard) and shape[1:] == wanted[1:] and shape[0] >= wanted[0]
         if shape != wanted and not padded:
-            problems.add_once("wrong shapes", f"{place.key}: {list(shape)}, expected {list(wanted)}")
+            problems.add("wrong shapes", f"{place.key}: {list(shape)}, expected {list(wanted)}")
         return shape == wanted or padded
 
     @staticmethod

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_entropic.checkpoints.hf import Problems
+from megatron_entropic.errors import Problems
 
 
 class UnusableTensors:

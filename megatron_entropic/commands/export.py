@@ -17,7 +17,7 @@ from rich.console import Console
 from megatron_entropic.checkpoints.hf import HfReader
 from megatron_entropic.commands.options import number, whole
 from megatron_entropic.data.prompts import Messages, read_messages
-from megatron_entropic.data.rows import Problems, Row, read_rows
+from megatron_entropic.data.rows import Row, RowProblems, read_rows
 from megatron_entropic.data.tokenizer import load_tokenizer, render_prompts
 from megatron_entropic.errors import UserError, missing_model
 from megatron_entropic.files.atomic import appears_when_complete
@@ -238,7 +238,7 @@ def _checked_prompts(
     source: Path, output_dir: Path, quantization: QuantizationFormat, calibration: Calibration
 ) -> list[list[int]]:
     """Tokens of the calibration prompts, after everything that can be refused was looked at."""
-    problems = Problems()
+    problems = RowProblems()
     if quantization == "nvfp4" and not torch.cuda.is_available():
         problems.add("nvfp4: modelopt's block quantisation runs on CUDA only, and there is no GPU; use fp8 or int8")
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):

@@ -22,7 +22,7 @@ from megatron_entropic.config.run import DataConfig
 from megatron_entropic.data.filters import DataReport, find_duplicates, find_overlap, read_pass_rates, recorded_form
 from megatron_entropic.data.order import Arrangement, EpochOrder, MixedOrder, as_stored, easy_to_hard, shuffled
 from megatron_entropic.data.prompts import PromptForm, lookup, problem_text, read_truth
-from megatron_entropic.data.rows import Problems, Row, read_rows
+from megatron_entropic.data.rows import Row, RowProblems, read_rows
 from megatron_entropic.data.tokenizer import RenderedPrompt, Tokenizer, appended_tokens, template_digest, unknown_to
 from megatron_entropic.errors import UserError
 from megatron_entropic.types import Task
@@ -66,7 +66,7 @@ class TaskDataset:
             self.report.left_off = str(tokenizer.decode(appended))
         self._config, self._seed, self._other_columns = config, seed, other_columns
         self._tokenizer = tokenizer
-        problems = Problems()
+        problems = RowProblems()
         self._read(tokenizer, check_truths, problems)
         if config.skip_malformed:
             self.report.note_skipped(problems)
@@ -123,7 +123,7 @@ class TaskDataset:
                 found[task.index] = task
         return list(found.values())
 
-    def _read(self, tokenizer: Tokenizer, check_truths: TruthCheck | None, problems: Problems) -> None:
+    def _read(self, tokenizer: Tokenizer, check_truths: TruthCheck | None, problems: RowProblems) -> None:
         """Fill tasks, problems and the number of each one's file with every usable row of bearable length."""
         config, form = self._config, PromptForm.of(self._config)
         usable: list[tuple[Row, int, int, list[dict[str, Any]], Any]] = []
@@ -166,7 +166,7 @@ class TaskDataset:
                 limit = f"more than data.max_prompt_tokens={config.max_prompt_tokens}"
                 problems.add_row(row, limit, f"{len(ids)} tokens")
 
-    def _filter(self, benchmarks: Mapping[str, Sequence[str]], problems: Problems) -> None:
+    def _filter(self, benchmarks: Mapping[str, Sequence[str]], problems: RowProblems) -> None:
         """Look for copies, benchmark problems and recorded pass rates; leave out what the configuration says."""
         config = self._config
         duplicates = find_duplicates(self._problems, [task.ground_truth for task in self._tasks])
@@ -188,7 +188,7 @@ class TaskDataset:
         self._file_numbers = [self._file_numbers[position] for position in kept]
         self._pass_rates = [rates.get(position) for position in kept]
 
-    def _recorded_pass_rates(self, problems: Problems) -> dict[int, float]:
+    def _recorded_pass_rates(self, problems: RowProblems) -> dict[int, float]:
         """Pass rates by position, of the prompts that have one."""
         file = self._config.pass_rates
         if file is None:
@@ -249,7 +249,7 @@ class TaskDataset:
 
 
 def _messages_and_truth(
-    row: Row, form: PromptForm, answer_key: str | None, problems: Problems
+    row: Row, form: PromptForm, answer_key: str | None, problems: RowProblems
 ) -> tuple[list[dict[str, Any]], Any] | None:
     """Both, or None with everything that is wrong with either noted."""
     messages: list[dict[str, Any]] | None = None
@@ -266,7 +266,7 @@ def _messages_and_truth(
 
 
 def _rendered(
-    prompts: list[list[dict[str, Any]]], tokenizer: Tokenizer, form: PromptForm, problems: Problems
+    prompts: list[list[dict[str, Any]]], tokenizer: Tokenizer, form: PromptForm, problems: RowProblems
 ) -> list[RenderedPrompt]:
     """Texts and tokens. A tokenizer without a template is one more problem, and nothing hides the others."""
     try:

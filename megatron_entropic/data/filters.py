@@ -1,4 +1,4 @@
-"""Problems that come twice, and training problems that are also in a benchmark.
+"""RowProblems that come twice, and training problems that are also in a benchmark.
 
 Two problems are equal if their texts are after normalisation: Unicode NFKC, lower case, white space as one space. They
 overlap if they share n words in a row; words that more than ten training problems share are boilerplate, which does not
@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from megatron_entropic.config.run import DataConfig
-from megatron_entropic.data.rows import Problems
+from megatron_entropic.data.rows import RowProblems
 from megatron_entropic.errors import UserError
 from megatron_entropic.files.formats import EVALUATION, NewerFormat
 
@@ -178,7 +178,7 @@ class DataReport:
     copies: list[str] = field(default_factory=list)
     """Findings about duplicates and benchmark problems."""
 
-    def note_skipped(self, problems: Problems) -> None:
+    def note_skipped(self, problems: RowProblems) -> None:
         """Remember the malformed rows that are skipped."""
         self.skipped = problems.row_count
         self.skipped_lines = problems.row_lines()

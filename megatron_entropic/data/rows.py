@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_entropic.errors import UserError
+from megatron_entropic.errors import Problems, UserError
 
-__all__ = ["Problems", "Row", "content_digest", "read_rows", "what_stands_there"]
+__all__ = ["Row", "RowProblems", "content_digest", "read_rows", "what_stands_there"]
 
 _SAVED_DATASET = "state.json"
 _SAVED_SPLITS = "dataset_dict.json"
@@ -33,7 +33,7 @@ _ARROW_ERRORS = (
 )
 
 
-def read_rows(files: Iterable[Path], problems: Problems) -> list[Row]:
+def read_rows(files: Iterable[Path], problems: RowProblems) -> list[Row]:
     """Every row of the files, in order; unreadable files and lines are noted in `problems`.
 
     Args:
@@ -48,7 +48,7 @@ def read_rows(files: Iterable[Path], problems: Problems) -> list[Row]:
     return rows
 
 
-def _rows(file: Path, problems: Problems) -> Iterator[Row]:
+def _rows(file: Path, problems: RowProblems) -> Iterator[Row]:
     if file.is_dir():
         yield from _saved_dataset_rows(file, problems)
     elif not file.is_file():
@@ -59,7 +59,7 @@ def _rows(file: Path, problems: Problems) -> Iterator[Row]:
         yield from _json_rows(file, problems)
 
 
-def _parquet_rows(file: Path, problems: Problems) -> Iterator[Row]:
+def _parquet_rows(file: Path, problems: RowProblems) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -74,7 +74,7 @@ def _parquet_rows(file: Path, problems: Problems) -> Iterator[Row]:
         yield Row(file, number, values)
 
 
-def _saved_dataset_rows(directory: Path, problems: Problems) -> Iterator[Row]:
+def _saved_dataset_rows(directory: Path, problems: RowProblems) -> Iterator[Row]:
     """The Arrow streams that the directory's state.json names; the library `datasets` is not needed for that."""
     if (directory / _SAVED_SPLITS).is_file():
         splits = sorted(path.parent.name for path in directory.glob(f"*/{_SAVED_DATASET}"))
@@ -109,7 +109,7 @@ def _arrow_table(file: Path) -> Any:
         return reader.read_all()
 
 
-def _json_rows(file: Path, problems: Problems) -> Iterator[Row]:
+def _json_rows(file: Path, problems: RowProblems) -> Iterator[Row]:
     """JSON lines; a file that is one JSON array is taken too."""
     try:
         # With a byte-order mark, as some editors put one, or without.
@@ -135,7 +135,7 @@ def _json_rows(file: Path, problems: Problems) -> Iterator[Row]:
         yield from _object(row, values, problems)
 
 
-def _array_rows(file: Path, text: str, problems: Problems) -> Iterator[Row]:
+def _array_rows(file: Path, text: str, problems: RowProblems) -> Iterator[Row]:
     try:
         array = _parsed(text)
     except _JSON_ERRORS as error:
@@ -159,7 +159,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _object(row: Row, values: Any, problems: Problems) -> Iterator[Row]:
+def _object(row: Row, values: Any, problems: RowProblems) -> Iterator[Row]:
     if not isinstance(values, dict):
         problems.add_row(row, f"expected a JSON object, found {type(values).__name__}")
     elif _too_deep(values):
@@ -249,16 +249,12 @@ class Row:
         return f"{self.file}, {self.unit} {self.number}"
 
 
-@dataclass(slots=True)
-class Problems:
+class RowProblems(Problems):
     """Files that cannot be read at all, and rows that cannot be used, the latter grouped by reason."""
 
-    messages: list[str] = field(default_factory=list)
-    _rows: dict[tuple[Path, str, str], list[tuple[int, str]]] = field(default_factory=dict)
-
-    def add(self, message: str) -> None:
-        """Note something that no row can be blamed for."""
-        self.messages.append(message)
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows: dict[tuple[Path, str, str], list[tuple[int, str]]] = {}
 
     def add_row(self, row: Row, reason: str, detail: str = "") -> None:
         """Note a row; `detail` is what differs between rows with the same reason."""
@@ -273,11 +269,11 @@ class Problems:
         """One line for each file and reason, with the numbers of the first rows."""
         return [_line(file, unit, reason, found, shown) for (file, unit, reason), found in self._rows.items()]
 
-    def raise_if_any(self, what: str, *, skip_rows: bool = False) -> None:
+    def raise_if_any(self, headline: str, *, skip_rows: bool = False) -> None:
         """Raise everything that was noted.
 
         Args:
-            what: first words of the message.
+            headline: first words of the message.
             skip_rows: findings about rows alone are no error.
 
         Raises:
@@ -289,7 +285,7 @@ class Problems:
         shown = [*self.messages[:_SHOWN], *self.row_lines()]
         more = len(self.messages) - _SHOWN
         tail = f"\n  ... and {more} more files or benchmarks" if more > 0 else ""
-        raise UserError(f"{what}: {count} problem(s)\n" + "\n".join(f"  - {line}" for line in shown) + tail)
+        raise UserError(f"{headline}: {count} problem(s)\n" + "\n".join(f"  - {line}" for line in shown) + tail)
 
 
 def _line(file: Path, unit: str, reason: str, found: list[tuple[int, str]], shown: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_entropic.data.prompts import PromptForm
-from megatron_entropic.data.rows import Problems, read_rows
+from megatron_entropic.data.rows import RowProblems, read_rows
 from megatron_entropic.data.tokenizer import RenderedPrompt, Tokenizer, encode, lone_surrogate
 
 
@@ -35,7 +35,7 @@ class WarmStartPairs:
         """
         what = "the warm-start data cannot be used"
         form = form or PromptForm()
-        problems = Problems()
+        problems = RowProblems()
         prompts, responses, rows = [], [], []
         for row in read_rows([file], problems):
             response = row.values.get("response")

@@ -10,10 +10,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 from megatron_entropic.algorithms import build_controller, find_policy_loss
 from megatron_entropic.checkpoints.open_weights import open_weights
@@ -26,14 +25,12 @@ from megatron_entropic.checkpoints.run_checkpoints import (
 from megatron_entropic.config.load import ConfigError
 from megatron_entropic.config.run import Config
 from megatron_entropic.data import TaskDataset, load_checked_tokenizer
-from megatron_entropic.errors import RunError, UserError, explained
+from megatron_entropic.errors import Problems, RunError, UserError
 from megatron_entropic.observability.metrics import check_sinks
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.training.evaluator import Evaluator
 from megatron_entropic.training.sft import warm_start_sequences
 from megatron_entropic.types import Sequence
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +52,8 @@ def open_inputs(config: Config) -> Iterator[Inputs]:
         ConfigError: listing everything that cannot be used, of all inputs.
         RunError: the machine refused something, such as a process.
     """
-    problems: list[str] = []
-
-    def attempt(read: Callable[[], T]) -> T | None:
-        try:
-            return read()
-        except UserError as error:
-            problem = str(error)
-        except OSError as error:
-            told = explained(error)
-            if told is None:
-                raise
-            problem = str(told)
-        if problem not in problems:
-            problems.append(problem)
-        return None
-
+    problems = Problems()
+    attempt = problems.attempt
     with ExitStack() as closing:
         attempt(lambda: check_resumable(config))
         attempt(lambda: check_sinks(config.logging))
@@ -85,7 +68,7 @@ def open_inputs(config: Config) -> Iterator[Inputs]:
         scorer = attempt(lambda: closing.enter_context(RewardScorer(config.reward, max_response_tokens=longest)))
         tokenizer = attempt(lambda: load_checked_tokenizer(config.model.hf_dir))
         if tokenizer is None:
-            raise ConfigError("what the run reads", problems)
+            raise ConfigError("what the run reads", problems.messages)
         evaluator = attempt(lambda: Evaluator(config, tokenizer))
         tasks = attempt(
             lambda: TaskDataset(
@@ -97,8 +80,8 @@ def open_inputs(config: Config) -> Iterator[Inputs]:
             )
         )
         lessons = attempt(lambda: warm_start_sequences(config, tokenizer))
-        if problems or scorer is None or evaluator is None or tasks is None or lessons is None:
-            raise ConfigError("what the run reads", problems)
+        if problems.messages or scorer is None or evaluator is None or tasks is None or lessons is None:
+            raise ConfigError("what the run reads", problems.messages)
         yield Inputs(scorer, evaluator, tasks, lessons)
 
 

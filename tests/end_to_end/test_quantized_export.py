@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from megatron_entropic.cli import main
 from megatron_entropic.commands.export import Calibration, quantize_export
 from megatron_entropic.data.prompts import read_messages
-from megatron_entropic.data.rows import Problems, read_rows
+from megatron_entropic.data.rows import RowProblems, read_rows
 from megatron_entropic.data.tokenizer import load_tokenizer, render_prompts
 
 Export = Callable[..., tuple[int, str, str]]
@@ -76,7 +76,7 @@ def kl_of_the_files(countdown_dir: Path, output: Path, quantization: str, tokens
     """Mean and maximum of KL(original || what modelopt reads from the files), over the prompts of the export."""
     original = AutoModelForCausalLM.from_pretrained(countdown_dir / "model", dtype=torch.float32).eval()
     quantized = read_with_modelopt(countdown_dir / "model", output, quantization)
-    rows = read_rows([countdown_dir / "train.parquet"], Problems())[:32]
+    rows = read_rows([countdown_dir / "train.parquet"], RowProblems())[:32]
     prompts = [read_messages(row, "prompt") for row in rows]
     rendered = render_prompts(prompts, load_tokenizer(countdown_dir / "model"), apply_chat_template=False)
     encoded = [one.tokens for one in rendered]
