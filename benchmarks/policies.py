@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from megatron_entropic.config.run import Config
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
+from megatron_entropic.policy.megatron.platform import Rendezvous
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.types import Sequence
 
@@ -70,7 +71,7 @@ def policy(rank: int, ranks: int, port: int, hf_dir: Path, **sections: dict[str,
     """This rank's part of a policy, of float32 unless told, while the block runs."""
     model = {"hf_dir": hf_dir, "dtype": "float32", **sections.pop("model", {})}
     config = Config(model=model, data={"train_files": ["unused"]}, **sections)
-    made = Policy(config, rank=rank, world_size=ranks, master_address="127.0.0.1", master_port=port, device="cpu")
+    made = Policy(config, Rendezvous(port, rank=rank, world_size=ranks), device="cpu")
     try:
         yield made
     finally:

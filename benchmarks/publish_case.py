@@ -109,7 +109,10 @@ def measure_case(
 
 def _plan(hf_dir: Path, bucket_mib: float) -> PublishPlan:
     return publish_plan(
-        ParameterMap(read_dimensions(hf_dir)), bucket_bytes=int(bucket_mib * 2**20), dtype="float32", **LAYOUT
+        ParameterMap(read_dimensions(hf_dir)),
+        PolicyConfig(**LAYOUT),
+        bucket_bytes=int(bucket_mib * 2**20),
+        dtype="float32",
     )
 
 
@@ -125,13 +128,11 @@ def _policy_rank(
 ) -> Iterator[Any]:
     """On rank 0: the senders, then for each repetition the time of the broadcast and the start of the publication."""
     from megatron_entropic.policy.megatron.parallel import initialise_model_parallel
-    from megatron_entropic.policy.megatron.platform import select_platform
+    from megatron_entropic.policy.megatron.platform import Rendezvous, select_platform
     from megatron_entropic.policy.model.load import load_weights
 
     platform = select_platform("cpu")
-    platform.init_process_group(
-        rank=rank, world_size=ranks, master_address="127.0.0.1", master_port=port, timeout_s=TIMEOUT_S
-    )
+    platform.init_process_group(Rendezvous(port, rank=rank, world_size=ranks), timeout_s=TIMEOUT_S)
     from megatron_entropic.policy.model.build import build_model
 
     policy = PolicyConfig(**LAYOUT)

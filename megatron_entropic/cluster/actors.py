@@ -97,18 +97,15 @@ class PolicyWorker:
 
     def start(self, master_address: str, master_port: int) -> int:
         """Join the process group and build the model; returns the data-parallel replica this rank belongs to."""
+        from megatron_entropic.policy.megatron.platform import Rendezvous
         from megatron_entropic.policy.policy import Policy
 
         sender = TRANSPORTS[self._config.cluster.transport_on(self._device)].sender
         self._policy = Policy(
             self._config,
-            rank=self._rank,
-            world_size=self._config.policy.world_size,
-            master_address=master_address,
-            master_port=master_port,
+            Rendezvous(master_port, master_address, self._rank, self._config.policy.world_size, self._listener),
             device=self._device,
             sender_type=find_attribute("cluster.transport", sender, arguments=3),
-            listener=self._listener,
         )
         return self._policy.parallel.data_rank
 

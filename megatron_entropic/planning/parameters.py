@@ -241,16 +241,7 @@ class ParameterTable:
         """Plan of a publication (`weight_sync.plan.publish_plan`) under a layout."""
         key = (*self._key(policy, 0), dtype, bucket_bytes)
         if key not in self._publish_plans:
-            self._publish_plans[key] = publish_plan(
-                self.map,
-                tensor_parallel=policy.tensor_parallel,
-                pipeline_parallel=policy.pipeline_parallel,
-                bucket_bytes=bucket_bytes,
-                dtype=dtype,
-                virtual_pipeline_parallel=policy.virtual_pipeline_parallel,
-                expert_parallel=policy.expert_parallel,
-                expert_tensor_parallel=policy.expert_tensor_parallel,
-            )
+            self._publish_plans[key] = publish_plan(self.map, policy, bucket_bytes=bucket_bytes, dtype=dtype)
         return self._publish_plans[key]
 
     def _key(self, policy: PolicyConfig, stage: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from megatron_entropic.config.run import PolicyConfig
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.policy.local_ranks import free_port
 from megatron_entropic.policy.megatron.parallel import destroy_model_parallel, initialise_model_parallel
-from megatron_entropic.policy.megatron.platform import select_platform
+from megatron_entropic.policy.megatron.platform import Rendezvous, select_platform
 from megatron_entropic.policy.model.load import load_torch_dist
 from megatron_entropic.policy.step.score import score_sequences
 from megatron_entropic.tensor_parallel import logprob_and_entropy
@@ -65,9 +65,7 @@ def _by_transformers(hf_dir: Path, sequences: list[Sequence]) -> Scores:
 
 def _by_policy(hf_dir: Path, megatron_dir: Path, sequences: list[Sequence]) -> Scores:
     platform = select_platform("cpu")
-    platform.init_process_group(
-        rank=0, world_size=1, master_address="127.0.0.1", master_port=free_port(), timeout_s=_TIMEOUT_S
-    )
+    platform.init_process_group(Rendezvous(free_port()), timeout_s=_TIMEOUT_S)
     try:
         from megatron_entropic.policy.model.build import build_model
 

@@ -7,7 +7,6 @@ The driver calls it through an actor; nothing here knows how.
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from megatron_entropic.policy.megatron.parallel import (
     initialise_model_parallel,
     sum_of_token_statistics,
 )
-from megatron_entropic.policy.megatron.platform import Device, select_platform
+from megatron_entropic.policy.megatron.platform import Device, Rendezvous, select_platform
 from megatron_entropic.policy.model.load import load_weights
 from megatron_entropic.policy.model.transformer_config import DTYPES
 from megatron_entropic.policy.publish.publisher import BUCKET_BYTES, Published, Publisher, SenderType
@@ -71,25 +70,14 @@ class Policy:
     def __init__(
         self,
         config: Config,
+        rendezvous: Rendezvous,
         *,
-        rank: int,
-        world_size: int,
-        master_address: str,
-        master_port: int,
         device: Device = "auto",
         sender_type: SenderType = GlooSender,
-        listener: socket.socket | None = None,
     ) -> None:
         self.config = config
         self.platform = select_platform(device)
-        self.platform.init_process_group(
-            rank=rank,
-            world_size=world_size,
-            master_address=master_address,
-            master_port=master_port,
-            timeout_s=config.policy.distributed_timeout_s,
-            listener=listener,
-        )
+        self.platform.init_process_group(rendezvous, timeout_s=config.policy.distributed_timeout_s)
         self.parallel = initialise_model_parallel(config.policy)
         self.platform.manual_seed(config.run.seed)
         self.parameter_map = ParameterMap(read_dimensions(config.model.hf_dir))
@@ -119,7 +107,7 @@ class Policy:
             replay=config.policy.moe_router_replay != "off",
         )
         self.plan = self._plan()
-        self._publisher = self._build_publisher(local_address(master_address, master_port), sender_type)
+        self._publisher = self._build_publisher(local_address(rendezvous.address, rendezvous.port), sender_type)
         self._exports = BackgroundExport(
             self.model,
             self.plan,
@@ -340,13 +328,9 @@ class Policy:
     def _plan(self) -> PublishPlan:
         return publish_plan(
             self.parameter_map,
-            pipeline_parallel=self.parallel.pipeline_size,
-            tensor_parallel=self.parallel.tensor_size,
-            virtual_pipeline_parallel=self.parallel.virtual_size,
+            self.config.policy,
             bucket_bytes=BUCKET_BYTES[self.platform.device.type],
             dtype=self.config.model.dtype,
-            expert_parallel=self.parallel.expert_size,
-            expert_tensor_parallel=self.config.policy.expert_tensor_parallel,
         )
 
     def _build_publisher(self, host: str, sender_type: SenderType) -> Publisher:

@@ -9,7 +9,6 @@ Ranks are processes of this machine; Ray is not involved.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.policy.batch.balance import attention_weight, data_parallel_shards, sequence_costs
 from megatron_entropic.policy.local_ranks import run_as_rank, run_local_ranks, tell_phase
 from megatron_entropic.policy.megatron.parallel import ParallelState, initialise_model_parallel, layout_problems
-from megatron_entropic.policy.megatron.platform import Device, Platform, select_platform
+from megatron_entropic.policy.megatron.platform import Device, Platform, Rendezvous, select_platform
 from megatron_entropic.policy.model.load import load_weights
 from megatron_entropic.policy.step.forward import pack_alike
 from megatron_entropic.policy.step.score import score
@@ -103,18 +102,13 @@ def _write_output(output_path: Path, lines: list[TokenLine], job_dir: Path, data
 
 def run_rank(job_dir: Path) -> None:
     """One rank of a job, from start to end; reads its place from the environment."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rendezvous = Rendezvous.from_environment()
+    rank = rendezvous.rank
     job = _Job(**json.loads((job_dir / "job.json").read_text(encoding="utf-8")))
     policy = PolicyConfig(**job.policy)
     tell_phase(job_dir, rank, "rendezvous")
     platform = select_platform(job.device)
-    platform.init_process_group(
-        rank=rank,
-        world_size=world_size,
-        master_address=os.environ["MASTER_ADDR"],
-        master_port=int(os.environ["MASTER_PORT"]),
-        timeout_s=policy.distributed_timeout_s,
-    )
+    platform.init_process_group(rendezvous, timeout_s=policy.distributed_timeout_s)
     state = initialise_model_parallel(policy)
     tell_phase(job_dir, rank, "load weights")
     model = _load_model(job, policy, platform, state)

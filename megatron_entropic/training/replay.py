@@ -27,6 +27,7 @@ from megatron_entropic.observability.progress import quiet
 from megatron_entropic.observability.records import RecordedStep, read_rollouts, recorded_steps, rollouts_path
 from megatron_entropic.observability.settings_history import RunPart, read_parts
 from megatron_entropic.policy.local_ranks import free_port
+from megatron_entropic.policy.megatron.platform import Rendezvous
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.training.step import score_batch, training_batch, update_policy
 from megatron_entropic.types import Scores, Sequence
@@ -78,14 +79,7 @@ def replay(run_dir: Path, step: int, checkpoint: Path | None = None, *, begin: C
         begin("comparing the checkpoint with its checksums")
         verify_checkpoint(directory)
     begin("building the policy")
-    policy = Policy(
-        config,
-        rank=0,
-        world_size=1,
-        master_address="127.0.0.1",
-        master_port=free_port(),
-        device=config.cluster.device,
-    )
+    policy = Policy(config, Rendezvous(free_port()), device=config.cluster.device)
     try:
         if directory is not None:
             begin("loading the checkpoint")

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from megatron_entropic.config.run import Dtype
+from megatron_entropic.config.run import Dtype, PolicyConfig
 from megatron_entropic.models.layouts import Shape
 from megatron_entropic.models.parameter_map import Entry, ParameterMap
 
@@ -164,17 +164,7 @@ class PublishPlan:
         return sizes
 
 
-def publish_plan(
-    parameter_map: ParameterMap,
-    *,
-    pipeline_parallel: int,
-    tensor_parallel: int,
-    bucket_bytes: int,
-    dtype: Dtype,
-    virtual_pipeline_parallel: int = 1,
-    expert_parallel: int = 1,
-    expert_tensor_parallel: int | None = None,
-) -> PublishPlan:
+def publish_plan(parameter_map: ParameterMap, layout: PolicyConfig, *, bucket_bytes: int, dtype: Dtype) -> PublishPlan:
     """Divide a model's parameters into buckets of one stage and at most `bucket_bytes` of Hugging Face tensors.
 
     A parameter is never divided, so one that is larger than `bucket_bytes` travels alone; nor are parameters of
@@ -183,29 +173,29 @@ def publish_plan(
 
     Args:
         parameter_map: of the model.
-        pipeline_parallel, tensor_parallel, expert_parallel: sizes of the layout.
+        layout: sizes of tensor, pipeline, virtual pipeline and expert parallelism.
         bucket_bytes: limit of one bucket.
         dtype: of the parameters as they travel.
-        virtual_pipeline_parallel: chunks of layers on each stage.
-        expert_tensor_parallel: None: `tensor_parallel`.
 
     Raises:
         UserError: a layout that the model does not allow.
         ValueError: bucket_bytes < 1.
     """
-    expert_tensor = expert_tensor_parallel or tensor_parallel
+    tensor_parallel, pipeline_parallel = layout.tensor_parallel, layout.pipeline_parallel
+    expert_parallel, expert_tensor = layout.expert_parallel, layout.expert_tensor_size
+    virtual_parallel = layout.virtual_pipeline_parallel
     parameter_map.dimensions.check_parallel(
         tensor_parallel,
         pipeline_parallel,
-        virtual_pipeline_parallel=virtual_pipeline_parallel,
+        virtual_pipeline_parallel=virtual_parallel,
         expert_parallel=expert_parallel,
-        expert_tensor_parallel=expert_tensor_parallel,
+        expert_tensor_parallel=layout.expert_tensor_parallel,
     )
     if bucket_bytes < 1:
         raise ValueError(f"bucket_bytes must be positive, not {bucket_bytes}")
     buckets: list[Bucket] = []
     for stage in range(pipeline_parallel):
-        held = parameter_map.entries_of_stage(stage, pipeline_parallel, virtual_pipeline_parallel)
+        held = parameter_map.entries_of_stage(stage, pipeline_parallel, virtual_parallel)
         entries = [entry for entry in held if entry.exported]
         contents: tuple[tuple[list[tuple[BucketItem, ...]], Dtype], ...] = (
             (_whole_units(parameter_map, entries, tensor_parallel, of_buffers=False), dtype),

@@ -14,18 +14,13 @@ RANK = """
 import socket, sys
 import torch.distributed as dist
 from megatron_entropic.errors import PhaseTimeout
-from megatron_entropic.policy.megatron.platform import select_platform
+from megatron_entropic.policy.megatron.platform import Rendezvous, select_platform
 
 rank, port, descriptor = map(int, sys.argv[1:4])
 try:
-    select_platform("cpu").init_process_group(
-        rank=rank,
-        world_size=2,
-        master_address="127.0.0.1",
-        master_port=port,
-        timeout_s=float(sys.argv[4]),
-        listener=socket.socket(fileno=descriptor) if descriptor >= 0 else None,
-    )
+    listener = socket.socket(fileno=descriptor) if descriptor >= 0 else None
+    rendezvous = Rendezvous(port, rank=rank, world_size=2, listener=listener)
+    select_platform("cpu").init_process_group(rendezvous, timeout_s=float(sys.argv[4]))
 except PhaseTimeout as error:
     sys.exit(str(error))
 dist.barrier()

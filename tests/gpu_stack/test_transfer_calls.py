@@ -33,7 +33,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from megatron_entropic.cluster.cluster import Cluster
 from megatron_entropic.config.names import TRANSPORTS
 from megatron_entropic.config.plugins import find_attribute
-from megatron_entropic.config.run import ClusterConfig
+from megatron_entropic.config.run import ClusterConfig, PolicyConfig
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.rollout.engine import RolloutEngine
@@ -58,9 +58,7 @@ def plan(tmp_path: Path) -> PublishPlan:
     """Of a model of 1.5 billion parameters; nothing of it is ever there."""
     shutil.copy(MODEL_CONFIGS / "OpenReasoning-Nemotron-1.5B.json", tmp_path / "config.json")
     parameter_map = ParameterMap(read_dimensions(tmp_path))
-    return publish_plan(
-        parameter_map, dtype="bfloat16", tensor_parallel=2, pipeline_parallel=1, bucket_bytes=512 * 2**20
-    )
+    return publish_plan(parameter_map, PolicyConfig(tensor_parallel=2), dtype="bfloat16", bucket_bytes=512 * 2**20)
 
 
 def _recorded(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, calls: Calls) -> None:

@@ -33,6 +33,27 @@ Device = Literal["auto", "cpu", "cuda"]
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Where the ranks of a policy meet, and which of them this is."""
+
+    port: int
+    """Of rank 0."""
+    address: str = "127.0.0.1"
+    rank: int = 0
+    world_size: int = 1
+    listener: socket.socket | None = None
+    """Of rank 0, listening there already, so that no other program can take the port meanwhile; the process group owns
+    it from then on. None: rank 0 opens the port itself."""
+
+    @classmethod
+    def from_environment(cls) -> Rendezvous:
+        """What torchrun and `local_ranks` say: MASTER_PORT, MASTER_ADDR, RANK, WORLD_SIZE."""
+        environment = os.environ
+        rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        return cls(int(environment["MASTER_PORT"]), environment["MASTER_ADDR"], rank, world_size)
+
+
 class Platform(ABC):
     """Device and communication of one policy rank."""
 
@@ -68,41 +89,31 @@ class Platform(ABC):
 
     def init_process_group(
         self,
+        rendezvous: Rendezvous,
         *,
-        rank: int,
-        world_size: int,
-        master_address: str,
-        master_port: int,
         timeout_s: float,
-        listener: socket.socket | None = None,
     ) -> None:
         """Joins the process group of all policy ranks; `timeout_s` also limits each of its collectives.
-
-        Args:
-            rank, world_size: this process, and how many there are.
-            master_address, master_port: where rank 0 is to be met.
-            timeout_s: for the ranks to come together.
-            listener: of rank 0, listening there already, so that no other program can take the port meanwhile; the
-                group owns it from here on. None: rank 0 opens the port itself.
 
         Raises:
             PhaseTimeout: not all ranks joined in time.
         """
         timeout = timedelta(seconds=timeout_s)
+        rank, world_size = rendezvous.rank, rendezvous.world_size
         try:
             store = dist.TCPStore(
-                master_address,
-                master_port,
+                rendezvous.address,
+                rendezvous.port,
                 world_size,
                 is_master=rank == 0,
                 timeout=timeout,
-                master_listen_fd=listener.detach() if listener else None,
+                master_listen_fd=rendezvous.listener.detach() if rendezvous.listener else None,
             )
             dist.init_process_group(self.backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         except dist.DistError as error:
             raise PhaseTimeout(
                 f"phase rendezvous: policy rank {rank} did not meet all {world_size} ranks at "
-                f"{master_address}:{master_port} within {timeout_s:g} s: {error}"
+                f"{rendezvous.address}:{rendezvous.port} within {timeout_s:g} s: {error}"
             ) from error
 
     def manual_seed(self, seed: int) -> None:

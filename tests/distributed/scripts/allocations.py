@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from policy_ranks import Rendezvous
+from policy_ranks import ProcessGroups
 
 from megatron_entropic.policy.batch.microbatch import pack
 from megatron_entropic.policy.model.outputs import OutputOptions
@@ -78,7 +78,7 @@ def measure(policy: Policy, lengths: list[int] | None) -> dict[str, Any]:
 
 
 def main(cases: dict[str, dict[str, Any]]) -> None:
-    rendezvous = Rendezvous()
+    rendezvous = ProcessGroups()
     report = {}
     for name, case in cases.items():
         with rendezvous.policy(Path(case["hf_dir"]), policy=case["policy"], model={"dtype": case["dtype"]}) as policy:

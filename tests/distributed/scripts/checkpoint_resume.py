@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from policy_ranks import RANK, Rendezvous, hf_parameters, replica_part
+from policy_ranks import RANK, ProcessGroups, hf_parameters, replica_part
 
 from megatron_entropic.errors import RunError
 from megatron_entropic.policy.policy import Policy
@@ -81,7 +81,7 @@ def adam_steps(policy: Policy) -> list[float]:
     return sorted({float(state["step"]) for part in parts for state in part.optimizer.state.values()})
 
 
-def train(work: Path, run: dict[str, Any], rendezvous: Rendezvous) -> dict[str, Any]:
+def train(work: Path, run: dict[str, Any], rendezvous: ProcessGroups) -> dict[str, Any]:
     """Warm start, STEPS_BEFORE updates, a checkpoint, and on without a break."""
     with rendezvous.policy(work / run["family"], **sections(run)) as policy:
         part = replica_part(policy, load_sequences(work))
@@ -100,7 +100,7 @@ def train(work: Path, run: dict[str, Any], rendezvous: Rendezvous) -> dict[str, 
         return {**report, "entropy of the exported": policy._scored.mean}
 
 
-def resume(work: Path, run: dict[str, Any], rendezvous: Rendezvous) -> dict[str, Any]:
+def resume(work: Path, run: dict[str, Any], rendezvous: ProcessGroups) -> dict[str, Any]:
     """The same from the checkpoint."""
     with rendezvous.policy(work / run["family"], **sections(run)) as policy:
         part = replica_part(policy, load_sequences(work))
@@ -122,7 +122,7 @@ def went_on(policy: Policy, part: list[Sequence], saved_path: Path) -> dict[str,
     return {"trace": trace, "random": numbers, "adam steps": [before, adam_steps(policy)]}
 
 
-def fail(work: Path, run: dict[str, Any], rendezvous: Rendezvous) -> dict[str, Any]:
+def fail(work: Path, run: dict[str, Any], rendezvous: ProcessGroups) -> dict[str, Any]:
     """Saves that cannot succeed, on each rank in turn, then one that does."""
     root = work / run["checkpoint"]
     report: dict[str, Any] = {}
@@ -190,7 +190,7 @@ def refused_export(policy: Policy, output_dir: Path) -> list[Any]:
 
 
 def main(mode: str, work: Path, runs: list[dict[str, Any]]) -> None:
-    rendezvous = Rendezvous()
+    rendezvous = ProcessGroups()
     action = {"train": train, "resume": resume, "fail": fail}[mode]
     sys.stdout.write(json.dumps({run["name"]: action(work, run, rendezvous) for run in runs}))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from policy_ranks import RANK, Rendezvous, hf_gradients, replica_part
+from policy_ranks import RANK, ProcessGroups, hf_gradients, replica_part
 
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.policy.step.control import EntropyControl, MicrobatchLocalControl
@@ -107,7 +107,7 @@ def lonely(policy: Policy, part: list[Sequence]) -> dict[str, Any]:
     return {"sequences": len(part), "metrics": exact(policy.update(part))}
 
 
-def control_off(rendezvous: Rendezvous, layout: dict[str, Any], model: Path, data: Path) -> dict[str, Any]:
+def control_off(rendezvous: ProcessGroups, layout: dict[str, Any], model: Path, data: Path) -> dict[str, Any]:
     """Gradients with the controller off, and with one whose alpha is 0, must be the same bits."""
     found = {}
     entropy_was_computed = {}
@@ -140,7 +140,7 @@ def control_off(rendezvous: Rendezvous, layout: dict[str, Any], model: Path, dat
     }
 
 
-def reference(rendezvous: Rendezvous, layout: dict[str, Any], model: Path, data: Path) -> dict[str, bool]:
+def reference(rendezvous: ProcessGroups, layout: dict[str, Any], model: Path, data: Path) -> dict[str, bool]:
     """The reference keeps the starting weights while the policy moves."""
     sections = {"algorithm": {"kl": {"coefficient": 0.1}}, "optimizer": {"learning_rate": 1e-3}}
     with rendezvous.policy(model, policy={**layout, "tokens_per_microbatch": SMALL}, **sections) as policy:
@@ -188,7 +188,7 @@ def microbatch_local(policy: Policy, part: list[Sequence]) -> dict[str, Any]:
 
 
 def main(model: Path, data: Path) -> None:
-    rendezvous = Rendezvous()
+    rendezvous = ProcessGroups()
     report: dict[str, Any] = {}
     small = {"tokens_per_microbatch": SMALL}
     for name, layout in LAYOUTS.items():

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from policy_ranks import RANK, Rendezvous
+from policy_ranks import RANK, ProcessGroups
 
 from megatron_entropic.policy.model.load import load_torch_dist, load_weights, named_entries
 from megatron_entropic.policy.policy import Policy
@@ -26,7 +26,7 @@ from megatron_entropic.types import Scores, Sequence
 
 
 def main(work: Path) -> None:
-    rendezvous = Rendezvous()
+    rendezvous = ProcessGroups()
     report = {}
     for name, case in json.loads((work / "cases.json").read_text()).items():
         family, dtype = case["family"], case["dtype"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from policy_ranks import RANK, Rendezvous, configuration, hf_gradients, hf_parameters, replica_part, start_over
+from policy_ranks import RANK, ProcessGroups, configuration, hf_gradients, hf_parameters, replica_part, start_over
 
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.types import Sequence
@@ -50,7 +50,7 @@ def main(directory: Path, saved_path: Path) -> None:
     model = directory / "model"
     batch = [Sequence(**fields) for fields in torch.load(directory / "sequences.pt")]
     cases = json.loads((directory / "cases.json").read_text())
-    rendezvous = Rendezvous()
+    rendezvous = ProcessGroups()
     report: dict[str, Any] = {}
     saved: dict[str, Any] = {}
     for layout_name, layout in LAYOUTS.items():

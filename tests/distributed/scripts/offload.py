@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from policy_ranks import Rendezvous, replica_part, sequences_with_advantages
+from policy_ranks import ProcessGroups, replica_part, sequences_with_advantages
 
 from megatron_entropic.config.run import OFFLOAD_PARTS
 from megatron_entropic.policy.policy import Policy
@@ -83,7 +83,7 @@ def resume(policy: Policy, part: list[Sequence], folder: Path) -> str:
 
 
 def main(lines: list[tuple[list[int], int]], runs: list[dict[str, Any]]) -> None:
-    rendezvous = Rendezvous()
+    rendezvous = ProcessGroups()
     reports: dict[str, Any] = {}
     for run in runs:
         sections = {

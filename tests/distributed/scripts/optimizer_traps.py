@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import torch
-from policy_ranks import Rendezvous, replica_part
+from policy_ranks import ProcessGroups, replica_part
 
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.policy.state.checkpoint import checkpoint_path
@@ -33,7 +33,7 @@ def steps_of(policy: Policy) -> list[torch.Tensor]:
     return [state["step"] for part in parts for state in part.optimizer.state.values()]
 
 
-def shared_step(work: Path, rendezvous: Rendezvous) -> dict[str, Any]:
+def shared_step(work: Path, rendezvous: ProcessGroups) -> dict[str, Any]:
     """Resume with and without each patch of the distributed optimizer, then train one step."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -81,7 +81,7 @@ def exact(metrics: dict[str, float]) -> dict[str, str]:
     return {name: float(value).hex() for name, value in metrics.items()}
 
 
-def weight_decay(work: Path, rendezvous: Rendezvous, distributed: bool) -> dict[str, Any]:
+def weight_decay(work: Path, rendezvous: ProcessGroups, distributed: bool) -> dict[str, Any]:
     """The first step, with gradients of zero: whatever changes is decay."""
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
@@ -106,7 +106,7 @@ def weight_decay(work: Path, rendezvous: Rendezvous, distributed: bool) -> dict[
 
 
 def main(work: Path) -> None:
-    rendezvous = Rendezvous()
+    rendezvous = ProcessGroups()
     report = {
         "shared step": shared_step(work, rendezvous),
         "weight decay": [weight_decay(work, rendezvous, distributed) for distributed in (False, True)],

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from policy_ranks import Rendezvous, configuration, replica_part, sequences_with_advantages, start_over
+from policy_ranks import ProcessGroups, configuration, replica_part, sequences_with_advantages, start_over
 
 from megatron_entropic.policy.model.outputs import HeadName
 from megatron_entropic.policy.policy import Policy
@@ -101,7 +101,7 @@ def exact(metrics: dict[str, float]) -> dict[str, str]:
 
 
 def main(work: Path) -> None:
-    rendezvous = Rendezvous()
+    rendezvous = ProcessGroups()
     report: dict[str, Any] = {}
     for layout_name, layout in LAYOUTS.items():
         for model in ("untied", "tied"):

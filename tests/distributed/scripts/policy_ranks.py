@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_entropic.config.run import Config
 from megatron_entropic.policy.batch.balance import data_parallel_shards
 from megatron_entropic.policy.local_ranks import free_port
+from megatron_entropic.policy.megatron.platform import Rendezvous
 from megatron_entropic.policy.model.load import load_weights, named_entries
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.policy.publish.gather import gather_hf_tensors, sends_weights
@@ -46,7 +47,7 @@ def start_over(policy: Policy, config: Config) -> None:
     policy.optimizer = policy._build_optimizer()
 
 
-class Rendezvous:
+class ProcessGroups:
     """Ports for one process group after the other: the next is agreed on within the one before."""
 
     def __init__(self) -> None:
@@ -57,10 +58,7 @@ class Rendezvous:
         """A policy of `configuration`, in a process group of its own."""
         policy = Policy(
             configuration(hf_dir, **sections),
-            rank=RANK,
-            world_size=WORLD_SIZE,
-            master_address=os.environ["MASTER_ADDR"],
-            master_port=self._port,
+            Rendezvous(self._port, os.environ["MASTER_ADDR"], RANK, WORLD_SIZE),
             device="cpu",
         )
         try:

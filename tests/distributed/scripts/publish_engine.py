@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from megatron_entropic.config.run import RolloutConfig
+from megatron_entropic.config.run import PolicyConfig, RolloutConfig
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.observability.stacks import stacks_of_family
@@ -27,7 +27,7 @@ NAMES = ("zero", "one", "two")
 
 def plan_for(hf_dir: Path) -> PublishPlan:
     parameter_map = ParameterMap(read_dimensions(hf_dir))
-    return publish_plan(parameter_map, pipeline_parallel=1, tensor_parallel=2, bucket_bytes=100_000, dtype="float32")
+    return publish_plan(parameter_map, PolicyConfig(tensor_parallel=2), bucket_bytes=100_000, dtype="float32")
 
 
 def generate(engine: RolloutEngine) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,7 @@ from megatron_entropic.errors import RunError
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.policy.megatron.parallel import ParallelState, destroy_model_parallel, initialise_model_parallel
-from megatron_entropic.policy.megatron.platform import Platform, select_platform
+from megatron_entropic.policy.megatron.platform import Platform, Rendezvous, select_platform
 from megatron_entropic.policy.model.load import load_weights
 from megatron_entropic.policy.publish.publisher import Publisher
 from megatron_entropic.weight_sync.checksums import checksums
@@ -136,14 +135,7 @@ def publish_layout(
     parameter_map = ParameterMap(read_dimensions(hf_dir))
     model = build_model(parameter_map.dimensions, policy, "float32", parallel, platform)
     load_weights(model, hf_dir, parallel)
-    plan = publish_plan(
-        parameter_map,
-        pipeline_parallel=policy.pipeline_parallel,
-        tensor_parallel=policy.tensor_parallel,
-        bucket_bytes=BUCKET_BYTES,
-        dtype="float32",
-        expert_parallel=policy.expert_parallel,
-    )
+    plan = publish_plan(parameter_map, policy, bucket_bytes=BUCKET_BYTES, dtype="float32")
     publisher = Publisher(plan, parameter_map, model, parallel, host="127.0.0.1", timeout_s=60)
     found: dict[str, Any] = {"tensors": len(parameter_map.hf_tensors), "buckets": len(plan.buckets)}
     with ThreadPoolExecutor(RECEIVERS) as threads:
@@ -181,13 +173,7 @@ def publish_layout(
 
 def main(directory: Path) -> None:
     platform = select_platform("cpu")
-    platform.init_process_group(
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        master_address=os.environ["MASTER_ADDR"],
-        master_port=int(os.environ["MASTER_PORT"]),
-        timeout_s=120,
-    )
+    platform.init_process_group(Rendezvous.from_environment(), timeout_s=120)
     counted = Counted()
     report = {}
     for family, layouts in json.loads((directory / "cases.json").read_text()).items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -11,20 +10,14 @@ from megatron_entropic.config.run import PolicyConfig
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.policy.megatron.parallel import initialise_model_parallel
-from megatron_entropic.policy.megatron.platform import select_platform
+from megatron_entropic.policy.megatron.platform import Rendezvous, select_platform
 from megatron_entropic.policy.model.load import load_weights
 from megatron_entropic.weight_sync.plan import publish_plan
 
 
 def main(directory: Path) -> None:
     platform = select_platform("cpu")
-    platform.init_process_group(
-        rank=int(os.environ["RANK"]),
-        world_size=2,
-        master_address=os.environ["MASTER_ADDR"],
-        master_port=int(os.environ["MASTER_PORT"]),
-        timeout_s=300,
-    )
+    platform.init_process_group(Rendezvous.from_environment(), timeout_s=300)
     from megatron_entropic.policy.model.build import build_model
     from megatron_entropic.policy.publish.publisher import Publisher
 
@@ -33,7 +26,7 @@ def main(directory: Path) -> None:
     platform.manual_seed(1)
     parameter_map = ParameterMap(read_dimensions(directory / "one"))
     model = build_model(parameter_map.dimensions, policy, "float32", parallel, platform)
-    plan = publish_plan(parameter_map, pipeline_parallel=1, tensor_parallel=2, bucket_bytes=100_000, dtype="float32")
+    plan = publish_plan(parameter_map, policy, bucket_bytes=100_000, dtype="float32")
     publisher = Publisher(plan, parameter_map, model, parallel, host="127.0.0.1", timeout_s=240)
     sender = publisher.open(2)
     if sender:

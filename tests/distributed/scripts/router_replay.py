@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from policy_ranks import Rendezvous, hf_gradients, replica_part, sequences_with_advantages
+from policy_ranks import ProcessGroups, hf_gradients, replica_part, sequences_with_advantages
 
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.policy.step.score import score
@@ -109,7 +109,7 @@ def check(policy: Policy, part: list[Sequence]) -> dict[str, Any]:
 
 
 def main(lines: list[tuple[list[int], int]], layouts: dict[str, dict[str, Any]]) -> None:
-    rendezvous = Rendezvous()
+    rendezvous = ProcessGroups()
     reports: dict[str, Any] = {}
     for name, layout in layouts.items():
         sections = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from megatron_entropic.config.run import PolicyConfig
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.policy.megatron.parallel import destroy_model_parallel, initialise_model_parallel
-from megatron_entropic.policy.megatron.platform import Platform, select_platform
+from megatron_entropic.policy.megatron.platform import Platform, Rendezvous, select_platform
 from megatron_entropic.policy.model.load import load_weights
 from megatron_entropic.types import Scores, Sequence
 
@@ -40,13 +39,7 @@ def score_layout(platform: Platform, policy: PolicyConfig, hf_dir: Path, case: d
 
 def main(directory: Path) -> None:
     platform = select_platform("cpu")
-    platform.init_process_group(
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        master_address=os.environ["MASTER_ADDR"],
-        master_port=int(os.environ["MASTER_PORT"]),
-        timeout_s=120,
-    )
+    platform.init_process_group(Rendezvous.from_environment(), timeout_s=120)
     distances = {}
     for family, layouts in json.loads((directory / "cases.json").read_text()).items():
         case = torch.load(directory / f"{family}.pt")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from policy_ranks import RANK, Rendezvous, configuration, hf_gradients, hf_parameters, replica_part, start_over
+from policy_ranks import RANK, ProcessGroups, configuration, hf_gradients, hf_parameters, replica_part, start_over
 
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.types import Sequence
@@ -94,7 +94,7 @@ def train(policy: Policy, directory: Path, plan: Any, case: dict[str, Any], layo
 
 def main(directory: Path, layouts: dict[str, dict[str, Any]], saved_path: Path) -> None:
     plan = json.loads((directory / "plan.json").read_text())
-    rendezvous = Rendezvous()
+    rendezvous = ProcessGroups()
     report: dict[str, Any] = {}
     saved: dict[str, Any] = {}
     for name, entry in layouts.items():

@@ -15,7 +15,7 @@ import torch
 from rollout_engine_run import plain, publish, requests_of_step
 from safetensors.torch import load_file
 
-from megatron_entropic.config.run import RolloutConfig
+from megatron_entropic.config.run import PolicyConfig, RolloutConfig
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.rollout.engine import RolloutEngine
@@ -41,7 +41,7 @@ def main(directory: Path, tensor_parallel: int) -> None:
         engine.generate(requests)
     except RuntimeError as error:
         seen["refusal"] = str(error)
-    plan = publish_plan(parameter_map, pipeline_parallel=2, tensor_parallel=1, bucket_bytes=100_000, dtype="float32")
+    plan = publish_plan(parameter_map, PolicyConfig(pipeline_parallel=2), bucket_bytes=100_000, dtype="float32")
     for version, name in enumerate(("one", "two"), start=1):
         tensors = load_file(directory / name / "model.safetensors")
         publish(engine, plan, tensors, version, receivers=tensor_parallel)

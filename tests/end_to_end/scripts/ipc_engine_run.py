@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch.multiprocessing import reductions
 
-from megatron_entropic.config.run import RolloutConfig
+from megatron_entropic.config.run import PolicyConfig, RolloutConfig
 from megatron_entropic.errors import PeerDied
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
@@ -91,7 +91,7 @@ def main(model_dir: Path, output: Path) -> None:
     parameter_map = ParameterMap(read_dimensions(model_dir))
     config = RolloutConfig(max_response_tokens=8, kv_cache_gb=0.1, max_concurrent_sequences=4)
     engine = RolloutEngine(model_dir, "float32", config, max_model_tokens=64, seed=1, device="cpu", transport="ipc")
-    plan = publish_plan(parameter_map, pipeline_parallel=2, tensor_parallel=1, bucket_bytes=50_000, dtype="float32")
+    plan = publish_plan(parameter_map, PolicyConfig(pipeline_parallel=2), bucket_bytes=50_000, dtype="float32")
     old = load_file(model_dir / "model.safetensors")
     new = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in old.items()}
     seen: dict[str, Any] = {"buckets": len(plan.buckets)}

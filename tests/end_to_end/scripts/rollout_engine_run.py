@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from megatron_entropic.config.run import RolloutConfig
+from megatron_entropic.config.run import PolicyConfig, RolloutConfig
 from megatron_entropic.errors import PhaseTimeout
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
@@ -141,7 +141,7 @@ def main(directory: Path, life: str) -> None:
     )
     in_flight = engine._llm.llm_engine.engine_core.engine_core.batch_queue_size
     assert in_flight == (2 if life == "asynchronous" else 1), f"{in_flight} forward passes at a time"
-    plan = publish_plan(parameter_map, pipeline_parallel=2, tensor_parallel=1, bucket_bytes=50_000, dtype="float32")
+    plan = publish_plan(parameter_map, PolicyConfig(pipeline_parallel=2), bucket_bytes=50_000, dtype="float32")
     tensors = load_file(new / "model.safetensors")
     seen: dict[str, Any] = {"buckets": len(plan.buckets)}
     if life != "resumed":

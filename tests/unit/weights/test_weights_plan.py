@@ -6,6 +6,7 @@ from math import prod
 
 import pytest
 
+from megatron_entropic.config.run import PolicyConfig
 from megatron_entropic.models.dimensions import ModelDimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.models.read_config import ExpertDimensions, LatentAttention, SigmoidRouting
@@ -97,7 +98,10 @@ PARAMETERS = {
 
 def plan_of(name: str, pp: int = 1, tp: int = 2, bucket_bytes: int = 512 * MIB, **experts: int) -> PublishPlan:
     return publish_plan(
-        MODELS[name], pipeline_parallel=pp, tensor_parallel=tp, bucket_bytes=bucket_bytes, dtype="bfloat16", **experts
+        MODELS[name],
+        PolicyConfig(pipeline_parallel=pp, tensor_parallel=tp, **experts),
+        bucket_bytes=bucket_bytes,
+        dtype="bfloat16",
     )
 
 

@@ -7,6 +7,7 @@ from math import prod
 
 import pytest
 
+from megatron_entropic.config.run import PolicyConfig
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.planning.parameters import KNOWN_MODELS, read_model
 from megatron_entropic.weight_sync.plan import Bucket, publish_plan
@@ -34,10 +35,9 @@ def test_every_element_once_bytes_of_each_rank_and_collectives_of_each_bucket(
     found = maps[name]
     plan = publish_plan(
         found,
-        tensor_parallel=tensor,
-        pipeline_parallel=stages,
-        expert_parallel=experts,
-        expert_tensor_parallel=1,
+        PolicyConfig(
+            tensor_parallel=tensor, pipeline_parallel=stages, expert_parallel=experts, expert_tensor_parallel=1
+        ),
         bucket_bytes=512 * MIB,
         dtype="bfloat16",
     )
@@ -71,9 +71,7 @@ def expected_collectives(bucket: Bucket, tensor: int, experts: int) -> tuple[str
 def test_twice_the_bucket_size_means_about_half_the_collectives(maps: dict[str, ParameterMap], name: str):
     counts = [
         len(
-            publish_plan(
-                maps[name], tensor_parallel=4, pipeline_parallel=1, bucket_bytes=size * MIB, dtype="bfloat16"
-            ).buckets
+            publish_plan(maps[name], PolicyConfig(tensor_parallel=4), bucket_bytes=size * MIB, dtype="bfloat16").buckets
         )
         for size in (512, 1024, 2048)
     ]
