@@ -18,7 +18,7 @@ from megatron_entropic.cluster.environment import use_interface_of
 from megatron_entropic.cluster.processes import ActorProcess, this_process
 from megatron_entropic.config.names import TRANSPORTS
 from megatron_entropic.config.plugins import find_attribute
-from megatron_entropic.config.run import Config, Device, Sampling
+from megatron_entropic.config.run import ClusterConfig, Config, Device, Sampling
 from megatron_entropic.observability.stacks import offer_stacks
 from megatron_entropic.types import GenerationRequest, Response, Sequence
 from megatron_entropic.weight_sync.checksums import Piece
@@ -67,8 +67,8 @@ def policy_environment(config: Config, device: Device) -> dict[str, str]:
     return environment
 
 
-def _join_network(config: Config) -> None:
-    if config.cluster.address != "local":
+def _join_network(cluster: ClusterConfig) -> None:
+    if cluster.address != "local":
         use_interface_of(ray.util.get_node_ip_address())
 
 
@@ -83,7 +83,7 @@ class PolicyWorker:
         self._policy: Policy
         self._listener: socket.socket | None = None
         offer_stacks()
-        _join_network(config)
+        _join_network(config.cluster)
 
     def place(self) -> ActorProcess:
         """Where this actor's process is."""
@@ -133,7 +133,7 @@ class EngineWorker:
         self._device = device
         self._engine: RolloutEngine
         offer_stacks()
-        _join_network(config)
+        _join_network(config.cluster)
 
     def place(self) -> ActorProcess:
         """Where this actor's process is."""

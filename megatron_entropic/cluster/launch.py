@@ -29,11 +29,11 @@ def launch_engines(config: Config, announce: Announce = _announce_nothing) -> It
     Raises:
         RunError: something could not start; everything that did is gone again.
     """
-    announce(_ray_phase(config))
+    announce(_ray_phase(config.cluster.address))
     with ray_session(config.cluster, local_cpus=config.rollout.engines) as device:
         placement = reserve(config, device, policy_ranks=0)
         try:
-            announce(_engines_phase(config))
+            announce(_engines_phase(config.rollout.engines))
             engines = EngineGroup(config, placement)
             engines.finish_start(engines.begin_start())
             yield Cluster(config.cluster, engines)
@@ -50,7 +50,7 @@ def launch(config: Config, announce: Announce = _announce_nothing) -> Iterator[C
     """
     ranks = config.policy.world_size
     actors = 2 * ranks if config.cluster.colocate else ranks + config.rollout.engines
-    announce(_ray_phase(config))
+    announce(_ray_phase(config.cluster.address))
     with ray_session(config.cluster, local_cpus=actors) as device:
         placement = reserve(config, device)
         try:
@@ -59,32 +59,31 @@ def launch(config: Config, announce: Announce = _announce_nothing) -> Iterator[C
                 loading = engines.begin_start()
                 if config.cluster.colocate:
                     # vLLM wants to find the GPU free.
-                    announce(_engines_phase(config))
+                    announce(_engines_phase(config.rollout.engines))
                     engines.finish_start(loading)
                     engines.sleep()
-                    announce(_policy_phase(config))
+                    announce(_policy_phase(ranks))
                     policy.start()
                 else:
-                    announce(f"{_policy_phase(config)}, engines beside it")
+                    announce(f"{_policy_phase(ranks)}, engines beside it")
                     policy.start()
-                    announce(_engines_phase(config))
+                    announce(_engines_phase(config.rollout.engines))
                     engines.finish_start(loading)
                 yield Cluster(config.cluster, engines, policy)
         finally:
             placement.release()
 
 
-def _ray_phase(config: Config) -> str:
-    address = config.cluster.address
+def _ray_phase(address: str) -> str:
     return "starting Ray" if address == "local" else f"joining Ray at cluster.address={address}"
 
 
-def _policy_phase(config: Config) -> str:
-    return f"loading the policy (ranks: {config.policy.world_size})"
+def _policy_phase(ranks: int) -> str:
+    return f"loading the policy (ranks: {ranks})"
 
 
-def _engines_phase(config: Config) -> str:
-    return f"loading the engines ({config.rollout.engines})"
+def _engines_phase(engines: int) -> str:
+    return f"loading the engines ({engines})"
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from megatron_entropic.checkpoints.run_checkpoints import (
     refuse_unwanted_resume,
 )
 from megatron_entropic.config.load import ConfigError
-from megatron_entropic.config.run import Config
+from megatron_entropic.config.run import Config, RunConfig
 from megatron_entropic.data import TaskDataset, load_checked_tokenizer
 from megatron_entropic.errors import Problems, RunError, UserError
 from megatron_entropic.observability.metrics import check_sinks
@@ -55,7 +55,7 @@ def open_inputs(config: Config) -> Iterator[Inputs]:
     problems = Problems()
     attempt = problems.attempt
     with ExitStack() as closing:
-        attempt(lambda: check_resumable(config))
+        attempt(lambda: check_resumable(config.run, config.train.steps))
         attempt(lambda: check_sinks(config.logging))
         attempt(lambda: open_weights(config.model.hf_dir, config.model.megatron_dir))
         kl = config.algorithm.kl
@@ -85,20 +85,20 @@ def open_inputs(config: Config) -> Iterator[Inputs]:
         yield Inputs(scorer, evaluator, tasks, lessons)
 
 
-def check_resumable(config: Config) -> None:
+def check_resumable(run: RunConfig, steps: int) -> None:
     """The output folder holds no checkpoint, or one to continue from, by the sizes of its files.
 
     Raises:
         UserError: `run.resume=never` and there is one; there are some and none is whole; more steps are done than
-            `train.steps`.
+            `steps`.
     """
-    complete = complete_checkpoints(config.run.output_dir / "checkpoints")
-    refuse_unwanted_resume(config.run.resume, complete[-1] if complete else None)
+    complete = complete_checkpoints(run.output_dir / "checkpoints")
+    refuse_unwanted_resume(run.resume, complete[-1] if complete else None)
     found = []
     for directory in reversed(complete):
         try:
             read_state(directory)
-            refuse_fewer_steps(config.train.steps, directory)
+            refuse_fewer_steps(steps, directory)
             return
         except RunError as error:
             found.append(str(error))

@@ -74,7 +74,7 @@ def replay(run_dir: Path, step: int, checkpoint: Path | None = None, *, begin: C
     recorded = _read(run_dir, step)
     part = _part_of(run_dir, step)
     config = _config_of_one_rank(run_dir, part)
-    directory = checkpoint or _state_before(run_dir, step, config)
+    directory = checkpoint or _state_before(run_dir, step, warm_start=config.warm_start.steps > 0)
     if directory is not None:
         begin("comparing the checkpoint with its checksums")
         verify_checkpoint(directory)
@@ -166,14 +166,14 @@ def _config_of_one_rank(run_dir: Path, part: RunPart) -> Config:
     return config.model_copy(update={"policy": config.policy.model_copy(update=ONE_RANK)})
 
 
-def _state_before(run_dir: Path, step: int, config: Config) -> Path | None:
+def _state_before(run_dir: Path, step: int, *, warm_start: bool) -> Path | None:
     """The checkpoint to start from; None where the run started with the weights of model.hf_dir."""
     root = run_dir / "checkpoints"
     wanted = checkpoint_path(root, step - 1)
     complete = complete_checkpoints(root)
     if wanted in complete:
         return wanted
-    if step == 1 and not config.warm_start.steps:
+    if step == 1 and not warm_start:
         return None
     names = ", ".join(path.name for path in complete) or "none"
     raise UserError(
