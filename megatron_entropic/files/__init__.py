@@ -1,1 +1,1 @@
-"""Files that are whole or not there, and what is wrong with a path, in words."""
+"""Files that are whole or not there, and words for the faults of a path."""

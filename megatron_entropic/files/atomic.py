@@ -12,12 +12,12 @@ from typing import IO, Any
 from megatron_entropic.files.paths import make_directory
 
 SPACE_MARGIN_BYTES = 16 * 2**20
-"""Free space asked for beyond the tensors: headers, metadata, tokenizer."""
+"""Bytes of free space asked for beyond the tensors: headers, metadata, tokenizer."""
 
 
 @contextmanager
 def appears_when_complete(output_dir: Path) -> Iterator[Path]:
-    """A hidden sibling of `output_dir`, flushed and renamed to it if the body succeeds, removed if it does not.
+    """Yields a hidden sibling of `output_dir`, flushed and renamed to it if the body succeeds, removed if it does not.
 
     An existing `output_dir` steps aside as `.NAME.replaced` until the new one is in place. What an interrupted process
     left behind is removed at the next start.
@@ -43,7 +43,7 @@ def appears_when_complete(output_dir: Path) -> Iterator[Path]:
 
 
 def output_problems(output_dir: Path, needed_bytes: int) -> list[str]:
-    """Why a new directory of that size cannot be written there; empty if nothing speaks against it."""
+    """Reasons why a new directory of that size cannot be written there; empty if nothing speaks against it."""
     problems = []
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         problems.append(f"{output_dir}: exists and is not empty; nothing is written over it")
@@ -73,10 +73,11 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def atomic_write(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
-    """A file that appears in place of `path` when the block succeeds, with the folders above it.
+    """Yields a file that appears in place of `path` when the block succeeds, with the folders above it.
 
     Args:
-        durable: also on the disk by then, not only in the system's memory.
+        path: the file to write.
+        durable: whether the file is on the disk by then, not only in the system's memory.
 
     Raises:
         OSError: the disk refuses; the message names the file, and what was there before is still there.
@@ -96,13 +97,13 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
-    """`atomic_write` of a text; half characters, which models can produce, are written as escapes."""
+    """Write a text by `atomic_write`; half characters, which models can produce, are written as escapes."""
     with atomic_write(path, durable=durable) as file:
         file.write(text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_parquet(path: Path, table: Any) -> None:
-    """`atomic_write` of a pyarrow table."""
+    """Write a pyarrow table by `atomic_write`."""
     import pyarrow.parquet
 
     with atomic_write(path) as file:

@@ -27,11 +27,11 @@ class NewerFormat(UserError):
 
 @dataclass(frozen=True)
 class FileFormat:
-    """One kind of file."""
+    """Name and version of the format of one kind of file."""
 
     name: str
     version: int
-    """Goes up when the versions before would misread what is written."""
+    """Number that goes up when earlier versions of the package would misread what is written."""
 
     def stamp(self, content: Mapping[str, Any]) -> dict[str, Any]:
         """The content with the version that it is written in."""

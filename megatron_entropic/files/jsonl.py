@@ -35,7 +35,7 @@ class JsonLinesWriter:
         self.append_all([row])
 
     def append_all(self, rows: list[dict[str, Any]]) -> None:
-        """Write some objects with one sync; see `append`."""
+        """Write several objects with one sync; it raises as `append` does."""
         self._check_place()
         before = os.fstat(self._file.fileno()).st_size
         text = "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)

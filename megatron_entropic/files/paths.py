@@ -1,4 +1,4 @@
-"""What is wrong with a path, in words, before anything opens it: a pipe would be waited for, a device read for ever."""
+"""Words for the faults of a path, before anything opens it: a pipe would be waited for, a device read for ever."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _KINDS = (
 
 
 def file_problem(path: Path) -> str | None:
-    """Why `path` cannot be read as a file; None if it can."""
+    """Words for why `path` cannot be read as a file; None if it can."""
     return _problem(path, stat.S_ISREG, "file", os.R_OK)
 
 
 def directory_problem(path: Path) -> str | None:
-    """Why `path` cannot be read as a directory; None if it can."""
+    """Words for why `path` cannot be read as a directory; None if it can."""
     return _problem(path, stat.S_ISDIR, "directory", os.R_OK | os.X_OK)
 
 
 def new_directory_problem(path: Path) -> str | None:
-    """Why nothing can be written into the directory `path`, which need not exist yet; None if it can."""
+    """Words for why nothing can be written into the directory `path`, which need not exist yet; None if it can."""
     place = path
     try:
         while not os.path.lexists(place) and place != place.parent:

@@ -11,12 +11,13 @@ _PICTURES, _DELETE = 0x2400, 0x7F
 
 
 def printable(text: str) -> str:
-    """The text with a visible sign in place of each character that acts: ESC becomes U+241B, others their escape."""
+    """The text with a visible sign for each character that acts: ESC becomes U+241B, others their escape."""
     return _ACTS.sub(_sign, text)
 
 
 def shortened(text: str, characters: int) -> str:
-    """The text with its middle left out, and said so, where it is longer: a line of a megabyte hides what is around."""
+    """The text, or if it is longer than `characters` its two ends with a note of how much is left out between them."""
+    # A line of a megabyte would hide what is around it.
     hidden = len(text) - characters
     if hidden <= 0:
         return text

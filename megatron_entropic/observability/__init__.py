@@ -1,1 +1,1 @@
-"""What a run tells: metrics and their sinks, timing, live progress, and the report."""
+"""Records of a run: metrics and their sinks, rollouts, settings, timing and live progress."""

@@ -11,10 +11,12 @@ from rich.live import Live
 
 @contextmanager
 def live_display(console: Console, render: Callable[[], RenderableType], *, transient: bool) -> Iterator[None]:
-    """Draw what `render` gives below the printed lines four times a second; nothing where there is no terminal.
+    """Draw what `render` returns below the printed lines four times a second; nothing where there is no terminal.
 
     Args:
-        transient: what was drawn last is wiped at the end.
+        console: where to draw.
+        render: returns what to draw now.
+        transient: whether the last drawing is wiped at the end.
     """
     if not console.is_terminal:
         yield

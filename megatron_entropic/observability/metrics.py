@@ -26,7 +26,7 @@ ENTROPY_BAND = 0.1
 """Entropy within this fraction of its target counts as on target, wherever it is shown."""
 
 _MOST_STEPS = 10**12
-"""What a figure can still count; a larger step is a damaged line."""
+"""Largest step that a figure can still count; a larger one is a damaged line."""
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,9 @@ class MetricsWriter:
 
         Args:
             output_dir: the run's directory; created if missing.
-            run_config: what W&B shows as the run's configuration (`Config.model_dump(mode="json")`).
+            config: the sinks that are asked for.
+            run_name: name of the run in W&B.
+            run_config: the run's configuration as W&B shows it (`Config.model_dump(mode="json")`).
 
         Raises:
             UserError: a sink is asked for and its library is not installed.
@@ -144,7 +146,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def check_sinks(config: LoggingConfig) -> None:
-    """Import the sinks' libraries.
+    """Import the sinks' libraries, to find out whether they are there.
 
     Raises:
         UserError: a sink is asked for and its library is not installed, or WANDB_MODE is none of W&B's words.
@@ -156,7 +158,9 @@ def check_sinks(config: LoggingConfig) -> None:
 
 
 def wandb_mode(setting: str) -> str:
-    """off, online or offline: what `logging.wandb` says, or where it is auto WANDB_MODE, or whether there is a key.
+    """Mode of W&B: off, online or offline.
+
+    It is what `logging.wandb` says; where that is auto, WANDB_MODE, or if that is empty whether there is a key.
 
     Raises:
         UserError: WANDB_MODE is none of W&B's words.
@@ -174,7 +178,7 @@ def wandb_mode(setting: str) -> str:
 
 
 class _TensorBoardSink:
-    """Scalars in RUN_DIR/tensorboard."""
+    """Sink that writes scalars to RUN_DIR/tensorboard."""
 
     def __init__(self, log_dir: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -192,16 +196,17 @@ class _TensorBoardSink:
 
 
 class _WandbSink:
-    """One W&B run for one run directory: its id is kept there, so that a resumed run goes on in the same charts."""
+    """Sink that writes to one W&B run for one run directory: its id is kept there, so that a resumed run goes on in the
+    same charts."""
 
     def __init__(self, output_dir: Path, mode: str, required: bool, named: dict[str, Any]):
-        """Start it.
+        """Start the W&B run.
 
         Args:
-            output_dir: the run's.
+            output_dir: the run's directory.
             mode: online or offline.
-            required: without W&B's server there is no run; otherwise it is recorded offline.
-            named: project, name and config.
+            required: whether the run fails without W&B's server; otherwise it is recorded offline.
+            named: project, name and configuration of the W&B run.
         """
         self._wandb = _optional_import("wandb", "logging.wandb=off")
         arguments = {**named, "id": self._run_id(output_dir / WANDB_ID_FILE), "dir": str(output_dir)}

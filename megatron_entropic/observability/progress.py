@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live panel in a terminal, one plain line a step anywhere else.
+"""Display of a run while it goes on: a live panel in a terminal, one plain line a step anywhere else.
 
 with Progress(config.train.steps, done=resumed_steps, target=0.1) as progress:
     progress.phase("generate")
@@ -44,11 +44,15 @@ class Progress:
         console: Console | None = None,
         now: Callable[[], float] = time.monotonic,
     ):
-        """Args:
-        total_steps: steps of the whole run.
-        target: entropy target in nats; None where nothing is controlled.
-        mismatch: what it is measured against; None where nothing is known to be usual.
-        now: a clock, seconds.
+        """Start at step 0.
+
+        Args:
+            total_steps: steps of the whole run.
+            target: entropy target in nats; None where nothing is controlled.
+            mismatch: usual range of the mismatch; None where nothing is known to be usual.
+            title: title of the panel.
+            console: where to show the steps; None: standard output.
+            now: a clock, in seconds.
         """
         self._now = now
         self._start = self._phase_start = now()
@@ -84,7 +88,7 @@ class Progress:
             self.log(phase_line(self._now() - self._start, name))
 
     def resume(self, step: int) -> None:
-        """The run goes on after this step."""
+        """Go on after this step: it and those before it are done."""
         self._step = step
 
     def log(self, message: str) -> None:
@@ -223,7 +227,7 @@ def gauge(alpha: float) -> Text:
 #   | phases.count()                               #  51 s    37 of 128
 
 _QUIET_S = 30.0
-"""After so long without a line, plain output says how far a counted phase is."""
+"""Seconds without a line after which plain output says how far a counted phase is."""
 
 
 class PhaseDisplay:
@@ -254,7 +258,7 @@ class PhaseDisplay:
         self._line(f"{name} ({total:,})" if total else name)
 
     def count(self) -> None:
-        """One more of the phase's things is done."""
+        """Count one more of the phase's things as done."""
         self._done += 1
         if not self._console.is_terminal and self._now() - self._last_line >= _QUIET_S:
             self._line(f"  {self._progress()}")
@@ -274,16 +278,16 @@ class PhaseDisplay:
 
 
 def quiet(name: str) -> None:
-    """In place of `PhaseDisplay.begin` where nobody waits."""
+    """Show nothing: stands in for `PhaseDisplay.begin` where nobody waits."""
 
 
 def phase_line(seconds: float, text: str) -> str:
-    """A phase that began `seconds` after the command, as one line of a log."""
+    """One line of a log about a phase that began `seconds` after the command."""
     return printable(f"{duration(seconds):>12}  {text}")
 
 
 def duration(seconds: float) -> str:
-    """3725 -> `1 h 02 min`, 80 -> `1 min 20 s`, 8 -> `8 s`."""
+    """Text of a time in seconds: 3725 -> `1 h 02 min`, 80 -> `1 min 20 s`, 8 -> `8 s`."""
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     if hours:

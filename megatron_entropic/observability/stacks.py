@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 ANSWER_S = 3.0
-"""How long a process may take to write its stacks."""
+"""Seconds that a process may take to write its stacks."""
 _NAME = "stacks"
 
 
@@ -69,7 +69,7 @@ def _gone(pid: int) -> str:
 
 
 def _memory_of(pid: int) -> Path | None:
-    """Where a process writes its stacks; None if it does not offer them, or is gone."""
+    """File to which a process writes its stacks; None if it does not offer them, or is gone."""
     try:
         for file in Path(f"/proc/{pid}/fd").iterdir():
             if os.readlink(file).startswith(f"/memfd:{_NAME} "):

@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Wall time of a step, by phase."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class PhaseClock:
             self._running.pop()
 
     def finish_step(self) -> dict[str, float]:
-        """`time/<phase>_s` of the step in seconds, and `time/step_s` since the previous call; starts anew."""
+        """Metrics of the step: `time/<phase>_s` in seconds, and `time/step_s` since the previous call; starts anew."""
         self._account()
         metrics = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
         metrics["time/step_s"] = 0.0 if self._step_start is None else self._mark - self._step_start

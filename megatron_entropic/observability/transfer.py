@@ -23,7 +23,7 @@ _LINE_EVERY_S = 5.0
 
 
 class TransferProgress:
-    """`begin` once with the size, then `advance` from any thread, within a `with` block."""
+    """Progress of one copy: within a `with` block, `begin` once with the size, then `advance` from any thread."""
 
     def __init__(self, title: str, console: Console) -> None:
         self._title, self._console = title, console
@@ -54,7 +54,7 @@ class TransferProgress:
             self._tell()
 
     def begin(self, total_bytes: int) -> None:
-        """The work has been checked and starts."""
+        """Start to show progress: the work has been checked and begins."""
         self._total = total_bytes
         self._started = self._told = time.monotonic()
         if self._bar is None:
@@ -64,7 +64,7 @@ class TransferProgress:
             self._bar.start()
 
     def advance(self, nbytes: int) -> None:
-        """So much more is done."""
+        """Add bytes that are done."""
         with self._lock:
             self._done += nbytes
             if self._bar is not None:

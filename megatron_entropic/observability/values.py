@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 Default = TypeVar("Default")
 _LARGEST = 1e100
-"""Axes are computed with products of values, which must stay finite."""
+"""Largest number that is taken: axes are computed with products of values, which must stay finite."""
 
 
 def setting_of(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
@@ -19,7 +19,7 @@ def setting_of(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
 
 
 def as_number(value: Any, default: Default) -> float | Default:
-    """A value of a file as a number; the default where it is none, such as text, not finite or beyond all figures."""
+    """A value of a file as a number; the default where it is text, not finite, or beyond all figures."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return default
     try:

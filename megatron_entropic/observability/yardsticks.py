@@ -1,4 +1,4 @@
-"""What is usual of a metric, so that a number says something to who sees it for the first time."""
+"""Usual ranges of metrics, so that a number says something to a person who sees it for the first time."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from megatron_entropic.observability.values import as_number, setting_of
 
 @dataclass(frozen=True)
 class MismatchYardstick:
-    """mismatch/logprob_abs_mean where policy and engines are in order: nats a token, mean over a step."""
+    """Usual range of mismatch/logprob_abs_mean where policy and engines are in order: nats a token, mean over a step."""
 
     dtype: str
     usual: float
-    """It is seldom above."""
+    """Value that the metric is seldom above."""
     limit: float
-    """Above it the engines sample from another policy than the one that is trained."""
+    """Value above which the engines sample from another policy than the one that is trained."""
 
     def __str__(self) -> str:
         return f"{self.dtype}: usually below {self.usual:g}"
@@ -32,10 +32,10 @@ _MISMATCH = {
 
 
 def mismatch_yardstick(config: Mapping[str, Any]) -> MismatchYardstick | None:
-    """What to compare the mismatch of a run with this configuration with; None where nothing is known to be usual.
+    """The usual range of the mismatch of a run with this configuration; None where nothing is known to be usual.
 
-    Nothing is where policy or engines round to 8 bits, and where top_p or top_k cut what is sampled, so that log-probs
-    of two distributions are compared.
+    Nothing is known where policy or engines round to 8 bits, and where top_p or top_k cut what is sampled, so that
+    log-probs of two distributions are compared.
     """
     rounded = any(setting_of(config, key, "off") != "off" for key in ("rollout.quantization", "policy.fp8"))
     top_p, top_k = as_number(setting_of(config, "rollout.top_p"), 1), as_number(setting_of(config, "rollout.top_k"), -1)

@@ -1,4 +1,4 @@
-"""What a run's entropy control needs, in words: each rule looks at the last steps and names the knob to turn."""
+"""Sentences about a run's entropy control: each rule looks at the last steps and names the setting to change."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from megatron_entropic.observability.metrics import ENTROPY_BAND
 from megatron_entropic.reports.run import Run
 
 WINDOW = 40
-"""Steps that a verdict looks back."""
+"""Number of last steps that a verdict looks at."""
 SATURATED_STEPS = 10
-"""Steps at the limit before alpha counts as stuck there."""
+"""Number of steps at the limit before alpha counts as stuck there."""
 LEAST_AUTHORITY = 0.05
 """Share of tokens with pi > tau and A != 0 below which alpha has little to act on."""
 LEAST_ADVANTAGE = 0.2
@@ -51,7 +51,7 @@ def verdicts(run: Run) -> list[Verdict]:
 
 
 def saturated_steps(alphas: Sequence[float]) -> int:
-    """How many of the last alphas in a row are at the same limit."""
+    """Number of alphas at the end of the list that are at the same limit."""
     count = 0
     for alpha in reversed(alphas):
         if not abs(alpha) >= 1 or alpha * alphas[-1] < 0:
@@ -61,7 +61,7 @@ def saturated_steps(alphas: Sequence[float]) -> int:
 
 
 def _feedback(run: Run, controller: str) -> Iterator[Verdict]:
-    """Stuck at a limit, off target, swinging, or on target; the first that holds."""
+    """Yields the first verdict that holds: stuck at a limit, swinging, on target, or off target."""
     errors = _errors(run)
     if not errors:
         return
@@ -144,7 +144,7 @@ def _importance(run: Run) -> Iterator[Verdict]:
 
 
 def _errors(run: Run) -> list[float]:
-    """H - target of the last steps that have both, nats."""
+    """Values of H - target of the last steps that have both, in nats."""
     pairs = zip(run.series("entropy/mean"), run.series("entropy/target"), strict=True)
     return [h - target for h, target in pairs if math.isfinite(h) and math.isfinite(target)][-WINDOW:]
 

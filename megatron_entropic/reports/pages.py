@@ -30,6 +30,6 @@ def render_page(template: Path, **values: Any) -> str:
 
 
 def write_page(path: Path, page: str) -> Path:
-    """Write a page as a whole: one that is being looked at is replaced, never half there."""
+    """Write a page as a whole: an open page is replaced at once, never half written. Returns the path."""
     write_text(path, page, durable=False)
     return path

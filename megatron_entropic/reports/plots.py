@@ -69,7 +69,7 @@ class Plot:
     caption: str
     wide: bool
     draw: Callable[[Axes, Sequence[Run], Theme], bool]
-    """Draws on the axes; False if there is nothing to show."""
+    """Function that draws on the axes; it returns False if there is nothing to show."""
 
 
 def render(plot: Plot, runs: Sequence[Run], theme: Theme) -> bytes | None:
@@ -123,7 +123,7 @@ def _style(theme: Theme) -> dict[Any, Any]:
 
 
 def _entropy(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
-    """H of every run, and the band of each distinct target."""
+    """Draw H of every run, and the band of each distinct target."""
     drawn = _lines(axes, runs, "entropy/mean", theme)
     stretches = [stretch for run in runs for stretch in run.stretches]
     for target in sorted({stretch.target for stretch in stretches if stretch.target is not None}):
@@ -141,7 +141,7 @@ def _entropy(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
 
 
 def _alpha(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
-    """alpha of every controlled run with its P and I parts, and the limits it is clipped to.
+    """Draw alpha of every controlled run with its P and I parts, and the limits it is clipped to.
 
     One run: a colour for each of the three. Several: a colour for each run, its parts dotted and dashed.
     """
@@ -176,7 +176,7 @@ def _alpha(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
 
 
 def _authority(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
-    """Tokens with pi > tau (dashed), and those of them with an advantage, which alpha acts on."""
+    """Draw the share of tokens with pi > tau (dashed), and of those with an advantage too, which alpha acts on."""
     drawn = _lines(axes, runs, "entropy/actuated_fraction", theme, label="pi > tau and A \u2260 0")
     drawn |= _lines(axes, runs, "entropy/high_prob_fraction", theme, label="pi > tau", dashed=True)
     axes.set_ylabel("share of tokens")
@@ -186,7 +186,7 @@ def _authority(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
 
 
 def _outcome(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
-    """Entropy of correct (solid) and wrong (dashed) responses."""
+    """Draw the entropy of correct (solid) and wrong (dashed) responses."""
     drawn = _lines(axes, runs, "entropy/correct", theme, smooth=True, label="correct")
     drawn |= _lines(axes, runs, "entropy/wrong", theme, smooth=True, label="wrong", dashed=True)
     axes.set_ylabel("nats per token")
@@ -204,7 +204,7 @@ def _reward(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
 
 
 def _mismatch(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
-    """Largest (solid) and mean (dashed) difference of every run; a log scale has no zeros."""
+    """Draw the largest (solid) and mean (dashed) difference of every run; a log scale has no zeros."""
     drawn = _lines(axes, runs, "mismatch/logprob_abs_max", theme, positive=True, label="largest")
     drawn |= _lines(axes, runs, "mismatch/logprob_abs_mean", theme, positive=True, label="mean", dashed=True)
     if drawn:
@@ -235,7 +235,10 @@ def _gradient(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
 
 
 def _time(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
-    """One run: seconds of each phase over the steps. Several: mean seconds of each phase, side by side."""
+    """Draw where the time of a step goes.
+
+    One run: seconds of each phase over the steps. Several: mean seconds of each phase, side by side.
+    """
     timed = [run for run in runs if run.finite("time/step_s")]
     if not timed:
         return False
@@ -265,7 +268,7 @@ def _time(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
 
 
 def _phase_seconds(run: Run, names: Sequence[str]) -> np.ndarray:
-    """[phases + 1, steps] seconds; the last row is what no phase accounts for."""
+    """Seconds [phases + 1, steps] of each phase; the last row is the time that no phase accounts for."""
     parts = np.nan_to_num(np.array([run.series(f"time/{name}_s") for name in names]).reshape(len(names), -1))
     total = np.nan_to_num(np.array(run.series("time/step_s")))
     return np.vstack([parts, np.maximum(0.0, total - parts.sum(axis=0))])
@@ -282,7 +285,7 @@ def _lines(
     dashed: bool = False,
     label: str = "",
 ) -> bool:
-    """One line a run; smoothed ones keep the raw values as a faint line behind. False if no run has the metric.
+    """Draw one line a run; smoothed ones keep the raw values as a faint line behind. False if no run has the metric.
 
     A single run's line is called `label`, if given; several are called by their runs, the dashed ones not again.
     """
@@ -340,7 +343,7 @@ def _finish(axes: Axes, *, floor: float | None = None) -> None:
 
 
 def _legend(axes: Axes, *, only_if: bool = True) -> None:
-    """A legend above the axes, where it never covers a line; as many columns as its labels leave room for."""
+    """Draw a legend above the axes, where it never covers a line; as many columns as its labels leave room for."""
     handles, names = axes.get_legend_handles_labels()
     if not only_if or not handles:
         return
@@ -353,7 +356,7 @@ def _legend(axes: Axes, *, only_if: bool = True) -> None:
 
 
 def _short(name: str) -> str:
-    """A run's name as a figure has room for it."""
+    """A run's name, cut to the length that a figure has room for."""
     return name if len(name) <= _LABEL_CHARACTERS else name[: _LABEL_CHARACTERS - 3] + "..."
 
 

@@ -28,18 +28,18 @@ from megatron_entropic.reports.run import LAST_STEPS, Run, Summary, load_run, su
 REPORT_FILE = "report.html"
 _SAMPLES_SHOWN = 6
 _LONGEST_VALUE = 60
-"""Characters shown of a metric that is no number."""
+"""Characters shown of a metric that is not a number."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """One number of a run, and what it says about it."""
+    """One number of a run with its label and a note."""
 
     label: str
     value: str
     note: str = ""
     tone: str = ""
-    """good, warn or nothing: the colour of the value."""
+    """Colour of the value: good, warn, or empty for none."""
 
 
 def write_report(run_dirs: Sequence[Path], output_dir: Path) -> Path:
@@ -85,7 +85,7 @@ def write_report(run_dirs: Sequence[Path], output_dir: Path) -> Path:
 
 
 def _load(run_dirs: Sequence[Path]) -> list[Run]:
-    """Every run, with distinct names."""
+    """Read every run; the result has distinct names."""
     runs, problems = [], []
     for path in run_dirs:
         try:
@@ -104,7 +104,7 @@ def _load(run_dirs: Sequence[Path]) -> list[Run]:
 
 
 def _facts(run: Run, summary: Summary) -> list[str]:
-    """The line below a run's name."""
+    """Parts of the line below a run's name."""
     planned = summary.planned_steps
     facts = [f"{summary.steps:,} of {planned:,} steps" if planned else f"{summary.steps:,} steps"]
     model = run.setting("model.hf_dir")
@@ -129,7 +129,7 @@ def _facts(run: Run, summary: Summary) -> list[str]:
 
 
 def _cards(summary: Summary, usual_mismatch: MismatchYardstick | None) -> Iterator[Card]:
-    """The numbers a person looks for first; those the run does not say are left out."""
+    """Yields cards of the numbers a person looks for first; those that the run does not have are left out."""
     last = f"last {LAST_STEPS} steps"
     if summary.reward is not None:
         start = "" if summary.reward_start is None else f"from {summary.reward_start:.3f} at the start"
@@ -157,7 +157,7 @@ def _cards(summary: Summary, usual_mismatch: MismatchYardstick | None) -> Iterat
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:
-    """The responses of the last step that has some."""
+    """Responses of the last step that has some, as the page shows them."""
     steps = [int(as_number(row.get("step"), 0)) for row in run.samples]
     last = max(steps, default=0)
     chosen = [row for row, step in zip(run.samples, steps, strict=True) if step == last and "response" in row]
@@ -165,7 +165,7 @@ def _samples(run: Run) -> list[dict[str, Any]]:
 
 
 def _sample(row: dict[str, Any], step: int) -> dict[str, Any]:
-    """What is shown of a response: a file of another version, or a damaged one, may lack some of it."""
+    """Values shown of a response: a file of another version, or a damaged one, may lack some of them."""
     reward = as_number(row.get("reward"), math.nan)
     return {
         "step": step,
@@ -175,12 +175,12 @@ def _sample(row: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def _changes(run: Run) -> list[tuple[int, Change]]:
-    """(first step, change) of every setting that a resume changed."""
+    """Every setting that a resume changed, as (first step, change)."""
     return [(new.first_step, change) for old, new in pairwise(run.parts) for change in changes(old, new)]
 
 
 def _configurations(run: Run) -> list[tuple[str, str]]:
-    """(which steps, configuration as text) of each part of the run."""
+    """Each part of the run, as (which steps, configuration as text)."""
     if len(run.parts) < 2:
         return [("every value of this run", run.config_text)] if run.config_text else []
     ends = [f"to {part.first_step - 1:,}" for part in run.parts[1:]] + ["on"]
@@ -191,7 +191,7 @@ def _configurations(run: Run) -> list[tuple[str, str]]:
 
 
 def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """(dotted key, value in each run) of every setting that is not the same in all; paths of the run aside."""
+    """Every setting that is not the same in all runs, as (dotted key, value in each run); paths of the runs aside."""
     if len(runs) < 2:
         return []
     flat = [dict(flatten(run.config)) for run in runs]
@@ -201,7 +201,7 @@ def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _last_metrics(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    """[(group, [(metric, last value in each run)])] in order of name."""
+    """Last values of all metrics in order of name, as [(group, [(metric, last value in each run)])]."""
     names = sorted({name for run in runs for name in run.rows[-1]} - {"step"})
     groups: dict[str, list[tuple[str, list[str]]]] = {}
     for name in names:
@@ -211,7 +211,7 @@ def _last_metrics(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, list[s
 
 
 def _number(value: Any) -> str:
-    """A metric for reading: 4 significant digits, thousands separated; a dash where there is none."""
+    """Text of a metric: 4 significant digits, thousands separated; a dash where there is none."""
     if value is None:
         return "\u2013"
     if math.isnan(as_number(value, math.nan)):

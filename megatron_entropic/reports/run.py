@@ -28,18 +28,18 @@ _PHASE = re.compile(r"time/\w+_s")
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory says."""
+    """Settings, metrics and samples of a run, as its directory holds them."""
 
     path: Path
     name: str
     rows: list[dict[str, Any]]
-    """metrics.jsonl, one row a step."""
+    """Rows of metrics.jsonl, one a step."""
     config: dict[str, Any]
     """The resolved configuration; empty if it is missing."""
     config_text: str
     samples: list[dict[str, Any]]
     parts: list[RunPart] = field(default_factory=list)
-    """Under which settings which steps were computed; empty where that was not recorded."""
+    """Settings under which parts of the steps were computed; empty where they were not recorded."""
 
     @property
     def steps(self) -> list[int]:
@@ -47,7 +47,7 @@ class Run:
         return [row["step"] for row in self.rows]
 
     def series(self, name: str) -> list[float]:
-        """The values of a metric, one for each row; NaN where it is missing, not finite or no number."""
+        """The values of a metric, one for each row; NaN where it is missing, not finite or not a number."""
         return [as_number(row.get(name), math.nan) for row in self.rows]
 
     def finite(self, name: str) -> list[float]:
@@ -64,7 +64,7 @@ class Run:
 
     @cached_property
     def stretches(self) -> list[Run]:
-        """The steps that were computed under the same settings, each as a run of its own, in order."""
+        """The run cut into the steps that were computed under the same settings, each as a run of its own, in order."""
         parts = parts_of_steps(self.parts)
         if len(parts) < 2:
             return [self]
@@ -84,7 +84,7 @@ class Run:
 
     @cached_property
     def target(self) -> float | None:
-        """The entropy target in nats; None where nothing was controlled."""
+        """The entropy target in nats; None where nothing is controlled."""
         if self.setting("entropy_control.controller") == "off":
             return None
         logged = self.finite("entropy/target")
@@ -93,7 +93,7 @@ class Run:
 
     @property
     def mismatch_yardstick(self) -> MismatchYardstick | None:
-        """What is usual of mismatch/logprob_abs_mean under these settings; None where that is not known."""
+        """The usual range of mismatch/logprob_abs_mean under these settings; None where it is not known."""
         return mismatch_yardstick(self.config)
 
     @property
@@ -110,11 +110,11 @@ class Summary:
     steps: int
     planned_steps: int | None
     reward: float | None
-    """Mean of the last steps."""
+    """Mean reward of the last steps."""
     reward_start: float | None
-    """Mean of the first steps."""
+    """Mean reward of the first steps."""
     entropy: float | None
-    """Mean of the last steps, nats."""
+    """Mean entropy of the last steps, in nats."""
     target: float | None
     tracking_error: float | None
     """Mean |H - target| over the last steps, each step against its own target, nats."""
@@ -126,9 +126,9 @@ class Summary:
     mismatch: float | None
     """Mean |log-prob difference| between policy and engines over the last steps, nats a token."""
     worst_mismatch: float | None
-    """The largest of any step."""
+    """The largest |log-prob difference| of a token in any step, nats."""
     tokens_per_s: float | None
-    """Median."""
+    """Median of the steps' tokens per second."""
     hours: float | None
 
     @property
@@ -160,7 +160,7 @@ def load_run(path: Path) -> Run:
 
 
 def summarise(run: Run) -> Summary:
-    """The numbers of a run's cards; those of its control are of the steps since the settings last changed."""
+    """Compute the numbers of a run's cards; those of its control are of the steps since the settings last changed."""
     whole, run = run, run.stretches[-1]
     entropy = run.finite("entropy/mean")[-LAST_STEPS:]
     rewards, alpha = whole.finite("reward/mean"), run.finite("entropy/alpha")
