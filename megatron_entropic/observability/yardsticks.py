@@ -11,7 +11,7 @@ from megatron_entropic.observability.values import as_number, setting_of
 
 @dataclass(frozen=True)
 class MismatchYardstick:
-    """Usual range of mismatch/logprob_abs_mean where policy and engines are in order: nats a token, mean over a step."""
+    """Usual range of mismatch/logprob_abs_mean where policy and engines agree: nats a token, mean over a step."""
 
     dtype: str
     usual: float
