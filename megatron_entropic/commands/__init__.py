@@ -1,1 +1,1 @@
-"""One file a command of the command line."""
+"""Commands of the command line, one file each."""

@@ -103,7 +103,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def evaluation_config(options: argparse.Namespace) -> Config:
-    """The configuration of an evaluation.
+    """Configuration of an evaluation, made from the options of the command.
 
     Raises:
         ConfigError: listing everything that is wrong with the options, the model and the files.
@@ -179,7 +179,7 @@ def evaluation_config(options: argparse.Namespace) -> Config:
 
 
 def _lengths(options: argparse.Namespace) -> tuple[int, int]:
-    """Most tokens of a prompt and of a response: as given, else what is usual and fits into the model's positions."""
+    """Most tokens of a prompt and of a response: as given, else the usual ones that fit into the model's positions."""
     try:
         positions = read_dimensions(_hf_dir(options.model)).max_position_embeddings
     except UserError:  # told with everything else that is wrong
@@ -190,13 +190,13 @@ def _lengths(options: argparse.Namespace) -> tuple[int, int]:
 
 
 def _hf_dir(model: Path) -> Path:
-    """The model of a finished run, or the directory itself."""
+    """Hugging Face directory of the model: that of a finished run, or the given one itself."""
     exported = model / "hf"
     return (exported if (exported / "config.json").is_file() else model).absolute()
 
 
 def _apart_at_commas(word: str) -> list[str]:
-    """`a=x.parquet,b=y.parquet` is two benchmarks; a comma in the path of a file that is there is part of the path."""
+    """Split `a=x.parquet,b=y.parquet` in two; a comma in the path of a file that is there is part of the path."""
     parts: list[str] = []
     for part in word.split(","):
         whole = f"{parts[-1]},{part}" if parts else part

@@ -25,7 +25,7 @@ from megatron_entropic.observability.progress import PhaseDisplay, quiet
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to argparse's subparsers."""
+    """Add `export` to the subparsers of the command line."""
     export = commands.add_parser("export", help="a trained policy in FP8 or INT8 for deployment (extra `quant`)")
     export.add_argument("source", type=Path, metavar="RUN_OR_HF_DIR")
     export.add_argument(
@@ -101,38 +101,38 @@ _TRY_INSTEAD: dict[str, str] = {
 }
 
 MAX_KL = 0.1
-"""Nats a token: mean KL(policy || quantised) above which nothing is written unless the caller allows more."""
+"""Mean KL(policy || quantised), in nats a token, above which nothing is written unless the caller allows more."""
 
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What quantising did to the policy."""
+    """Divergence of the quantised policy from the policy, with the numbers of tokens and prompts behind it."""
 
     kl_mean: float
     """Mean KL(policy || quantised) of the next-token distributions, nats."""
     kl_max: float
-    """Largest of a single position, nats."""
+    """Largest KL(policy || quantised) of a single position, nats."""
     tokens: int
-    """Positions over which the KL was taken."""
+    """Number of positions over which the KL was taken."""
     prompts: int
-    """Prompts that calibrated the scales."""
+    """Number of prompts that calibrated the scales."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The prompts that scales are found on."""
+    """Prompts on which the scales are found."""
 
     file: Path
-    """parquet or JSON lines, such as the training data."""
+    """Prompts as parquet or JSON lines, such as the training data."""
     prompt_key: str = "prompt"
-    """Their column."""
+    """Column of the prompts in the file."""
     apply_chat_template: bool = False
-    """As `data.apply_chat_template` of the run."""
+    """Whether the chat template is applied, as with `data.apply_chat_template` of the run."""
     max_prompts: int = 128
     max_tokens: int = 512
-    """Prompts are cut to so many tokens."""
+    """Number of tokens to which prompts are cut."""
     kl_tokens: int = 1024
-    """Positions over which the KL is taken; their log-probs over the whole vocabulary are held in memory."""
+    """Number of positions over which the KL is taken; their log-probs over the whole vocabulary are held in memory."""
 
 
 def quantize_export(
@@ -148,11 +148,12 @@ def quantize_export(
 
     Args:
         source: a Hugging Face directory, or the directory of a run that has exported one.
-        output_dir: new or empty; appears when it is complete.
+        output_dir: new or empty directory; appears when it is complete.
         quantization: fp8 (weights and inputs E4M3, one scale a tensor), int8 (weights only, a scale a row),
             int8_activations (weights as int8, inputs with one scale a layer), nvfp4 (CUDA only).
-        max_kl: nats; a mean KL above it is refused, and nothing is written.
-        begin: told what begins; each part takes minutes with a large model.
+        calibration: prompts on which the scales are found.
+        max_kl: limit in nats; a mean KL above it is refused, and nothing is written.
+        begin: called with words for each part that begins; each takes minutes with a large model.
 
     Raises:
         UserError: one error that lists everything that is wrong, before a model is loaded; the KL is above `max_kl`.
@@ -195,10 +196,10 @@ def quantize_export(
 
 
 def refuse_another_policy(report: QuantizationReport, quantization: QuantizationFormat, max_kl: float) -> None:
-    """Do nothing if the mean KL is within the limit.
+    """Refuse a quantised policy whose mean KL is above the limit.
 
     Raises:
-        UserError: it is above `max_kl` (nats a token), or no number.
+        UserError: the mean KL is above `max_kl` (nats a token), or is not a number.
     """
     if report.kl_mean <= max_kl:
         return
@@ -218,7 +219,7 @@ def refuse_another_policy(report: QuantizationReport, quantization: Quantization
 
 
 def find_hf_dir(source: Path) -> Path:
-    """The Hugging Face directory itself, or that of a run: `hf/`, else its newest export.
+    """Find the Hugging Face directory: `source` itself, or that of a run: `hf/`, else its newest export.
 
     Raises:
         UserError: there is none.
@@ -237,7 +238,7 @@ def find_hf_dir(source: Path) -> Path:
 def _checked_prompts(
     source: Path, output_dir: Path, quantization: QuantizationFormat, calibration: Calibration
 ) -> list[list[int]]:
-    """Tokens of the calibration prompts, after everything that can be refused was looked at."""
+    """Tokens of the calibration prompts, after a look at everything that can be refused."""
     problems = RowProblems()
     if quantization == "nvfp4" and not torch.cuda.is_available():
         problems.add("nvfp4: modelopt's block quantisation runs on CUDA only, and there is no GPU; use fp8 or int8")
@@ -286,7 +287,7 @@ def _modelopt() -> Any:
 
 
 def _first_tokens(prompts: list[list[int]], limit: int) -> list[list[int]]:
-    """Whole prompts, in order, until there are `limit` tokens."""
+    """The first prompts, whole, that have `limit` tokens together; at least one."""
     chosen: list[list[int]] = []
     for tokens in prompts:
         if chosen and sum(map(len, chosen)) + len(tokens) > limit:
@@ -296,7 +297,7 @@ def _first_tokens(prompts: list[list[int]], limit: int) -> list[list[int]]:
 
 
 def _logprobs(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
-    """[len(tokens), vocabulary] float32 on the CPU: log-probs of the token after each position."""
+    """Log-probs of the token after each position: [len(tokens), vocabulary] float32 on the CPU."""
     device = next(model.parameters()).device
     with torch.no_grad():
         logits = model(torch.tensor([tokens], device=device)).logits[0]
@@ -304,7 +305,7 @@ def _logprobs(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
 
 
 def _kl(reference: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
-    """[positions] KL(reference || quantized), nats, from log-probs [positions, vocabulary]."""
+    """KL(reference || quantized) in nats, [positions] float64, from log-probs [positions, vocabulary]."""
     return (reference.double().exp() * (reference.double() - quantized.double())).sum(-1)
 
 

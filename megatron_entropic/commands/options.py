@@ -1,4 +1,4 @@
-"""Numbers on the command line: one that nothing can be done with is the option's error, before anything is read."""
+"""Types of numbers on the command line: a number of no use is the option's error, before anything is read."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable
 
 _MOST = 10**15
-"""No option counts so far; beyond it numbers overflow in the arithmetic of sizes and times."""
+"""Largest number of an option: beyond it numbers overflow in the arithmetic of sizes and times."""
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """For argparse's `type`: an integer of at least so much."""
+    """Function for argparse's `type`: an integer of at least `least`."""
 
     def read(text: str) -> int:
         try:
@@ -26,7 +26,7 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def number(*, above: float | None = None, least: float | None = None, most: float = _MOST) -> Callable[[str], float]:
-    """For argparse's `type`: a finite number within limits, of which `above` itself is out and the others are in."""
+    """Function for argparse's `type`: a finite number within limits; `above` itself is out, the others are in."""
     words = [f"above {above:g}"] if above is not None else []
     words += [f"of at least {least:g}"] if least is not None else []
     words += [f"of at most {most:g}"] if most != _MOST else []

@@ -15,7 +15,7 @@ from megatron_entropic.config.run import Config
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to argparse's subparsers."""
+    """Add `plan` to the subparsers of the command line."""
     plan = commands.add_parser("plan", help="parameters, memory, traffic and time of a configuration, by arithmetic")
     plan.add_argument("config", type=Path, metavar="CONFIG.yaml")
     plan.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="e.g. policy.tensor_parallel=4")

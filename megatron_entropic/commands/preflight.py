@@ -15,7 +15,7 @@ from megatron_entropic.errors import UserError
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to argparse's subparsers."""
+    """Add `preflight` to the subparsers of the command line."""
     look = commands.add_parser("preflight", help="look at every node of a job before it starts; one process on each")
     look.add_argument("config", type=Path, metavar="CONFIG.yaml")
     look.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="as for train")

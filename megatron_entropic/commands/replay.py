@@ -16,7 +16,7 @@ from megatron_entropic.observability.progress import PhaseDisplay
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to argparse's subparsers."""
+    """Add `replay` to the subparsers of the command line."""
     replay = commands.add_parser("replay", help="compute one recorded step again in this process, without a cluster")
     replay.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     replay.add_argument("--step", type=whole(1), required=True, metavar="N", help="a step whose rollouts were kept")

@@ -13,7 +13,7 @@ from megatron_entropic.files.text import printable
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to argparse's subparsers."""
+    """Add `report` to the subparsers of the command line."""
     report = commands.add_parser("report", help="write an HTML page about one or several runs, or evaluations")
     report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     report.add_argument("--output", type=Path, help="folder to write into (default: RUN_DIR/report of the first run)")

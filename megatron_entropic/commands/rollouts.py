@@ -92,7 +92,7 @@ def _tokenizer(given: Path | None, run: Run) -> Any:
 
 
 def _reader(run: Run, console: Console) -> Reader:
-    """What the run's verifier takes for an answer. Responses can be looked at without it."""
+    """Function that reads answers as the run's verifier does; if it cannot be built, one that finds no answer."""
     answer, pattern = (run.setting(f"reward.{key}") for key in ("answer", "answer_pattern"))
     try:
         reward = RewardConfig(answer=None if answer is None else str(answer), answer_pattern=str(pattern or ""))
@@ -154,7 +154,7 @@ def _coloured(response: ResponseView, scale: float) -> Text:
 
 
 def _colour(share: float) -> str:
-    """From nearly black to orange, for white text."""
+    """Background for a share of the strongest entropy: from nearly black to orange, for white text."""
     red, green, blue = (round(40 + share * (channel - 40)) for channel in (170, 95, 10))
     return f"#{red:02x}{green:02x}{blue:02x}"
 

@@ -15,7 +15,7 @@ from megatron_entropic.observability.progress import PhaseDisplay
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to argparse's subparsers."""
+    """Add `score` to the subparsers of the command line."""
     score = commands.add_parser("score", help="log-probs and entropies of given tokens: does training equal rollout?")
     score.add_argument("--hf-dir", type=Path, required=True)
     score.add_argument("--tokens", type=Path, required=True, help='JSON lines {"tokens": [...], "prompt_length": n}')

@@ -17,7 +17,7 @@ from megatron_entropic.training.machine import load_checked_config
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to argparse's subparsers."""
+    """Add `train` to the subparsers of the command line."""
     train = commands.add_parser("train", help="run or continue a training run")
     train.add_argument("config", type=Path, metavar="CONFIG.yaml")
     train.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="e.g. train.steps=500")

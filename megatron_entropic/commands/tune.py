@@ -25,13 +25,13 @@ from megatron_entropic.reports.run import Run, load_run
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """What a run says about its entropy, and the gains that follow."""
+    """Plant that a run's entropy was found to be, and the gains that follow from it."""
 
     plant: Plant
-    """Per optimizer step; its noise is that of the measurements that the controller sees."""
+    """Plant per optimizer step; its noise is that of the measurements that the controller sees."""
     proposal: Proposal
     target: float
-    """Nats."""
+    """Entropy target of the gains, in nats."""
 
     @property
     def overrides(self) -> dict[str, str | float]:
@@ -45,14 +45,14 @@ class Tuned:
 
 
 def identify_run(run: Run, last: int | None = None) -> tuple[Plant, float]:
-    """The plant of a run, and its entropy at the end in nats.
+    """Identify the plant of a run; also returns the run's last entropy in nats.
 
     With several optimizer steps a rollout the entropy of the score pass is taken, which is measured before the first of
     them on the whole rollout; a controller that is fed by single mini-batches sees more noise, and gets that number.
 
     Args:
-        run: that logged entropy and alpha.
-        last: look at its last so many steps; None: at all.
+        run: a run that logged entropy and alpha.
+        last: number of last steps to look at; None: all.
 
     Raises:
         UserError: see `identify_plant`.
@@ -73,10 +73,10 @@ def tune_run(run_dir: Path, settling_steps: float, target: float | None = None, 
     """Identify a run's plant and propose gains.
 
     Args:
-        run_dir: of a run in which alpha varied.
+        run_dir: directory of a run in which alpha varied.
         settling_steps: rollout steps within which entropy shall settle.
-        target: nats; None: the run's last.
-        last: look at the last so many rollout steps only.
+        target: entropy target in nats; None: the run's last.
+        last: number of last rollout steps to look at; None: all under the last settings.
 
     Raises:
         UserError: no target, or see `identify_plant` and `propose_gains`.
@@ -97,7 +97,7 @@ def tune_run(run_dir: Path, settling_steps: float, target: float | None = None, 
 
 
 def _updates(run: Run) -> int:
-    """Optimizer steps of one rollout."""
+    """Number of optimizer steps of one rollout."""
     keys = ("algorithm.optimizer_steps_per_rollout", "algorithm.epochs_per_rollout")
     return math.prod(int(run.number(key, 1)) for key in keys)
 

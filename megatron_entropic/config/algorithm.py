@@ -77,7 +77,7 @@ class AlgorithmConfig(Section):
 
     @property
     def updates_per_rollout(self) -> int:
-        """Optimizer steps of one rollout, over all its epochs."""
+        """Number of optimizer steps of one rollout, over all its epochs."""
         return self.optimizer_steps_per_rollout * self.epochs_per_rollout
 
 

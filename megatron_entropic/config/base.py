@@ -1,4 +1,4 @@
-"""What all sections of the configuration share."""
+"""Base class and types of values that all sections of the configuration share."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 LARGEST = 2**32 - 1
-"""No number of a configuration means anything beyond; keys with less room say so themselves."""
+"""Largest number that a configuration may hold: none means anything beyond. Keys with less room say so themselves."""
 
 
 def off_is_a_word(value: Any) -> Any:
-    """YAML 1.1 reads a bare `off` as False; a user who writes it means the word."""
+    """Turn False into the text "off": YAML 1.1 reads a bare `off` as False, and a user who writes it means the word."""
     return "off" if value is False else value
 
 
 def one_is_a_list(value: Any) -> Any:
-    """A single path may stand where a list of paths is expected."""
+    """Turn a single path into a list of one, where a list of paths is expected."""
     return [value] if isinstance(value, str | Path) else value
 
 
 def _count(value: Any) -> Any:
-    """1e6 is a float to Python, and a number of steps to who writes it."""
+    """Turn a text such as 1e6 into an integer: a float to Python, and a number of steps to the person who writes it."""
     if not isinstance(value, str):
         return value
     try:
@@ -36,13 +36,13 @@ def _count(value: Any) -> Any:
 Count = Annotated[int, BeforeValidator(_count)]
 """A number of steps, tokens or sequences, which may be written 1e6."""
 Seconds = Annotated[float, Field(gt=0, le=2_000_000)]
-"""A time limit; the longest is 23 days, beyond which milliseconds do not fit the 32 bits that system calls have."""
+"""A time limit in seconds; at most 23 days, beyond which milliseconds do not fit the 32 bits that system calls have."""
 Ranks = Annotated[int, Field(ge=1, le=16384)]
 """A number of processes or devices."""
 
 
 def one_line(value: str) -> str:
-    """A name for titles and tables: nothing that moves a cursor."""
+    """Refuse a name for titles and tables that holds anything that moves a cursor."""
     if not value.isprintable():
         raise ValueError(f"{_short(value)} holds a character that cannot be printed")
     return value
@@ -56,7 +56,7 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _can_be_used(cls, value: Any) -> Any:
-        """No number beyond all sense, no text that neither a file nor a system call takes."""
+        """Refuse numbers beyond all sense, and texts that neither a file nor a system call takes."""
         for part in _parts(value):
             if isinstance(part, int | float) and abs(part) > LARGEST:
                 raise ValueError(f"{part:g} is beyond all sense: at most {LARGEST:,}")

@@ -1,4 +1,4 @@
-"""What a single value cannot tell: combinations that cannot work on any machine.
+"""Checks that need several values: combinations that cannot work on any machine.
 
 Each check yields `Violation`s and names the keys it used, so that a verdict drawn from an unreadable value can be
 dropped. Nothing here looks at the disk; `training/machine.py` does.
@@ -29,15 +29,15 @@ from megatron_entropic.config.run import Config, Device, RewardConfig
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One thing that is wrong."""
+    """One thing that is wrong with a configuration."""
 
     keys: tuple[str, ...]
-    """The dotted keys the verdict was drawn from."""
+    """Dotted keys that the verdict was drawn from."""
     message: str
 
 
 def violations(config: Config) -> Iterator[Violation]:
-    """Combinations that cannot work on any machine."""
+    """Yields combinations that cannot work on any machine."""
     checks = (
         *(_batch, _parallelism, _optimizer, _data, reward_violations, _policy_loss),
         *(_entropy_control, _placement, _colocation, _transport, _publish, benchmark_violations),
@@ -158,7 +158,7 @@ def _optimizer(config: Config) -> Iterator[Violation]:
 
 
 def _policy_loss(config: Config) -> Iterator[Violation]:
-    """The loss exists, its numbers make sense, and the layout gives it all the tokens it looks at."""
+    """Yields problems of the loss: whether it exists, its numbers, and a layout that withholds tokens it looks at."""
     name, options = config.algorithm.policy_loss, config.algorithm.loss_options
     if problem := unknown_name(name, POLICY_LOSSES, own="module:function"):
         yield Violation(("algorithm.policy_loss",), f"algorithm.policy_loss={name!r}: {problem}")
@@ -239,7 +239,7 @@ def _data(config: Config) -> Iterator[Violation]:
 
 
 def reward_violations(config: Config) -> Iterator[Violation]:
-    """Verifiers that do not exist, and rewards that do not go together."""
+    """Yields verifiers that do not exist, and rewards that do not go together."""
     reward = config.reward
     for key, name in (("reward.verifier", reward.verifier), *(("reward.added", name) for name in reward.added)):
         if problem := unknown_name(name, VERIFIERS, own="module:function"):
@@ -260,7 +260,7 @@ def reward_violations(config: Config) -> Iterator[Violation]:
 
 
 def _answer_violations(reward: RewardConfig) -> Iterator[Violation]:
-    """Ways to find an answer that do not exist, lack their pattern, or that no verifier asks for."""
+    """Yields ways to find an answer that do not exist, lack their pattern, or that no verifier asks for."""
     if reward.answer is not None:
         if problem := unknown_name(reward.answer, ANSWERS):
             yield Violation(("reward.answer",), f"reward.answer={reward.answer!r}: {problem}")
@@ -330,7 +330,7 @@ def _colocation(config: Config) -> Iterator[Violation]:
 
 
 def benchmark_violations(config: Config) -> Iterator[Violation]:
-    """Benchmarks that cannot be named or sampled so."""
+    """Yields benchmarks that cannot be named or sampled so."""
     evaluation = config.evaluation
     key = "evaluation.benchmarks"
     for name in evaluation.benchmarks:
@@ -359,7 +359,7 @@ def benchmark_violations(config: Config) -> Iterator[Violation]:
 
 
 def config_warnings(config: Config) -> list[str]:
-    """One sentence for each of them, to be shown before the start."""
+    """One sentence for each combination that works, though perhaps not as meant, to be shown before the start."""
     rollout, control = config.rollout, config.entropy_control
     longest = config.max_sequence_tokens
     found = []
@@ -420,7 +420,7 @@ def config_warnings(config: Config) -> list[str]:
 
 
 def _short_schedules(config: Config) -> Iterator[str]:
-    """Schedules of entropy control that look as if they were written in rollouts."""
+    """Yields a sentence for each schedule of entropy control that looks as if it were written in rollouts."""
     control, updates = config.entropy_control, config.algorithm.updates_per_rollout
     schedules = {
         "target_schedule.steps": control.target_schedule.steps * (control.target_schedule.kind != "constant"),

@@ -77,9 +77,10 @@ def load_config(
 def read_config(
     path: Path | str, overrides: Iterable[str] = (), *, checks: Callable[[Config], Iterable[Violation]] = violations
 ) -> tuple[Config, list[str]]:
-    """`load_config` for those who go on with what is readable.
+    """Read a configuration as `load_config` does, and go on with the values that are readable.
 
     Args:
+        path, overrides: as in `load_config`.
         checks: every check of what could be read, those of values alone by default.
 
     Returns:
@@ -171,7 +172,7 @@ def _entropy_control_words(config: Config) -> str:
 
 
 def key_names(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the tree, sections before their keys."""
+    """Yields every dotted key of the tree, sections before their keys."""
     for name, field in section.model_fields.items():
         yield prefix + name
         inner = section_type(field.annotation)
@@ -180,7 +181,7 @@ def key_names(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[s
 
 
 def _validate(reading: Reading) -> tuple[Config, list[str], set[str]]:
-    """A `Config` of what is readable, the problems, and the dotted keys that could not be read."""
+    """The `Config` of what is readable, the problems, and the dotted keys that could not be read."""
     raw, problems, broken = reading.values, list(reading.problems), set(reading.misread)
     for section in ("model", "data"):
         if section in broken:
@@ -202,12 +203,12 @@ def _validate(reading: Reading) -> tuple[Config, list[str], set[str]]:
 
 
 def validation_problems(error: ValidationError) -> list[str]:
-    """What pydantic found, in the words of a user who wrote `key: value`."""
+    """Problems that pydantic found, in the words of a user who wrote `key: value`."""
     return [_describe(".".join(str(part) for part in item["loc"]) or "value", item) for item in error.errors()]
 
 
 def _names_of(path: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
-    """The key of a problem's place, and the name to show, which has a table's row too.
+    """The key at which a problem lies, and the name to show, which has a table's row too.
 
     Pydantic adds names of its own: which member of a union it tried, which function it called.
     """

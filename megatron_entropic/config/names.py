@@ -1,4 +1,4 @@
-"""What a configuration can choose by name: one table for each choice, read by the checks and by the code it names.
+"""Names that a configuration can choose: one table for each choice, read by the checks and by the code it names.
 
 A row says where the code is (`module:attribute`, imported when it is wanted) and what must be known of it before:
 the checks and the plan of a run import no tensor library.
@@ -20,13 +20,13 @@ _CONTROLLERS = "megatron_entropic.algorithms.entropy_control"
 
 @dataclass(frozen=True, slots=True)
 class LossEntry:
-    """A value of algorithm.policy_loss."""
+    """Where the code of a value of algorithm.policy_loss is, and which tokens it looks at."""
 
     target: str
     plan: str | None = None
-    """Ranks tokens over the whole optimizer step before it begins."""
+    """Function that ranks tokens over the whole optimizer step before it begins; None: the loss needs no such plan."""
     whole_sequences: bool = False
-    """The loss of a token depends on the other tokens of its sequence."""
+    """Whether the loss of a token depends on the other tokens of its sequence."""
 
 
 POLICY_LOSSES = {
@@ -43,14 +43,14 @@ POLICY_LOSSES = {
 
 @dataclass(frozen=True, slots=True)
 class ControllerEntry:
-    """A value of entropy_control.controller."""
+    """Where the code of a value of entropy_control.controller is, and what it acts on."""
 
     target: str
-    """A function of the set point and the `entropy_control` section that returns the controller."""
+    """Function of the set point and the `entropy_control` section that returns the controller."""
     steers_alpha: bool = True
-    """The loss may have EntroPIC's term."""
+    """Whether the loss may have EntroPIC's term."""
     answers_error: bool = False
-    """alpha is EntroPIC's function of the error: gains matter, and the published code has it."""
+    """Whether alpha is EntroPIC's function of the error: gains matter, and the published code has it."""
 
 
 CONTROLLERS = {
@@ -69,17 +69,17 @@ OFF = "off"
 
 @dataclass(frozen=True, slots=True)
 class AnswerEntry:
-    """A value of reward.answer: how the answer is found in a response."""
+    """Where the code of a value of reward.answer is, a way to find the answer in a response."""
 
     target: str
-    """response -> the answer as written, None without one."""
+    """Function: response -> the answer as written, None without one."""
     alone: str | None = None
-    """answer -> a response in which nothing else is found; None where a pattern of somebody's own decides.
+    """Function: answer -> a response in which nothing else is found. None for a pattern of somebody's own.
 
     Where it is known, finding an answer takes time linear in the response.
     """
     takes_pattern: bool = False
-    """Its first argument is reward.answer_pattern."""
+    """Whether the target's first argument is reward.answer_pattern."""
 
 
 ANSWERS = {
@@ -93,24 +93,24 @@ ANSWERS = {
 
 @dataclass(frozen=True, slots=True)
 class VerifierEntry:
-    """A value of reward.verifier; targets are functions of rewards/verifiers/."""
+    """Where the code of a value of reward.verifier is; targets are functions of rewards/verifiers/."""
 
     target: str
     answer: str | None = None
-    """How it finds the answer where reward.answer does not say; None for one that looks at responses as they are.
+    """How the verifier finds the answer where reward.answer does not say; None: it looks at responses as they are.
 
     With it the target gets the answer, or None where there is none, instead of the response.
     """
     vote: str | None = None
-    """answer -> its writing in majority votes, None if it has no say; None where the verifier knows no answer."""
+    """Function: answer -> its writing in votes, None if it has no say. None where the verifier knows no answer."""
     trials: str | None = None
-    """ground truth -> answers to try it with before training; None where the verifier takes any ground truth."""
+    """Function: ground truth -> answers to try it with before training. None where any ground truth will do."""
     once: bool = False
-    """Equal answers to one prompt are judged once."""
+    """Whether equal answers to one prompt are judged once."""
     instant: bool = False
-    """Its time is bounded and far below that of asking another process."""
+    """Whether the verifier's time is bounded and far below that of asking another process."""
     takes_pattern: bool = False
-    """Its first argument is reward.format_pattern."""
+    """Whether the target's first argument is reward.format_pattern."""
 
 
 VERIFIERS = {
@@ -138,7 +138,7 @@ VERIFIERS = {
 
 @dataclass(frozen=True, slots=True)
 class TransportEntry:
-    """A value of cluster.transport: what carries weights from the policy to the engines."""
+    """Code of a value of cluster.transport, which carries weights from policy to engines, and its conditions."""
 
     sender: str
     """Class of a policy rank's end, a `WeightSender`; see `weight_sync.gloo.GlooSender`."""
@@ -146,11 +146,11 @@ class TransportEntry:
     """Class of an engine's end, an `UpdateCalls`; see `rollout.gloo_transport.GlooUpdates`."""
     needs_gpu: bool = False
     colocated: bool | None = None
-    """Whether it needs (True) or refuses (False) cluster.colocate."""
+    """Whether the transport needs (True) or refuses (False) cluster.colocate; None: it goes with either."""
     why_colocated: str = ""
-    """The reason, for the message."""
+    """Words for the reason of `colocated`, for the message."""
     delta: bool = False
-    """It carries rollout.publish=delta."""
+    """Whether the transport carries rollout.publish=delta."""
 
 
 _SYNC, _ROLLOUT = "megatron_entropic.weight_sync", "megatron_entropic.rollout"
@@ -171,7 +171,7 @@ TRANSPORTS = {
     ),
     "gloo": TransportEntry(f"{_SYNC}.gloo:GlooSender", f"{_ROLLOUT}.gloo_transport:GlooUpdates", delta=True),
 }
-"""The best first: cluster.transport=auto takes the first that goes."""
+"""Transports by name, the best first: cluster.transport=auto takes the first that goes."""
 
 ADVANTAGES = ("grpo", "grpo_no_std", "rloo", "reinforce_plus_plus_baseline", "nsr", "w_reinforce")
 
@@ -196,7 +196,7 @@ def controller_entry(name: str) -> ControllerEntry:
 
 
 def transports_for(device: str, *, colocate: bool) -> list[str]:
-    """The transports that go, the best first."""
+    """Names of the transports that go on a device, the best first."""
     return [
         name
         for name, entry in TRANSPORTS.items()
@@ -205,11 +205,12 @@ def transports_for(device: str, *, colocate: bool) -> list[str]:
 
 
 def unknown_name(name: str, table: Collection[str], *, own: str | None = None) -> str | None:
-    """Why a name cannot be chosen; None if it can.
+    """Words for why a name cannot be chosen; None if it can.
 
     Args:
-        table: what there is.
-        own: how something of one's own is named, such as `module:function`; None where it cannot be.
+        name: the name.
+        table: the names that there are.
+        own: form of a name of one's own code, such as `module:function`; None where it cannot be.
     """
     if name in table or (own is not None and is_module_name(name)):
         return None

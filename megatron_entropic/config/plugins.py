@@ -1,4 +1,4 @@
-"""What a configuration names as `module:attribute`: losses, verifiers and controllers of one's own."""
+"""Code that a configuration names as `module:attribute`: losses, verifiers and controllers of one's own."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def is_module_name(name: str) -> bool:
 
 
 def find_attribute(key: str, name: str, *, arguments: int, kind: type | None = None) -> Any:
-    """The function or class that `module:attribute` names; the current directory is looked through too.
+    """Find the function or class that `module:attribute` names; the current directory is looked through too.
 
     Args:
-        key: of the configuration, for messages.
-        name: its value.
-        arguments: how many it must take.
-        kind: whose instances will do as well.
+        key: key of the configuration, for messages.
+        name: value of the key.
+        arguments: number of arguments that it must take.
+        kind: class whose instances will do as well.
 
     Raises:
         UserError: the module cannot be imported, has no such attribute, or it cannot be called so.

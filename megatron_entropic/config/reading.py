@@ -23,23 +23,23 @@ from pydantic import BaseModel
 from megatron_entropic.files.paths import file_problem
 
 MAX_DEPTH = 30
-"""Levels of nesting of a file; the configuration needs five."""
+"""Most levels of nesting of a file; the configuration needs five."""
 MAX_BYTES = 1 << 20
 _NULL = ("null", "Null", "NULL", "~")
 _SWITCHED_OFF = (*_NULL, "", "none", "None", "off", "Off")
-"""How people write that there is no number."""
+"""Words by which people say that there is no number."""
 _FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "merge", "value")}
 _QUOTES = "a text that begins with &, * or ! needs quotes in YAML"
 
 
 class Unreadable(Exception):
-    """A text is no YAML at all, or none that could be a configuration; the message says where."""
+    """A text is not YAML at all, or cannot be a configuration; the message says where."""
 
 
 @dataclass
 class Reading:
-    """What was understood of a file and of overrides."""
+    """Values and problems of a file and of overrides."""
 
     values: dict[str, Any] = field(default_factory=dict)
     """The tree of plain values, for pydantic to check."""
@@ -57,12 +57,12 @@ class Reading:
         self.misread.add(key)
 
     def place(self, key: str) -> str:
-        """` (line 7)` of the file; empty for what an override set."""
+        """Text such as ` (line 7)` for a key of the file; empty for one that an override set."""
         return f" (line {self.lines[key]})" if key in self.lines else ""
 
 
 def read_file(path: Path, model: type[BaseModel]) -> Reading:
-    """The values of a file, as far as they can be read.
+    """Read the values of a file, as far as they can be read.
 
     Raises:
         Unreadable: it cannot be opened, or is no YAML with sections.
@@ -89,7 +89,7 @@ def read_file(path: Path, model: type[BaseModel]) -> Reading:
 
 
 def apply_override(reading: Reading, override: str, model: type[BaseModel]) -> None:
-    """Put one `dotted.key=value` into the tree; what is wrong with it becomes a problem."""
+    """Put one `dotted.key=value` into the tree; if it cannot be, note the problem."""
     key, separator, text = override.partition("=")
     *sections, last = parts = key.strip().split(".")
     if not separator or not all(parts):
@@ -119,19 +119,19 @@ def apply_override(reading: Reading, override: str, model: type[BaseModel]) -> N
 
 
 def section_type(annotation: Any) -> type[BaseModel] | None:
-    """The section class of a field, if it is one."""
+    """Class of the section that an annotation names; None for a value."""
     return _kind_of(annotation).section
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What may stand for a key, without pydantic's details."""
+    """Kinds of values that a key takes, without pydantic's details."""
 
     names: frozenset[str]
-    """Of text, path, flag, whole, real, list, table, section; empty for a key that does not exist."""
+    """Names of the kinds: text, path, flag, whole, real, list, table, section; empty for a key that does not exist."""
     nullable: bool = False
     item: Any = None
-    """Annotation of what a list or a table holds."""
+    """Annotation of the items of a list or a table."""
     section: type[BaseModel] | None = None
 
     def annotation_of(self, name: str) -> Any:
@@ -187,7 +187,7 @@ def _override_value(text: str, annotation: Any, key: str, reading: Reading) -> A
 
 
 def _unquoted(text: str) -> str | None:
-    """What the quotes hold if the whole text is one quoted scalar of YAML."""
+    """Content of the quotes if the whole text is one quoted scalar of YAML, else None."""
     stripped = text.strip()
     if len(stripped) < 2 or stripped[0] not in "\"'" or stripped[-1] != stripped[0]:
         return None
@@ -199,7 +199,7 @@ def _unquoted(text: str) -> str | None:
 
 
 def _word(text: str, kind: _Kind, *, quoted: bool) -> Any:
-    """What a single word means for a key; one that means nothing stays as it is, and pydantic refuses it."""
+    """Value of a single word for a key of this kind; a word of no meaning stays as it is, and pydantic refuses it."""
     if "list" in kind.names:
         if kind.nullable and not quoted and text in (*_NULL, ""):
             return None
@@ -231,7 +231,7 @@ def _number(text: str, *, whole: bool) -> Any:
 
 
 def _compose(text: str) -> yaml.Node | None:
-    """The nodes of one YAML document.
+    """Parse the nodes of one YAML document; None if it is empty.
 
     Raises:
         Unreadable: naming line and column.
@@ -258,8 +258,9 @@ def _compose(text: str) -> yaml.Node | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Scalars remember whether they had an anchor: `name: &ref` is an empty value to YAML, not to who wrote it."""
+    """YAML loader whose scalars remember whether they had an anchor."""
 
+    # `name: &ref` is an empty value to YAML, and not to the person who wrote it.
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         node: Any = super().compose_scalar_node(anchor)
         node.anchored = anchor is not None
@@ -278,7 +279,7 @@ def _section(node: yaml.MappingNode, model: type[BaseModel], prefix: str, readin
 
 
 def _pairs(node: yaml.MappingNode, prefix: str, reading: Reading) -> Iterator[tuple[str, yaml.Node]]:
-    """Name and value of each key, every key once."""
+    """Yields name and value of each key, every key once."""
     first: dict[str, int] = {}
     for key_node, value in node.value:
         line = key_node.start_mark.line + 1

@@ -21,7 +21,7 @@ Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
 PublishMode = Literal["full", "delta"]
 OffloadPart = Literal["optimizer", "gradients", "parameters"]
-"""Memory of a policy rank. optimizer: Adam's moments and float32 main parameters that are not the parameters."""
+"""Part of a policy rank's memory. optimizer: Adam's moments and float32 main parameters that are not the parameters."""
 OFFLOAD_PARTS: tuple[OffloadPart, ...] = get_args(OffloadPart)
 
 
@@ -34,7 +34,7 @@ def _ray_address(value: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How one response is drawn. Temperature 0 takes the most probable token each time."""
+    """Settings by which a response is drawn. Temperature 0 takes the most probable token each time."""
 
     temperature: float
     top_p: float
@@ -128,13 +128,13 @@ class PolicyConfig(Section):
 
     @property
     def offloaded_parts(self) -> tuple[OffloadPart, ...]:
-        """What policy.offload names."""
+        """Parts of a rank's memory that policy.offload names."""
         parts: dict[str, tuple[OffloadPart, ...]] = {"off": (), "optimizer": ("optimizer",), "all": OFFLOAD_PARTS}
         return parts[self.offload]
 
     @property
     def token_alignment(self) -> int:
-        """Tokens of a product come in multiples of this; 8-bit products want whole blocks of 16, or of 32 for mxfp8."""
+        """Divisor of the number of tokens of a product: 8-bit products want whole blocks of 16, or of 32 for mxfp8."""
         if self.fp8 == "off":
             return 1
         return 32 if self.fp8_recipe == "mxfp8" else 16
@@ -151,7 +151,7 @@ class PolicyConfig(Section):
 
     @property
     def expert_tensor_size(self) -> int:
-        """policy.expert_tensor_parallel with None resolved."""
+        """Tensor parallel size of experts: policy.expert_tensor_parallel with None resolved."""
         return self.expert_tensor_parallel or self.tensor_parallel
 
     @property
@@ -219,12 +219,12 @@ class RolloutConfig(Section):
 
     @property
     def samples_per_step(self) -> int:
-        """Responses of one rollout."""
+        """Number of responses of one rollout."""
         return self.prompts_per_step * self.samples_per_prompt
 
     @property
     def sampling(self) -> Sampling:
-        """How the responses of a training step are drawn."""
+        """Settings by which the responses of a training step are drawn."""
         return Sampling(self.temperature, self.top_p, self.top_k, self.max_response_tokens)
 
 
@@ -274,7 +274,7 @@ class EvaluationConfig(Section):
     seed: int = Field(1, ge=0, le=LARGEST, description="Of the responses; the same at every evaluation of a run.")
 
     def samples(self, benchmark: str) -> int:
-        """N of one benchmark."""
+        """Number of responses to each problem of a benchmark."""
         return self.samples_of.get(benchmark, self.samples_per_prompt)
 
 
@@ -369,7 +369,7 @@ class ClusterConfig(Section):
     checkpoint_timeout_s: Seconds = 1800.0
 
     def transport_on(self, device: Device) -> str:
-        """What carries weights to the engines, a name in `names.TRANSPORTS`."""
+        """Name of the transport that carries weights to the engines, a key of `names.TRANSPORTS`."""
         return transports_for(device, colocate=self.colocate)[0] if self.transport == "auto" else self.transport
 
 
@@ -394,17 +394,17 @@ class Config(Section):
 
     @property
     def sequences_per_optimizer_step(self) -> int:
-        """Responses of one optimizer step."""
+        """Number of responses of one optimizer step."""
         return self.rollout.samples_per_step // self.algorithm.optimizer_steps_per_rollout
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Longest sequence the policy can meet: prompt and response."""
+        """Tokens of the longest sequence the policy can meet: prompt and response."""
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
 
     @property
     def evaluation_sampling(self) -> Sampling:
-        """How the responses to benchmark problems are drawn."""
+        """Settings by which the responses to benchmark problems are drawn."""
         own = self.evaluation
         return Sampling(
             self.rollout.temperature if own.temperature is None else own.temperature,
@@ -415,7 +415,7 @@ class Config(Section):
 
     @property
     def max_engine_tokens(self) -> int:
-        """Longest sequence an engine can meet, benchmarks included."""
+        """Tokens of the longest sequence an engine can meet, benchmarks included."""
         longest = self.rollout.max_response_tokens
         if self.evaluation.benchmarks:
             longest = max(longest, self.evaluation_sampling.max_response_tokens)
@@ -435,14 +435,14 @@ class Config(Section):
 
     @property
     def output_head(self) -> Literal["logits", "recompute", "fused_loss"]:
-        """policy.output_head with `auto` resolved."""
+        """Name of the output head that is used: policy.output_head with `auto` resolved."""
         if self.policy.output_head != "auto":
             return self.policy.output_head
         return "fused_loss" if self.loss_adds_up_over_tokens else "recompute"
 
     @property
     def feedback(self) -> str:
-        """entropy_control.feedback with `auto` resolved."""
+        """Name of the feedback that is used: entropy_control.feedback with `auto` resolved."""
         if self.entropy_control.feedback != "auto":
             return self.entropy_control.feedback
         algorithm = self.algorithm

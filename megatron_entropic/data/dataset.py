@@ -28,10 +28,10 @@ from megatron_entropic.errors import UserError
 from megatron_entropic.types import Task
 
 TruthCheck = Callable[[list[Any]], list[str | None]]
-"""Ground truths -> why each of them cannot be used, None where it can."""
+"""Function of ground truths that returns words for why each cannot be used, None where it can."""
 
 _ROUNDS = 1000
-"""More than a step ever asks for replacements."""
+"""Upper limit of how often one step asks for replacements; it keeps the seeds of steps apart."""
 
 
 class TaskDataset:
@@ -50,9 +50,12 @@ class TaskDataset:
         """Read every file, tokenise every prompt and check all of them.
 
         Args:
+            config: the files, their columns, and what is left out.
+            tokenizer: tokenizer of the model.
+            seed: seed of the order.
             check_truths: the verifier's opinion of the ground truths.
             benchmarks: problems of each benchmark, to look for among the training problems.
-            other_columns: a file without any `answer_key` is read as if the key were not set.
+            other_columns: whether a file without any `answer_key` is read as if the key were not set.
 
         Raises:
             UserError: listing every file and row that cannot be used: no such file, damaged files, missing columns,
@@ -85,7 +88,7 @@ class TaskDataset:
 
     @property
     def dropped(self) -> int:
-        """Prompts left out for their length."""
+        """Number of prompts left out for their length."""
         return len(self.report.too_long)
 
     @property
@@ -95,7 +98,7 @@ class TaskDataset:
 
     @property
     def problems(self) -> list[str]:
-        """What the user asks in each of `tasks`, without templates, system prompt and suffix."""
+        """Text of the user in each of `tasks`, without templates, system prompt and suffix."""
         return list(self._problems)
 
     def at_step(self, step: int, count: int) -> list[Task]:
@@ -112,7 +115,9 @@ class TaskDataset:
         A pure function of files, seed and arguments, as `at_step`. Fewer than `count` if the data set has no more.
 
         Args:
+            step: the step, counted from 1.
             earlier: how often the step has asked before.
+            count: number of tasks that are wanted.
             seen: indices of tasks that the step has had.
         """
         order = self._make_order(self._seed + (step * _ROUNDS + earlier << 32), lambda rows: shuffled(len(rows)))
@@ -167,7 +172,7 @@ class TaskDataset:
                 problems.add_row(row, limit, f"{len(ids)} tokens")
 
     def _filter(self, benchmarks: Mapping[str, Sequence[str]], problems: RowProblems) -> None:
-        """Look for copies, benchmark problems and recorded pass rates; leave out what the configuration says."""
+        """Look for copies, benchmark problems and recorded pass rates; leave out those that the configuration says."""
         config = self._config
         duplicates = find_duplicates(self._problems, [task.ground_truth for task in self._tasks])
         overlaps = find_overlap(self._problems, benchmarks, config.overlap_words)
@@ -189,7 +194,7 @@ class TaskDataset:
         self._pass_rates = [rates.get(position) for position in kept]
 
     def _recorded_pass_rates(self, problems: RowProblems) -> dict[int, float]:
-        """Pass rates by position, of the prompts that have one."""
+        """Pass rates of the prompts that have a recorded one, by position."""
         file = self._config.pass_rates
         if file is None:
             return {}
@@ -210,7 +215,7 @@ class TaskDataset:
         return known
 
     def _changes_since(self, file: Path) -> list[str]:
-        """What makes prompts and was not as it is now when the pass rates were recorded."""
+        """Settings and template of prompts that are not as they were when the pass rates were recorded."""
         try:
             before = recorded_form(file)
         except UserError:
@@ -226,7 +231,7 @@ class TaskDataset:
         ]
 
     def _arrange(self, rows: Sequence[int]) -> Arrangement:
-        """`data.order` of some of the prompts."""
+        """Order of some of the prompts within an epoch, as `data.order` says."""
         match self._config.order:
             case "shuffled":
                 return shuffled(len(rows))
@@ -251,7 +256,7 @@ class TaskDataset:
 def _messages_and_truth(
     row: Row, form: PromptForm, answer_key: str | None, problems: RowProblems
 ) -> tuple[list[dict[str, Any]], Any] | None:
-    """Both, or None with everything that is wrong with either noted."""
+    """Messages and ground truth of a row, or None with everything that is wrong with either noted."""
     messages: list[dict[str, Any]] | None = None
     truth: Any = None
     try:
@@ -268,7 +273,7 @@ def _messages_and_truth(
 def _rendered(
     prompts: list[list[dict[str, Any]]], tokenizer: Tokenizer, form: PromptForm, problems: RowProblems
 ) -> list[RenderedPrompt]:
-    """Texts and tokens. A tokenizer without a template is one more problem, and nothing hides the others."""
+    """Texts and tokens of the prompts. A tokenizer without a template is one more problem and hides no others."""
     try:
         return form.render(prompts, tokenizer)
     except ValueError as error:

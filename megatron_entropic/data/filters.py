@@ -1,4 +1,4 @@
-"""RowProblems that come twice, and training problems that are also in a benchmark.
+"""Problems that come twice, and training problems that are also in a benchmark.
 
 Two problems are equal if their texts are after normalisation: Unicode NFKC, lower case, white space as one space. They
 overlap if they share n words in a row; words that more than ten training problems share are boilerplate, which does not
@@ -28,11 +28,11 @@ _COMMON_ROWS = 10
 
 @dataclass(frozen=True, slots=True)
 class Duplicates:
-    """Positions of problems that an earlier one equals."""
+    """Positions of problems that equal an earlier one."""
 
     positions: list[int]
     contradictions: list[int]
-    """Those whose ground truth is not that of the earlier one."""
+    """Positions of those whose ground truth is not that of the earlier one."""
 
 
 @dataclass(slots=True)
@@ -41,21 +41,21 @@ class Overlap:
 
     exact: list[int] = field(default_factory=list)
     ngram: list[int] = field(default_factory=list)
-    """Not among the equal ones."""
+    """Positions of problems that share n words in a row with one of the benchmark's, without the equal ones."""
 
     @property
     def positions(self) -> set[int]:
-        """All of them."""
+        """Positions of all equal and overlapping problems."""
         return {*self.exact, *self.ngram}
 
 
 def normalised(text: str) -> str:
-    """What two problems that count as equal have in common."""
+    """The text after normalisation, which is the same for two problems that count as equal."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def find_duplicates(texts: Sequence[str], truths: Sequence[Any]) -> Duplicates:
-    """Later copies of earlier problems."""
+    """Find later copies of earlier problems."""
     first: dict[str, int] = {}
     found = Duplicates([], [])
     for position, text in enumerate(texts):
@@ -68,7 +68,7 @@ def find_duplicates(texts: Sequence[str], truths: Sequence[Any]) -> Duplicates:
 
 
 def find_overlap(texts: Sequence[str], benchmarks: Mapping[str, Sequence[str]], words: int) -> dict[str, Overlap]:
-    """The training problems that each benchmark has too.
+    """Find the training problems that each benchmark has too.
 
     Args:
         texts: training problems.
@@ -95,7 +95,7 @@ def find_overlap(texts: Sequence[str], benchmarks: Mapping[str, Sequence[str]], 
 
 
 def ngrams(text: str, words: int) -> set[int]:
-    """Hashes of every `words` words in a row; equal within one process only."""
+    """Hashes of every `words` words in a row; they can be compared within one process only."""
     found = _WORD.findall(normalised(text))
     return {hash(tuple(found[start : start + words])) for start in range(len(found) - words + 1)}
 
@@ -108,7 +108,7 @@ _FORM_KEYS = ("system_prompt", "prompt_suffix", "apply_chat_template", "template
 
 
 def recorded_form(file: Path) -> dict[str, Any]:
-    """How the prompts of an evaluation were made: `data` keys, and the SHA-256 of the chat template.
+    """Read how the prompts of an evaluation were made: `data` keys, and the SHA-256 of the chat template.
 
     Raises:
         UserError: no such file, not one of an evaluation, or of a later version of the package.
@@ -128,7 +128,7 @@ def recorded_form(file: Path) -> dict[str, Any]:
 
 
 def read_pass_rates(file: Path) -> dict[str, float]:
-    """Share of responses with a positive reward, by rendered prompt.
+    """Read the share of responses with a positive reward, by rendered prompt.
 
     Args:
         file: NAME.parquet of an evaluation whose benchmark was the training file.
@@ -159,22 +159,22 @@ class DataReport:
     """Counts and places, for the screen and for data_report.txt."""
 
     rows: dict[Path, int] = field(default_factory=dict)
-    """Read from each file."""
+    """Number of rows read from each file."""
     kept: int = 0
-    """Prompts of the run."""
+    """Number of prompts of the run."""
     skipped: int = 0
-    """Findings about malformed rows (`data.skip_malformed`)."""
+    """Number of findings about malformed rows (`data.skip_malformed`)."""
     skipped_lines: list[str] = field(default_factory=list)
     too_long: list[tuple[str, int]] = field(default_factory=list)
-    """(place, tokens) of prompts over the limit."""
+    """Prompts over the limit, as (place, tokens)."""
     pass_rates: tuple[int, int] | None = None
-    """Prompts with a recorded rate, and those of them that were left out."""
+    """Number of prompts with a recorded rate, and of those among them that were left out."""
     unknown: list[str] = field(default_factory=list)
     """Places of prompts of which the tokenizer does not know a part."""
     left_off: str = ""
-    """What the tokenizer puts behind every text, which is left off prompts."""
+    """Text that the tokenizer puts behind every text, which is left off prompts."""
     pass_rates_because: str = ""
-    """Why prompts have none, where the file says so."""
+    """Words for why prompts have no recorded rate, where the file says so."""
     copies: list[str] = field(default_factory=list)
     """Findings about duplicates and benchmark problems."""
 
@@ -205,7 +205,7 @@ class DataReport:
                 )
 
     def lines(self) -> list[str]:
-        """The whole report."""
+        """Lines of the whole report."""
         return list(self._lines())
 
     def _lines(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Which rows come when: a pure function of (seed, position), so resuming needs no state but the step."""
+"""Order of the rows: a pure function of (seed, position), so resuming needs no state but the step."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import numpy as np
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 Arrangement = Callable[[np.random.RandomState], np.ndarray]
-"""Draws the order of an epoch: a permutation of 0, ..., size - 1, of anything random in this state alone."""
+"""Function that draws the order of an epoch, a permutation of 0, ..., size - 1, with this state as its only chance."""
 
 
 def shuffled(size: int) -> Arrangement:
-    """Every order is as likely as any other."""
+    """Arrangement in which every order is as likely as any other."""
     return lambda random: random.permutation(size)
 
 
 def as_stored(size: int) -> Arrangement:
-    """The order of the rows, in every epoch."""
+    """Arrangement that keeps the order of the rows, in every epoch."""
     return lambda random: np.arange(size)
 
 
 def easy_to_hard(pass_rates: Sequence[float | None], blur: float) -> Arrangement:
-    """Falling pass rates, blurred anew in each epoch.
+    """Arrangement by falling pass rates, blurred anew in each epoch.
 
     A row's place is its rank among the recorded rates, from 0 to 1 with equal rates in the middle of their ranks, plus
     uniform noise in [-blur/2, blur/2]: rows whose ranks are further apart than `blur` keep their order, and a large
@@ -52,7 +52,7 @@ class EpochOrder:
     """
 
     def __init__(self, size: int, arrangement: Arrangement, *, seed: int):
-        """`size` is at least 1, the number of rows that `arrangement` orders."""
+        """Order `size` rows, at least 1, which is the number that `arrangement` orders."""
         if size < 1:
             raise ValueError("cannot order an empty data set")
         self._size, self._arrangement, self._seed = size, arrangement, seed
@@ -94,10 +94,13 @@ class MixedOrder:
         *,
         seed: int,
     ):
-        """Each group has at least one row; weights are positive and need not add up to 1.
+        """Mix groups of at least one row each; weights are positive and need not add up to 1.
 
         Args:
-            arrange: the arrangement of some rows.
+            groups: row numbers of each group.
+            weights: share of each group, up to a common factor.
+            arrange: function that returns the arrangement of some rows.
+            seed: seed of the mixture and of every group's order.
         """
         self._groups = [np.asarray(group) for group in groups]
         self._orders = [EpochOrder(len(rows), arrange(rows), seed=seed + 1 + k) for k, rows in enumerate(groups)]
@@ -116,6 +119,6 @@ class MixedOrder:
         return rows
 
     def _owners(self, count: int) -> np.ndarray:
-        """Group of each of the first `count` positions."""
+        """Index of the group of each of the first `count` positions, [count] int64."""
         points = np.mod(self._start + np.arange(count) * _GOLDEN_RATIO, 1.0)
         return np.minimum(np.searchsorted(self._upper_bounds, points, side="right"), len(self._groups) - 1)

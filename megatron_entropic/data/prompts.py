@@ -1,4 +1,4 @@
-"""From a row to messages and a ground truth: which columns they stand in, and what is put around the problem."""
+"""From a row to messages and a ground truth: the columns they are in, and the text put around the problem."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_entropic.data.tokenizer import RenderedPrompt, Tokenizer, lone_sur
 from megatron_entropic.errors import UserError
 
 Messages = list[dict[str, Any]]
-"""Each with `role` and `content`, both strings."""
+"""Messages of a prompt, each with `role` and `content`, both strings."""
 
 _PLAIN_PROMPT_KEYS = ("problem", "question")
 _INSTRUCTIONS = "instruction_id_list"
@@ -23,21 +23,21 @@ _TRUTH_KEYS = ("reward_model.ground_truth", "answer", "ground_truth")
 
 @dataclass(frozen=True, slots=True)
 class PromptForm:
-    """Where the prompt of a row stands, and what becomes of it."""
+    """Column of the prompt in a row, and the texts and template put around it."""
 
     key: str = "prompt"
-    """Column, or a path into nested ones with dots; `problem` and `question` are looked at after it."""
+    """Column of the prompt, or a path into nested ones with dots; `problem` and `question` are looked at after it."""
     system: str | None = None
     """System message of prompts that have none."""
     suffix: str = ""
     """Text after the last user message."""
     apply_chat_template: bool = False
     template_date: datetime.date | None = None
-    """What a chat template that asks for the date gets."""
+    """Date that a chat template gets if it asks for one."""
 
     @classmethod
     def of(cls, config: DataConfig) -> PromptForm:
-        """As the configuration has it."""
+        """The form that the configuration asks for."""
         return cls(
             config.prompt_key,
             config.system_prompt,
@@ -47,10 +47,10 @@ class PromptForm:
         )
 
     def messages(self, row: Row) -> Messages:
-        """The prompt of a row with system prompt and suffix.
+        """Messages of a row's prompt, with system prompt and suffix.
 
         Raises:
-            UserError: there is none, or not one that can be used; saying why.
+            UserError: the row has no prompt, or one that cannot be used; saying why.
         """
         messages = [dict(message) for message in read_messages(row, self.key)]
         if self.suffix:
@@ -61,14 +61,14 @@ class PromptForm:
         return messages
 
     def render(self, prompts: Sequence[Messages], tokenizer: Tokenizer) -> list[RenderedPrompt]:
-        """Texts and tokens of prompts; see `render_prompts`."""
+        """Make texts and tokens of prompts; see `render_prompts`."""
         return render_prompts(
             prompts, tokenizer, apply_chat_template=self.apply_chat_template, template_date=self.template_date
         )
 
 
 def read_messages(row: Row, key: str) -> Messages:
-    """The prompt of a row as messages; a string is one message of the user.
+    """Read the prompt of a row as messages; a string is one message of the user.
 
     Raises:
         UserError: no such column, or something else in it than a string or messages, or nothing.
@@ -91,7 +91,7 @@ def read_messages(row: Row, key: str) -> Messages:
 
 
 def read_truth(row: Row, key: str | None) -> Any:
-    """The ground truth of a row: a string, a number, or whatever nested value a verifier takes.
+    """Read the ground truth of a row: a string, a number, or whatever nested value a verifier takes.
 
     Args:
         key: column or path; None looks for IFEval's two columns, the verl layout's, then `answer` and `ground_truth`.
@@ -128,12 +128,12 @@ def lookup(values: dict[str, Any], path: str) -> Any:
 
 
 def problem_text(messages: Messages) -> str:
-    """What the user asks, without the system prompt."""
+    """Contents of all messages but the system prompt, joined by blank lines."""
     return "\n\n".join(message["content"] for message in messages if message["role"] != "system")
 
 
 def _message(value: Any, name: str, prompt: Any, *, columnar: bool) -> dict[str, Any]:
-    """A message with text as its content.
+    """Turn a value into a message with text as its content.
 
     A column of parquet or Arrow gives every message the fields that any row's messages have, null where the row has
     none: these are no fields of the message, and chat templates ask whether a field is there.
@@ -150,7 +150,7 @@ def _message(value: Any, name: str, prompt: Any, *, columnar: bool) -> dict[str,
 
 
 def _joined_parts(parts: list[Any], name: str) -> str:
-    """Content given as parts; the models here read text alone."""
+    """Text of content given as parts; the models here read text alone."""
     kinds = {str(part.get("type")) if isinstance(part, dict) else _kind(part) for part in parts}
     if kinds != {"text"} or not all(isinstance(part.get("text"), str) for part in parts):
         raise UserError(
@@ -167,7 +167,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every string in a nested value, keys included."""
+    """Yields every string in a nested value, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -34,10 +34,11 @@ _ARROW_ERRORS = (
 
 
 def read_rows(files: Iterable[Path], problems: RowProblems) -> list[Row]:
-    """Every row of the files, in order; unreadable files and lines are noted in `problems`.
+    """Read every row of the files, in order; unreadable files and lines are noted in `problems`.
 
     Args:
         files: parquet, JSON lines, a JSON array, or a directory that `datasets.Dataset.save_to_disk` wrote.
+        problems: collects what is unreadable.
     """
     rows: list[Row] = []
     for file in files:
@@ -75,7 +76,7 @@ def _parquet_rows(file: Path, problems: RowProblems) -> Iterator[Row]:
 
 
 def _saved_dataset_rows(directory: Path, problems: RowProblems) -> Iterator[Row]:
-    """The Arrow streams that the directory's state.json names; the library `datasets` is not needed for that."""
+    """Yields rows of the Arrow streams that the directory's state.json names; the library `datasets` is not needed."""
     if (directory / _SAVED_SPLITS).is_file():
         splits = sorted(path.parent.name for path in directory.glob(f"*/{_SAVED_DATASET}"))
         problems.add(f"{directory}: a data set with the splits {', '.join(splits)}: name the folder of one of them")
@@ -90,7 +91,7 @@ def _saved_dataset_rows(directory: Path, problems: RowProblems) -> Iterator[Row]
 
 
 def _saved_tables(directory: Path) -> list[Path]:
-    """The Arrow streams of a saved data set, in order.
+    """Paths of the Arrow streams of a saved data set, in order.
 
     Raises:
         UserError: its rows are not in the order of its files.
@@ -110,7 +111,7 @@ def _arrow_table(file: Path) -> Any:
 
 
 def _json_rows(file: Path, problems: RowProblems) -> Iterator[Row]:
-    """JSON lines; a file that is one JSON array is taken too."""
+    """Yields rows of JSON lines, or of a file that is one JSON array."""
     try:
         # With a byte-order mark, as some editors put one, or without.
         text = file.read_text(encoding="utf-8-sig")
@@ -150,7 +151,8 @@ def _parsed(text: str) -> Any:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Which of two values of the same key is meant nobody can know; Python would take the last."""
+    """Object of (key, value) pairs; a key that comes twice is refused."""
+    # Nobody can know which of the two values is meant, and Python would take the last.
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -185,7 +187,7 @@ def _too_deep(value: Any) -> bool:
 
 
 def what_stands_there(path: Path) -> str:
-    """Why a path that is no regular file cannot be read, in words."""
+    """Words for why a path that is not a regular file cannot be read."""
     if path.is_dir():
         return "a folder, not a file"
     if path.is_symlink() and not path.exists():
@@ -196,7 +198,7 @@ def what_stands_there(path: Path) -> str:
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 of what rows are read from: a file, or the Arrow files of a saved data set, in order.
+    """SHA-256 of the content that rows are read from: a file, or the Arrow files of a saved data set, in order.
 
     Raises:
         OSError, KeyError, TypeError, ValueError: a directory that datasets did not write.
@@ -209,7 +211,7 @@ def content_digest(path: Path) -> str:
 
 
 def _content_hint(file: Path, suffix: str) -> str:
-    """What the first bytes say that the file is, where that is something else than its name says."""
+    """Words for what the first bytes say that the file is, if that differs from what its name says; else empty."""
     with file.open("rb") as content:
         start = content.read(4)
     kinds = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zX": "xz"}
@@ -235,17 +237,17 @@ _SHOWN = 10
 
 @dataclass(slots=True)
 class Row:
-    """One row and where it stands, for messages."""
+    """One row with its place in a file, for messages."""
 
     file: Path
     number: int
-    """Row of the file from 0 (parquet, Arrow), or line or item from 1 (JSON)."""
+    """Number of the row in the file: from 0 (parquet, Arrow), or the line or item from 1 (JSON)."""
     values: dict[str, Any]
     unit: str = "row"
 
     @property
     def place(self) -> str:
-        """`train.parquet, row 17`."""
+        """Words for where the row is, such as `train.parquet, row 17`."""
         return f"{self.file}, {self.unit} {self.number}"
 
 
@@ -266,15 +268,15 @@ class RowProblems(Problems):
         return sum(map(len, self._rows.values()))
 
     def row_lines(self, shown: int = _SHOWN) -> list[str]:
-        """One line for each file and reason, with the numbers of the first rows."""
+        """Lines about rows, one for each file and reason, with the numbers of the first rows."""
         return [_line(file, unit, reason, found, shown) for (file, unit, reason), found in self._rows.items()]
 
     def raise_if_any(self, headline: str, *, skip_rows: bool = False) -> None:
-        """Raise everything that was noted.
+        """Raise everything that was noted as one error.
 
         Args:
             headline: first words of the message.
-            skip_rows: findings about rows alone are no error.
+            skip_rows: whether findings about rows alone are no error.
 
         Raises:
             UserError: files first, then each reason with its rows.
@@ -289,7 +291,7 @@ class RowProblems(Problems):
 
 
 def _line(file: Path, unit: str, reason: str, found: list[tuple[int, str]], shown: int) -> str:
-    """`train.parquet: 3 rows: the ground truth is empty: 5, 9, 12`."""
+    """Line such as `train.parquet: 3 rows: the ground truth is empty: rows 5, 9, 12`."""
     numbers = [f"{number} ({detail})" if detail else str(number) for number, detail in found[:shown]]
     if len(found) == 1:
         number, detail = found[0]

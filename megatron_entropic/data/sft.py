@@ -1,4 +1,4 @@
-"""(prompt, response) pairs of the supervised warm start, tokenised exactly as reinforcement learning will see them."""
+"""Pairs of prompt and response for the warm start, tokenised exactly as reinforcement learning will see them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ class WarmStartPairs:
         """Read, tokenise and check every pair.
 
         Args:
+            file: parquet or JSON lines.
+            tokenizer: tokenizer of the model.
             max_sequence_tokens: longest prompt and response together, end-of-sequence token included.
-            form: of the prompts, as training has it (default: `PromptForm()`).
+            form: form of the prompts, as training has it (default: `PromptForm()`).
 
         Raises:
             UserError: listing every row that cannot be used, too long ones included.

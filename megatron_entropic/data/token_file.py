@@ -1,4 +1,4 @@
-"""The files of `megatron-entropic score`, JSON lines.
+"""Input and output files of `megatron-entropic score`, JSON lines.
 
     in    {"tokens": [...], "prompt_length": n}
     out   the same line with "logprobs" and "entropies" (nats) of the tokens after the prompt
@@ -21,21 +21,21 @@ from megatron_entropic.files.atomic import atomic_write
 
 @dataclass(frozen=True)
 class TokenLine:
-    """One line of the input."""
+    """One line of the input: tokens to score."""
 
     tokens: list[int]
-    """Prompt followed by response."""
+    """Token ids of the prompt followed by those of the response."""
     prompt_length: int
     record: dict[str, Any]
-    """The whole line, other keys included."""
+    """Object of the whole line, other keys included."""
 
 
 def read_token_file(path: Path, vocab_size: int) -> list[TokenLine]:
-    """Reads and checks every line; blank lines are skipped.
+    """Read and check every line; blank lines are skipped.
 
     Args:
         path: JSON lines.
-        vocab_size: Token ids must lie in [0, vocab_size).
+        vocab_size: size of the vocabulary: token ids must lie in [0, vocab_size).
 
     Raises:
         UserError: no such file, a file without lines, or one error that lists every bad line.
@@ -85,7 +85,7 @@ def write_scored_file(
     logprobs: Sequence[Sequence[float]],
     entropies: Sequence[Sequence[float] | None],
 ) -> None:
-    """Writes each line with `logprobs` and `entropies` (nats; null where unknown) of the tokens after its prompt.
+    """Write each line with `logprobs` and `entropies` (nats; null where unknown) of the tokens after its prompt.
 
     The file appears when it is complete, with the folders above it.
 

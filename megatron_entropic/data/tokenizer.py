@@ -16,7 +16,7 @@ from typing import Any
 from megatron_entropic.errors import UserError, missing_model
 
 Tokenizer = Any
-"""transformers.PreTrainedTokenizerBase; not named here, so that importing this file stays quick."""
+"""A transformers.PreTrainedTokenizerBase; not named here, so that importing this file stays quick."""
 
 _NO_TEMPLATE = "data.apply_chat_template=true, but the tokenizer has no chat template"
 _TEMPLATE_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken")
@@ -29,12 +29,12 @@ class RenderedPrompt:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     problem: str = ""
-    """What is wrong, the same words for every prompt of which the same is wrong; empty if nothing is."""
+    """Words for what is wrong, the same for every prompt of which the same is wrong; empty if nothing is."""
     detail: str = ""
 
 
 def load_tokenizer(hf_dir: Path) -> Tokenizer:
-    """The tokenizer of a local directory; nothing is downloaded and no code of the directory is run.
+    """Load the tokenizer of a local directory; nothing is downloaded and no code of the directory is run.
 
     Raises:
         UserError: no tokenizer in it, an unreadable one, one that is code of its directory, or one without an
@@ -81,7 +81,7 @@ def template_digest(tokenizer: Tokenizer) -> str | None:
 
 
 def embedding_rows(tokenizer: Tokenizer) -> int | None:
-    """Tokens that the model beside the tokenizer has an embedding for; None where its directory does not say."""
+    """Rows of the embedding of the model beside the tokenizer; None where its directory does not say."""
     try:
         config = json.loads((Path(tokenizer.name_or_path) / "config.json").read_text(encoding="utf-8"))
         rows = config.get("vocab_size")
@@ -98,7 +98,7 @@ def render_prompts(
     apply_chat_template: bool,
     template_date: datetime.date | None = None,
 ) -> list[RenderedPrompt]:
-    """Each prompt, a string or a list of messages with role and content, as text and tokens.
+    """Make text and tokens of each prompt, a string or a list of messages with role and content.
 
     With the chat template a string is a single user message, and the text ends where the assistant begins. Without
     it the contents of the messages are joined by blank lines, and the tokenizer adds its own special tokens before
@@ -122,7 +122,7 @@ def render_prompts(
 
 
 def encode(texts: Sequence[RenderedPrompt], tokenizer: Tokenizer, *, special_tokens: bool) -> None:
-    """Set the tokens, or the problem, of each text; `special_tokens` as the tokenizer puts them before a text."""
+    """Set the tokens, or the problem, of each text; `special_tokens` adds those that the tokenizer puts before it."""
     if not texts:
         return
     appended = len(appended_tokens(tokenizer)) if special_tokens else 0
@@ -148,7 +148,7 @@ def encode(texts: Sequence[RenderedPrompt], tokenizer: Tokenizer, *, special_tok
 
 
 def appended_tokens(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer puts behind every text by itself, such as an end-of-sequence token; mostly nothing."""
+    """Tokens that the tokenizer puts behind every text by itself, such as an end-of-sequence token; mostly none."""
     try:
         plain, whole = (tokenizer("1", add_special_tokens=special)["input_ids"] for special in (False, True))
     except Exception:  # noqa: BLE001  a vocabulary without the digit: the texts themselves will tell
@@ -160,13 +160,13 @@ def appended_tokens(tokenizer: Tokenizer) -> list[int]:
 
 
 def unknown_to(tokenizer: Tokenizer, prompt: RenderedPrompt) -> bool:
-    """Whether part of the text became the token for what the tokenizer does not know."""
+    """Whether part of the prompt became the token for text that the tokenizer does not know."""
     unknown = tokenizer.unk_token_id
     return unknown is not None and unknown in prompt.tokens and str(tokenizer.unk_token) not in prompt.text
 
 
 def lone_surrogate(values: Iterable[str]) -> str:
-    """What half a character stands in one of the texts, with its place; empty if all of them are whole Unicode."""
+    """Half a character in one of the texts, with its place; empty if all of them are whole Unicode."""
     for text in values:
         try:
             text.encode("utf-8")
@@ -247,15 +247,15 @@ def _first_line(error: BaseException) -> str:
 
 # Whether the files of a model directory agree on how a response ends: one look at start, before anything is loaded.
 #
-# tokenizer files: eos_token          what the warm start appends, what texts end with config.json,
-# generation_config.json: eos_token_id   what engines stop at config.json: vocab_size             rows of the embedding;
-# ids of prompts are compared as they are made (`tokenizer`)
+#   | tokenizer files: eos_token                            what the warm start appends, what texts end with
+#   | config.json, generation_config.json: eos_token_id     what engines stop at
+#   | config.json: vocab_size                               rows of the embedding; ids of prompts are compared later
 
 _END_FILES = ("generation_config.json", "config.json")
 
 
 def load_checked_tokenizer(hf_dir: Path) -> Tokenizer:
-    """The tokenizer of a model that is going to answer, after a comparison with the model's own files.
+    """Load the tokenizer of a model that is going to answer, and compare it with the model's own files.
 
     Raises:
         UserError: it cannot be loaded (`load_tokenizer`), or its end-of-sequence token is none that engines stop at, or
@@ -283,7 +283,7 @@ def load_checked_tokenizer(hf_dir: Path) -> Tokenizer:
 
 
 def stop_token_ids(hf_dir: Path) -> list[int]:
-    """End-of-sequence ids of generation_config.json and config.json, ascending; empty if neither names one.
+    """End-of-sequence token ids of generation_config.json and config.json, ascending; empty if neither names one.
 
     Raises:
         UserError: one of the files cannot be read, or its eos_token_id is no token id.
