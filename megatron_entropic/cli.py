@@ -27,11 +27,11 @@ from megatron_entropic.errors import Interrupted, RunError, StopAsked, UserError
 from megatron_entropic.files.text import printable
 
 COMMANDS = (train, preflight, plan, evaluate, score, convert, export, replay, rollouts, report, tune)
-"""In the order of the help text; each module says with `add_parser` what it takes."""
+"""Modules of the commands in the order of the help text; each says with `add_parser` what it takes."""
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 STOPPED = 75
-"""EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command continues."""
+"""Exit status after a signal asked to stop, EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command continues."""
 
 
 def main(arguments: Args[str] | None = None) -> int:

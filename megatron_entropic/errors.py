@@ -54,7 +54,7 @@ _PATHS = {
     errno.ENAMETOOLONG: "a name in it is too long",
     errno.EEXIST: "is there already and is no directory, which is needed here",
 }
-"""A path that somebody gave is not what it has to be."""
+"""Words for what is wrong with a path that somebody gave, by errno."""
 
 _CURES = {
     errno.ENOSPC: "make room there, or choose another folder",
@@ -72,14 +72,14 @@ _CURES = {
     errno.ESTALE: "the network file system failed",
     errno.ENOTCONN: "the network file system is gone",
 }
-"""What the machine refused, and what a person can do about it."""
+"""Words for what a person can do where the machine refused something, by errno."""
 
 _OUTAGES = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-"""Says nothing about the file: the same command may succeed later or elsewhere."""
+"""Values of errno that say nothing about the file: the same command may succeed later or elsewhere."""
 
 
 def explained(error: OSError) -> UserError | RunError | None:
-    """What an error of the operating system means to the person who started the command; None: it is a bug of ours."""
+    """Meaning of an error of the operating system for the person who started the command; None: it is a bug of ours."""
     what = _PATHS.get(error.errno or 0) or error.strerror or str(error)
     if error.filename is not None:
         what = f"{os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}: {what}"
@@ -97,7 +97,7 @@ def missing_model(hf_dir: Path) -> str:
     """Words for a model directory that is not there; a name of the Hugging Face hub gets the command that fetches it.
 
     Args:
-        hf_dir: as it was given, or made absolute from the current directory.
+        hf_dir: the directory as it was given, or made absolute from the current directory.
     """
     words = f"{hf_dir}: no such model directory"
     given = hf_dir
@@ -112,14 +112,14 @@ def missing_model(hf_dir: Path) -> str:
 
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-"""owner/name, which is also how a relative path can look."""
+"""Pattern owner/name of the Hugging Face hub, which is also how a relative path can look."""
 
 
 class Problems:
     """Everything that is wrong with an input, collected for one message."""
 
     _LISTED = 20
-    """Details that are named under one message; the rest is a number."""
+    """Number of details that are listed under one message; the rest is a count."""
 
     def __init__(self) -> None:
         self._found: dict[str, list[str]] = {}
@@ -131,7 +131,7 @@ class Problems:
             details.append(detail)
 
     def attempt(self, read: Callable[[], T]) -> T | None:
-        """What `read` returns; None if it is refused, by us or by the operating system, which is noted."""
+        """Return what `read` returns; None if it is refused, by us or by the operating system, which is noted."""
         try:
             return read()
         except UserError as error:
@@ -145,14 +145,14 @@ class Problems:
 
     @property
     def messages(self) -> list[str]:
-        """What was noted, without details."""
+        """Messages that were noted, without details."""
         return list(self._found)
 
     def raise_if_any(self, headline: str) -> None:
-        """Do nothing if nothing was noted.
+        """Raise one error if any problem was noted.
 
         Raises:
-            UserError: everything that was, below the headline.
+            UserError: everything that was noted, below the headline.
         """
         if not self._found:
             return
@@ -167,7 +167,7 @@ class Problems:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """The block reads a file that the user named.
+    """Turn failures to read a file that the user named, in the block, into errors that say so.
 
     Raises:
         UserError: it is missing, may not be read, is something else than a file, or is not text where text is read.

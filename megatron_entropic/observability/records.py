@@ -27,33 +27,33 @@ _METADATA_KEY = b"megatron_entropic.rollouts"
 
 @dataclass(frozen=True, slots=True)
 class RecordedResponse:
-    """One response of a step. R tokens."""
+    """One response of a step, R tokens long, with what the update was computed from."""
 
     trajectory: Trajectory
-    """Task, tokens, text, the engine's log-probs."""
+    """Task, tokens and text of the response, with the engine's log-probs."""
     reward: Reward
     advantages: np.ndarray
-    """[R] float32."""
+    """Advantages, [R] float32."""
     old_logprobs: np.ndarray
-    """[R] float32, of the policy before the step's first update, at the rollout temperature."""
+    """Log-probs of the policy before the step's first update, at the rollout temperature, [R] float32."""
     entropies: np.ndarray
-    """[R] float32, nats, of the same policy at the same temperature."""
+    """Entropies of the same policy at the same temperature, in nats, [R] float32."""
     reference_logprobs: np.ndarray | None
-    """[R] float32; None without a KL penalty."""
+    """Log-probs of the frozen reference, [R] float32; None without a KL penalty."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedStep:
-    """One step, read back."""
+    """One step, read back from its file."""
 
     step: int
     metrics: dict[str, Any]
-    """What metrics.jsonl says of the step, as far as it was known when the file was written."""
+    """Metrics of the step in metrics.jsonl, as far as they were known when the file was written."""
     responses: list[RecordedResponse]
-    """In the order of the training batch."""
+    """Responses in the order of the training batch."""
 
     def by_task(self) -> list[list[RecordedResponse]]:
-        """Those of each group. A task that comes twice in a row is two: its sample_index starts anew."""
+        """Responses of each group. A task that comes twice in a row is two groups: its sample_index starts anew."""
         groups: list[list[RecordedResponse]] = []
         for response in self.responses:
             now, last = response.trajectory, groups[-1][-1].trajectory if groups else None
@@ -64,14 +64,14 @@ class RecordedStep:
         return groups
 
     def groups(self) -> list[Group]:
-        """What the step was trained on."""
+        """Groups that the step was trained on."""
         return [
             Group(tuple(r.trajectory for r in of_one), tuple(r.reward for r in of_one)) for of_one in self.by_task()
         ]
 
 
 def rollouts_path(run_dir: Path, step: int) -> Path:
-    """Where the rollouts of a step are kept."""
+    """Path of the rollouts of a step."""
     return run_dir / ROLLOUTS_FOLDER / f"step_{step:06d}.parquet"
 
 
@@ -85,11 +85,11 @@ def write_rollouts(path: Path, step: int, batch: TrainingBatch, scores: Scores, 
     """Write a step's rollouts as a whole: the file appears when it is complete.
 
     Args:
-        path: of the file.
-        step: whose rollouts they are.
-        batch: with advantages and reference log-probs.
-        scores: of its sequences, before the first update.
-        metrics: of the step.
+        path: the file to write.
+        step: the step whose rollouts they are.
+        batch: batch of the step, with advantages and reference log-probs.
+        scores: scores of its sequences, before the first update.
+        metrics: metrics of the step.
     """
     import pyarrow as pa
 
@@ -136,7 +136,7 @@ def read_rollouts(path: Path) -> RecordedStep:
 
 
 def recorded_metrics(path: Path) -> dict[str, Any]:
-    """The metrics of a recorded step, without its responses.
+    """Read the metrics of a recorded step, without its responses.
 
     Raises:
         UserError: as `read_rollouts`.
@@ -161,7 +161,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _content(schema: Any, path: Path) -> tuple[int, dict[str, Any]]:
-    """Step and metrics, from a file's own metadata."""
+    """Step and metrics, read from a file's own metadata."""
     content = ROLLOUTS.read(json.loads((schema.metadata or {})[_METADATA_KEY]), path)
     return content["step"], dict(content["metrics"])
 
@@ -211,12 +211,12 @@ def _array(values: Any) -> np.ndarray | None:
 
 
 def _storable(text: str) -> str:
-    """A lone surrogate, as a broken response can have, becomes its escape: parquet holds UTF-8."""
+    """The text with lone surrogates, as a broken response can have, as escapes: parquet holds UTF-8."""
     return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
 
 
 def _json(value: Any) -> str:
-    """Dates and the like, which a parquet row may hold, become strings."""
+    """JSON of a value; dates and the like, which a parquet row may hold, become strings."""
     return json.dumps(value, default=str)
 
 

@@ -1,4 +1,4 @@
-"""Which steps' rollouts a run keeps, within a number of files and of bytes.
+"""Files of a run's rollouts: which steps are kept, within a number of files and of bytes.
 
 rollouts/step_000020.parquet  --+
 rollouts/step_000040.parquet    |  every logging.rollouts_every_steps: the oldest go beyond the limits
@@ -29,11 +29,11 @@ class RolloutLog:
     """Writes the rollouts of some steps of a run, and deletes those that are beyond its limits."""
 
     def __init__(self, run_dir: Path, config: LoggingConfig, record_steps: Collection[int]) -> None:
-        """Decide for a run in `run_dir`; `record_steps` are recorded in any case and never deleted."""
+        """Keep files in `run_dir` as `config` says; `record_steps` are recorded in any case and never deleted."""
         self._run_dir, self._config, self._record_steps = run_dir, config, frozenset(record_steps)
 
     def due(self, step: int, metrics: dict[str, float]) -> bool:
-        """Whether a step's rollouts are kept: every so many steps, where asked for, where an update was skipped."""
+        """Whether a step's rollouts are kept: every so many steps, where asked for, or where an update was skipped."""
         every = self._config.rollouts_every_steps
         return step in self._record_steps or (every > 0 and step % every == 0) or metrics[SKIPPED] > 0
 

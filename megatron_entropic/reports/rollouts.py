@@ -18,37 +18,37 @@ Touch = Literal["", "up", "down"]
 
 @dataclass(frozen=True, slots=True)
 class TokenView:
-    """One token of a response."""
+    """One token of a response, with what the page shows of it."""
 
     text: str
     entropy: float
-    """Nats."""
+    """Entropy of the policy at this position, in nats."""
     probability: float
-    """pi(token) before the step's first update."""
+    """Probability pi(token) before the step's first update."""
     engine_probability: float
     touch: Touch
 
 
 @dataclass(frozen=True, slots=True)
 class ResponseView:
-    """One response."""
+    """One response, with what the page shows of it."""
 
     recorded: RecordedResponse
     answer: str | None
-    """The verifier's reading; None if it found no answer."""
+    """The verifier's reading of the response; None if it found no answer."""
     tokens: list[TokenView]
     hidden: int
-    """Tokens left out of the middle of `tokens`, at `cut`."""
+    """Number of tokens left out of the middle of `tokens`, at `cut`."""
     cut: int
 
     @property
     def advantage(self) -> float:
-        """Of the first token; the same for all where advantages are relative to the group."""
+        """Advantage of the first token; the same for all where advantages are relative to the group."""
         return float(self.recorded.advantages[0]) if self.recorded.advantages.size else 0.0
 
     @property
     def mean_entropy(self) -> float:
-        """Over all tokens, nats."""
+        """Mean entropy over all tokens, in nats."""
         return float(self.recorded.entropies.mean()) if self.recorded.entropies.size else 0.0
 
     @property
@@ -69,16 +69,16 @@ class GroupView:
 
 @dataclass(frozen=True, slots=True)
 class StepView:
-    """Some prompts of a step."""
+    """Some prompts of a step, with what the page shows of the step."""
 
     step: int
     alpha: float | None
     tau: float | None
-    """None where no control acts through tokens with pi > tau."""
+    """Threshold of the entropy control; None where no control acts through tokens with pi > tau."""
     entropy_scale: float
     """Entropy that is shown in the strongest colour: the 99th percentile of the step's tokens, nats."""
     prompts: int
-    """In the step."""
+    """Number of prompts in the step."""
     groups: list[GroupView]
 
 
@@ -92,15 +92,16 @@ def view_step(
     max_prompts: int = 2,
     max_tokens: int = 2000,
 ) -> StepView:
-    """Choose and prepare what is shown.
+    """Choose prompts of a recorded step and prepare what is shown of them.
 
     Args:
-        tokenizer: of the model.
-        read_answer: what the verifier takes for the answer of a response.
+        recorded: the step.
+        tokenizer: tokenizer of the model.
+        read_answer: function: response -> the answer that the verifier takes from it, None without one.
         tau: threshold of the entropy control; None if it acts on no token.
         prompts: indices to show; empty: the first ones of the step, those whose rewards differ before the others.
-        max_prompts: shown when `prompts` is empty.
-        max_tokens: of a response; from a longer one the middle is left out.
+        max_prompts: number of prompts shown when `prompts` is empty.
+        max_tokens: most tokens shown of a response; from a longer one the middle is left out.
 
     Raises:
         UserError: a prompt that is not in the step; naming some that are.

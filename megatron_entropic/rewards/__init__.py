@@ -1,4 +1,4 @@
-"""Verifiers: what a response is worth. A verifier that fails or hangs is counted, and is not a wrong answer.
+"""Verifiers, which judge responses. A verifier that fails or hangs is counted, and is not a wrong answer.
 
 Imports neither torch nor anything heavy: verifier processes start from this package.
 """

@@ -1,4 +1,4 @@
-r"""How the answer is found in a response: `reward.answer`, a row of `config.names.ANSWERS` and a function for each way.
+r"""Ways to find the answer in a response: `reward.answer`, a row of `config.names.ANSWERS` and a function for each.
 
 "So she has 5 + 7 = \boxed{12} apples."          --> boxed          12
 "5 + 7 = 12, so she has 12 apples."              --> last_number    12
@@ -24,7 +24,7 @@ _NUMBER = re.compile(
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{} of a text, braces balanced; None without one or if it is not closed."""
+    r"""Content of the last \boxed{} of a text, braces balanced; None without one or if it is not closed."""
     start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
     if start < 0:
         return None
@@ -51,13 +51,13 @@ def last_number(text: str) -> str | None:
 
 
 def first_line(text: str) -> str | None:
-    """The first line that has something in it, white space around it left off."""
+    """The first line that is not blank, without white space around it."""
     found = re.search(r"\S[^\r\n]*", text)
     return found and found.group().rstrip()
 
 
 def by_pattern(pattern: re.Pattern[str], text: str) -> str | None:
-    """Of the last match the first group that took part, or all of it where the pattern has no group.
+    """The first group of the last match that took part in it, or the whole match where the pattern has no group.
 
     None where nothing matches, or what matches is empty.
     """
@@ -71,7 +71,7 @@ def by_pattern(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def whole_response(text: str) -> str | None:
-    """The response is the answer."""
+    """The whole response, which is the answer."""
     return text
 
 
@@ -79,10 +79,10 @@ def whole_response(text: str) -> str | None:
 
 
 def in_box(answer: str) -> str:
-    r"""An answer in \boxed{}. The blank keeps a backslash at its end from escaping the brace."""
+    r"""A response of an answer in \boxed{}. The blank keeps a backslash at its end from escaping the brace."""
     return rf"\boxed{{{answer} }}"
 
 
 def as_it_is(answer: str) -> str:
-    """An answer that needs nothing around it to be found."""
+    """The answer as a response, since nothing need be around it for it to be found."""
     return answer

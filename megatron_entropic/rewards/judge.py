@@ -1,4 +1,4 @@
-"""One verifier, wherever it runs."""
+"""One verifier that judges jobs, in processes of its own or in this one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Judge:
         self.name = name
         entry = verifier_entry(name)
         self.decisive = _decisive(entry, config) if entry.once else None
-        """response -> a shorter one with the same verdict; responses to one prompt that agree in it are judged once."""
+        """Function: response -> a shorter one with the same verdict; None where equal responses are judged again."""
         self._batch_size = config.batch_size
         self._pool: VerifierPool | None = None
         if config.workers == 0 or is_instant(name, config.answer):
@@ -49,7 +49,7 @@ class Judge:
             self._pool = VerifierPool(config, name)
 
     def judging(self, count: int) -> Judging:
-        """Begin to judge `count` jobs, which need not be there yet."""
+        """Begin to judge `count` jobs, which may come later."""
         return Judging(self, count)
 
     def verdicts(self, jobs: Sequence[Job]) -> list[Verdict]:
@@ -60,13 +60,13 @@ class Judge:
             return judging.verdicts()
 
     def call_size(self, count: int) -> int:
-        """How many of `count` jobs the verifier gets in one call."""
+        """Number of jobs that the verifier gets in one call, if there are `count` of them."""
         if self._pool:
             return self._batch_size if self._pool.takes_batches else 1
         return max(1, count) if takes_batches(self._verifier) else 1
 
     def submit(self, jobs: list[Job]) -> Future[list[Verdict]]:
-        """Verdicts on the jobs of one call, to be waited for."""
+        """Begin one call; the future gets the verdicts on its jobs, in their order."""
         if self._pool:
             return self._pool.submit(jobs)
         done: Future[list[Verdict]] = Future()
@@ -80,7 +80,7 @@ class Judge:
 
 
 def _decisive(entry: VerifierEntry, config: RewardConfig) -> Callable[[str], str] | None:
-    """The answer of a response alone; None where finding it may take any time, which is not for the driver."""
+    """Function: response -> its answer alone. None where finding it may take any time, which is not for the driver."""
     way = answer_name(entry, config)
     if ANSWERS[way].alone is None:
         return None
@@ -140,7 +140,7 @@ class Judging:
         return verdicts
 
     def cancel(self) -> None:
-        """Do not begin to judge what is not wanted any more; nothing happens to verdicts that are there."""
+        """Do not begin to judge jobs that are not wanted any more; verdicts that are there stay."""
         for future in self._calls.values():
             future.cancel()
 

@@ -32,14 +32,14 @@ _LONGEST_CHUNK = 16
 
 @dataclass(slots=True)
 class _Call:
-    """What a verifier is asked at once: one job, or several where it takes batches."""
+    """Jobs of one call of a verifier: one, or several where it takes batches."""
 
     jobs: list[Job]
     future: Future[list[Verdict]] = field(default_factory=Future)
     verdicts: list[Verdict] = field(default_factory=list)
 
     def begin(self) -> bool:
-        """Whether the verdicts are still wanted; from then on they cannot be cancelled."""
+        """Begin the call, which cannot be cancelled from then on; returns whether its verdicts are still wanted."""
         return self.future.running() or self.future.set_running_or_notify_cancel()
 
     def answer(self, verdict: Verdict) -> None:
@@ -84,7 +84,7 @@ class VerifierPool:
         self._thread.start()
 
     def submit(self, jobs: Sequence[Job]) -> Future[list[Verdict]]:
-        """The verdicts to be, in the order of the jobs; more than one job only where the verifier takes batches.
+        """Future of the verdicts, in the order of the jobs; more than one job only where the verifier takes batches.
 
         Raises:
             RunError: the pool is closed, or broke down.
@@ -160,7 +160,8 @@ class VerifierPool:
         return taken
 
     def _chunk_size(self) -> int:
-        """Large while there is much to do; at the end small, so that no process has a queue while others are idle."""
+        """Number of calls for one process: large while there is much to do, small at the end."""
+        # Small at the end, so that no process has a queue while others are idle.
         if self.takes_batches:
             return 1
         return max(1, min(_LONGEST_CHUNK, len(self._waiting) // (4 * len(self._processes))))
@@ -170,7 +171,7 @@ class VerifierPool:
             process.stop()
 
     def _wait(self) -> None:
-        """Until a process can be read or written, its limit passes, or there is something new to do."""
+        """Wait until a process can be read or written, its limit passes, or there is something new to do."""
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         deadline = math.inf
@@ -191,7 +192,7 @@ _READ_BYTES = 1 << 16
 
 
 class VerifierProcess:
-    """Starts, takes chunks of jobs, answers them in order; killed when one of them passes its limit.
+    """One verifier process: takes chunks of jobs and answers them in order; killed when a job passes its limit.
 
     `start`, then `advance` whenever one of `interests` is ready or `deadline` has passed.
     """
@@ -205,14 +206,14 @@ class VerifierProcess:
         self._outgoing = memoryview(b"")
         self._incoming = bytearray()
         self.ready = False
-        """Whether it has imported its verifier."""
+        """Whether the process has imported its verifier."""
         self.takes_batches = False
         """Whether the verifier judges a whole chunk in one call."""
         self.failure = ""
-        """Why the last start failed."""
+        """Words for why the last start failed; empty if it did not."""
         self._unusable = False
         self.deadline = math.inf
-        """When it is to be killed, time.monotonic()."""
+        """Time, by time.monotonic(), at which the process is to be killed; inf: never."""
 
     @property
     def alive(self) -> bool:
@@ -251,13 +252,13 @@ class VerifierProcess:
             raise (UserError if self._unusable else RunError)(self.failure)
 
     def assign(self, jobs: list[tuple[int, Job]]) -> None:
-        """Hand over some jobs, each with a number of the caller's."""
+        """Hand over some jobs, each with a number that the caller chose."""
         self._numbers.extend(number for number, _ in jobs)
         self._outgoing = memoryview(pickle.dumps([job for _, job in jobs]))
         self.deadline = time.monotonic() + self._timeout_s
 
     def interests(self) -> Iterator[tuple[int, int]]:
-        """(descriptor, poll events) to wait for."""
+        """Yields the file descriptors to wait for, each with its poll events."""
         if self._process is not None:
             stdin, stdout = self._pipes()
             yield stdout.fileno(), select.POLLIN
@@ -265,7 +266,11 @@ class VerifierProcess:
                 yield stdin.fileno(), select.POLLOUT
 
     def advance(self) -> tuple[dict[int, Verdict], list[int]]:
-        """Write and read what is possible: (verdicts by number, numbers of jobs that it could not begin)."""
+        """Write and read as much as is possible without waiting.
+
+        Returns:
+            (verdicts by number, numbers of the jobs that a process that ended could not begin).
+        """
         if self._process is None:
             return {}, []
         self._write()
@@ -315,7 +320,7 @@ class VerifierProcess:
             self._outgoing = memoryview(b"")
 
     def _read(self) -> tuple[dict[int, Verdict], bool]:
-        """(verdicts, whether the process has closed its end)."""
+        """Read verdicts by number, and whether the process has closed its end."""
         ended = False
         try:
             while content := os.read(self._pipes()[1].fileno(), _READ_BYTES):
@@ -345,7 +350,7 @@ class VerifierProcess:
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the process and its children. It has not been waited for, so its id cannot belong to another."""
+    """Send SIGKILL to the process and its children. It has not been waited for, so its id cannot belong to another."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

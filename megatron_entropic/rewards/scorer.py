@@ -26,6 +26,7 @@ class RewardScorer:
         """Load the verifiers, in their processes if they get some.
 
         Args:
+            config: the verifiers, their weights and limits.
             max_response_tokens: longest response there can be; needed by `reward.overlong_buffer_tokens`.
 
         Raises:
@@ -39,7 +40,7 @@ class RewardScorer:
             self._judges = judges.pop_all()
 
     def scoring(self, groups: int, group_size: int) -> Scoring:
-        """Begin to judge the trajectories of some groups, which need not be there yet."""
+        """Begin to judge the trajectories of some groups, which may come later."""
         judgings = {judge.name: judge.judging(groups * group_size) for judge in (self._main, *self._added)}
         return Scoring(self._config, judgings, group_size, self._max_response_tokens)
 
@@ -48,7 +49,7 @@ class RewardScorer:
         return self._main.judging(count)
 
     def truth_problems(self, truths: Sequence[Any]) -> list[str | None]:
-        """Why the verifier cannot use a ground truth, None where it can; see `verifier.trials`."""
+        """Words for why the verifier cannot use a ground truth, None where it can; see `verifier.trials`."""
         reasons: list[str | None] = [None] * len(truths)
         asked: list[tuple[int, Trial, Job]] = []
         settings, alone = trial_settings(self._main.name, self._config)
@@ -161,7 +162,7 @@ class Scoring:
 
 
 def job_of(trajectory: Trajectory) -> Job:
-    """What a verifier gets of a trajectory."""
+    """Response, ground truth and extra_info of a trajectory, which a verifier gets."""
     return trajectory.text, trajectory.task.ground_truth, trajectory.task.extra_info
 
 
@@ -175,7 +176,7 @@ def _without_failures(group: list[Reward]) -> list[Reward]:
 
 
 def overlong_penalty(response_tokens: int, max_tokens: int, buffer_tokens: int) -> float:
-    """0 up to `max_tokens` - `buffer_tokens`, from there linearly down to -1 at `max_tokens`, never below.
+    """Soft overlong punishment: 0 up to `max_tokens` - `buffer_tokens`, then linearly down to -1 at `max_tokens`.
 
     Args:
         response_tokens: length of the response.

@@ -1,4 +1,4 @@
-"""What a verifier is, how it is found by name, and what comes out of asking it.
+"""Verifiers as functions, how they are found by name, and the verdicts they give.
 
 name -> function                      build_verifier
 response -> answer as written         build_reader, for majority votes; how it is found: `answers`
@@ -21,10 +21,10 @@ from megatron_entropic.config.plugins import find_attribute
 from megatron_entropic.errors import UserError
 
 Verifier = Callable[[str, Any, Mapping[str, Any]], float]
-"""(response text, ground truth, extra_info of the row) -> reward. What it raises is counted as a verifier error."""
+"""Function: (response text, ground truth, extra_info of the row) -> reward. An exception of it is a verifier error."""
 
 BatchVerifier = Callable[[list[str], list[Any], list[Mapping[str, Any]]], Iterable[float]]
-"""The same for several responses at once: a function with an attribute `takes_batches` that is true."""
+"""A `Verifier` of several responses at once: a function with an attribute `takes_batches` that is true."""
 
 
 def takes_batches(verifier: Verifier | BatchVerifier) -> bool:
@@ -33,9 +33,10 @@ def takes_batches(verifier: Verifier | BatchVerifier) -> bool:
 
 
 def build_verifier(name: str, reward: RewardConfig | None = None) -> Verifier | BatchVerifier:
-    """The verifier called `name`: a built-in one, or `module:function`, also from the current directory.
+    """Find the verifier called `name`: a built-in one, or `module:function`, also from the current directory.
 
     Args:
+        name: a key of `VERIFIERS`, or `module:function`.
         reward: how it finds answers, and the pattern of `format`; None: as by default.
 
     Raises:
@@ -57,17 +58,17 @@ def build_verifier(name: str, reward: RewardConfig | None = None) -> Verifier | 
 def _judge_answer(
     reading: Reader, verdict: Any, response: str, ground_truth: Any, extra_info: Mapping[str, Any]
 ) -> float:
-    """A verifier made of two functions: one finds the answer, the other judges it."""
+    """Reward of a verifier made of two functions: one finds the answer, the other judges it."""
     reward: float = verdict(reading(response), ground_truth, extra_info)
     return reward
 
 
 Reader = Callable[[str], str | None]
-"""Response text -> the answer as written, None if there is none."""
+"""Function: response text -> the answer as written, None if there is none."""
 
 
 def build_reading(entry: VerifierEntry, reward: RewardConfig) -> Reader:
-    """How a verifier that reads answers finds them: `reward.answer`, by default its own way.
+    """Function by which a verifier that reads answers finds them: `reward.answer`, by default its own way.
 
     Raises:
         UserError: there is no such way, or its pattern is none.
@@ -87,7 +88,7 @@ def build_reading(entry: VerifierEntry, reward: RewardConfig) -> Reader:
 
 
 def answer_name(entry: VerifierEntry, reward: RewardConfig) -> str:
-    """The row of `ANSWERS` that a verifier which reads answers uses."""
+    """Key of `ANSWERS` for the way in which a verifier finds answers."""
     assert entry.answer is not None, "it looks at responses as they are"
     return reward.answer or entry.answer
 
@@ -95,7 +96,7 @@ def answer_name(entry: VerifierEntry, reward: RewardConfig) -> str:
 # What came out of judging responses.
 
 Job = tuple[str, Any, Mapping[str, Any]]
-"""Response, ground truth, extra_info."""
+"""One job of a verifier: response, ground truth, extra_info."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +146,13 @@ def _failure(error: BaseException) -> Verdict:
 
 
 def build_reader(verifier: str, reward: RewardConfig | None = None) -> Reader:
-    """How the verifier called `verifier` reads a response, in the writing that votes count.
+    """Function by which the verifier called `verifier` reads a response, in the writing that votes count.
 
     A verifier of one's own may have an attribute `read_answer`, a function of the response; without it no answer is
     known, and a majority cannot be counted.
 
     Args:
+        verifier: name of the verifier.
         reward: how answers are found; None: as by default.
     """
     entry = verifier_entry(verifier)
@@ -179,10 +181,10 @@ class Trial:
 
     answer: str
     expected: Literal["right", "wrong", "verdict"]
-    """What the verifier must say; "verdict": anything but an error."""
+    """Verdict that the verifier must give; "verdict": anything but an error."""
 
     def objection(self, verdict: Verdict) -> str | None:
-        """What the verdict says against the ground truth."""
+        """Words for what the verdict says against the ground truth; None if nothing."""
         if verdict.status == "timeout" and self.expected == "verdict":
             return None  # the change of digits may have made a larger number of it
         if verdict.status != "ok":
@@ -208,7 +210,8 @@ def trials(verifier: str, truth: Any) -> list[Trial]:
 
 
 def trial_settings(verifier: str, reward: RewardConfig) -> tuple[RewardConfig, Callable[[str], str]]:
-    """How answers are found when ground truths are tried, and the response that is nothing but a given answer.
+    """Settings for finding answers when ground truths are tried, and the function: answer -> a response with nothing
+    else.
 
     The same as in training, so that a ground truth no response could give (an equation where the last number counts) is
     found too. What a pattern finds nobody can write: there the answers are judged as they are.
@@ -222,7 +225,7 @@ def trial_settings(verifier: str, reward: RewardConfig) -> tuple[RewardConfig, C
 
 
 def lone_answer(answer: str) -> Callable[[str], str]:
-    """answer -> a response that is nothing but it, for a way to find answers that has one."""
+    """Function: answer -> a response that is nothing but it, for a way to find answers that has one."""
     alone = ANSWERS[answer].alone
     assert alone is not None, "a pattern decides"
     function: Callable[[str], str] = find_attribute("answer", alone, arguments=1)

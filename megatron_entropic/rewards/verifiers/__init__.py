@@ -1,1 +1,1 @@
-"""Verifiers that come with the package, one file a subject."""
+"""Verifiers that come with the package, one file for each subject."""

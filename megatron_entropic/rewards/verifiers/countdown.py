@@ -15,13 +15,15 @@ _MAX_CHARACTERS = 1000
 
 
 def countdown(answer: str | None, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:
-    """1.0 if the whole answer, by default the response, is a right expression, else 0.0.
+    """Return 1.0 if the whole answer, by default the response, is a right expression, else 0.0.
 
-    An expression is numbers joined by + - *, with * before + and -; white space is ignored, and nothing else may
-    stand in the answer. Reading it takes time linear in its length, which is limited.
+    An expression is numbers joined by + - *, with * before + and -; white space is ignored, and nothing else may stand
+    in the answer. Reading it takes time linear in its length, which is limited.
 
     Args:
+        answer: the answer; None is wrong.
         ground_truth: {"numbers": [...], "target": n}, or the same as a JSON string.
+        extra_info: not used.
 
     Raises:
         UserError: a ground truth that is not of this form.
@@ -44,7 +46,7 @@ def _problem(ground_truth: Any) -> tuple[list[int], int]:
 
 
 def _value(expression: str) -> int:
-    """The value of an expression that matches `_EXPRESSION`: a sum of signed products."""
+    """Value of an expression that matches `_EXPRESSION`: a sum of signed products."""
     total = 0
     for sign, product in re.findall(r"(^|[+-])([0-9*]+)", expression):
         value = -1 if sign == "-" else 1

@@ -15,7 +15,7 @@ from megatron_entropic.errors import UserError
 
 
 def ifeval(response: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:
-    """1.0 if the response follows every instruction of the ground truth, else 0.0; an empty one follows none.
+    """Return 1.0 if the response follows every instruction of the ground truth, else 0.0; an empty one follows none.
 
     Args:
         ground_truth: {"instruction_id_list": [...], "kwargs": [...]} as in the published data, or the same as JSON.
@@ -61,7 +61,7 @@ def _followed(response: str, name: str, given: dict[str, Any]) -> bool:
 # langdetect.
 
 Check = Callable[[str, Mapping[str, Any]], bool]
-"""(response, arguments) -> whether the response does what the instruction says."""
+"""Function: (response, arguments) -> whether the response does what the instruction says."""
 
 _SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f\u0964]+[\"')\]\u201d]*(?=\s|$)|\n{2,}")
 _ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|Prof|Sr|Jr|St|vs|etc|e\.g|i\.e|[A-Z])\.(?=\s)")
@@ -99,7 +99,7 @@ def _number_sentences(text: str, given: Mapping[str, Any]) -> bool:
 
 
 def count_sentences(text: str) -> int:
-    """Stretches of text that end in a full stop, question or exclamation mark, a blank line, or the end."""
+    """Number of stretches of text that end in a full stop, question or exclamation mark, a blank line, or the end."""
     plain = _ABBREVIATION.sub(lambda found: found.group()[:-1], text)
     return sum(any(letter.isalnum() for letter in part) for part in _SENTENCE_END.split(plain))
 
@@ -201,7 +201,7 @@ def _no_comma(text: str, given: Mapping[str, Any]) -> bool:
 
 
 def _without_empty_ends(parts: list[str]) -> list[str]:
-    """A separator may also stand at the beginning or the end."""
+    """The parts without blank ones at either end: a separator may also be at the beginning or the end of a text."""
     inner = parts[1:] if not parts[0].strip() else parts
     return inner[:-1] if inner and not inner[-1].strip() else inner
 
@@ -262,13 +262,13 @@ _SCRIPTS = {
 
 @cache
 def _signs() -> dict[str, tuple[list[str], str]]:
-    """Of each language that shares its script: frequent words, and letters that no other one of the script has."""
+    """Signs of each language that shares its script: frequent words, and letters that no other language of it has."""
     content = json.loads(Path(__file__).with_name("languages.json").read_text(encoding="utf-8"))
     return {language: (signs["words"].split(), signs["letters"]) for language, signs in content.items()}
 
 
 def guess_language(text: str) -> str | None:
-    """ISO 639-1 code of the most probable of the thirty languages; None for a text without letters of theirs."""
+    """Guess the ISO 639-1 code of a text's language, of thirty; None for a text without letters of theirs."""
     script = _script(text)
     if script is None:
         return None

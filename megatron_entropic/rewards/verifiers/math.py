@@ -1,4 +1,4 @@
-r"""A mathematical answer, compared by math-verify.
+r"""Verifier of mathematical answers, which math-verify compares.
 
 math-verify's own time limits are off: they measure wall time, and turn a slow machine into a silent "wrong". The
 process this runs in is killed from outside instead, and that is counted (`pool`).
@@ -39,19 +39,21 @@ for _name in ("math_verify.parser", "math_verify.grader"):
 
 
 def math_answer(response: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:
-    r"""`math_verdict` on the last \boxed{} of a response; one that is not closed is none."""
+    r"""Judge the last \boxed{} of a response by `math_verdict`; a box that is not closed is no answer."""
     return math_verdict(last_boxed(response), ground_truth, extra_info)
 
 
 def math_verdict(answer: str | None, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:
-    r"""1.0 if the answer equals the ground truth mathematically, else 0.0.
+    r"""Return 1.0 if the answer equals the ground truth mathematically, else 0.0.
 
     No answer, or one far longer than any right one, is wrong without being parsed. What nobody can parse, such as a
     time of day, and what parsing would lose, such as ellipses, is compared as written. A unit counts where both name
     one.
 
     Args:
+        answer: the answer as written; None: there is none.
         ground_truth: LaTeX or a number, with or without \boxed{}; or a dictionary with `answer` or `target`.
+        extra_info: not used.
 
     Raises:
         UserError: a ground truth that cannot be read, or not even be compared with itself.
@@ -97,7 +99,7 @@ def _equal(gold: str, answer: str) -> bool:
 
 
 def _of_different_kinds(gold: str, answer: str) -> bool:
-    """What math-verify takes for the same: numbers in different bases, and sets for tuples or intervals."""
+    """Whether answers that math-verify takes for the same differ in kind: in base, or a set and a tuple or interval."""
     bases = base(gold), base(answer)
     if None not in bases and bases[0] != bases[1]:
         return True
@@ -116,7 +118,7 @@ def _repeats(text: str, value: Any) -> bool:
 
 
 def _equal_lists(gold: str, answer: str) -> bool:
-    """Whether two lists have the same values equally often; of a ground truth in braces, whether they are one set."""
+    """Whether two lists have the same values equally often; for a ground truth in braces, whether they are one set."""
     golds, answers = ([_parse(part)[0] for part in listed(text)] for text in (gold, answer))
     if gold.startswith(r"\{"):
         return equal(sympy.FiniteSet(*golds), sympy.FiniteSet(*answers))
@@ -124,7 +126,7 @@ def _equal_lists(gold: str, answer: str) -> bool:
 
 
 def _parse(latex: str) -> list[Any]:
-    """The value, where it can be parsed, and what was parsed as a string."""
+    """Parse LaTeX into its value, where that is possible, and the text that was parsed."""
     parsed: list[Any] = parse(rf"\boxed{{{latex}}}", _EXTRACTION, parsing_timeout=None, raise_on_error=True)
     return parsed
 
@@ -136,24 +138,24 @@ def _parse(latex: str) -> list[Any]:
 # relative differences decide where they are not.
 
 _LARGEST_BITS = 1_000_000
-"""Of a numerator or denominator: 300,000 decimal digits, computed in milliseconds."""
+"""Most bits of a numerator or denominator: 300,000 decimal digits, computed in milliseconds."""
 _LARGEST_FACTORIAL = 20_000
 _DIGITS = 60
 _EXACT = sympy.Float("1e-40", 50)
 _ROUNDED = sympy.Float("3.5e-7", 50)
-"""A decimal of seven digits stands for an irrational number: 1.414214 for the root of 2, 3.4641 for none. Decimals that
-are parts of an irrational number are exact: the root of 2.0000001 is another one."""
+"""Relative difference up to which a decimal stands for an irrational number: 1.414214 for the root of 2, 3.4641 for
+none. Decimals that are parts of an irrational number are exact: the root of 2.0000001 is another one."""
 
 _Ratio = tuple[int, int]
 """Numerator and denominator, not reduced: reducing large ones takes longer than everything else."""
 
 
 class TooLarge(Exception):
-    """A number that would take too long to write down."""
+    """A number would take too long to write down."""
 
 
 def equal(gold: Any, answer: Any) -> bool:
-    """Whether two parsed answers are equal; what cannot be parsed is a string.
+    """Whether two parsed answers are equal; one that cannot be parsed is a string.
 
     Raises:
         Exception: whatever sympy and math-verify raise about things that they cannot compare.
@@ -184,7 +186,7 @@ def _equal_values(gold: Any, answer: Any) -> bool:
 
 
 def _parts(gold: Any, answer: Any) -> tuple[Sequence[Any], Sequence[Any]] | None:
-    """What two values of the same kind consist of; None if they are of different kinds, or of one piece."""
+    """Parts of two values of the same kind; None if they are of different kinds, or of one piece."""
     if isinstance(gold, sympy.FiniteSet) and isinstance(answer, sympy.FiniteSet):
         # Elements that are relations (x = 1 or x = 2) keep math-verify's rules for names.
         if any(isinstance(part, sympy.core.relational.Relational) for part in (*gold.args, *answer.args)):
@@ -217,7 +219,7 @@ def _matched(gold: Sequence[Any], answer: Sequence[Any], *, ordered: bool) -> bo
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one finite number, however it is written."""
+    """Whether a value is one finite number, however it is written."""
     return (
         isinstance(value, sympy.Expr)
         and not value.free_symbols
@@ -226,7 +228,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _with_imaginary_unit(gold: Any, answer: Any) -> tuple[Any, Any]:
-    """Both with the imaginary unit in the place of the symbol i, where that is the only one."""
+    """The two values with the imaginary unit for the symbol i, where that is their only symbol."""
     values = (gold, answer)
     if not all(isinstance(value, sympy.Expr) for value in values):
         return values
@@ -241,7 +243,8 @@ def _in_percent(value: sympy.Expr) -> bool:
 
 
 def _meanings(value: sympy.Expr) -> list[sympy.Expr]:
-    """25 % is 25 to some and 0.25 to others: both are right, unless the other side is in percent too."""
+    """Values that a number can stand for: 25 % is 25 to some and 0.25 to others."""
+    # Both are right, unless the other side is in percent too.
     percent = sympy.UnevaluatedExpr(sympy.Rational(1, 100))
     if not _in_percent(value):
         return [value]
@@ -271,7 +274,7 @@ def _by_math_verify(gold: Any, answer: Any) -> bool:
 
 
 def _ratio(value: sympy.Expr) -> _Ratio | None:
-    """The value as numerator and denominator; None if it is not made of rational numbers alone.
+    """Numerator and denominator of a value; None if it is not made of rational numbers alone.
 
     Raises:
         TooLarge: it has more than `_LARGEST_BITS`.
@@ -340,7 +343,7 @@ _STEPS: dict[Any, Callable[[list[_Ratio]], _Ratio | None]] = {
 
 
 def _without_decimals(value: Any) -> Any:
-    """Decimals as the fractions that were written."""
+    """The value with its decimals as the fractions that were written."""
     atoms = getattr(value, "atoms", None)
     decimals = atoms(sympy.Float) if atoms else set()
     return value.xreplace({one: _decimal(one) for one in decimals}) if decimals else value

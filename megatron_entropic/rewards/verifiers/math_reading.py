@@ -102,11 +102,11 @@ _CONNECTIVES = tuple(
 _COMMUTATIVE = re.compile("[" + "".join(sign for _, sign in _CONNECTIVES) + "]")
 _BETWEEN_PARTS = re.compile(rf"[,;]|{_TEXT}\s*(?:and|or)\s*\}}|\b(?:and|or)\b")
 _DIGITS = 1000
-"""More than a person writes; Python's own limit for reading an integer is 4,300."""
+"""Most characters of an answer that is read as a plain number; Python's own limit for reading an integer is 4,300."""
 
 
 def normalised(answer: str) -> str:
-    """What two writings of the same answer have in common, as far as that can be told without parsing them."""
+    """One writing for all writings of an answer, as far as it can be found without parsing them."""
     answer = _BETWEEN_DIGITS.sub(_APART, _spelled(answer))
     answer = _LEADING_ZEROS.sub("", _DROPPED.sub("", answer))
     return answer.removesuffix(".") or answer
@@ -129,7 +129,7 @@ def compared_as_written(answer: str) -> bool:
 
 
 def base(answer: str) -> str | None:
-    """The base that a prepared answer names, as 2 in 101_2."""
+    """Base that a prepared answer names, as 2 in 101_2; None if it names none."""
     found = _BASE.search(answer)
     return found and (found.group(1) or found.group(2))
 
@@ -147,7 +147,7 @@ def listed(answer: str) -> list[str]:
 
 
 def in_one_order(answer: str) -> str:
-    r"""A prepared answer with what \cup, \cap, \wedge or \vee connects sorted: B \cup A is A \cup B.
+    r"""A prepared answer with the operands of \cup, \cap, \wedge or \vee sorted: B \cup A is A \cup B.
 
     For comparing, not for parsing. Different operators side by side stay as they are: which of them binds is not said.
     """
@@ -165,7 +165,7 @@ def in_one_order(answer: str) -> str:
 
 
 def plain_number(answer: str) -> Fraction | None:
-    """The value of a normalised answer that is one integer, decimal or fraction of integers; None for any other."""
+    """Value of a normalised answer that is one integer, decimal or fraction of integers; None for any other."""
     if len(answer) > _DIGITS:
         return None
     if (found := _PLAIN.fullmatch(answer)) and (found.group(2) or found.group(3)):
@@ -178,7 +178,8 @@ def plain_number(answer: str) -> Fraction | None:
 
 
 def _spelled(answer: str) -> str:
-    """One spelling for what has several, without dollar signs; spaces are kept except within a number."""
+    """The answer with one spelling for everything that has several, without dollar signs."""
+    # Spaces are kept except within a number.
     for pattern, spelling in _SPELLINGS:
         answer = pattern.sub(spelling, answer)
     answer = _GROUPED_BY_SPACES.sub(lambda found: re.sub(r"\s|\\,", "", found.group()), answer)
@@ -208,7 +209,7 @@ def _without_brackets(text: str) -> str:
 
 
 def _rest(word: str) -> str:
-    r"""Of \text{ million dollars} the unit is left, with its command."""
+    r"""Beginning of the unit that is left of \text{ million dollars}, its command; empty if no unit is left."""
     return r"\text{" if "{" in word and not word.endswith("}") else ""
 
 
@@ -218,7 +219,7 @@ def _improper(found: re.Match[str]) -> str:
 
 
 def _repeating(found: re.Match[str]) -> str:
-    """0.1\\overline{6} is (16 - 1) / 90."""
+    """Fraction of a repeating decimal: 0.1\\overline{6} is (16 - 1) / 90."""
     whole, fixed, repeated = found.groups()
     nines = "9" * len(repeated) + "0" * len(fixed)
     numerator = int((whole or "0") + fixed + repeated) - int((whole or "0") + fixed)
@@ -251,12 +252,12 @@ def gold_answer(ground_truth: Any) -> str:
 
 
 def math_vote(answer: str) -> str | None:
-    """An answer in the writing that votes count; None if nothing is left of it."""
+    """The answer in the writing that votes count; None if nothing is left of it."""
     return normalised(answer) or None
 
 
 def math_trials(ground_truth: Any) -> list[Trial]:
-    r"""The ground truth must be right as an answer, another number wrong, and neither may be an error.
+    r"""Trials of a ground truth: as an answer it must be right, another number wrong, and neither may be an error.
 
     Nor may the ground truth with its digits changed be one, which in training would give wrong answers the mean reward
     of their group. Equal strings are right whether math-verify can parse them or not; other forms of such an answer

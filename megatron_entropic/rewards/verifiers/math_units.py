@@ -27,7 +27,7 @@ class Unit:
         return (self.dimension, self.exponent) == (other.dimension, other.exponent)
 
     def converted(self, number: str) -> str:
-        """The LaTeX of `number` of this unit in its dimension's own unit."""
+        """LaTeX of the value of `number`, given in this unit, in its dimension's own unit."""
         factor = self.factor**self.exponent
         scaled = rf"\left({number}\right)\cdot\frac{{{factor.numerator}}}{{{factor.denominator}}}"
         return scaled + (rf"-\frac{{{-self.offset.numerator}}}{{{self.offset.denominator}}}" if self.offset else "")
@@ -93,7 +93,7 @@ _POWERS = (("square ", 2), ("sq ", 2), ("sq. ", 2), ("cubic ", 3), ("cu ", 3))
 
 
 def split_unit(answer: str) -> tuple[str, Unit | None]:
-    """The answer without the unit at its end, and that unit; the answer itself and None where there is none."""
+    """Split an answer into the part before the unit at its end and that unit; without one, into the answer and None."""
     text = answer.strip()
     for pattern, spelling in _SIGNS:
         text = pattern.sub(spelling, text)
