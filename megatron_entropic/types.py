@@ -32,9 +32,9 @@ class Task:
     index: int
     """Row in the data set: stable over epochs and restarts."""
     tokens: Tokens
-    """[P] int32, the prompt as the model reads it."""
+    """Token ids of the prompt as the model reads it, [P] int32."""
     text: str
-    """The prompt as text, with template."""
+    """Text of the prompt, with template."""
     ground_truth: Any
     data_source: str = ""
     extra_info: dict[str, Any] = field(default_factory=dict)
@@ -45,13 +45,13 @@ class GenerationRequest:
     """One continuation that an engine shall sample."""
 
     tokens: Tokens
-    """[P] int32, what it continues."""
+    """Token ids that are continued, [P] int32."""
     seed: int
-    """Of this response alone, so that it depends neither on its neighbours in the batch nor on restarts."""
+    """Seed of this response alone, so that it depends neither on its neighbours in the batch nor on restarts."""
 
 
 class Origin(Enum):
-    """Who wrote the tokens of a segment."""
+    """The side that wrote the tokens of a segment."""
 
     POLICY = "policy"
     ENVIRONMENT = "environment"
@@ -62,25 +62,25 @@ class Segment:
     """Consecutive tokens after a prompt that were written by one side, and sampled from one version of the weights."""
 
     tokens: Tokens
-    """[n] int32; includes the end-of-sequence token when the engine stopped at it."""
+    """Token ids, [n] int32; they include the end-of-sequence token when the engine stopped at it."""
     logprobs: Logprobs
-    """[n] float32, log pi_engine(token) at the rollout temperature; [0] where the environment wrote the tokens."""
+    """Log pi_engine(token) at the rollout temperature, [n] float32; [0] where the environment wrote the tokens."""
     weights_version: int
-    """Of the engine that sampled it; -1 where the environment wrote the tokens."""
+    """Version of the weights that sampled the tokens; -1 where the environment wrote them."""
     origin: Origin = Origin.POLICY
 
     def copied(self) -> Segment:
-        """The same with arrays of its own: those that came through shared memory keep it occupied."""
+        """The same segment with arrays of its own: those that came through shared memory keep it occupied."""
         return replace(self, tokens=self.tokens.copy(), logprobs=self.logprobs.copy())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Response:
-    """What an engine answers to a request."""
+    """An engine's answer to a request."""
 
     segment: Segment
     finish_reason: str
-    """stop, length or abort, as vLLM says it."""
+    """Reason why generation ended: stop, length or abort, as vLLM says it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,44 +89,44 @@ class Trajectory:
 
     task: Task
     sample_index: int
-    """Which of the attempts at this task."""
+    """Number of this attempt among those at the task, from 0."""
     segments: tuple[Segment, ...]
     finish_reason: str
-    """Of the last segment that the policy wrote."""
+    """Reason why the last segment that the policy wrote ended."""
     text: str
-    """Of what the policy wrote, without special tokens."""
+    """Text of what the policy wrote, without special tokens."""
 
     @property
     def response_tokens(self) -> Tokens:
-        """[R] int32, the tokens of all segments."""
+        """Token ids of all segments, [R] int32."""
         return _joined([segment.tokens for segment in self.segments], np.int32)
 
     @property
     def rollout_logprobs(self) -> Logprobs:
-        """[number of tokens that the policy wrote] float32, log pi_engine(token) at the rollout temperature."""
+        """Log pi_engine(token) at the rollout temperature, [number of tokens that the policy wrote] float32."""
         return _joined([s.logprobs for s in self.segments if s.origin is Origin.POLICY], np.float32)
 
     @property
     def response_length(self) -> int:
-        """R, the number of tokens after the prompt."""
+        """Number of tokens after the prompt, R."""
         return sum(segment.tokens.size for segment in self.segments)
 
     @property
     def weights_version(self) -> int:
-        """The oldest version of the weights that wrote a part of it."""
+        """The oldest version of the weights that wrote a part of the trajectory."""
         return min(segment.weights_version for segment in self.segments if segment.origin is Origin.POLICY)
 
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """What became of the verdicts on one trajectory."""
+    """Reward of one trajectory, with the verdict behind it."""
 
     value: float
-    """What the policy is trained on: the verifier's reward, added rewards and punishments."""
+    """Reward that the policy is trained on: the verifier's reward, added rewards and punishments."""
     verifier: float
-    """The verifier's own part; 0 where it failed."""
+    """The verifier's own part of the reward; 0 where it failed."""
     status: str
-    """ok, timeout or error: a verifier that failed is not a wrong answer."""
+    """Outcome of the verifiers: ok, timeout or error; a verifier that failed is not a wrong answer."""
 
     @property
     def correct(self) -> bool:
@@ -140,11 +140,11 @@ class Group:
 
     trajectories: tuple[Trajectory, ...]
     rewards: tuple[Reward, ...]
-    """Of the trajectories, in the same order."""
+    """Rewards of the trajectories, in the same order."""
 
     @property
     def task(self) -> Task:
-        """What all of them attempt."""
+        """The task that all trajectories attempt."""
         return self.trajectories[0].task
 
     @property
@@ -155,29 +155,32 @@ class Group:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sequence:
-    """What the policy scores and trains on: one prompt with one response."""
+    """One prompt with one response, which the policy scores and trains on."""
 
     tokens: torch.Tensor
-    """[L] int64, prompt followed by response."""
+    """Token ids of the prompt followed by those of the response, [L] int64."""
     prompt_length: int
     advantages: torch.Tensor | None = None
-    """[R] float32."""
+    """Advantage of each response token, [R] float32."""
     old_logprobs: torch.Tensor | None = None
-    """[R] float32, of the policy that is about to be updated (score pass)."""
+    """Log-probs of the policy that is about to be updated (score pass), [R] float32."""
     rollout_logprobs: torch.Tensor | None = None
-    """[R] float32, as the engine reported them."""
+    """Log-probs as the engine reported them, [R] float32."""
     reference_logprobs: torch.Tensor | None = None
-    """[R] float32, of the frozen reference; None without a KL penalty."""
+    """Log-probs of the frozen reference, [R] float32; None without a KL penalty."""
     experts: torch.Tensor | None = None
-    """[L, layers with experts, k] uint8 or int16, as the score pass routed; None without router replay."""
+    """Experts to which the score pass routed each token, [L, layers with experts, k] uint8 or int16.
+
+    None without router replay.
+    """
 
     @property
     def response_length(self) -> int:
-        """R, the number of tokens after the prompt."""
+        """Number of tokens after the prompt, R."""
         return self.tokens.numel() - self.prompt_length
 
     def __getstate__(self) -> list[Any]:
-        """Between processes as arrays: pickling a small tensor takes a hundred times as long."""
+        """Fields as arrays, for the way between processes: pickling a small tensor takes a hundred times as long."""
         return [_as_array(getattr(self, item.name)) for item in fields(self)]
 
     def __setstate__(self, state: list[Any]) -> None:
@@ -190,14 +193,14 @@ class Scores:
     """Per-token statistics of some sequences, in the caller's order."""
 
     logprobs: list[torch.Tensor]
-    """Each [R] float32, at the temperature asked for."""
+    """Log-probs of each sequence's response tokens, [R] float32, at the temperature asked for."""
     entropies: list[torch.Tensor]
-    """Each [R] float32, nats, of the full softmax at the same temperature."""
+    """Entropies at the same tokens, [R] float32 each, nats, of the full softmax at the same temperature."""
     experts: list[torch.Tensor] = field(default_factory=list)
-    """As `Sequence.experts`; empty without router replay."""
+    """Experts of each sequence's tokens, as `Sequence.experts` holds them; empty without router replay."""
 
     def __getstate__(self) -> list[Any]:
-        """As `Sequence`."""
+        """Fields as arrays, for the way between processes, as `Sequence` does it."""
         return [[_as_array(value) for value in getattr(self, item.name)] for item in fields(self)]
 
     def __setstate__(self, state: list[Any]) -> None:
@@ -207,24 +210,24 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class TrainingBatch:
-    """What one step learns from."""
+    """Groups of one step, and the sequences of them that it trains on."""
 
     groups: tuple[Group, ...]
     sequences: tuple[Sequence, ...]
-    """One for each trajectory, group after group, with advantages and the engines' log-probs."""
+    """Sequences, one for each trajectory, group after group, with advantages and the engines' log-probs."""
 
     @cached_property
     def trajectories(self) -> tuple[Trajectory, ...]:
-        """Those of all groups, in the order of `sequences`."""
+        """Trajectories of all groups, in the order of `sequences`."""
         return tuple(trajectory for group in self.groups for trajectory in group.trajectories)
 
     @cached_property
     def rewards(self) -> tuple[Reward, ...]:
-        """Those of all groups, in the order of `sequences`."""
+        """Rewards of all groups, in the order of `sequences`."""
         return tuple(reward for group in self.groups for reward in group.rewards)
 
     def scored(self, scores: Scores) -> TrainingBatch:
-        """The same with the score pass's log-probs, and the experts it chose."""
+        """The same batch with the score pass's log-probs, and the experts it chose."""
         experts: list[torch.Tensor] | list[None] = scores.experts or [None] * len(self.sequences)
         return self._with(
             replace(sequence, old_logprobs=logprobs, experts=chosen)
@@ -232,7 +235,7 @@ class TrainingBatch:
         )
 
     def with_reference(self, scores: Scores) -> TrainingBatch:
-        """The same with the log-probs of the frozen reference."""
+        """The same batch with the log-probs of the frozen reference."""
         return self._with(
             replace(sequence, reference_logprobs=logprobs)
             for sequence, logprobs in zip(self.sequences, scores.logprobs, strict=True)

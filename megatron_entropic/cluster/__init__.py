@@ -1,1 +1,1 @@
-"""Ray: where policy ranks and rollout engines run, and how the driver talks to them."""
+"""Ray: the processes of policy ranks and rollout engines, their places, and the driver's calls to them."""

@@ -28,7 +28,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _MESSAGE_EVERY_S = 0.1
-"""Finished responses leave an engine at most so often: a message costs it about a millisecond."""
+"""Least seconds between two messages of finished responses: one costs the engine about a millisecond."""
 
 if TYPE_CHECKING:
     from megatron_entropic.policy.policy import Policy
@@ -53,7 +53,7 @@ def engine_environment(config: Config, device: Device) -> dict[str, str]:
 
 
 def policy_environment(config: Config, device: Device) -> dict[str, str]:
-    """Environment of a policy rank's actor; as above."""
+    """Environment of a policy rank's actor; it must be there before the process imports torch."""
     environment = engine_environment(config, device)
     if device == "cpu":
         return environment
@@ -74,7 +74,7 @@ def _join_network(cluster: ClusterConfig) -> None:
 
 @ray.remote(max_restarts=0)
 class PolicyWorker:
-    """One policy rank."""
+    """Actor of one policy rank."""
 
     def __init__(self, config: Config, rank: int, device: Device) -> None:
         self._config = config
@@ -86,11 +86,11 @@ class PolicyWorker:
         _join_network(config.cluster)
 
     def place(self) -> ActorProcess:
-        """Where this actor's process is."""
+        """Node and id of this actor's process."""
         return this_process()
 
     def rendezvous(self) -> tuple[str, int]:
-        """Where this rank listens from now on, for the process group's store: address of its node, and port."""
+        """Listen for the process group's store; returns the address of this rank's node, and the port."""
         address = ray.util.get_node_ip_address()
         self._listener = socket.create_server((address, 0))
         return address, self._listener.getsockname()[1]
@@ -110,7 +110,7 @@ class PolicyWorker:
         return self._policy.parallel.data_rank
 
     def call(self, method: Callable[Concatenate[Policy, P], R], *arguments: P.args, **options: P.kwargs) -> R:
-        """Run a method of `Policy`."""
+        """Run a method of `Policy` on this rank."""
         return method(self._policy, *arguments, **options)
 
     def call_with(
@@ -120,13 +120,13 @@ class PolicyWorker:
         *arguments: P.args,
         **options: P.kwargs,
     ) -> R:
-        """Run a method on this replica's sequences, which arrive through the object store."""
+        """Run a method of `Policy` on this replica's sequences, which arrive through the object store."""
         return method(self._policy, sequences, *arguments, **options)
 
 
 @ray.remote(max_restarts=0)
 class EngineWorker:
-    """One rollout engine."""
+    """Actor of one rollout engine."""
 
     def __init__(self, config: Config, device: Device) -> None:
         self._config = config
@@ -136,11 +136,11 @@ class EngineWorker:
         _join_network(config.cluster)
 
     def place(self) -> ActorProcess:
-        """Where this actor's process is."""
+        """Node and id of this actor's process."""
         return this_process()
 
     def ping(self) -> None:
-        """Answer, if there is a process to do so."""
+        """Return at once, if there is a process to do so."""
 
     def start(self) -> None:
         """Load vLLM and the starting weights."""
@@ -160,19 +160,19 @@ class EngineWorker:
         )
 
     def sleep(self) -> None:
-        """Give device memory back."""
+        """Give the engine's device memory back."""
         self._engine.sleep()
 
     def wake(self, parts: list[str]) -> None:
-        """Take device memory again."""
+        """Take the engine's device memory again, for `parts` of it."""
         self._engine.wake(parts)
 
     def connect(self, senders: list[dict[str, Any]], rank_offset: int) -> None:
-        """Join the policy's weight-transfer groups."""
+        """Join the policy's weight-transfer groups, from `rank_offset` on in each."""
         self._engine.connect(senders, rank_offset)
 
     def receive(self, plan: PublishPlan, version: int) -> None:
-        """Take in the weights that the policy publishes."""
+        """Take in the weights that the policy publishes, as weights `version`."""
         self._engine.receive(plan, version)
 
     def weight_pieces(self) -> list[Piece]:
@@ -180,7 +180,7 @@ class EngineWorker:
         return self._engine.weight_pieces()
 
     def generate(self, requests: list[GenerationRequest], sampling: Sampling) -> Iterator[list[tuple[int, Response]]]:
-        """Responses with the positions of their requests, soon after they are finished, several in one message."""
+        """Yields responses with the positions of their requests, soon after they end, several in one message."""
         ready: list[tuple[int, Response]] = []
         sent = time.monotonic()
         for finished in self._engine.respond(requests, sampling):

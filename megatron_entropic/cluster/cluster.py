@@ -1,4 +1,4 @@
-"""Policy and engines of a run as one object, and whose turn on the devices it is.
+"""Policy and engines of a run as one object, which switches the devices between them.
 
     |            policy                                   engines, where cluster.colocate puts both on the same devices
     | rollout    what policy.offload names is offloaded   awake
@@ -22,11 +22,11 @@ from megatron_entropic.cluster.weight_sync import WeightPublisher
 from megatron_entropic.config.run import ClusterConfig
 
 WEIGHTS, KV_CACHE = "weights", "kv_cache"
-"""What vLLM wakes apart from each other."""
+"""Parts of an engine's memory that vLLM wakes apart from each other."""
 
 
 class Cluster:
-    """What works for a run. It begins with the policy's turn, engines that share its devices being asleep."""
+    """Policy and engines of a run. It begins with the policy's turn, engines that share its devices being asleep."""
 
     def __init__(self, config: ClusterConfig, engines: EngineGroup, policy: PolicyGroup | None = None) -> None:
         """Join what has started; without a policy the engines keep the weights they were loaded with."""
@@ -38,19 +38,19 @@ class Cluster:
 
     @property
     def policy(self) -> PolicyGroup:
-        """All ranks, for what needs no device; for anything else see `training`."""
+        """All policy ranks, for work that needs no device; for anything else see `training`."""
         assert self._policy is not None, "engines alone have no policy"
         return self._policy
 
     @contextmanager
     def training(self) -> Iterator[PolicyGroup]:
-        """The policy scores, updates, loads, saves or exports; it fetches what is offloaded by itself."""
+        """Yields the policy for its turn: to score, update, load, save or export. It fetches what is offloaded by itself."""
         self._to_training()
         yield self.policy
 
     @contextmanager
     def rollout(self) -> Iterator[EngineGroup]:
-        """The engines generate."""
+        """Yields the engines, whose turn it is to generate."""
         self._to_rollout()
         yield self.engines
 

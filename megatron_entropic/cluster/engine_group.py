@@ -19,7 +19,7 @@ from megatron_entropic.weight_sync.plan import PublishPlan
 
 
 class EngineGroup:
-    """One Ray actor for each engine; those that are lost can be replaced. Who samples what is decided in `sampling`."""
+    """All rollout engines, one Ray actor each; a lost one can be replaced. `sampling` decides who samples what."""
 
     def __init__(self, config: Config, placement: Placement) -> None:
         """Create the actors; nothing heavy happens before `start`."""
@@ -32,7 +32,7 @@ class EngineGroup:
 
     @property
     def names(self) -> list[str]:
-        """As errors call them, and `stream` does."""
+        """Names of the engines, such as "engine 0", by which errors and `stream` call them."""
         return list(self._actors)
 
     @property
@@ -41,20 +41,20 @@ class EngineGroup:
         return self._config.rollout.engines * self._config.rollout.tensor_parallel
 
     def processes(self) -> dict[str, ActorProcess]:
-        """Where each engine runs, of those that came so far as to say so."""
+        """Processes of the engines that have told theirs, by name."""
         return answered(self._places)
 
     def new_losses(self) -> list[RunError]:
-        """Why engines were replaced since the last call."""
+        """Errors for which engines were replaced since the last call."""
         told, self._losses_told = self._losses_told, len(self._losses)
         return self._losses[told:]
 
     def begin_start(self) -> dict[str, ray.ObjectRef]:
-        """Pending calls that end when every engine has loaded; they overlap with the policy's own start."""
+        """Start all engines; the pending calls end when each has loaded. They overlap with the policy's own start."""
         return {name: actor.start.remote() for name, actor in self._actors.items()}
 
     def finish_start(self, pending: dict[str, ray.ObjectRef]) -> None:
-        """Wait for `begin_start`."""
+        """Wait for the pending calls of `begin_start`."""
         gather(pending, phase="engine start", timeout_s=self._config.cluster.startup_timeout_s)
 
     def stream(
@@ -66,13 +66,13 @@ class EngineGroup:
         phase: str,
         while_waiting: Callable[[], None],
     ) -> dict[str, RunError]:
-        """Let engines answer; returns why some were lost before they had answered everything, by name.
+        """Let engines answer; returns the error of each that was lost before it had answered everything, by name.
 
         Args:
-            requests: of each engine, by name.
+            requests: requests to each engine, by name.
             sampling: temperature, limits.
             take: gets the name of an engine and what it has finished, with the positions of its requests.
-            phase: what errors say is going on.
+            phase: name of what is going on, for errors.
             while_waiting: called at least about once a second; may raise.
         """
         require_raylet(phase)
@@ -85,12 +85,12 @@ class EngineGroup:
         )
 
     def find_lost(self, error: RunError) -> dict[str, RunError]:
-        """Engines whose process is gone, by name, each with `error`, in which their loss showed."""
+        """Find engines whose process is gone; each name with `error`, in which the loss showed."""
         pings = {name: actor.ping.remote() for name, actor in self._actors.items()}
         return dict.fromkeys(dead_peers(pings), error)
 
     def replace(self, lost: dict[str, RunError]) -> None:
-        """Start new engines in the places of those named, with the weights of `model.hf_dir`.
+        """Start new engines in the places of the named ones, with the weights of `model.hf_dir`.
 
         Raises:
             RunError: the first one's, if `cluster.max_engine_restarts` are used up.

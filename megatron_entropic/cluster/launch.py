@@ -1,4 +1,4 @@
-"""Bring a whole run up, and down again whatever happens."""
+"""Start a whole run, and end it whatever happens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_entropic.config.run import Config
 from megatron_entropic.errors import PhaseTimeout
 
 Announce = Callable[[str], None]
-"""Is told what is being done, at its beginning."""
+"""Function that is told what is being done, at its beginning."""
 
 
 def _announce_nothing(name: str) -> None: ...
@@ -24,7 +24,7 @@ def _announce_nothing(name: str) -> None: ...
 
 @contextmanager
 def launch_engines(config: Config, announce: Announce = _announce_nothing) -> Iterator[Cluster]:
-    """Ray and the engines alone, with the weights of `model.hf_dir`; for evaluation.
+    """Start Ray and the engines alone, with the weights of `model.hf_dir`, for evaluation; yields them.
 
     Raises:
         RunError: something could not start; everything that did is gone again.
@@ -43,7 +43,7 @@ def launch_engines(config: Config, announce: Announce = _announce_nothing) -> It
 
 @contextmanager
 def launch(config: Config, announce: Announce = _announce_nothing) -> Iterator[Cluster]:
-    """Ray, the reservation, policy ranks and engines, all ready to work.
+    """Start Ray, reserve the resources, start policy ranks and engines; yields them, ready to work.
 
     Raises:
         RunError: something could not start; everything that did is gone again.
@@ -88,7 +88,7 @@ def _engines_phase(engines: int) -> str:
 
 @contextmanager
 def stacks_on_timeout(run_dir: Path, policy: PolicyGroup, engines: EngineGroup) -> Iterator[None]:
-    """When the block ends because something did not answer in time: let every process say what it is doing, and end it.
+    """If a wait in the block passes its limit, write the stacks of every process and end all of them.
 
     Raises:
         PhaseTimeout: the block's, with the names of the files below run_dir/stacks.

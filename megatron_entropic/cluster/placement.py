@@ -1,4 +1,4 @@
-"""Where actors go: room for each policy rank and each engine, reserved at once or not at all.
+"""Places of the actors: room for each policy rank and each engine, reserved at once or not at all.
 
 With cluster.colocate engine i has the room of policy rank i, and each of the two counts as half a GPU to Ray.
 """
@@ -63,7 +63,7 @@ class Placement:
 
 
 def bundles(config: Config, device: Device, policy_ranks: int) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """Resources of (policy ranks, engines), one dict each."""
+    """Resources of the policy ranks and of the engines, one dict for each of them."""
     gpu = 1.0 if device == "cuda" else 0.0
     policy = [{"CPU": 1.0, "GPU": gpu} for _ in range(policy_ranks)]
     engines = [{"CPU": 1.0, "GPU": gpu * config.rollout.tensor_parallel} for _ in range(config.rollout.engines)]
@@ -97,14 +97,14 @@ def reserve(config: Config, device: Device, *, policy_ranks: int | None = None) 
 
 
 def _shared(config: Config, device: Device, policy: list[dict[str, float]]) -> Placement:
-    """One slot for each policy rank, with a second CPU for the engine that works there too."""
+    """Reserve a slot for each policy rank, with a second CPU for the engine that works there too."""
     slots = _reserve({"PACK": [bundle | {"CPU": 2.0} for bundle in policy]}, config)
     ranks = tuple(sorted(slots, key=_node_and_bundle))
     return Placement(ranks, ranks[: config.rollout.engines], device, engine_gpus=0.5, policy_gpus=0.5)
 
 
 def _reserve(wanted: dict[Literal["PACK", "STRICT_SPREAD"], list[dict[str, float]]], config: Config) -> list[Slot]:
-    """One slot for each bundle, in order; the groups have one strategy each and are reserved together or not at all."""
+    """Reserve a slot for each bundle, in order; the groups have one strategy each, and all are reserved or none."""
     groups = [placement_group(group, strategy=strategy) for strategy, group in wanted.items()]
     deadline = time.monotonic() + config.cluster.startup_timeout_s
     # `ready` would start a process of its own in each group to say so.

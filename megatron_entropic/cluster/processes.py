@@ -1,4 +1,5 @@
-"""Reaching an actor's process where a call cannot: an actor works off one call at a time, and this one may hang.
+"""Ways to an actor's process where a call cannot reach it: an actor works off one call at a time, and this one may
+hang.
 
     driver --task on the actor's node--> signal --> the process --> what the task returns
 
@@ -22,31 +23,31 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from megatron_entropic.observability.stacks import stacks_of_family
 
 TASK_S = 30.0
-"""How long Ray may take to run a task on a node."""
+"""Seconds that Ray may take to run a task on a node."""
 SHARED_MEMORY = "/dev/shm"
 SHARED_MEMORY_NEEDED = 1 << 20
-"""Bytes; the smallest segment that Ray's store asks for is larger."""
+"""Free bytes below which shared memory counts as full; the smallest segment that Ray's store asks for is larger."""
 
 
 @dataclass(frozen=True)
 class ActorProcess:
-    """Where an actor runs."""
+    """Node and process id of an actor."""
 
     node_id: str
     pid: int
 
 
 def this_process() -> ActorProcess:
-    """How the driver finds this process, which is an actor's."""
+    """Node and process id of this process, which is an actor's."""
     return ActorProcess(ray.get_runtime_context().get_node_id(), os.getpid())
 
 
 def dump_stacks(processes: Mapping[str, ActorProcess], folder: Path) -> list[Path]:
-    """One file for each process with the Python stacks of its threads; returns the files.
+    """Write a file for each process with the Python stacks of its threads; returns the files.
 
     Args:
-        processes: by name ("policy rank 3").
-        folder: where the files go; created.
+        processes: processes by name ("policy rank 3").
+        folder: folder of the files; created.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -58,14 +59,14 @@ def dump_stacks(processes: Mapping[str, ActorProcess], folder: Path) -> list[Pat
 
 
 def write_stacks(run_dir: Path, processes: Mapping[str, ActorProcess]) -> str:
-    """`dump_stacks` into a new folder of the run; returns a sentence that names the files."""
+    """Write the stacks by `dump_stacks` into a new folder of the run; returns a sentence that names the files."""
     folder = run_dir / "stacks" / time.strftime("%Y%m%d-%H%M%S")
     names = ", ".join(path.name for path in dump_stacks(processes, folder))
     return f"what every process was doing is in {folder}: {names}{full_shared_memory()}"
 
 
 def full_shared_memory() -> str:
-    """A sentence if /dev/shm of this machine is full, else nothing: calls then wait for objects that cannot be made."""
+    """Sentence if /dev/shm of this machine is full, else empty: calls then wait for objects that cannot be made."""
     try:
         usage = shutil.disk_usage(SHARED_MEMORY)
     except OSError:  # a system without it
@@ -84,7 +85,7 @@ def kill_processes(processes: Mapping[str, ActorProcess]) -> None:
 
 
 def _on_nodes(function: ray.remote_function.RemoteFunction, processes: Mapping[str, ActorProcess]) -> dict[str, str]:
-    """What `function` returns for each process, called on its node; a sentence where the node does not answer."""
+    """Results of `function`, called for each process on its node; a sentence where the node does not answer."""
     names_on: defaultdict[str, list[str]] = defaultdict(list)
     for name, process in processes.items():
         names_on[process.node_id].append(name)

@@ -1,4 +1,4 @@
-"""Attempts at tasks: which engine samples what, from which seed, and again after an engine was lost."""
+"""Sampling of attempts at tasks: by which engine, from which seed, and again after an engine was lost."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megatron_entropic.data.tokenizer import Tokenizer
 from megatron_entropic.types import GenerationRequest, Response, Task, Trajectory
 
 Take = Callable[[int, Trajectory], None]
-"""Takes a trajectory with its position, as it comes; which come first depends on the clock."""
+"""Function that takes a position and its trajectory, as it comes; which come first depends on the clock."""
 
 _SeedOf = Callable[[int, int], int]
-"""Position of the task, number of the sample -> seed."""
+"""Function: (position of the task, number of the sample) -> seed."""
 
 
 class Sampler:
@@ -41,14 +41,14 @@ class Sampler:
         first_place: int = 0,
         while_waiting: Callable[[], None] = lambda: None,
     ) -> list[Trajectory]:
-        """`samples_per_prompt` attempts at each task, grouped by task, in the caller's order.
+        """Sample `samples_per_prompt` attempts at each task, grouped by task, in the caller's order.
 
         Every attempt has a seed of its own, made from run, step, the task's place in the step, and sample: what is
         sampled depends neither on the number of engines nor on restarts, and a task that comes twice is sampled anew.
 
         Args:
-            tasks: of the step.
-            step: counted from 1.
+            tasks: tasks of the step.
+            step: number of the step, counted from 1.
             take: gets every attempt once, with its position in what is returned, as it comes.
             first_place: place of the first task among all that the step asks, replacements included.
             while_waiting: called at least about once a second; may raise.
@@ -67,7 +67,7 @@ class Sampler:
     def answer_benchmark(
         self, name: str, problems: Sequence[Task], take: Take = lambda position, trajectory: None
     ) -> list[Trajectory]:
-        """The attempts of an evaluation, grouped by problem: `evaluation.samples(name)` at each.
+        """Sample the attempts of an evaluation, grouped by problem: `evaluation.samples(name)` at each.
 
         Their seeds are functions of evaluation.seed, benchmark, problem and sample, whatever was generated before.
         `take` as in `generate`.
@@ -93,7 +93,7 @@ class Sampler:
         phase: str,
         while_waiting: Callable[[], None] = lambda: None,
     ) -> None:
-        """Ask for every group once, and again for what a lost engine had, all of it.
+        """Ask for every group once, and again for all requests of a lost engine.
 
         In another batch the last bits of log-probs could differ, so its successor gets the same requests; what had
         come from the lost one already is the same and goes to `arrived` no second time.
@@ -124,7 +124,7 @@ class Sampler:
 
 
 class _Attempts:
-    """Makes trajectories of responses as they come."""
+    """Trajectories of a number of attempts at each task, made of responses as they come."""
 
     def __init__(self, tasks: Sequence[Task], samples: int, tokenizer: Tokenizer, take: Take) -> None:
         self._tasks, self._samples, self._take = tasks, samples, take
@@ -132,7 +132,7 @@ class _Attempts:
         self._found: list[Trajectory | None] = [None] * (len(tasks) * samples)
 
     def requests(self, seed_of: _SeedOf) -> list[list[GenerationRequest]]:
-        """What to ask for, by task."""
+        """Requests for all attempts, one list a task."""
         return [
             [GenerationRequest(task.tokens, seed_of(place, sample)) for sample in range(self._samples)]
             for place, task in enumerate(self._tasks)
@@ -156,6 +156,6 @@ class _Attempts:
 
 
 def sample_seed(*names: str | int) -> int:
-    """Seed of one response, 31 bits, from what names it; neighbouring names give unrelated seeds."""
+    """Seed of one response, 31 bits, made from `names`, which identify it; neighbouring names give unrelated seeds."""
     key = "/".join(map(str, names)).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little") >> 1

@@ -26,7 +26,7 @@ from megatron_entropic.errors import RunError, UserError
 
 POLL_S = 0.5
 QUICK_S = 10.0
-"""A start of Ray that fails sooner was not slow, but impossible."""
+"""Seconds within which a failed start of Ray was not slow, but impossible."""
 QUICK_RETRIES = 2
 END_S = 10.0
 MESSAGE_CHARACTERS = 600
@@ -91,7 +91,7 @@ def _start_local(config: ClusterConfig, cpus: int, folder: Path) -> None:
 
 
 def _end_servers(folder: Path) -> None:
-    """End what a failed start left: Ray knows its servers only when all of them are up."""
+    """End the servers that a failed start left: Ray knows its servers only when all of them are up."""
     servers = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
@@ -106,7 +106,8 @@ def _reason(error: Exception) -> str:
 
 
 def _interpreter() -> dict[str, str]:
-    """Ray 2.60 starts workers by a shell in which it quotes everything but the interpreter: for paths with blanks."""
+    """Setting of Ray's runtime environment that quotes the interpreter's path, if it needs quotes."""
+    # Ray 2.60 starts workers by a shell in which it quotes everything but the interpreter: for paths with blanks.
     quoted = shlex.quote(sys.executable)
     return {} if quoted == sys.executable else {"py_executable": quoted}
 
@@ -127,7 +128,7 @@ def _join(config: ClusterConfig) -> None:
 
 
 def _await_head(address: str, deadline: float) -> None:
-    """Wait until something listens there: launchers start Ray and the driver at the same time."""
+    """Wait until something listens at the head's address: launchers start Ray and the driver at the same time."""
     host, _, port = address.rpartition(":")
     while True:
         try:
@@ -150,7 +151,7 @@ def _await_nodes(expected: list[str], deadline: float) -> None:
 
 
 def _alive_nodes() -> set[str]:
-    """Every name by which a living node of the cluster goes."""
+    """Names of the living nodes of the cluster, every name by which each goes."""
     names = ("NodeName", "NodeManagerHostname", "NodeManagerAddress")
     return {node[name] for node in ray.nodes() if node["Alive"] for name in names}
 
@@ -173,7 +174,7 @@ def _device(config: ClusterConfig) -> Device:
 PREFIX = "me-ray-"
 OWNER = "owner"
 SOCKET_PATH_BYTES = 107
-"""Longest path of a Unix socket."""
+"""Longest path of a Unix socket, in bytes."""
 _LONGEST_SOCKET = "/ray/session_2026-11-28_07-03-38_062837_4194304/sockets/plasma_store"
 _RANDOM = "abcd1234"  # as many letters as `tempfile.mkdtemp` takes
 _LONGEST_BASE_BYTES = SOCKET_PATH_BYTES - len(f"/{PREFIX}{_RANDOM}{_LONGEST_SOCKET}")
@@ -181,7 +182,7 @@ _LONGEST_BASE_BYTES = SOCKET_PATH_BYTES - len(f"/{PREFIX}{_RANDOM}{_LONGEST_SOCK
 
 @contextmanager
 def session_folder() -> Iterator[Path]:
-    """A new folder for the duration of the block; what killed runs left behind goes first.
+    """Make a new folder for the duration of the block; what killed runs left behind is removed first.
 
     Raises:
         UserError: no folder for temporary files has a path short enough for Ray's sockets.
@@ -199,7 +200,7 @@ def session_folder() -> Iterator[Path]:
 
 
 def short_paths(folder: Path) -> dict[str, str]:
-    """Environment that keeps other sockets of the run's processes within their limit, too.
+    """Environment variables that keep other sockets of the run's processes within their limit, too.
 
     vLLM's lie where VLLM_RPC_BASE_PATH says, those of Python's multiprocessing in TMPDIR, which is left alone unless it
     is too long.

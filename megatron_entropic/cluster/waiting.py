@@ -1,4 +1,4 @@
-"""Waiting for remote calls with a name and a limit."""
+"""Waits for remote calls, each with a name and a limit."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError, UserError
 
 POLL_S = 1.0
 GRACE_S = 3.0
-"""When a peer's call fails, another peer's death may be the cause, and may become known so much later."""
+"""Seconds by which the death of a peer may become known later than the failure of another's call that it caused."""
 
 COLLECTIVE_FAILURES = ("gloo/transport", "[Rank ", "NCCL error", "DistNetworkError")
-"""In the messages of torch.distributed when another rank is gone or does not answer."""
+"""Texts in the messages of torch.distributed when another rank is gone or does not answer."""
 
 
 def gather(
@@ -31,7 +31,7 @@ def gather(
     timeout_s: float,
     while_waiting: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Results of remote calls by peer name.
+    """Wait for the results of remote calls, by peer name.
 
     Fails on the first peer that fails, without waiting for the others: when one rank is gone, the rest sit in a
     collective until its own timeout.
@@ -78,7 +78,7 @@ def receive_streams(
     timeout_s: float,
     while_waiting: Callable[[], None] = lambda: None,
 ) -> dict[str, RunError]:
-    """Everything that remote generators yield, as it comes. The loss of one peer does not stop the others.
+    """Hand on everything that remote generators yield, as it comes. The loss of one peer does not stop the others.
 
     Args:
         streams: peer name -> what its generator's `remote` returned.
@@ -117,7 +117,7 @@ def receive_streams(
 
 
 def answered(calls: Mapping[str, ray.ObjectRef]) -> dict[str, Any]:
-    """Results, by peer name, of those calls that have ended well by now."""
+    """Results, by peer name, of those calls that have ended without an error by now."""
     ready, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=0)
     results = {}
     for peer, reference in calls.items():
@@ -130,7 +130,7 @@ def answered(calls: Mapping[str, ray.ObjectRef]) -> dict[str, Any]:
 
 
 def dead_peers(pings: Mapping[str, ray.ObjectRef]) -> list[str]:
-    """The peers whose process is known to be gone after GRACE_S; those that are busy do not count."""
+    """Names of the peers whose process is known to be gone after GRACE_S; those that are busy do not count."""
     ray.wait(list(pings.values()), num_returns=len(pings), timeout=GRACE_S)
     ready, _ = ray.wait(list(pings.values()), num_returns=len(pings), timeout=0)
     dead = []
@@ -146,7 +146,7 @@ def dead_peers(pings: Mapping[str, ray.ObjectRef]) -> list[str]:
 def _as_they_end(
     pending: list[ray.ObjectRef], timeout_s: float, while_waiting: Callable[[], None]
 ) -> Iterator[ray.ObjectRef]:
-    """References out of `pending` as their calls end; those left in it did not end in time."""
+    """Yields references out of `pending` as their calls end; those left in it did not end in time."""
     deadline = time.monotonic() + timeout_s
     while pending:
         left_s = max(0.0, deadline - time.monotonic())
@@ -169,7 +169,8 @@ def _is_death_of_the_peer_itself(error: RunError) -> bool:
 
 
 def _look_for_deaths(pending: dict[ray.ObjectRef, str], phase: str) -> None:
-    """A rank whose neighbour dies fails in a collective, often before the death itself is known."""
+    """Raise the death of a peer, if one becomes known within GRACE_S."""
+    # A rank whose neighbour dies fails in a collective, often before the death itself is known.
     deadline = time.monotonic() + GRACE_S
     waiting = list(pending)
     while waiting and (left_s := deadline - time.monotonic()) > 0:
@@ -197,7 +198,8 @@ def _result(reference: ray.ObjectRef, peer: str, phase: str) -> Any:
 
 
 def _kind(cause: BaseException) -> type[RunError]:
-    """What an exception of a peer means to the run: a lost or silent third process can be cured by a new attempt."""
+    """Class of the run's error for an exception of a peer."""
+    # A lost or silent third process can be cured by a new attempt.
     if isinstance(cause, PeerDied | PhaseTimeout):
         return type(cause)
     if isinstance(cause, LOST):
@@ -227,11 +229,11 @@ LOST = (
     ray_errors.ActorUnschedulableError,
     ray_errors.TaskUnschedulableError,
 )
-"""A process, its node or what it sent is gone; another attempt can have more luck."""
+"""Ray's errors for a process, its node or what it sent being gone; another attempt can have more luck."""
 
 
 def translated(error: RayError, peer: str, phase: str) -> RunError:
-    """The run's own error for one of Ray's.
+    """Translate one of Ray's errors into one of the run's own.
 
     Args:
         error: from a call of `peer`, or from Ray itself.
@@ -273,7 +275,7 @@ def _sentence(error: RayError, peer: str) -> str:
 
 
 def _memory(text: str) -> str:
-    """What the node and the process used, out of Ray's explanation of several paragraphs."""
+    """Words for the memory that the node and the process used, from Ray's explanation of several paragraphs."""
     # Ray 2.60 "was 22.4GB used / 23.5GB limit", earlier "was running was 22.4GB / 23.5GB".
     node = re.search(r" was ([\d.]+\s?\w+)(?: used)? / ([\d.]+\s?\w+)", text)
     ended = re.findall(r"memory used=([\d.]+\s?\w+)", text)
@@ -285,7 +287,7 @@ def _memory(text: str) -> str:
 
 
 def _exit_detail(text: str) -> str:
-    """What Ray knows of the end of a process, behind its general sentence."""
+    """Words for the end of a process as Ray knows it, from behind its general sentence."""
     found = re.search(r"Worker exit detail: ([^\n]*?)(?: Some common causes| There are some potential|\n|$)", text)
     return f" {found[1].strip()}" if found else ""
 
@@ -305,11 +307,14 @@ def _first_words(text: str) -> str:
 PROBE_EVERY_S = 2.0
 PROBE_TIMEOUT_S = 2.0
 GONE_AFTER_S = 10.0
-"""Less than the 60 s after which Ray ends the process that lost its head, without a word to the run."""
+"""Seconds of refusals after which the head counts as gone.
+
+They are fewer than the 60 s after which Ray ends the process that lost its head, without a word to the run.
+"""
 
 
 def head_refusal() -> OSError | None:
-    """Why Ray's head takes no connection; None: it does."""
+    """Error with which Ray's head refuses a connection; None if it takes it."""
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_TIMEOUT_S).close()
@@ -335,7 +340,7 @@ def require_raylet(phase: str) -> None:
 
 
 class HeadWatch:
-    """Looks after Ray during one wait: does the head's (gcs_server's) port take connections, does the raylet run?"""
+    """Watch over Ray during one wait: the head's (gcs_server's) port must take connections, and the raylet run."""
 
     def __init__(self, phase: str) -> None:
         self._phase = phase
@@ -343,7 +348,7 @@ class HeadWatch:
         self._silent_since = math.inf
 
     def check(self) -> None:
-        """To be called about once a second.
+        """Look after Ray; to be called about once a second.
 
         Raises:
             PeerDied: the head has refused every connection for GONE_AFTER_S, or there is no raylet any more.

@@ -1,4 +1,4 @@
-"""The meeting point of policy and engines: publishing weights."""
+"""Publishing of weights, for which policy and engines work at the same time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class WeightPublisher:
     """Brings the policy's weights into all engines: both sides work at the same time, both are awaited."""
 
     def __init__(self, policy: PolicyGroup, engines: EngineGroup, config: ClusterConfig) -> None:
-        """Nothing happens yet: the first `publish` connects both sides, until an engine is replaced."""
+        """Prepare to publish: the first `publish` connects both sides, until an engine is replaced."""
         self._policy = policy
         self._engines = engines
         self._timeout_s = config.publish_timeout_s
@@ -51,7 +51,7 @@ class WeightPublisher:
         return self._survive(self._publish)
 
     def _survive(self, action: Callable[[], T]) -> T:
-        """`action`, again as long as engines are lost in it and may be replaced."""
+        """Return the result of `action`, called again as long as engines are lost in it and may be replaced."""
         while True:
             try:
                 return action()
