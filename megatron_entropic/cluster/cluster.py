@@ -44,13 +44,13 @@ class Cluster:
 
     @contextmanager
     def training(self) -> Iterator[PolicyGroup]:
-        """Yields the policy for its turn: to score, update, load, save or export. It fetches what is offloaded by itself."""
+        """Yields the policy, to score, update, load, save or export; it fetches what is offloaded by itself."""
         self._to_training()
         yield self.policy
 
     @contextmanager
     def rollout(self) -> Iterator[EngineGroup]:
-        """Yields the engines, whose turn it is to generate."""
+        """Yields the engines, to generate."""
         self._to_rollout()
         yield self.engines
 

@@ -31,24 +31,24 @@ from megatron_entropic.weight_sync.gloo import FlatContents
 from megatron_entropic.weight_sync.plan import PublishPlan
 
 _CPU_TOKENS_PER_FORWARD = 4096
-"""vLLM's own default for a CPU."""
+"""Tokens of one forward pass on a CPU, as vLLM has them by default."""
 
 
 class UpdateCalls(Protocol):
     """An engine's end of a transport, in the process that calls vLLM; `gloo_transport.GlooUpdates` is one to copy."""
 
     init_info: dict[str, Any]
-    """Of vLLM's `init_weight_transfer_engine`."""
+    """Arguments of vLLM's `init_weight_transfer_engine`."""
 
     def __init__(self, senders: Sequence[dict[str, Any]], rank_offset: int) -> None:
         """Find the senders; see `RolloutEngine.connect`."""
 
     def of(self, plan: PublishPlan) -> list[AbstractContextManager[dict[str, Any]]]:
-        """vLLM's update calls for a publication, each to be made within its context."""
+        """Arguments of vLLM's update calls for a publication, each call to be made within its context."""
 
 
 class RolloutEngine:
-    """A vLLM `LLM` in this process; workers of tensor parallelism are its children."""
+    """One vLLM `LLM` in this process; workers of tensor parallelism are its children."""
 
     def __init__(
         self,
@@ -68,12 +68,12 @@ class RolloutEngine:
 
         Args:
             hf_dir: Hugging Face directory; the tokenizer is not read.
-            dtype: of weights, activations and KV cache.
+            dtype: dtype of weights, activations and KV cache.
             config: sampling and memory.
             max_model_tokens: longest prompt and response together.
-            seed: of vLLM's own generators, which nothing here draws from.
+            seed: seed of vLLM's own generators, which nothing here draws from.
             device: cpu or cuda.
-            transport: what carries weights, a name in `config.names.TRANSPORTS`.
+            transport: name of what carries weights, a key of `config.names.TRANSPORTS`.
             sleeps: on a GPU, whether `sleep` gives memory back; it needs an allocator of its own.
             max_batched_tokens: tokens of one forward pass; None leaves the choice to vLLM.
             load_weights: False: only the configuration is read, and nothing can be sampled before `receive`.
@@ -125,20 +125,21 @@ class RolloutEngine:
         return self._weights_version
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling | None = None) -> list[Response]:
-        """One response to each request, in the order of the requests; see `respond`."""
+        """Sample one response to each request; the result is in the order of the requests. See `respond`."""
         found = dict(pair for finished in self.respond(requests, sampling) for pair in finished)
         return [found[position] for position in range(len(requests))]
 
     def respond(
         self, requests: Sequence[GenerationRequest], sampling: Sampling | None = None
     ) -> Iterator[list[tuple[int, Response]]]:
-        """One response to each request, with the position of the request; what each forward pass has finished, if any.
+        """Yields one response to each request, with the position of the request: after each forward pass those it has
+        finished.
 
         When the caller takes them changes nothing about the responses.
 
         Args:
             requests: prompts, each with the seed of its response.
-            sampling: None: that of the configuration.
+            sampling: settings of the responses; None: those of the configuration.
 
         Raises:
             UserError: a prompt that leaves no room for max_response_tokens.
@@ -173,7 +174,7 @@ class RolloutEngine:
             sequences: (tokens [L], prompt_length), 1 <= prompt_length < L < max_model_tokens.
 
         Returns:
-            For each sequence its L - prompt_length log-probs, in the caller's order.
+            Log-probs of each sequence, L - prompt_length of them, in the caller's order.
 
         Raises:
             UserError: vLLM has no room for a sequence and one token more.
@@ -211,7 +212,7 @@ class RolloutEngine:
         """Join the transfer groups of the policy.
 
         Args:
-            senders: what `Publisher.open` returned on each sending rank, in the order of ranks.
+            senders: result of `Publisher.open` on each sending rank, in the order of ranks.
             rank_offset: rank of this engine's first worker in every group, whose rank 0 is the sender.
 
         Raises:
@@ -271,7 +272,7 @@ class RolloutEngine:
         ]
 
     def _finish_update(self, version: int) -> None:
-        """Finish, and let vLLM keep the version where it can (its LLM class has no version up to 0.24)."""
+        """Finish the update, and let vLLM keep the version where it can (its LLM class has no version up to 0.24)."""
         if not hasattr(self._llm, "get_weight_version"):
             self._llm.finish_weight_update()
             return
@@ -356,7 +357,7 @@ def _whole_prompts(max_model_tokens: int) -> dict[str, Any]:
 
 
 def _response(output: Any, weights_version: int) -> Response:
-    """The answer in vLLM's request output."""
+    """Response of this package for vLLM's request output."""
     (completion,) = output.outputs
     tokens, logprobs = list(completion.token_ids), completion.logprobs
     assert list(logprobs.token_ids) == tokens, "one log-prob for each sampled token"

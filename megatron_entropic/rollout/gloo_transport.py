@@ -25,14 +25,14 @@ from megatron_entropic.weight_sync.receiving import Arrivals
 
 @dataclass
 class GlooInitInfo(WeightTransferInitInfo):
-    """How a vLLM worker finds the senders."""
+    """Addresses and ranks by which a vLLM worker finds the senders."""
 
     addresses: list[tuple[str, int]]
     """Host and port of each sender, in the order of pipeline stages."""
     rank_offset: int
     """Rank of this engine's first worker in every sender's group."""
     world_size: int
-    """Of a group: one sender and all workers of all engines."""
+    """Size of a group: one sender and all workers of all engines."""
     timeout_s: float
 
 
@@ -44,12 +44,12 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
     dtype_names: list[str]
     shapes: list[list[int]]
     bucket_tensors: list[int]
-    """How many of the tensors each bucket holds."""
+    """Number of tensors of each bucket."""
     bucket_senders: list[int]
-    """Which sender, by its place in `addresses`, each bucket comes from."""
+    """Sender of each bucket, by its place in `addresses`."""
 
     def contents_by_sender(self, senders: int) -> list[list[FlatContents]]:
-        """The buckets of each of `senders` senders, in order."""
+        """Contents of the buckets of each of `senders` senders, in order."""
         found: list[list[FlatContents]] = [[] for _ in range(senders)]
         first = 0
         for count, sender in zip(self.bucket_tensors, self.bucket_senders, strict=True):
@@ -63,7 +63,7 @@ class GlooUpdates:
     """`UpdateCalls` over gloo: one call for all buckets, so that vLLM loads one while the next arrives."""
 
     def __init__(self, senders: Sequence[dict[str, Any]], rank_offset: int) -> None:
-        """Every engine worker joins the group of every sender."""
+        """Let every engine worker join the group of every sender."""
         self._senders = len(senders)
         self.init_info: dict[str, Any] = {
             "addresses": [(sender["master_address"], sender["master_port"]) for sender in senders],
@@ -73,7 +73,7 @@ class GlooUpdates:
         }
 
     def of(self, plan: PublishPlan) -> list[AbstractContextManager[dict[str, Any]]]:
-        """One `GlooUpdateInfo`."""
+        """Arguments of the one update call, as `GlooUpdateInfo` has them."""
         contents = [FlatContents.of_bucket(bucket) for bucket in plan.buckets]
         lists = [bucket.update_info() for bucket in contents]
         together = {key: [value for part in lists for value in part[key]] for key in lists[0]}
@@ -87,7 +87,7 @@ class GlooUpdates:
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """One vLLM worker's receivers. vLLM calls start, then update once, then finish."""
+    """Receivers of one vLLM worker. vLLM calls start, then update once, then finish."""
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo

@@ -31,7 +31,7 @@ from megatron_entropic.weight_sync.plan import PublishPlan
 from megatron_entropic.weight_sync.shared_memory import SharedBlock
 
 _LOADED = "loaded"
-"""The answer to a bucket that is in the engine; any other is what went wrong there."""
+"""Answer to a bucket that is in the engine; any other says what went wrong there."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class DeviceMemory:
     """Bytes on a GPU that another process can open: `rebuild_cuda_tensor`'s arguments for a flat tensor of uint8."""
 
     gpu: str
-    """UUID, the same in all processes."""
+    """UUID of the GPU, the same in all processes."""
     first_byte: int
-    """In the storage that is exported."""
+    """Offset of the first byte in the storage that is exported."""
     nbytes: int
     storage: tuple[Any, ...]
     """Device number, CUDA handle and counters of the storage: all that `reduce_tensor` has behind the dtype."""
@@ -58,12 +58,12 @@ class DeviceMemory:
 
     @property
     def handles(self) -> dict[str, tuple[Any, ...]]:
-        """What vLLM calls `ipc_handles` of a packed buffer."""
+        """Entry of this memory in vLLM's `ipc_handles` of a packed buffer."""
         tensor = (torch.Tensor, torch.Size([self.nbytes]), (1,), self.first_byte, torch.storage.TypedStorage)
         return {self.gpu: (*tensor, torch.uint8, *self.storage)}
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers and text."""
+        """The fields as numbers and text, which JSON can hold."""
         storage = [{"base64": base64.b64encode(v).decode()} if isinstance(v, bytes) else v for v in self.storage]
         return {"gpu": self.gpu, "first_byte": self.first_byte, "nbytes": self.nbytes, "storage": storage}
 
@@ -75,7 +75,7 @@ class DeviceMemory:
 
 
 def packing_options() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields that say buckets come as one buffer each: of vLLM's connection, and of each of its updates.
+    """Fields that say buckets come as one buffer each: those of vLLM's connection, and those of each of its updates.
 
     Up to 0.24 they travel with every update, later they are part of the connection.
 
@@ -129,7 +129,7 @@ class IpcSender:
         return self._host, self._port
 
     def accept(self) -> None:
-        """Waits until the engine has joined.
+        """Wait until the engine has joined.
 
         Raises:
             PhaseTimeout: it did not come.
@@ -138,7 +138,7 @@ class IpcSender:
             self._store.wait(["joined"])
 
     def send(self, contents: FlatContents, flat: torch.Tensor) -> int:
-        """Tells the engine where `flat` [contents.elements] lies; returns their number when the engine has them.
+        """Tell the engine where `flat` [contents.elements] lies; returns their number when the engine has them.
 
         Raises:
             PhaseTimeout: the engine did not answer.
@@ -148,7 +148,7 @@ class IpcSender:
         return self.announce(contents, DeviceMemory.of(flat))
 
     def announce(self, contents: FlatContents, memory: DeviceMemory) -> int:
-        """`send` of memory that is exported and ready."""
+        """Do what `send` does, with memory that is exported and ready."""
         bucket, answer = f"bucket/{self._sent}", f"answer/{self._sent}"
         phase = f"publish: buffer {self._sent}, {contents.describe()}"
         self._sent += 1
@@ -162,7 +162,7 @@ class IpcSender:
         return contents.elements
 
     def close(self) -> None:
-        """Drops the connection; an engine that still waits fails at once."""
+        """Drop the connection; an engine that still waits fails at once."""
         del self._store
 
 
@@ -170,18 +170,18 @@ class IpcUpdates:
     """`UpdateCalls` over CUDA IPC: vLLM's own engine opens the memory of the rank on the same GPU."""
 
     def __init__(self, senders: Sequence[dict[str, Any]], rank_offset: int) -> None:
-        """Engine i, whose worker would have the rank i + 1 of a group, has the GPU of the i-th sender."""
+        """Join the i-th sender, whose GPU engine i has; the engine's worker would have the rank i + 1 of a group."""
         sender = senders[rank_offset - 1]
         self.init_info = packing_options()[0]
         self._receiver = IpcReceiver(sender["master_address"], sender["master_port"], sender["timeout_s"])
 
     def of(self, plan: PublishPlan) -> list[AbstractContextManager[dict[str, Any]]]:
-        """One call a bucket, for whose time the rank lends its memory."""
+        """Arguments of one call a bucket, for whose time the rank lends its memory."""
         return [self._receiver.next(FlatContents.of_bucket(bucket)) for bucket in plan.buckets]
 
 
 class IpcReceiver:
-    """Hears of buckets from one policy rank."""
+    """Receiver of buckets from one policy rank."""
 
     def __init__(self, host: str, port: int, timeout_s: float) -> None:
         """Join the policy rank at `host`:`port`.
@@ -200,7 +200,8 @@ class IpcReceiver:
 
     @contextmanager
     def next(self, contents: FlatContents) -> Iterator[dict[str, Any]]:
-        """vLLM's update call for the next buffer, to be made within this context; its end gives the memory back.
+        """Arguments of vLLM's update call for the next buffer, to be made in this context; its end gives the memory
+        back.
 
         Raises:
             PhaseTimeout, PeerDied: the sender did not come or is gone.

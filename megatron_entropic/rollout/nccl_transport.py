@@ -36,14 +36,14 @@ class NcclUpdates:
     """`UpdateCalls` over NCCL: vLLM's own engine, one call for each bucket, from one sender."""
 
     def __init__(self, senders: Sequence[dict[str, Any]], rank_offset: int) -> None:
-        """All workers of all engines are in one group."""
+        """Let all workers of all engines join one group."""
         (sender,) = senders
         of_connection, self._of_update = packing_options()
         found = {key: sender[key] for key in ("master_address", "master_port", "world_size")}
         self.init_info: dict[str, Any] = {"rank_offset": rank_offset, **found, **of_connection}
 
     def of(self, plan: PublishPlan) -> list[AbstractContextManager[dict[str, Any]]]:
-        """One broadcast of vLLM's a bucket."""
+        """Arguments of one vLLM broadcast for each bucket."""
         contents = map(FlatContents.of_bucket, plan.buckets)
         return [nullcontext(bucket.update_info() | self._of_update) for bucket in contents]
 
@@ -85,11 +85,11 @@ class NcclSender:
         return self._address
 
     def accept(self) -> None:
-        """Waits until every worker has joined."""
+        """Wait until every worker has joined."""
         self._group = _open_group(self._listener, self._address, self._receivers + 1)
 
     def send(self, contents: FlatContents, flat: torch.Tensor) -> int:
-        """Broadcasts `flat` [contents.elements] to all workers; returns their number when it may be reused."""
+        """Broadcast `flat` [contents.elements] to all workers; returns their number when it may be reused."""
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
         assert self._group is not None, "accept() comes before send()"
@@ -106,7 +106,7 @@ class NcclSender:
         return contents.elements
 
     def close(self) -> None:
-        """Ends the communicator: it keeps buffers on the device, and a broadcast whose engine is gone goes on in it.
+        """End the communicator: it keeps buffers on the device, and a broadcast whose engine is gone goes on in it.
 
         Nothing of NCCL ends with the last reference to vLLM's object.
         """
@@ -117,7 +117,7 @@ class NcclSender:
 
 
 def _open_group(listener: socket.socket, address: tuple[str, int], world_size: int) -> Any:
-    """The trainer's end of the group, rank 0: what vLLM's `trainer_init` does, on a port that is ours already."""
+    """Open the trainer's end of the group, rank 0, as vLLM's `trainer_init` does, on a port that is ours already."""
     from vllm.distributed.utils import StatelessProcessGroup
 
     host, port = address

@@ -1,4 +1,4 @@
-"""The vLLM backend of `megatron-entropic score`: what an engine thinks of given tokens."""
+"""The vLLM backend of `megatron-entropic score`: an engine's log-probs of given tokens."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _KV_BLOCK_TOKENS = 128
 
 
 def score_file(hf_dir: Path, tokens_path: Path, output_path: Path, dtype: Dtype, temperature: float) -> None:
-    """Scores every line of a token file in one engine; entropies are null, vLLM does not report them.
+    """Score every line of a token file in one engine; entropies are null, vLLM does not report them.
 
     Args:
         hf_dir: Hugging Face directory of the model.
         tokens_path: JSON lines {"tokens": [...], "prompt_length": n}.
-        output_path: the same lines with log-probs added.
-        dtype: of weights and activations.
+        output_path: file for the same lines with log-probs added.
+        dtype: dtype of weights and activations.
         temperature: must be 1.
 
     Raises:
@@ -59,7 +59,7 @@ def score_file(hf_dir: Path, tokens_path: Path, output_path: Path, dtype: Dtype,
 
 
 def _kv_cache_gb(dimensions: ModelDimensions, dtype: Dtype, tokens: int) -> float:
-    """Room for the longest line and then some, at least half a GiB."""
+    """GiB of KV cache with room for the longest line and then some, at least half a GiB."""
     element_bytes = {"float32": 4, "bfloat16": 2}[dtype]
     token_bytes = dimensions.cached_elements() * element_bytes
     blocks = math.ceil(tokens / _KV_BLOCK_TOKENS) + 1

@@ -1,4 +1,4 @@
-"""What vLLM's processes unpickle from the store of a weight transfer: the id of a NCCL communicator, nothing else.
+"""A guard for what vLLM's processes unpickle in a weight transfer: the id of a NCCL communicator, nothing else.
 
 Over `cluster.transport=nccl` the policy hands the communicator's id to the engines' workers through vLLM's
 `StatelessProcessGroup`. That is a TCP store without any password whose values are unpickled as they are: whoever
@@ -20,14 +20,14 @@ _CTYPES_UNPICKLE = ("_ctypes", "_unpickle")
 
 
 def guard_store() -> None:
-    """Replaces the unpickling of vLLM's process groups without torch, in this process. Repeatable."""
+    """Replace the unpickling of vLLM's process groups without torch, in this process. Repeatable."""
     from vllm.distributed import utils
 
     utils.pickle = SimpleNamespace(dumps=pickle.dumps, loads=read_unique_id)
 
 
 def read_unique_id(data: bytes) -> Any:
-    """The `ncclUniqueId` that is pickled in `data`.
+    """Read the `ncclUniqueId` that is pickled in `data`.
 
     Raises:
         pickle.UnpicklingError: it is something else.
@@ -47,17 +47,17 @@ def read_unique_id(data: bytes) -> Any:
 
 
 class _UniqueId:
-    """Stands for the class of ids; only named, never made."""
+    """Stand-in for the class of ids; only named, never made."""
 
     def __new__(cls) -> _UniqueId:
         raise pickle.UnpicklingError("an id without bytes")
 
     def __setstate__(self, _state: Any) -> None:
-        """Called on the class it lacks an argument: nothing can be set on it."""
+        """Keep nothing. Called on the class it lacks an argument: nothing can be set on it."""
 
 
 def _bytes_of(kind: Any, state: Any) -> bytes:
-    """Stands for ctypes' function that makes an object of a class from (attributes, memory)."""
+    """Stand-in for ctypes' function that makes an object of a class from (attributes, memory); returns the memory."""
     if kind is not _UniqueId or not isinstance(state, tuple) or state[:1] != ({},) or type(state[-1]) is not bytes:
         raise pickle.UnpicklingError("not the memory of an id")
     content: bytes = state[-1]
@@ -65,10 +65,10 @@ def _bytes_of(kind: Any, state: Any) -> bytes:
 
 
 class _IdUnpickler(pickle.Unpickler):
-    """Knows the two names in the pickle of an id."""
+    """Unpickler that knows the two names in the pickle of an id."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """A stand-in for either of them."""
+        """Stand-in for either of the two names; any other is refused."""
         if (module, name) == _ID_CLASS:
             return _UniqueId
         if (module, name) == _CTYPES_UNPICKLE:

@@ -66,7 +66,7 @@ _KNOWN_NOISE = {
 
 
 def silence_known_noise() -> None:
-    """Install the filters in this process, best before vLLM is imported; repeatable."""
+    """Install the filters of known messages in this process, best before vLLM is imported; repeatable."""
     # vLLM's Triton wrapper looks at every attribute of every module that it finds.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.reduce_op` is deprecated")
     drop_messages(_KNOWN_NOISE)
@@ -79,13 +79,13 @@ def silence_known_noise() -> None:
 # weights, and from the policy's ranks for a second after every rollout.
 
 _BUSY_LOOP_S = 0.0002
-"""Longer than a message takes between two processes that both have a core."""
+"""Seconds of the loop: longer than a message takes between two processes that both have a core."""
 _PART_OF_WAIT, _LONGEST_MS = 0.1, 100
-"""A notification can be lost. A reader looks again by itself after a tenth of the time that it has waited."""
+"""Share of the time waited so far after which a reader looks again, and its limit in ms: a notification can be lost."""
 
 
 def let_readers_sleep() -> None:
-    """Shorten the loop in this process, if its device is the CPU. Repeatable."""
+    """Shorten the loop of vLLM's readers in this process, if its device is the CPU. Repeatable."""
     from vllm.distributed.device_communicators import shm_broadcast
     from vllm.platforms import current_platform
 
@@ -93,13 +93,13 @@ def let_readers_sleep() -> None:
         return
 
     class SleepingCondition(shm_broadcast.SpinCondition):
-        """The same, but that it sleeps sooner and wakes by itself."""
+        """vLLM's condition, but that it sleeps sooner and wakes by itself."""
 
         def __init__(self, *arguments: Any, **named: Any) -> None:
             super().__init__(*arguments, **named, busy_loop_s=_BUSY_LOOP_S)
 
         def wait(self, timeout_ms: int | None = None) -> None:
-            """Sleeps until a notification, `timeout_ms` or a part of the time since the last message is over."""
+            """Sleep until a notification, `timeout_ms` or a part of the time since the last message is over."""
             waited_ms = 1000 * (time.monotonic() - self.last_read)
             recheck_ms = max(1, min(int(_PART_OF_WAIT * waited_ms), _LONGEST_MS))
             super().wait(recheck_ms if timeout_ms is None else min(timeout_ms, recheck_ms))

@@ -1,4 +1,4 @@
-"""Looks at the weights inside a vLLM worker: mixed into vLLM's worker class, called through collective_rpc.
+"""Checksums of the weights inside a vLLM worker: mixed into vLLM's worker class, called through collective_rpc.
 
 vLLM fuses projections, shards them over its workers and, on a CPU, replaces their weights by packed copies that only
 its kernels can read. Such a weight is read by multiplying the identity with it, which is exact: every sum has one term
@@ -36,17 +36,17 @@ class _Rows:
 
     projection: str
     first: int
-    """In the worker's weight."""
+    """First row in the worker's weight."""
     count: int
     row: int
-    """In the whole Hugging Face tensor."""
+    """First row in the whole Hugging Face tensor."""
 
 
 class WeightInspection:
-    """Methods of every worker of a rollout engine."""
+    """Methods that every worker of a rollout engine gets."""
 
     def weight_pieces(self) -> list[Piece]:
-        """Checksum of every Hugging Face tensor's piece that this worker holds.
+        """Checksums of the piece of every Hugging Face tensor that this worker holds.
 
         Raises:
             NotImplementedError: a module with weights of a kind that this file does not know.
@@ -88,7 +88,7 @@ def _linear(name: str, module: Any, packed: dict[str, list[str]]) -> Iterator[Pi
 
 
 def _rows(module: Any, projections: list[str]) -> list[_Rows]:
-    """Which rows of a linear layer's output belong to which projection."""
+    """Rows of each projection in a linear layer's output."""
     if isinstance(module, QKVParallelLinear):
         query, key_value = module.num_heads * module.head_size, module.num_kv_heads * module.head_size
         group = module.tp_rank // module.num_kv_head_replicas
@@ -108,7 +108,7 @@ def _rows(module: Any, projections: list[str]) -> list[_Rows]:
 
 
 def _latent_attention(name: str, module: Any) -> Piece:
-    """kv_b_proj once more, as decoding multiplies with it: a copy of the rows of keys, and one of those of values.
+    """Checksum of kv_b_proj as decoding multiplies with it: a copy of the rows of keys, and one of those of values.
 
     Raises:
         NotImplementedError: a kernel packs them (AMX).
@@ -138,7 +138,7 @@ def _embedding(name: str, module: Any, model: Any) -> Iterator[Piece]:
 
 
 def _checksum_of_weight(module: Any, rows: slice, *, row: int, column: int, columns: int | None) -> int:
-    """Of some rows of a layer's weight [outputs, inputs], whose first element is (row, column) of the whole tensor."""
+    """Checksum of some rows of a layer's weight [outputs, inputs], which begin at (row, column) of the whole tensor."""
     if module.weight.numel():
         inputs = module.weight.shape[1]
     else:
@@ -192,7 +192,7 @@ def expert_pieces(module: Any) -> Iterator[Piece]:
 
 
 def _order_of(method: Any, prefix: str) -> Any:
-    """A function of a fused weight that tells where each element of an expert's matrix comes from, or None."""
+    """Function of a fused weight that tells where each element of an expert's matrix comes from, or None."""
     if isinstance(method, UnquantizedFusedMoEMethod):
         if method.unquantized_backend in (UnquantizedMoeBackend.TRITON, UnquantizedMoeBackend.BATCHED_TRITON):
             return lambda _weight: None
@@ -206,7 +206,10 @@ def _order_of(method: Any, prefix: str) -> Any:
 
 
 def _packed_order(weight: torch.Tensor, isa: str) -> torch.Tensor:
-    """[rows * columns] int64: element i of a packed matrix of `weight` [experts, rows, columns] was number order[i]."""
+    """Order of the elements of a packed matrix of `weight` [experts, rows, columns]: [rows * columns] int64.
+
+    Element i of the packed matrix was number order[i].
+    """
     from vllm._custom_ops import cpu_prepack_moe_weight
 
     shape = (1, *weight.shape[1:])

@@ -1,4 +1,4 @@
-"""The checkpoints and exports of one run: when they are due, how a run goes on from the newest, what may not be lost.
+"""Checkpoints and exports of one run: when they are due, how a run goes on from the newest, what may not be lost.
 
 Their files are the business of `checkpoints/run_checkpoints.py`, their contents that of the policy's ranks.
 """
@@ -16,7 +16,7 @@ from megatron_entropic.training.journal import Journal
 
 
 class Checkpoints:
-    """RUN/checkpoints and RUN/exports."""
+    """Files of a run's checkpoints and exports, in RUN/checkpoints and RUN/exports."""
 
     def __init__(self, config: Config, journal: Journal) -> None:
         self.path = config.run.output_dir / "checkpoints"
@@ -44,7 +44,7 @@ class Checkpoints:
         return step == train.steps or (every > 0 and step % every == 0) or step + 1 in train.record_steps
 
     def save(self, cluster: Cluster, step: int) -> None:
-        """Save everything that step + 1 depends on; the oldest checkpoints beyond `keep_last` go.
+        """Save everything that step + 1 depends on; the oldest checkpoints beyond `keep_last` are removed.
 
         With `checkpoint.asynchronous` it is written while the run goes on; see `check`.
         """
@@ -52,17 +52,18 @@ class Checkpoints:
             policy.save_checkpoint(checkpoint_path(self.path, step), {"step": step})
 
     def check(self, cluster: Cluster, *, wait: bool) -> None:
-        """Raise what the last checkpoint failed with; with `wait`, when the run is about to end, after it is there."""
+        """Raise the error of the last checkpoint, if it failed; `wait`, for a run about to end, waits for it first."""
         with self._journal.phase("checkpoint"):
             cluster.policy.check_checkpoint(wait=wait)
 
     def export(self, cluster: Cluster, step: int, *, resumed: bool = False) -> None:
-        """Begin the export that is due after this step, if one is; raise what an earlier one failed with.
+        """Begin the export that is due after this step, if one is; raise the error of an earlier one that failed.
 
         Args:
-            cluster: its policy is as it is after `step`.
-            step: the last one done.
-            resumed: the run continues after `step`: it is exported only if it had no time for it before.
+            cluster: cluster whose policy is as it is after `step`.
+            step: number of the last step done.
+            resumed: whether the run continues after `step`, which then is exported only if there was no time for it
+                before.
         """
         every = self._config.export_every_steps
         if not every:

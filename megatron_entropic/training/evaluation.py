@@ -26,7 +26,7 @@ def evaluate(config: Config, directory: Path, label: str) -> list[BenchmarkSumma
 
     Args:
         config: model, benchmarks, engines, verifier.
-        directory: where responses and numbers go.
+        directory: folder for responses and numbers.
         label: name of the model in tables.
 
     Raises:

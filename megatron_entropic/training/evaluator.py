@@ -1,4 +1,4 @@
-"""Benchmarks answered by engines: what `megatron-entropic evaluate` and the training loop share.
+"""Benchmarks answered by engines, for `megatron-entropic evaluate` and for the training loop.
 
     problems --> engines --> verifier --> NAME.parquet --> evaluation.json, table.md
 
@@ -59,7 +59,7 @@ class Evaluator:
         self._benchmarks: dict[str, list[Task]] = {}
         refused = []
         self.problems: dict[str, list[str]] = {}
-        """What is asked, by benchmark."""
+        """Texts of the problems, by benchmark."""
         form = {key: getattr(config.data, key) for key in _FORM_KEYS}
         for name, file in config.evaluation.benchmarks.items():
             data = DataConfig(train_files=[file], **form)
@@ -77,10 +77,11 @@ class Evaluator:
         return every > 0 and step % every == 0 and bool(self._benchmarks)
 
     def pending(self, directory: Path, model: dict[str, Any]) -> list[str]:
-        """Benchmarks whose responses are not in `directory` yet.
+        """Names of the benchmarks whose responses are not in `directory` yet.
 
         Args:
-            model: what identifies the weights.
+            directory: folder of an evaluation.
+            model: identity of the weights.
 
         Raises:
             UserError: the directory holds responses made with other settings; naming those.
@@ -111,6 +112,11 @@ class Evaluator:
         """Let the engines answer one benchmark, judge the responses as they come, and store them.
 
         Args:
+            name: the benchmark.
+            sampler: engines that answer.
+            scorer: verifier that judges.
+            directory: folder of the evaluation.
+            model: identity of the weights.
             count: called once for each response that has come.
         """
 
@@ -180,7 +186,7 @@ class Evaluator:
 
 
 def _prompts_digest(tasks: list[Task]) -> str:
-    """SHA-256 over what the model reads and what its responses are judged by, whatever made them so."""
+    """SHA-256 over everything that the model reads and that its responses are judged by, whatever made it so."""
     digest = hashlib.sha256()
     for task in tasks:
         digest.update(json.dumps([task.index, task.tokens.tolist(), task.ground_truth], default=str).encode())
@@ -188,7 +194,7 @@ def _prompts_digest(tasks: list[Task]) -> str:
 
 
 def _changes(present: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What differs between two settings, in words: `data.prompt_suffix (was '', is 'Answer:')`."""
+    """Differences between two settings, in words such as `data.prompt_suffix (was '', is 'Answer:')`."""
     changed = []
     for key in sorted(present | wanted):
         before, now = present.get(key), wanted.get(key)
@@ -220,7 +226,7 @@ _WORDS = {
 
 
 def model_identity(hf_dir: Path) -> dict[str, Any]:
-    """What tells the weights and settings of two Hugging Face directories apart, see `sampled_digest`.
+    """Digest that tells the weights and settings of two Hugging Face directories apart, see `sampled_digest`.
 
     Tokenizer and chat template, which can come in other files, are told apart by `Evaluator._settings`.
     """

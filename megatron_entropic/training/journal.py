@@ -1,4 +1,4 @@
-"""What a run says of itself while it goes on: metrics, samples, rollouts, restarts; on disk and on the screen."""
+"""Records that a run makes while it goes on: metrics, samples, rollouts, restarts; on disk and on the screen."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from megatron_entropic.observability.yardsticks import mismatch_yardstick
 from megatron_entropic.types import Scores, TrainingBatch
 
 WORKING_PHASES = ("generate", "score", "update", "publish", "evaluate")
-"""In which engines or policy ranks are at work; the rest of a step is the driver's."""
+"""Phases in which engines or policy ranks are at work; the rest of a step is the driver's."""
 
 
 class Journal:
-    """Writes into a run's directory, which is there, and shows what goes on; a context manager."""
+    """Writer into a run's directory, which must be there, and onto the screen; a context manager."""
 
     def __init__(self, config: Config) -> None:
         self._path = config.run.output_dir
@@ -72,7 +72,7 @@ class Journal:
         self.progress.resume(max(done, 0))
 
     def report_data(self, lines: list[str]) -> None:
-        """Show what became of the rows of the training files, and keep it."""
+        """Show what became of the rows of the training files, and keep it in data_report.txt."""
         text = printable("\n".join(lines))
         (self._path / "data_report.txt").write_text(text + "\n", encoding="utf-8")
         self.progress.log(text)
@@ -85,7 +85,7 @@ class Journal:
             yield
 
     def step_time(self, tokens: int) -> dict[str, float]:
-        """time/* of the step that ends now, and its throughput: prompt and response tokens over wall time.
+        """Metrics time/* of the step that ends now, and its throughput: prompt and response tokens over wall time.
 
         time/driver_fraction is the share of the step in which neither engines nor policy did the step's work,
         time/reward_fraction that of waiting for verdicts after the last response has come.
@@ -98,7 +98,7 @@ class Journal:
         return {**times, "throughput/tokens_per_s": tokens / step_s}
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
-        """Write one step's metrics and show them; after an attempt's first one, how long it took to get there."""
+        """Write one step's metrics and show them; after an attempt's first step also show the time to get there."""
         self._metrics.write(step, metrics)
         self.progress.update(step, metrics)
         if self._began is not None:
@@ -119,10 +119,10 @@ class Journal:
         """Write some responses of a step, for people to read, and its rollouts, if it is one of those to keep.
 
         Args:
-            step: the one that ends.
-            batch: with what its updates were computed from.
-            scores: of the same sequences, before the first update.
-            metrics: of score pass and updates.
+            step: number of the step that ends.
+            batch: batch with what its updates were computed from.
+            scores: scores of its sequences, before the first update.
+            metrics: metrics of score pass and updates.
         """
         self._samples.write(step, batch)
         if self._rollouts.due(step, metrics):
@@ -138,7 +138,7 @@ class Journal:
         self.progress.log(f"{error}\nrestart {restart} of {limit} {begin}")
 
     def record_engine_restarts(self, losses: list[RunError]) -> dict[str, float]:
-        """Write down why engines were replaced within the step, as above; returns their number as a metric."""
+        """Write down why engines were replaced within the step; returns their number as a metric."""
         for error in losses:
             self._write_restart("engine", error)
             self.progress.log(f"{error}\nthe engine was replaced within the step")

@@ -23,7 +23,7 @@ _INTERRUPTED = b"\ninterrupted: the run ends when its state is saved; Ctrl-C aga
 
 
 class StopRequest:
-    """Listens for `SIGNALS` between enter and exit; to be used in the main thread."""
+    """Listener for `SIGNALS` between enter and exit; to be used in the main thread."""
 
     def __init__(self) -> None:
         self._received: signal.Signals | None = None
@@ -44,7 +44,7 @@ class StopRequest:
             raise self._kind()(f"{self._reason()}, and processes of the run were ended too: {error}") from error
 
     def listen(self) -> None:
-        """Take the signals; again, after something else (such as Ray when it starts) took them for itself."""
+        """Take the signals; call it again after something else (such as Ray when it starts) took them for itself."""
         for number in SIGNALS:
             # A shell starts what runs in the background with Ctrl-C ignored: it is meant for somebody else.
             if number != signal.SIGINT or self._former[number] != signal.SIG_IGN:
@@ -56,7 +56,7 @@ class StopRequest:
         return self._received is not None
 
     def raise_if_asked(self) -> None:
-        """End the run here.
+        """End the run here, if a signal has come.
 
         Raises:
             StopAsked: a signal has come.
@@ -83,7 +83,7 @@ class StopRequest:
 
 
 class SkipLimit:
-    """Counts steps in a row with an update that the optimizer skipped because loss or gradient was not finite.
+    """Counter of steps in a row with an update that the optimizer skipped because loss or gradient was not finite.
 
     One such step is bad luck and costs its batch; many are a run that will not recover.
     """

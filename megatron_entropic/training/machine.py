@@ -1,4 +1,4 @@
-"""What this machine lacks for a configuration: files, directories, devices; and what the model's sizes do not allow.
+"""Checks of a configuration against this machine, its files, directories and devices, and against the model's sizes.
 
 Only names, sizes and config.json are looked at, which takes milliseconds. `preconditions` opens what is there.
 """
@@ -27,11 +27,11 @@ CPU_LATENT_SIZES = (512, 64)
 """kv_lora_rank and qk_rope_head_dim of the published models, the only ones that vLLM 0.32 attends with on a CPU."""
 
 ADDRESSES_PER_MEMORY = 2
-"""A limit of addresses (ulimit -v) this many times the machine's memory is in nobody's way."""
+"""Multiple of the machine's memory from which on a limit of addresses (ulimit -v) is in nobody's way."""
 
 
 def load_checked_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
-    """`load_config` for a run on this machine.
+    """Load a configuration (`load_config`) for a run on this machine.
 
     Raises:
         ConfigError: listing everything that is wrong with the values, and everything that is missing here.
@@ -45,13 +45,13 @@ def load_checked_config(path: Path | str, overrides: Iterable[str] = ()) -> Conf
 
 
 def machine_violations(config: Config) -> Iterator[Violation]:
-    """What is missing or does not fit on this machine: model directory, data files, output folder, GPUs."""
+    """Yields what is missing or does not fit on this machine: model directory, data files, output folder, GPUs."""
     for check in (_model_directory, _reference, _data_files, _benchmark_files, _output_dir, _devices, _address_space):
         yield from check(config)
 
 
 def evaluation_violations(config: Config) -> Iterator[Violation]:
-    """What keeps a configuration without a policy from evaluating, on this machine."""
+    """Yields what keeps a configuration without a policy from evaluating, on this machine."""
     for check in (
         reward_violations,
         benchmark_violations,
@@ -64,7 +64,7 @@ def evaluation_violations(config: Config) -> Iterator[Violation]:
 
 
 def _model_directory(config: Config) -> Iterator[Violation]:
-    """The directory is complete, the project can train the model, and the layouts and lengths fit it."""
+    """Yields what is missing in the model's directory, what cannot be trained, and what does not fit its sizes."""
     from megatron_entropic.models.dimensions import read_dimensions
 
     path, key = config.model.hf_dir, "model.hf_dir"
@@ -108,7 +108,7 @@ def _model_directory(config: Config) -> Iterator[Violation]:
 
 
 def _lengths(config: Config, dimensions: ModelDimensions) -> Iterator[Violation]:
-    """The longest sequence has a position for each token, and room in the cache of an engine."""
+    """Yields sequences too long for the model's positions, or for the cache of an engine."""
     whole, prompt = config.max_engine_tokens, config.data.max_prompt_tokens
     response, positions = whole - prompt, dimensions.max_position_embeddings
     name = "rollout" if response == config.rollout.max_response_tokens else "evaluation"
@@ -134,7 +134,7 @@ def _lengths(config: Config, dimensions: ModelDimensions) -> Iterator[Violation]
 
 
 def _target(config: Config, dimensions: ModelDimensions) -> Iterator[Violation]:
-    """No distribution over V tokens has more entropy than log V."""
+    """Yields an entropy target above log V, the most that a distribution over V tokens has."""
     target, most = config.entropy_control.target, math.log(dimensions.vocab_size)
     if config.entropy_control.enabled and isinstance(target, float) and target > most:
         yield Violation(
@@ -152,7 +152,7 @@ def _model_problem(path: Path) -> str | None:
 
 
 def _weight_files(config: Config) -> Iterator[Violation]:
-    """Whether there are weights where the configuration says; what is in them is read when the run starts."""
+    """Yields a place without weights where the configuration says they are; they are read when the run starts."""
     path, megatron_dir = config.model.hf_dir, config.model.megatron_dir
     if megatron_dir is not None:
         if not (megatron_dir / ".metadata").is_file():
@@ -209,7 +209,8 @@ def _output_dir(config: Config) -> Iterator[Violation]:
 
 
 def _devices(config: Config) -> Iterator[Violation]:
-    """A run of this machine alone needs a GPU for each rank; a cluster's GPUs cannot be counted from here."""
+    """Yields a lack of GPUs on this machine, where a run of it alone needs one for each rank."""
+    # A cluster's GPUs cannot be counted from here.
     if config.cluster.device != "cuda" or config.cluster.address != "local":
         return
     import torch
@@ -226,7 +227,8 @@ def _devices(config: Config) -> Iterator[Violation]:
 
 
 def _address_space(_config: Config) -> Iterator[Violation]:
-    """A limit of addresses is met in the middle of a step, and Ray's processes then abort with a stack of their own."""
+    """Yields a limit of addresses that is too low for this machine."""
+    # Such a limit is met in the middle of a step, and Ray's processes then abort with a stack of their own.
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     memory = psutil.virtual_memory().total
     if limit == resource.RLIM_INFINITY or limit >= ADDRESSES_PER_MEMORY * memory:

@@ -35,13 +35,13 @@ from megatron_entropic.types import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a run is made from, read and checked."""
+    """Everything that a run is made from, read and checked."""
 
     scorer: RewardScorer
     evaluator: Evaluator
     tasks: TaskDataset
     lessons: list[list[Sequence]]
-    """The sequences of each supervised step."""
+    """Sequences of each supervised step."""
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def open_inputs(config: Config) -> Iterator[Inputs]:
 
 
 def check_resumable(run: RunConfig, steps: int) -> None:
-    """The output folder holds no checkpoint, or one to continue from, by the sizes of its files.
+    """Refuse an output folder whose checkpoints cannot be continued from, judged by the sizes of their files.
 
     Raises:
         UserError: `run.resume=never` and there is one; there are some and none is whole; more steps are done than

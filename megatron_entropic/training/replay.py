@@ -46,25 +46,25 @@ ONE_RANK = {
 
 @dataclass(frozen=True)
 class Replay:
-    """A step as it was and as it is computed now."""
+    """A step as it was recorded and as it is computed now."""
 
     step: int
     state: str
-    """Where weights, optimizer and controller came from."""
+    """Place that weights, optimizer and controller came from."""
     metrics: dict[str, tuple[float, float]]
-    """Name: (recorded, computed now)."""
+    """Metrics by name: (recorded, computed now)."""
     largest_difference: dict[str, float]
-    """Of old_logprobs, entropies and advantages, over all tokens."""
+    """Largest absolute difference of old_logprobs, entropies and advantages, over all tokens."""
 
 
 def replay(run_dir: Path, step: int, checkpoint: Path | None = None, *, begin: Callable[[str], None] = quiet) -> Replay:
     """Compute a recorded step again.
 
     Args:
-        run_dir: of the run.
-        step: whose rollouts were kept.
-        checkpoint: to start from instead of that of the step before.
-        begin: told what begins.
+        run_dir: directory of the run.
+        step: number of the step, whose rollouts were kept.
+        checkpoint: checkpoint to start from instead of that of the step before.
+        begin: called with words for each part that begins.
 
     Raises:
         UserError: the step was not recorded, or there is no state to start from; says which there are.
@@ -91,7 +91,7 @@ def replay(run_dir: Path, step: int, checkpoint: Path | None = None, *, begin: C
 
 
 class _OneRank:
-    """A policy of one rank, which reports everything itself."""
+    """Policy of one rank in this process, which has all scores itself."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -142,7 +142,7 @@ def _read(run_dir: Path, step: int) -> RecordedStep:
 
 
 def _part_of(run_dir: Path, step: int) -> RunPart:
-    """What the step was computed under."""
+    """Settings that the step was computed under."""
     parts = [part for part in read_parts(run_dir) if part.first_step <= step]
     if parts:
         return parts[-1]
@@ -167,7 +167,7 @@ def _config_of_one_rank(run_dir: Path, part: RunPart) -> Config:
 
 
 def _state_before(run_dir: Path, step: int, *, warm_start: bool) -> Path | None:
-    """The checkpoint to start from; None where the run started with the weights of model.hf_dir."""
+    """Checkpoint to start from; None where the run started with the weights of model.hf_dir."""
     root = run_dir / "checkpoints"
     wanted = checkpoint_path(root, step - 1)
     complete = complete_checkpoints(root)

@@ -25,7 +25,7 @@ from megatron_entropic.types import Group, Task
 
 @dataclass
 class JudgedRollouts:
-    """Generates and judges, and counts what it did."""
+    """Generator and judge of the groups of a step, which counts what it did."""
 
     config: RolloutConfig
     tasks: TaskDataset
@@ -35,7 +35,7 @@ class JudgedRollouts:
     stop: StopRequest
 
     def of_step(self, step: int) -> tuple[list[Group], dict[str, float]]:
-        """The groups of a step, and reward/verifier_*, resampling/*.
+        """Generate and judge the groups of a step; returns them and the metrics reward/verifier_* and resampling/*.
 
         A function of (seed, step) and the weights, like everything else: replacements come from an order of their own.
         A replacement takes the place of the group it replaces. What is still all alike after the last round stays.
@@ -69,7 +69,7 @@ class JudgedRollouts:
         return groups, merged
 
     def _answered(self, step: int, tasks: list[Task], *, first_place: int) -> tuple[list[Group], dict[str, float]]:
-        """Generate and judge one round; places count on from round to round, so that no seed comes twice."""
+        """Generate and judge one round of tasks; places count on from round to round, so that no seed comes twice."""
         size = self.config.samples_per_prompt
         with self.scorer.scoring(len(tasks), size) as scoring:
             with self.journal.phase("generate"):
@@ -84,7 +84,7 @@ class JudgedRollouts:
 
 
 def _merged(rounds: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """Counts of all rounds together, means over all their groups."""
+    """Metrics of all rounds together: sums of counts, means over all their groups."""
     judged = sum(groups for groups, _ in rounds)
     return {
         name: sum(metrics[name] * (groups / judged if name.endswith("_mean") else 1) for groups, metrics in rounds)

@@ -1,4 +1,4 @@
-"""What a run keeps on disk, and how it continues from there.
+"""The files of a run on disk, and how it continues from there.
 
 output_dir/
     config.yaml          the resolved configuration of the newest attempt
@@ -122,7 +122,7 @@ class RunDirectory:
         return step
 
     def _keep_settings_before(self) -> None:
-        """Runs of older versions have no settings.jsonl: what they were computed under is in config.yaml until now."""
+        """Record the settings of a run that an older version began: without settings.jsonl they are in config.yaml."""
         path = self.path / "config.yaml"
         if self._newest is None or read_parts(self.path) or not path.is_file():
             return
@@ -134,7 +134,7 @@ class RunDirectory:
             record_part(self.path, RunPart(1, before), [])
 
     def _record_settings(self, step: int) -> None:
-        """Keep under which settings the run goes on after `step`, and say which of them are not what they were."""
+        """Record the settings that the run goes on with after `step`, and show those that are not what they were."""
         config, before = self._config, read_parts(self.path)
         files = {"data.train_files": config.data.train_files, "model.hf_dir": model_files(config.model.hf_dir)}
         contents = {key: sampled_digest(paths) for key, paths in files.items()}

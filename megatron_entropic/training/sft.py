@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # what is read before a start needs no Ray
 
 
 def warm_start_sequences(config: Config, tokenizer: Tokenizer) -> list[list[Sequence]]:
-    """The sequences of each supervised step, a function of the file and the seed; empty without a warm start.
+    """Make the sequences of each supervised step, a function of the file and the seed; empty without a warm start.
 
     Raises:
         ValueError: listing every row of the file that cannot be used.
@@ -36,7 +36,7 @@ def warm_start_sequences(config: Config, tokenizer: Tokenizer) -> list[list[Sequ
 
 
 def warm_start(cluster: Cluster, run: RunDirectory, steps: list[list[Sequence]]) -> int:
-    """Maximum likelihood of the responses, one optimizer step for each list; returns the step the run starts from, 0.
+    """Train by maximum likelihood, one optimizer step for each list; returns the step the run starts from, 0.
 
     Afterwards the optimizer is fresh, with the schedule of `optimizer`, and the result is a checkpoint: a run that is
     stopped later does not learn this again.

@@ -1,4 +1,4 @@
-"""What a step learns from its judged groups: the score pass, then the optimizer steps.
+"""The part of a step that learns from judged groups: the score pass, then the optimizer steps.
 
 The trainer does it with all ranks, `replay` with one rank in its own process.
 """
@@ -19,20 +19,20 @@ from megatron_entropic.types import Group, Scores, Sequence, TrainingBatch, Traj
 
 
 class Learner(Protocol):
-    """The policy, wherever its ranks are."""
+    """A policy that scores and updates, wherever its ranks are."""
 
     def score(self, sequences: list[Sequence], *, reference: bool = False) -> Scores:
         """Log-probs and entropies of the response tokens under the current (or the reference) weights."""
 
     def update(self, minibatch: list[Sequence]) -> dict[str, float]:
-        """One optimizer step; returns its metrics."""
+        """Take one optimizer step; returns its metrics."""
 
 
 def training_batch(groups: list[Group], advantage: str) -> TrainingBatch:
-    """One sequence for each trajectory, in order; the advantage of a trajectory holds for each of its tokens.
+    """Make one sequence of each trajectory, in order; the advantage of a trajectory holds for each of its tokens.
 
     Args:
-        groups: judged, all of the same size.
+        groups: judged groups, all of the same size.
         advantage: `algorithm.advantage`.
     """
     rewards = torch.tensor([[reward.value for reward in group.rewards] for group in groups], dtype=torch.float32)
@@ -45,12 +45,12 @@ def training_batch(groups: list[Group], advantage: str) -> TrainingBatch:
 def score_batch(
     policy: Learner, batch: TrainingBatch, config: Config
 ) -> tuple[TrainingBatch, Scores, dict[str, float]]:
-    """The batch with old and reference log-probs, the scores they are from, and what these say of the batch.
+    """Score a batch; returns it with old and reference log-probs, the scores they are from, and metrics of these.
 
     Args:
-        policy: before the step's first update.
-        batch: of `training_batch`.
-        config: of the run.
+        policy: the policy before the step's first update.
+        batch: a batch of `training_batch`.
+        config: configuration of the run.
     """
     if config.algorithm.kl.coefficient:
         batch = batch.with_reference(policy.score(list(batch.sequences), reference=True))
@@ -62,7 +62,7 @@ def score_batch(
 def update_policy(
     policy: Learner, batch: TrainingBatch, algorithm: AlgorithmConfig, *, seed: int, step: int
 ) -> dict[str, float]:
-    """All optimizer steps of rollout step `step`; returns their metrics, see `mean_of`."""
+    """Take all optimizer steps of rollout step `step`; returns their metrics, see `mean_of`."""
     updates = []
     for epoch in range(algorithm.epochs_per_rollout):
         if epoch and algorithm.proximal_logprobs == "each_epoch":
@@ -77,8 +77,8 @@ def minibatches(batch: TrainingBatch, parts: int, order: str | None) -> list[lis
 
     Args:
         batch: groups of one size.
-        parts: how many; they divide the number of groups.
-        order: of the groups is a function of it; None keeps that of the batch.
+        parts: number of parts, which divides the number of groups.
+        order: text of which the order of the groups is a function; None keeps that of the batch.
     """
     size = len(batch.sequences) // len(batch.groups)
     groups = [batch.sequences[start : start + size] for start in range(0, len(batch.sequences), size)]
@@ -89,7 +89,7 @@ def minibatches(batch: TrainingBatch, parts: int, order: str | None) -> list[lis
 
 
 def rollout_metrics(groups: list[Group]) -> dict[str, float]:
-    """reward/* and response/* of one rollout.
+    """Metrics reward/* and response/* of one rollout.
 
     solved_none and solved_all are the shares of tasks of which no or every trajectory is correct: such groups teach
     nothing to a group-relative advantage of the verifier's reward.
@@ -108,14 +108,14 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
 
 
 def mismatch(batch: TrainingBatch) -> dict[str, float]:
-    """How far the engines' log-probs are from the policy's own, before any update of this step."""
+    """Metrics of the distance between the engines' log-probs and the policy's own, before any update of this step."""
     policy = torch.cat([s.old_logprobs for s in batch.sequences if s.old_logprobs is not None])
     rollout = torch.cat([s.rollout_logprobs for s in batch.sequences if s.rollout_logprobs is not None])
     return mismatch_metrics(policy, rollout)
 
 
 def importance(batch: TrainingBatch, rollout: RolloutConfig) -> dict[str, float]:
-    """importance/* of the rollout correction, before truncation; nothing without one."""
+    """Metrics importance/* of the rollout correction, before truncation; none without a correction."""
     if rollout.importance_correction == "none":
         return {}
     ratios = [
@@ -127,7 +127,7 @@ def importance(batch: TrainingBatch, rollout: RolloutConfig) -> dict[str, float]
 
 
 def entropy_profile(batch: TrainingBatch, scores: Scores) -> dict[str, float]:
-    """Where the entropy lies: token means over the rollout, over correct and wrong responses, over their quarters.
+    """Mean entropies of tokens, nats: of the rollout, of correct and wrong responses, of each quarter of responses.
 
     All are those of the policy before the step's first update. entropy/correct and entropy/wrong are left out where
     there is no such response, a quarter where no token falls.

@@ -1,4 +1,4 @@
-"""The loop.
+"""The training loop.
 
               tasks                trajectories            rewards, advantages
     data/ ------------> rollout/ ------------> rewards/ ---------------------+
@@ -68,7 +68,7 @@ def train(config: Config) -> Path:
 
 
 def loop(step: int, config: Config, cluster: Cluster, inputs: Inputs, run: RunDirectory, stop: StopRequest) -> None:
-    """Every step after `step`, and what is written between them."""
+    """Run every step after `step`, with its evaluations, checkpoints and exports."""
     sampler = Sampler(config, cluster, inputs.tasks.tokenizer)
     rollouts = JudgedRollouts(config.rollout, inputs.tasks, sampler, inputs.scorer, run.journal, stop)
     skips = SkipLimit(config.train.max_skipped_steps)
@@ -95,7 +95,7 @@ def loop(step: int, config: Config, cluster: Cluster, inputs: Inputs, run: RunDi
 def one_step(
     step: int, config: Config, rollouts: JudgedRollouts, cluster: Cluster, run: RunDirectory
 ) -> dict[str, float]:
-    """One rollout and its optimizer steps; returns what metrics.jsonl says of them."""
+    """Run one rollout and its optimizer steps; returns the step's metrics for metrics.jsonl."""
     journal = run.journal
     with run.checkpoints.preserving(cluster, step - 1):
         groups, reward_metrics = rollouts.of_step(step)

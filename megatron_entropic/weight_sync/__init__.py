@@ -1,1 +1,1 @@
-"""From the policy to the engines: what travels in which buckets, its checksums, by which way."""
+"""Transfer of weights from the policy to the engines: buckets, their checksums, and the ways they travel."""

@@ -1,4 +1,4 @@
-"""How the bytes of one tensor come from a sender to all its receivers, once both have agreed that they are next.
+"""Transfer of one tensor's bytes from a sender to all its receivers, once both have agreed that they are next.
 
 On several machines, one gloo broadcast. On one machine, in pieces through a block of shared memory:
 
@@ -19,17 +19,17 @@ import torch.distributed as dist
 from megatron_entropic.weight_sync.shared_memory import SharedBlock
 
 BLOCK_BYTES = 16 * 2**20
-"""Size of the shared block: small enough for a processor's cache, large enough that gloo's messages cost little."""
+"""Bytes of the shared block: small enough for a processor's cache, large enough that gloo's messages cost little."""
 
 
 @dataclass
 class Channel:
-    """One end; errors are gloo's, `transport.named_wait` gives them names."""
+    """One end of a transfer; errors are gloo's, `transport.named_wait` gives them names."""
 
     group: dist.ProcessGroupGloo
-    """Rank 0 sends, all others receive."""
+    """Process group: rank 0 sends, all others receive."""
     block: SharedBlock | None
-    """Of rank 0, seen by all; None: through gloo."""
+    """Block of rank 0, seen by all; None: bytes go through gloo."""
 
     def send(self, tensor: torch.Tensor) -> None:
         """Bring a contiguous tensor of any dtype to all receivers; it may change afterwards."""

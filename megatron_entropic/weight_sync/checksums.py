@@ -1,4 +1,4 @@
-"""Checksums of weight tensors that can be taken piecewise: of what a policy sent, and of what lies in an engine.
+"""Checksums of weight tensors that can be taken piecewise: of those a policy sent, and of those in an engine.
 
     checksum = sum over elements of bits(element) * weight(position in the whole tensor)   mod 2^64
 
@@ -34,12 +34,12 @@ class Piece:
 
 
 def checksum(values: torch.Tensor, *, row: int = 0, column: int = 0, columns: int | None = None) -> int:
-    """Sum over the elements of `values`, [rows, columns] or [rows], in [-2^63, 2^63).
+    """Checksum of `values`, [rows, columns] or [rows]: a sum over their elements, in [-2^63, 2^63).
 
     Args:
         values: bfloat16 or float32; a piece of a tensor or all of it.
-        row, column: where in the whole tensor the piece begins.
-        columns: of the whole tensor; None if the piece is as wide.
+        row, column: place in the whole tensor at which the piece begins.
+        columns: columns of the whole tensor; None if the piece is as wide.
     """
     values = values.detach()
     table = values.unsqueeze(1) if values.dim() == 1 else values
@@ -61,7 +61,7 @@ def checksums(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
 
 
 def mismatches(sent: Mapping[str, int], engines: Mapping[str, Iterable[Piece]]) -> list[str]:
-    """What differs between the tensors that were sent and the pieces in each engine, one line a tensor.
+    """Lines about tensors that differ between those sent and the pieces in each engine, one line a tensor.
 
     A piece that several workers of an engine hold must be the same in each.
     """
@@ -84,7 +84,7 @@ def _differences(sent: Mapping[str, int], engine: str, pieces: Iterable[Piece]) 
 
 
 def _weights(positions: torch.Tensor) -> torch.Tensor:
-    """Odd pseudo-random int64 of each position (the finaliser of splitmix64 with arithmetic shifts)."""
+    """Weight of each position, an odd pseudo-random int64 (the finaliser of splitmix64 with arithmetic shifts)."""
     mixed = (positions + 1) * _FACTORS[0]
     mixed = (mixed ^ (mixed >> 30)) * _FACTORS[1]
     mixed = (mixed ^ (mixed >> 27)) * _FACTORS[2]

@@ -1,4 +1,4 @@
-"""What changed of a flat buffer since it was last sent: one bit an element, and the new values of those that differ.
+"""Changes of a flat buffer since it was last sent: one bit an element, and the new values of those that differ.
 
 A bf16 policy at a learning rate of 1e-6 changes a few percent of its weights in a step, since most updates are below
 half a unit in the last place. The bitmap costs 1/16 of a bf16 buffer (1/32 of float32), whatever changed, and bits are
@@ -16,12 +16,12 @@ _BITS = tuple(1 << bit for bit in range(8))
 
 
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as integers of the same width (2 or 4 bytes)."""
+    """View of the same memory as integers of the same width (2 or 4 bytes)."""
     return tensor.view(_INTEGERS[tensor.element_size()])
 
 
 def bitmap_bytes(elements: int) -> int:
-    """Length of the bitmap of a buffer of so many elements."""
+    """Length of the bitmap of a buffer of `elements` elements, in bytes."""
     return -(-elements // 8)
 
 
@@ -30,9 +30,9 @@ class Delta:
     """The difference between two flat buffers of one length and dtype."""
 
     bitmap: torch.Tensor
-    """[bitmap_bytes(elements)] uint8: bit i % 8 of byte i // 8 says whether element i differs."""
+    """Bitmap, [bitmap_bytes(elements)] uint8: bit i % 8 of byte i // 8 says whether element i differs."""
     values: torch.Tensor
-    """[changed] new values in the order of the elements, dtype of the buffer."""
+    """New values in the order of the elements, [changed], in the buffer's dtype."""
 
     @property
     def changed(self) -> int:
@@ -41,7 +41,7 @@ class Delta:
 
     @classmethod
     def between(cls, last: torch.Tensor, new: torch.Tensor) -> Delta:
-        """What turns `last` [elements] into `new` [elements], bit for bit."""
+        """The delta that turns `last` [elements] into `new` [elements], bit for bit."""
         differs = bits_of(last) != bits_of(new)
         padded = torch.zeros(8 * bitmap_bytes(new.numel()), dtype=torch.uint8, device=new.device)
         padded[: new.numel()] = differs

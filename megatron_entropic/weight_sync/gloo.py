@@ -40,16 +40,16 @@ from megatron_entropic.weight_sync.shared_memory import FlatMemory, Loan, Shared
 # receiver by the depth of that tree and no more.
 _KEPT_ANNOUNCEMENTS = 64
 _SEES_BLOCKS = "blocks"
-"""What a worker writes that could open all of the sender's shared memory."""
+"""Text that a worker writes into the store if it could open all of the sender's shared memory."""
 _CHANGED = "; changed elements: "
-"""Ends the announcement of a buffer of which only these many elements follow, behind their bitmap."""
+"""End of the announcement of a buffer of which only these many elements follow, behind their bitmap."""
 _LENT = "; in lent block "
-"""Ends the announcement of a buffer that receivers find in this block of the sender."""
+"""End of the announcement of a buffer that receivers find in this block of the sender."""
 
 
 @dataclass(frozen=True)
 class FlatContents:
-    """What one flat buffer holds: tensors of one dtype, one behind the other."""
+    """Contents of one flat buffer: tensors of one dtype, one behind the other."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -86,12 +86,12 @@ class FlatContents:
 
     @property
     def elements(self) -> int:
-        """Length of the flat buffer."""
+        """Length of the flat buffer, in elements."""
         return sum(prod(shape) for shape in self.shapes)
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype itself.
+        """The dtype that `dtype` names.
 
         Raises:
             ValueError: torch has no such dtype.
@@ -102,7 +102,7 @@ class FlatContents:
         return dtype
 
     def describe(self) -> str:
-        """For messages and announcements; the digest makes it differ if any name or shape differs."""
+        """Text for messages and announcements; its digest makes it differ if any name or shape differs."""
         digest = hashlib.sha256(repr((self.names, self.shapes)).encode()).hexdigest()[:12]
         return (
             f"{self.names[0]} .. {self.names[-1]} ({len(self.names)} tensors, {self.elements} elements "
@@ -110,14 +110,14 @@ class FlatContents:
         )
 
     def split(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and view of every tensor in `flat` [elements]."""
+        """Yields name and view of every tensor in `flat` [elements]."""
         pieces = flat.split([prod(shape) for shape in self.shapes])
         for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True):
             yield name, piece.view(shape)
 
 
 SendingRanks = Literal["first", "first_of_stages", "each"]
-"""Which policy ranks send, each through a group of its own: rank 0 all buckets; the first rank of each pipeline stage
+"""Policy ranks that send, each through a group of its own: rank 0 all buckets; the first rank of each pipeline stage
 the buckets of that stage, receivers listening to all of them at once; or rank i all buckets, to worker i alone."""
 
 
@@ -131,22 +131,22 @@ class WeightSender(Protocol):
         """Host and port at which the workers find this group, valid from the start."""
 
     def accept(self) -> None:
-        """Waits until every worker has joined."""
+        """Wait until every worker has joined."""
 
     def send(self, contents: FlatContents, flat: torch.Tensor) -> int:
-        """Broadcasts one flat buffer, which the caller may change afterwards; every worker must be receiving the same
+        """Broadcast one flat buffer, which the caller may change afterwards; every worker must be receiving the same
         contents.
 
         Returns:
-            How many elements travelled.
+            Number of elements that travelled.
         """
 
     def close(self) -> None:
-        """Leaves the group."""
+        """Leave the group."""
 
 
 class GlooSender:
-    """`WeightSender` through host memory. Listens on `host` only, on a port of the system's choice."""
+    """A `WeightSender` through host memory. Listens on `host` only, on a port of the system's choice."""
 
     sending_ranks: ClassVar[SendingRanks] = "first_of_stages"
 
@@ -165,11 +165,11 @@ class GlooSender:
         Args:
             host: address to listen on.
             receivers: number of workers.
-            timeout_s: limit of every wait.
-            name: of this rank, for messages.
-            delta: keep every buffer that was sent, and send only what differs from it the next time.
-            lent: flat tensors that begin where one of these does are not copied. They have to admit others until
-                `accept` has returned.
+            timeout_s: limit of every wait, in seconds.
+            name: name of this rank, for messages.
+            delta: whether to keep every buffer that was sent, and send only what differs from it the next time.
+            lent: blocks of memory; flat tensors that begin where one of these does are not copied. They have to admit
+                others until `accept` has returned.
         """
         self._host = host
         self._receivers = receivers
@@ -193,7 +193,7 @@ class GlooSender:
         return self._host, self._port
 
     def accept(self) -> None:
-        """Waits until every receiver has joined.
+        """Wait until every receiver has joined.
 
         Raises:
             PhaseTimeout: naming the receivers that did not come.
@@ -217,10 +217,10 @@ class GlooSender:
         self._channel = Channel(group, self._block)
 
     def send(self, contents: FlatContents, flat: torch.Tensor) -> int:
-        """Announces `contents`, then broadcasts `flat` [contents.elements], or what changed of it, to all receivers.
+        """Announce `contents`, then broadcast `flat` [contents.elements], or what changed of it, to all receivers.
 
         Returns:
-            How many elements travelled.
+            Number of elements that travelled.
 
         Raises:
             PhaseTimeout, PeerDied: naming the buffer and how far each receiver has come.
@@ -257,7 +257,7 @@ class GlooSender:
         return contents.elements if last is None else delta.changed
 
     def close(self) -> None:
-        """Drops the connections; receivers that still wait fail at once."""
+        """Drop the connections; receivers that still wait fail at once."""
         if self._block is not None:
             self._block.admit_nobody_else()
         self._block = self._channel = None
@@ -271,7 +271,7 @@ class GlooSender:
         return next((number for number, block in enumerate(self._lent) if block.begins_with(flat)), None)
 
     def _progress(self) -> str:
-        """How many buffers each receiver asked for, as it wrote into the store."""
+        """Words for the number of buffers that each receiver asked for, as it wrote into the store."""
         asked = {rank: int(self._store.get(f"asked/{rank}")) for rank in range(1, self._receivers + 1)}
         return "broadcasts begun by engine worker: " + ", ".join(f"{rank}: {count}" for rank, count in asked.items())
 
@@ -323,7 +323,7 @@ class GlooReceiver:
         return self._timeout_s
 
     def receive(self, contents: FlatContents) -> torch.Tensor:
-        """The next flat buffer, [contents.elements] on the CPU. Call `release` before the next one.
+        """Receive the next flat buffer, [contents.elements] on the CPU. Call `release` before the next one.
 
         It stays as it is while it or a view of it exists, except that a sender of deltas makes the next receiving of
         the same contents change it in place.
@@ -368,7 +368,7 @@ class GlooReceiver:
             self._channel.wait_for_all()
 
     def _open_blocks(self) -> list[SharedBlock]:
-        """All blocks of the sender, its channel's first; none if any is not to be seen from here."""
+        """Open all blocks of the sender, its channel's first; empty if any is not to be seen from here."""
         places = [line.partition(" ") for line in self._store.get("blocks").decode().splitlines()]
         blocks = [block for token, _, path in places if (block := SharedBlock.open(path, token))]
         return blocks if len(blocks) == len(places) else []
@@ -403,7 +403,7 @@ def _gloo_group(store: dist.Store, rank: int, size: int, host: str, timeout_s: f
 
 
 def listening_store(host: str, timeout_s: float) -> tuple[dist.TCPStore, int]:
-    """A store that others find on `host`, and its port, of the system's choice; `timeout_s` limits each wait in it."""
+    """Open a store for others on a port of `host` that the system chooses; `timeout_s` limits each wait in it."""
     listener = socket.create_server((host, 0))
     port = int(listener.getsockname()[1])
     store = dist.TCPStore(
@@ -427,7 +427,7 @@ def local_address(host: str, port: int) -> str:
 
 @contextmanager
 def named_wait(phase: str, waiter: str, peer: str) -> Iterator[None]:
-    """Gives torch.distributed's errors a phase, who waited and for whom.
+    """Give errors of torch.distributed in the block a phase, who waited and for whom.
 
     Raises:
         PhaseTimeout, PeerDied: in place of the RuntimeError that the block raised.

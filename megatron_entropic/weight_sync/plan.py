@@ -31,18 +31,18 @@ class BucketItem:
 
     entry: Entry
     shard_shape: Shape
-    """On every TP rank, vocabulary padding included."""
+    """Shape of the parameter on every TP rank, vocabulary padding included."""
     expert_rank: int = 0
-    """Expert-parallel rank that holds it; 0 for dense parameters."""
+    """Expert-parallel rank that holds the parameter; 0 for dense parameters."""
 
     @property
     def shard_elements(self) -> int:
-        """Elements that each TP rank contributes."""
+        """Number of elements that each TP rank contributes."""
         return prod(self.shard_shape)
 
     @property
     def hf_elements(self) -> int:
-        """Elements of its Hugging Face tensors."""
+        """Number of elements of the parameter's Hugging Face tensors."""
         return sum(prod(shape) for shape in self.entry.hf_shapes)
 
 
@@ -60,11 +60,11 @@ class Bucket:
 
     @property
     def of_experts(self) -> bool:
-        """Whether it is gathered over expert tensor and expert-parallel ranks."""
+        """Whether the bucket is gathered over expert tensor and expert-parallel ranks."""
         return self.items[0].entry.expert is not None
 
     def held_by(self, expert_rank: int) -> tuple[BucketItem, ...]:
-        """What the ranks of one expert-parallel rank contribute; everything, if the bucket is dense."""
+        """Items that the ranks of one expert-parallel rank contribute; all, if the bucket is dense."""
         return tuple(item for item in self.items if not self.of_experts or item.expert_rank == expert_rank)
 
     @property
@@ -79,22 +79,22 @@ class Bucket:
 
     @property
     def elements(self) -> int:
-        """Length of the flat buffer that is broadcast to the engines."""
+        """Length of the flat buffer that is broadcast to the engines, in elements."""
         return sum(item.hf_elements for item in self.items)
 
     @property
     def shard_elements(self) -> int:
-        """Length of the flat buffer that each rank contributes to the gathering."""
+        """Length of the flat buffer that each rank contributes to the gathering, in elements."""
         return sum(item.shard_elements for item in self.held_by(0))
 
     @property
     def bytes(self) -> int:
-        """Size of the broadcast buffer."""
+        """Size of the broadcast buffer, in bytes."""
         return self.elements * _ITEM_BYTES[self.dtype]
 
     @property
     def shard_bytes(self) -> int:
-        """Size of one rank's contribution."""
+        """Size of one rank's contribution, in bytes."""
         return self.shard_elements * _ITEM_BYTES[self.dtype]
 
 
@@ -111,17 +111,17 @@ class PublishPlan:
 
     @property
     def bytes(self) -> int:
-        """What one engine receives."""
+        """Bytes that one engine receives."""
         return sum(bucket.bytes for bucket in self.buckets)
 
     def gather_ranks(self, bucket: Bucket) -> int:
-        """Ranks that together hold a bucket's parameters."""
+        """Number of ranks that together hold a bucket's parameters."""
         if bucket.of_experts:
             return self.expert_tensor_parallel * self.expert_parallel
         return self.tensor_parallel
 
     def collectives(self, bucket: Bucket) -> tuple[str, ...]:
-        """What happens between processes for one bucket."""
+        """Names of the transfers between processes for one bucket, in order."""
         steps = []
         if self.gather_ranks(bucket) > 1:
             steps.append(f"gather/{self.gather_ranks(bucket)}")
@@ -167,15 +167,15 @@ class PublishPlan:
 def publish_plan(parameter_map: ParameterMap, layout: PolicyConfig, *, bucket_bytes: int, dtype: Dtype) -> PublishPlan:
     """Divide a model's parameters into buckets of one stage and at most `bucket_bytes` of Hugging Face tensors.
 
-    A parameter is never divided, so one that is larger than `bucket_bytes` travels alone; nor are parameters of
-    experts that stand at the same place of their expert-parallel ranks, which are gathered together. The output layer
-    of a tied model is left out: engines tie it themselves. Buffers travel apart, in float32.
+    A parameter is never divided, so one that is larger than `bucket_bytes` travels alone; nor are parameters of experts
+    that stand at the same place of their expert-parallel ranks, which are gathered together. The output layer of a tied
+    model is left out: engines tie it themselves. Buffers travel apart, in float32.
 
     Args:
-        parameter_map: of the model.
+        parameter_map: parameters of the model.
         layout: sizes of tensor, pipeline, virtual pipeline and expert parallelism.
         bucket_bytes: limit of one bucket.
-        dtype: of the parameters as they travel.
+        dtype: dtype of the parameters as they travel.
 
     Raises:
         UserError: a layout that the model does not allow.
@@ -211,7 +211,7 @@ def publish_plan(parameter_map: ParameterMap, layout: PolicyConfig, *, bucket_by
 def _whole_units(
     parameter_map: ParameterMap, entries: Sequence[Entry], tensor_parallel: int, *, of_buffers: bool
 ) -> list[tuple[BucketItem, ...]]:
-    """Parameters, or buffers, that do not belong to experts, each on its own."""
+    """Units of parameters, or of buffers, that do not belong to experts, each on its own."""
     wanted = [entry for entry in entries if entry.expert is None and entry.buffer == of_buffers]
     return [(BucketItem(entry, parameter_map.shard_shape(entry, tensor_parallel)),) for entry in wanted]
 
@@ -219,7 +219,7 @@ def _whole_units(
 def _expert_units(
     parameter_map: ParameterMap, entries: Sequence[Entry], expert_parallel: int, expert_tensor_parallel: int
 ) -> list[tuple[BucketItem, ...]]:
-    """Parameters of experts, those at the same place of all expert-parallel ranks together."""
+    """Units of parameters of experts, those at the same place of all expert-parallel ranks together."""
     units: dict[tuple[int | None, int, str], list[BucketItem]] = {}
     for entry in entries:
         if entry.expert is None:
@@ -235,7 +235,7 @@ def _expert_units(
 def _fill(
     units: Sequence[tuple[BucketItem, ...]], bucket_bytes: int, item_bytes: int
 ) -> Iterator[tuple[BucketItem, ...]]:
-    """Runs of whole units of at most `bucket_bytes`, or one unit."""
+    """Yields runs of whole units of at most `bucket_bytes`, or one unit."""
     pending: list[BucketItem] = []
     pending_bytes = 0
     for unit in units:

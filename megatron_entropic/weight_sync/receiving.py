@@ -21,7 +21,7 @@ from megatron_entropic.weight_sync.gloo import FlatContents, GlooReceiver
 
 _POLL_S = 0.5
 _GRACE_S = 1.0
-"""How much longer than a receiver the caller waits, so that the more telling error of the receiver comes first."""
+"""Seconds that the caller waits longer than a receiver, so that the more telling error of the receiver comes first."""
 
 
 class _Arrival:
@@ -33,7 +33,7 @@ class _Arrival:
         self.used = threading.Event()
 
     def use(self, load: Callable[[FlatContents, torch.Tensor], None]) -> None:
-        """Hand it on, once; afterwards nothing here refers to the buffer."""
+        """Hand the bucket to `load`, once; afterwards nothing here refers to the buffer."""
         flat, self._flat = self._flat, None
         assert flat is not None, "an arrival is used once"
         load(self.contents, flat)
@@ -48,8 +48,8 @@ class Arrivals:
         """Start to receive from every sender, each its own buckets in order.
 
         Args:
-            receivers: one a sender.
-            contents: for each of them the buckets that it will send.
+            receivers: receivers, one for each sender.
+            contents: contents of the buckets that each of them will send.
         """
         self._count = sum(map(len, contents))
         self._limit_s = max(receiver.timeout_s for receiver in receivers) + _GRACE_S
@@ -77,7 +77,7 @@ class Arrivals:
             self._abandoned.set()
 
     def _next(self, number: int) -> _Arrival | Exception:
-        """Whatever arrives next. torch's store has no limit once the process that holds it stands still."""
+        """Wait for whatever arrives next. torch's store has no limit once the process that holds it stands still."""
         try:
             return self._arrived.get(timeout=self._limit_s)
         except queue.Empty as error:
@@ -98,14 +98,14 @@ class Arrivals:
             self._hand_over(error)
 
     def _await_use(self, arrival: _Arrival) -> bool:
-        """Wait until the caller has done with it; False if it will not come so far."""
+        """Wait until the caller has used a bucket; False if it will not come so far."""
         while not arrival.used.wait(timeout=_POLL_S):
             if self._abandoned.is_set():
                 return False
         return True
 
     def _hand_over(self, arrival: _Arrival | Exception) -> bool:
-        """Wait for room; False if nobody takes anything any more."""
+        """Wait for room and put a bucket or an error there; False if nobody takes anything any more."""
         while not self._abandoned.is_set():
             try:
                 self._arrived.put(arrival, timeout=_POLL_S)

@@ -27,18 +27,18 @@ _TOKEN_BYTES = 32
 
 
 class SharedBlock:
-    """Memory that lives as long as a process has it open."""
+    """Block of memory that lives as long as a process has it open."""
 
     def __init__(self, descriptor: int, nbytes: int, token: str) -> None:
         self._descriptor: int | None = descriptor
         self._map = mmap.mmap(descriptor, nbytes)
         self.token = token
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8, offset=_TOKEN_BYTES)
-        """[nbytes] uint8; stays mapped as long as any view of it exists."""
+        """Bytes of the block, [nbytes] uint8; they stay mapped as long as any view of them exists."""
 
     @classmethod
     def create(cls, nbytes: int) -> SharedBlock | None:
-        """A new block that other processes of this user can open; None where the system has none or no room."""
+        """Create a block that other processes of this user can open; None where the system has none or no room."""
         if not hasattr(os, "memfd_create"):
             return None
         descriptor = os.memfd_create("megatron-entropic")
@@ -54,7 +54,7 @@ class SharedBlock:
 
     @classmethod
     def open(cls, path: str, token: str) -> SharedBlock | None:
-        """The block that another process created; None if it is not to be seen from here."""
+        """Open the block that another process created; None if it is not to be seen from here."""
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError:
@@ -67,7 +67,7 @@ class SharedBlock:
         return block
 
     def tensor(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
-        """[elements] at the start of the block, as a tensor with a storage of its own."""
+        """Tensor [elements] at the start of the block, with a storage of its own."""
         return torch.frombuffer(self._map, dtype=dtype, count=elements, offset=_TOKEN_BYTES)
 
     def begins_with(self, tensor: torch.Tensor) -> bool:
@@ -76,7 +76,7 @@ class SharedBlock:
 
     @property
     def path(self) -> str:
-        """Where other processes find the block while this one admits them."""
+        """Path at which other processes find the block while this one admits them."""
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
     def admit_nobody_else(self) -> None:
@@ -93,7 +93,7 @@ class SharedBlock:
 
 
 class Loan:
-    """What a tensor and its views look at, until it is given back."""
+    """Memory that a tensor and its views look at, until it is given back."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         """Remember the storage of `tensor`, on which there must be no others yet; the tensor itself is not kept."""
@@ -117,7 +117,7 @@ class Loan:
 @dataclass
 class _Block:
     memory: np.ndarray
-    """[bytes] uint8."""
+    """Memory of the block, [bytes] uint8."""
     lent: weakref.ref[np.ndarray] | None = None
     """The array behind the tensor that was handed out last; it lives as long as any view of that tensor."""
 
@@ -127,14 +127,14 @@ class _Block:
 
 
 class FlatMemory:
-    """Blocks of host memory; threads may share one."""
+    """Blocks of host memory for flat buffers; threads may share one."""
 
     def __init__(self) -> None:
         self._blocks: list[_Block] = []
         self._lock = threading.Lock()
 
     def take(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
-        """[elements] with arbitrary values, in the smallest free block that is large enough, or in a new one.
+        """Tensor [elements] with arbitrary values, in the smallest free block that is large enough, or in a new one.
 
         Its memory is free again when the tensor and all views of it are gone.
         """
