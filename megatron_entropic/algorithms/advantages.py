@@ -11,14 +11,14 @@ from torch import Tensor
 from megatron_entropic.config.names import ADVANTAGES
 
 EPSILON = 1e-6
-"""Added to standard deviations, as verl does."""
+"""Number added to standard deviations, as verl does."""
 
 POSITIVE_WEIGHT = 0.1
 """Advantage of a correct response in w_reinforce, lambda of arXiv 2506.01347."""
 
 
 def advantages(method: str, rewards: Tensor) -> Tensor:
-    """One advantage per response; every token of the response gets it.
+    """Compute one advantage per response; every token of the response gets it.
 
         grpo                         (r_pg - mean_p) / (std_p + 1e-6)             DeepSeekMath, arXiv 2402.03300
         grpo_no_std                  r_pg - mean_p                                Dr. GRPO, arXiv 2503.20783
@@ -28,8 +28,8 @@ def advantages(method: str, rewards: Tensor) -> Tensor:
         nsr                          0 where r_pg > 0, else -1                    RLVR-Decomposed, arXiv 2506.01347
         w_reinforce                  0.1 where r_pg > 0, else -1                  the same, with lambda = 0.1
 
-    The batch statistics of the last one are over responses, as in the paper's formula (verl takes them over tokens, so
-    long responses weigh more there).
+    The batch statistics of reinforce_plus_plus_baseline are over responses, as in the paper's formula (verl takes them
+    over tokens, so long responses weigh more there).
 
     A group whose rewards are all equal gets exactly 0 in every method but the last two, which have no baseline:
     rounding in the mean, divided by a standard deviation of almost 0, would otherwise train on noise, and "no token had

@@ -39,7 +39,7 @@ def token_weights(
         response_lengths: [n] int, response tokens of each sequence of this micro-batch.
         global_tokens: N, response tokens of the whole optimizer step.
         global_sequences: S, sequences of the whole optimizer step; one with an empty response counts.
-        max_response_tokens: n_max.
+        max_response_tokens: n_max, the response budget.
         tokens: sum of the lengths, where the caller knows it; lengths on a GPU would have to be waited for.
 
     Returns:
@@ -66,7 +66,7 @@ def high_prob_token_weights(
     global_sequences: float,
     max_response_tokens: int,
 ) -> Tensor:
-    """Weights of the EntroPIC term under `denominator: high_prob_tokens`: the same modes over those tokens only.
+    """Weights of the EntroPIC term under `denominator: high_prob_tokens`: the same modes, over those tokens only.
 
     As in the published code, the mask replaces the response mask: N and n_s count high-probability tokens. The term's
     effective coefficient is then alpha * N / N_high ("token-mean"), larger than the paper's alpha.
@@ -105,12 +105,12 @@ def high_prob_token_weights(
 
 
 def sequence_of_tokens(lengths: Tensor, tokens: int) -> Tensor:
-    """[tokens] int64: the number of each token's sequence; `lengths` [n] int add up to `tokens`."""
+    """Number of each token's sequence, [tokens] int64; `lengths` [n] int add up to `tokens`."""
     return torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths, output_size=tokens)
 
 
 def _sequence_weights(mode: str, counts: Tensor, global_sequences: float, max_response_tokens: int) -> Tensor:
-    """[n] float64 weight of one token of each sequence in the three sequence-wise modes."""
+    """Weight of one token of each sequence in the three sequence-wise modes, [n] float64."""
     sequences = _positive("global_sequences", global_sequences)
     if mode == "seq-mean-token-sum":
         return torch.full_like(counts, 1.0 / sequences)

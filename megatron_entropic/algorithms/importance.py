@@ -11,7 +11,7 @@ from megatron_entropic.algorithms.losses.policy_loss import MAX_LOG_RATIO
 
 
 def importance_ratios(old_logprobs: Tensor, rollout_logprobs: Tensor, level: str) -> Tensor:
-    """pi_old / pi_rollout of ONE response's tokens, before any truncation; constants.
+    """Ratios pi_old / pi_rollout of ONE response's tokens, before any truncation; constants.
 
         token      exp(clamp(logp_old - logp_rollout, -20, 20)), each token's own
         sequence   exp(clamp(sum over the response, -20, 20)), the same for all its tokens
@@ -65,7 +65,7 @@ def importance_weights(ratios: Tensor, method: str, cap: float) -> Tensor:
 
 
 def importance_metrics(ratios: Seq[Tensor], method: str, cap: float) -> dict[str, float]:
-    """What the correction had to do, from the ratios of all responses before truncation.
+    """Metrics of the rollout correction, from the ratios of all responses before truncation.
 
     importance/ratio_mean, importance/ratio_max   of w; the mean is 1 when both policies agree
     importance/cut_fraction                       share of tokens whose w was truncated or masked
@@ -87,7 +87,7 @@ def importance_metrics(ratios: Seq[Tensor], method: str, cap: float) -> dict[str
 
 
 def mismatch_metrics(policy_logprobs: Tensor, rollout_logprobs: Tensor) -> dict[str, float]:
-    """The mismatch panel over T tokens sampled by the engine, with d = logp_policy - logp_rollout.
+    """Metrics of the mismatch over T tokens sampled by the engine, with d = logp_policy - logp_rollout.
 
         mismatch/logprob_abs_mean               mean |d|, nats
         mismatch/logprob_abs_max                max |d|, nats

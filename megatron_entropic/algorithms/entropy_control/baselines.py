@@ -120,7 +120,7 @@ class Dmmpt(Controller):
 
 
 class Probe(Controller):
-    """alpha is a square wave, whatever the entropy: a run identified in open loop.
+    """A square wave of alpha, whatever the entropy: a run identified in open loop.
 
         alpha = centre - amplitude      in the first `half_period` optimizer steps, which raises entropy
         alpha = centre + amplitude      in the next, and so on in turn

@@ -1,4 +1,4 @@
-"""What all controllers have in common: measurement, set point, state, log."""
+"""Base of all controllers: measurement, set point, state, log."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Controller(ABC):
     """
 
     kind: str
-    """Whose state a checkpoint holds: a controller of another kind starts fresh."""
+    """Kind of the state in a checkpoint: a controller of another kind starts fresh."""
     state_names: tuple[str, ...] = ()
     """Float attributes that are state beside the measurement, in checkpoints under the same names."""
 
@@ -50,7 +50,8 @@ class Controller(ABC):
 
     @classmethod
     def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> Controller:
-        """Made for `entropy_control.controller=module:Class`; to be overridden by a class that needs more of `config`.
+        """Make a controller for `entropy_control.controller=module:Class`; a class that needs more of `config`
+        overrides it.
 
         Numbers of its own come as `config.options`.
         """
@@ -63,7 +64,7 @@ class Controller(ABC):
 
     @abstractmethod
     def _steer(self) -> Steering:
-        """What to do about `entropy` and `error`, which were just measured."""
+        """The controller's wishes, given `entropy` and `error`, which were just measured."""
 
     def _advance(self, *, has_advantage: bool) -> None:
         """Change the state once, after an optimizer step that was taken."""
@@ -110,7 +111,7 @@ class Controller(ABC):
         self._advance(has_advantage=has_advantage)
 
     def metrics(self) -> dict[str, float]:
-        """What a run logs each step; subclasses add theirs."""
+        """Metrics that a run logs each step; subclasses add theirs."""
         return {
             "entropy/mean": self.entropy,
             "entropy/target": self.target,
@@ -120,7 +121,7 @@ class Controller(ABC):
         }
 
     def state_dict(self) -> dict[str, float | int]:
-        """Plain numbers: `H`, `H_initial`, `observations`, `step`, and the attributes in `state_names`."""
+        """State as plain numbers: `H`, `H_initial`, `observations`, `step`, and the attributes in `state_names`."""
         return {
             "H": self.entropy,
             "H_initial": self._initial_entropy,
@@ -145,10 +146,10 @@ class Controller(ABC):
 
 
 def check_state(state: Mapping[str, float | int], names: tuple[str, ...]) -> None:
-    """A saved state has exactly these finite numbers.
+    """Refuse a saved state that does not have exactly these finite numbers.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it does not.
     """
     if set(state) != set(names):
         raise ValueError(f"entropy controller state needs exactly the keys {sorted(names)}, not {sorted(state)}")
@@ -157,10 +158,10 @@ def check_state(state: Mapping[str, float | int], names: tuple[str, ...]) -> Non
 
 
 def check_gains(kp: float, ki: float) -> None:
-    """Gains are finite and not negative.
+    """Refuse gains that are negative or not finite.
 
     Raises:
-        ValueError: one is not.
+        ValueError: one is.
     """
     for name, value in (("kp", kp), ("ki", ki)):
         if not (math.isfinite(value) and value >= 0):
@@ -172,7 +173,7 @@ def check_gains(kp: float, ki: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Steering:
-    """The wishes of a controller; the default wishes nothing, and leaves the loss exactly the base loss.
+    """Wishes of a controller for one optimizer step; the default wishes nothing, and leaves exactly the base loss.
 
     L = sum_t w_t k_t l_t  +  alpha * sum_t w'_t a_t  -  c * sum_t w_t H_t        k_t from `kept`
     """
@@ -180,11 +181,11 @@ class Steering:
     alpha: float = 0.0
     """Coefficient of EntroPIC's term."""
     entropy_coefficient: float = 0.0
-    """c, which needs the entropy's gradient; 0 computes none."""
+    """Coefficient c of the entropy, which needs the entropy's gradient; 0 computes none."""
     samples: Literal["all", "positive", "negative"] = "all"
-    """Whose policy loss counts, by the sign of the advantage."""
+    """Sign of the advantage of the samples whose policy loss counts."""
     drop_positive_above: float | None = None
-    """Tokens with A > 0 and at least this current probability have no policy loss; None drops none."""
+    """Current probability from which on tokens with A > 0 have no policy loss; None drops none."""
 
     @property
     def keeps_all(self) -> bool:
@@ -192,7 +193,7 @@ class Steering:
         return self.samples == "all" and self.drop_positive_above is None
 
     def kept(self, logprobs: Tensor, advantages: Tensor) -> Tensor:
-        """[T] bool: the tokens whose policy loss counts. The others still count in every denominator.
+        """Mask of the tokens whose policy loss counts, [T] bool. The others still count in every denominator.
 
         Args:
             logprobs: [T] under the current weights; read as constants.
@@ -225,7 +226,7 @@ class Schedule:
     steps: int = 1
 
     def at(self, step: int) -> float:
-        """Its value when `step` optimizer steps have been taken."""
+        """Value when `step` optimizer steps have been taken."""
         progress = min(step / self.steps, 1.0)
         if self.kind == "constant":
             return self.start
@@ -235,7 +236,7 @@ class Schedule:
 
     @classmethod
     def of_gain(cls, config: GainScheduleConfig) -> Schedule:
-        """The factor of `entropy_control.gain_schedule`, which starts at 1."""
+        """Schedule of the factor of `entropy_control.gain_schedule`, which starts at 1."""
         return cls(1.0, config.end, config.kind, config.steps)
 
 
@@ -249,7 +250,7 @@ class Setpoint:
 
     @classmethod
     def of(cls, target: float | Setpoint) -> Setpoint:
-        """A constant number of nats as a set point.
+        """Make a set point of a constant number of nats; one that is a set point already is returned.
 
         Raises:
             ValueError: the number is negative or not finite.
@@ -262,15 +263,16 @@ class Setpoint:
 
     @classmethod
     def from_config(cls, config: EntropyControlConfig) -> Setpoint:
-        """From `entropy_control.target` and `target_schedule`; 0.7x is relative, 0.7 is nats."""
+        """Make the set point of `entropy_control.target` and `target_schedule`; 0.7x is relative, 0.7 is nats."""
         moving = config.target_schedule
         (start, start_is_relative), (end, end_is_relative) = _parsed(config.target), _parsed(moving.end)
         return cls(Schedule(start, end, moving.kind, moving.steps), start_is_relative, end_is_relative)
 
     def at(self, step: int, initial_entropy: float) -> float:
-        """Nats aimed at after `step` optimizer steps.
+        """Entropy aimed at after `step` optimizer steps, in nats.
 
         Args:
+            step: number of optimizer steps taken.
             initial_entropy: the first entropy that this run measured, nats.
         """
         start = self.schedule.start * (initial_entropy if self.start_is_relative else 1.0)

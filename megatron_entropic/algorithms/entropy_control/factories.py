@@ -1,4 +1,4 @@
-"""How each controller of `names.CONTROLLERS` is made of the `entropy_control` section."""
+"""Functions that make each controller of `names.CONTROLLERS` from the `entropy_control` section."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def build_controller(config: EntropyControlConfig) -> Controller:
-    """The controller that the `entropy_control` section asks for: a row of the table, or `module:Class`.
+    """Build the controller that the `entropy_control` section asks for: a row of the table, or `module:Class`.
 
     Raises:
         UserError: there is no such controller, or it is none.
@@ -45,7 +45,7 @@ def build_controller(config: EntropyControlConfig) -> Controller:
 
 
 def entropic(target: Setpoint, config: EntropyControlConfig) -> Controller:
-    """Controllers p and pi."""
+    """Make EntroPIC's controller, p or pi."""
     return EntropyController(
         target,
         config.kp,
@@ -61,28 +61,28 @@ def entropic(target: Setpoint, config: EntropyControlConfig) -> Controller:
 
 
 def constant(target: Setpoint, config: EntropyControlConfig) -> Controller:
-    """EntroPIC's term with an alpha that never changes."""
+    """Make a controller of EntroPIC's term with an alpha that never changes."""
     return ConstantAlpha(target, config.rivals.alpha)
 
 
 def probe(target: Setpoint, config: EntropyControlConfig) -> Controller:
-    """A square wave of alpha."""
+    """Make a controller of a square wave of alpha."""
     rivals = config.rivals
     return Probe(target, rivals.alpha, rivals.probe_amplitude, rivals.probe_half_period)
 
 
 def entropy_bonus(target: Setpoint, config: EntropyControlConfig) -> Controller:
-    """A fixed coefficient of the entropy."""
+    """Make a controller of a fixed coefficient of the entropy."""
     return EntropyBonus(target, config.rivals.bonus)
 
 
 def aec(target: Setpoint, config: EntropyControlConfig) -> Controller:
-    """A coefficient of the entropy that moves in steps."""
+    """Make a controller of a coefficient of the entropy that moves in steps."""
     return AdaptiveEntropyCoefficient(target, config.rivals.aec_step, config.rivals.aec_limit)
 
 
 def entrocraft(target: Setpoint, config: EntropyControlConfig) -> Controller:
-    """Samples of one sign outside of bounds that are annealed."""
+    """Make a controller that keeps samples of one sign outside of bounds that are annealed."""
     rivals = config.rivals
     upper, lower = (
         Schedule(first, last, "linear", rivals.entrocraft_steps)
@@ -92,5 +92,5 @@ def entrocraft(target: Setpoint, config: EntropyControlConfig) -> Controller:
 
 
 def dmmpt(target: Setpoint, config: EntropyControlConfig) -> Controller:
-    """Confident positive tokens dropped below the target."""
+    """Make a controller that drops confident positive tokens below the target."""
     return Dmmpt(target, config.rivals.dmmpt_probability)

@@ -21,7 +21,7 @@ from megatron_entropic.algorithms.entropy_control.controller import (
 
 
 class EntropyController(Controller):
-    """P with `ki` = 0, else PI, from the global entropy.
+    """EntroPIC's controller from the global entropy: P with `ki` = 0, else PI.
 
     The integral advances by e in `commit`, so the alpha of a step never contains that step's own error in its integral
     term. It is the sum of errors, not multiplied by K_i: a run resumed with another K_i rescales nothing.
@@ -89,7 +89,7 @@ class EntropyController(Controller):
         return Steering(alpha=self.alpha)
 
     def _notice_crossing(self) -> None:
-        """The first measurement says on which side of the target the run began; the first on another ends the wait."""
+        """Note the side of the target that the first measurement is on, and the first one that is on another."""
         side = float((self.error > 0) - (self.error < 0))
         if self.side == 0.0:
             self.side = side
@@ -102,7 +102,10 @@ class EntropyController(Controller):
             self.acc = self.rule.advanced(self.acc, self.error, alpha_unclipped=self.alpha_unclipped, ki=self.ki)
 
     def metrics(self) -> dict[str, float]:
-        """`entropy/integral` is the state now, `entropy/integral_term` what alpha used."""
+        """Metrics of the base class and the parts of alpha.
+
+        `entropy/integral` is the state now, `entropy/integral_term` the part of alpha that was computed from it before.
+        """
         return super().metrics() | {
             "entropy/proportional": self.proportional_term,
             "entropy/integral_term": self.integral_term,
@@ -123,25 +126,28 @@ def _check_options(start: str, dead_band: float, initial_alpha: float) -> None:
 # How a controller's sum of errors advances, and what keeps it from winding up while alpha is at its limit.
 
 ALPHA_LIMIT = 1.0
-"""|alpha| <= 1 keeps the weights 1 + alpha and 1 - alpha of the policy gradient non-negative."""
+"""Limit of |alpha|: up to 1 the weights 1 + alpha and 1 - alpha of the policy gradient are non-negative."""
 
 
 def clipped_alpha(alpha: float) -> float:
-    """alpha within its limits."""
+    """Clip alpha to its limits."""
     return min(max(alpha, -ALPHA_LIMIT), ALPHA_LIMIT)
 
 
 @dataclass(frozen=True, slots=True)
 class IntegralRule:
-    """What the sum of errors becomes after an optimizer step.
+    """Rule by which the sum of errors changes after an optimizer step.
 
     Raises:
         ValueError: a setting is out of its range.
     """
 
     anti_windup: str = "conditional"
-    """conditional: the integral stands still while |K_p e + K_i sum(e)| >= 1 and e would push it further out; clamp:
-    |K_i sum(e)| stays within 1; or none."""
+    """Rule against wind-up: conditional, clamp or none.
+
+    conditional: the integral stands still while |K_p e + K_i sum(e)| >= 1 and e would push it further out; clamp: |K_i
+    sum(e)| stays within 1; or none.
+    """
     limit: float | None = None
     """Bound of |sum of errors|, nats; None is no bound."""
     leak: float = 0.0

@@ -23,16 +23,16 @@ from dataclasses import dataclass
 import torch
 
 SETTLED = 0.05
-"""Settled: the error stays within this fraction of the first."""
+"""Fraction of the first error within which the error stays once it has settled."""
 SETTLING_POLE_STEPS = 4.15
-"""p t from which |(1 - p t) exp(-p t)| <= SETTLED."""
+"""Value of p t from which on |(1 - p t) exp(-p t)| <= SETTLED."""
 MIN_STEPS = 10
 MIN_SIGNIFICANCE = 3.0
-"""g must be this many standard errors above 0, or the run says nothing about it."""
+"""Number of standard errors that g must be above 0; else the run says nothing about it."""
 USABLE_ALPHA = 0.9
 """Largest |alpha| that may be needed just to hold the target."""
 LARGEST_POLE = 0.5
-"""A faster loop would chase the noise of single measurements."""
+"""Largest pole p: a faster loop would chase the noise of single measurements."""
 NOISE_WIDTH = 1.5
 """Standard deviations of noise that alpha has room for: about 7 % of the measurements are further out on one side."""
 START_SATURATES = "alpha would saturate"
@@ -40,37 +40,37 @@ START_SATURATES = "alpha would saturate"
 
 @dataclass(frozen=True, slots=True)
 class Plant:
-    """What a run says about its entropy."""
+    """Response of a run's entropy to alpha, as identified from its records."""
 
     gain: float
-    """g > 0, nats per optimizer step and unit of alpha."""
+    """Gain g > 0, nats per optimizer step and unit of alpha."""
     drift: float
-    """b, nats per optimizer step."""
+    """Drift b, nats per optimizer step."""
     gain_error: float
-    """Standard error of g."""
+    """Standard error of g, in its unit."""
     noise: float
     """Standard deviation of H around the fit, nats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Gains and the way to them."""
+    """Proposed gains, with the reasoning that leads to them."""
 
     kp: float
     ki: float
     initial_alpha: float
-    """Where the integral's part of alpha begins: b / g."""
+    """Value at which the integral's part of alpha begins: b / g."""
     settling_steps: float
-    """Optimizer steps in which they settle; more than wanted where alpha would saturate."""
+    """Optimizer steps in which entropy settles; more than wanted where alpha would saturate."""
     reasoning: tuple[str, ...]
 
 
 def identify_plant(entropies: Seq[float], alphas: Seq[float], updates_per_row: int = 1) -> Plant:
-    """Least squares of the summed form over consecutive rows.
+    """Identify the plant by least squares of the summed form over consecutive rows.
 
     Args:
-        entropies: [n] measured before the update of each row, nats.
-        alphas: [n] used in that update.
+        entropies: [n] entropies measured before the update of each row, nats.
+        alphas: [n] alphas used in that update.
         updates_per_row: optimizer steps between one row and the next; alpha stands for all of them.
 
     Raises:
@@ -106,7 +106,8 @@ def identify_plant(entropies: Seq[float], alphas: Seq[float], updates_per_row: i
 
 
 def propose_gains(plant: Plant, entropy: float, target: float, settling_steps: float) -> Proposal:
-    """K_p and K_i that bring `entropy` to `target` within `settling_steps` optimizer steps without saturating alpha.
+    """Propose K_p and K_i that bring `entropy` to `target` within `settling_steps` optimizer steps without saturating
+    alpha.
 
     Where the wanted time needs |alpha| > 1 at the start, or lets noise take alpha there, the shortest time that does
     not is taken, and said.
@@ -149,7 +150,7 @@ def propose_gains(plant: Plant, entropy: float, target: float, settling_steps: f
 
 
 def _pole_limits(plant: Plant, error: float, holding: float) -> dict[str, float]:
-    """Largest p for each thing that goes wrong beyond it."""
+    """Largest p before each thing that goes wrong beyond it, by its name."""
     # The first alpha is b / g + K_p e = b / g + 2 p e / g, and has to stay within 1 on the side of e.
     room = 1.0 - math.copysign(holding, holding * error)
     # Around b / g, noise moves alpha by K_p times itself; it is to stay within 1 on the nearer side.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def covariances(tokens: BatchTokens, across: Across) -> tuple[Tensor, int]:
-    """(A - mean A) (log pi - mean log pi) of each token [N] float64, and the number of tokens of all replicas."""
+    """Products (A - mean A) (log pi - mean log pi) of tokens, [N] float64, and the number of all replicas' tokens."""
     advantages, logprobs = tokens.advantages.double(), tokens.logprobs.double()
     sums = torch.stack([advantages.sum(), logprobs.sum(), advantages.new_tensor(float(advantages.numel()))])
     total_advantage, total_logprob, count = across.sum(sums).tolist()
@@ -29,14 +29,14 @@ def covariances(tokens: BatchTokens, across: Across) -> tuple[Tensor, int]:
 
 
 def _marked(scores: Tensor, fraction: float, count: int, across: Across) -> Tensor:
-    """[N] float32, 1 where a score is among the largest `fraction` of all `count` tokens and not -inf."""
+    """Marks [N] float32: 1 where a score is among the largest `fraction` of all `count` tokens and not -inf."""
     chosen = across.largest(scores, max(1, int(fraction * count)))
     threshold = float(chosen[-1]) if chosen.numel() else float("inf")
     return ((scores >= threshold) & (scores > -torch.inf)).float()
 
 
 def clip_cov_plan(tokens: BatchTokens, across: Across, algorithm: AlgorithmConfig) -> Tensor:
-    """Marks a random share of the tokens whose covariance lies between the bounds."""
+    """Mark a random share of the tokens whose covariance lies between the bounds."""
     options = algorithm.loss_options
     covariance, count = covariances(tokens, across)
     eligible = (covariance > options.clip_cov_low) & (covariance < options.clip_cov_high)
@@ -56,7 +56,7 @@ def clip_cov(inputs: LossInputs, algorithm: AlgorithmConfig) -> PolicyLossTerms:
 
 
 def kl_cov_plan(tokens: BatchTokens, across: Across, algorithm: AlgorithmConfig) -> Tensor:
-    """Marks the share of tokens with the largest covariance, if positive: without advantages all are tied at 0."""
+    """Mark the share of tokens with the largest covariance, if positive: without advantages all are tied at 0."""
     covariance, count = covariances(tokens, across)
     return _marked(
         covariance.masked_fill(covariance <= 0, -torch.inf), algorithm.loss_options.covariance_fraction, count, across

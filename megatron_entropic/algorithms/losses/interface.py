@@ -1,4 +1,4 @@
-"""What a policy loss gets and gives. T is the number of response tokens at hand, sequence after sequence.
+"""Inputs and result of a policy loss. T is the number of response tokens at hand, sequence after sequence.
 
 A loss is per token and not aggregated: weights, rollout correction, EntroPIC's term and KL penalty come from outside.
 """
@@ -23,19 +23,19 @@ class LossInputs:
     """Per-token inputs of a policy loss."""
 
     logprobs: Tensor
-    """[T] under the current weights; carries the gradient."""
+    """Log-probs under the current weights, [T]; carries the gradient."""
     old_logprobs: Tensor
-    """[T] under the weights that scored the rollout. Constants, like all that follow."""
+    """Log-probs under the weights that scored the rollout, [T]. Constants, like all that follow."""
     advantages: Tensor
-    """[T]."""
+    """Advantages, [T]."""
     marks: Tensor | None = None
-    """[T] float32 from the loss's own plan; None for a loss without one."""
+    """Marks from the loss's own plan, [T] float32; None for a loss without one."""
     lengths: Tensor | None = None
-    """[n] int64 tokens of each sequence; only for losses of whole sequences, whose T are n whole sequences."""
+    """Tokens of each sequence, [n] int64; only for losses of whole sequences, whose T are n whole sequences."""
 
     @property
     def ratio(self) -> Tensor:
-        """[T] pi / pi_old = exp(clamp(logp - logp_old, -20, 20)), with gradient."""
+        """Ratios pi / pi_old = exp(clamp(logp - logp_old, -20, 20)), [T], with gradient."""
         return torch.exp((self.logprobs - self.old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
@@ -54,29 +54,32 @@ class BatchTokens:
     """All N response tokens of a replica's part of an optimizer step, before it begins; constants."""
 
     logprobs: Tensor
-    """[N] under the weights before the step."""
+    """Log-probs under the weights before the step, [N]."""
     entropies: Tensor
-    """[N] nats."""
+    """Entropies, [N], nats."""
     old_logprobs: Tensor
-    """[N]."""
+    """Log-probs under the weights that scored the rollout, [N]."""
     advantages: Tensor
-    """[N]."""
+    """Advantages, [N]."""
     keys: Tensor
-    """[N] float64 in [0, 1): a random number for each token that depends on its sequence, position and the number of
-    the optimizer step only, so that draws do not depend on the layout."""
+    """Random number of each token, [N] float64 in [0, 1).
+
+    It depends on the token's sequence, position and the number of the optimizer step only, so that draws do not depend
+    on the layout.
+    """
 
 
 LossFunction = Callable[[LossInputs, "AlgorithmConfig"], PolicyLossTerms]
 PlanFunction = Callable[[BatchTokens, Across, "AlgorithmConfig"], Tensor]
-"""[N] float32 marks, which the loss function finds in `LossInputs.marks`."""
+"""Function that returns marks, [N] float32, which the loss function finds in `LossInputs.marks`."""
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyLoss:
-    """A policy loss and what it needs."""
+    """A policy loss as a function, with what it needs besides."""
 
     function: LossFunction
     plan: PlanFunction | None = None
-    """For losses that compare tokens of the whole optimizer step: called once before it, after a forward pass."""
+    """Plan of a loss that compares tokens of the whole optimizer step: called once before it, after a forward pass."""
     whole_sequences: bool = False
     """Whether a token's loss depends on the other tokens of its sequence."""

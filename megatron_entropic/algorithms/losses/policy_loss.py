@@ -14,20 +14,22 @@ import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""Log-probability differences are clamped to +-20 before exp: a stale token gives a large finite ratio, never inf."""
+"""Limit of |log-probability difference| before exp: a stale token gives a large finite ratio, never inf."""
 
 
 @dataclass(slots=True)
 class PolicyLossTerms:
-    """What a policy loss returns, each [T]."""
+    """Result of a policy loss, each part [T]."""
 
     loss: Tensor
-    """Per-token loss, not aggregated; carries the gradient."""
+    """Loss of each token, not aggregated; carries the gradient."""
     ratio: Tensor
-    """pi / pi_old before any clipping; carries the gradient."""
+    """Ratio pi / pi_old before any clipping; carries the gradient."""
     clipped: Tensor
-    """bool: the loss treats this token otherwise than plain policy gradient; for `policy_loss`, clip or dual clip holds
-    its ratio and its loss has no gradient."""
+    """Whether the loss treats a token otherwise than plain policy gradient, bool.
+
+    For `policy_loss`: clip or dual clip holds the token's ratio and its loss has no gradient.
+    """
 
 
 def policy_loss(
@@ -141,7 +143,7 @@ def clip_bounds(
 
 
 def _check_shapes(first: Tensor, *others: Tensor | None) -> None:
-    """All per-token inputs must be [T]: a silent broadcast would train on the wrong tokens."""
+    """Refuse per-token inputs that are not all [T]: a silent broadcast would train on the wrong tokens."""
     shapes = [tuple(t.shape) for t in (first, *others) if t is not None]
     if first.dim() != 1 or any(shape != shapes[0] for shape in shapes):
         raise ValueError(f"per-token inputs must all be [T], got shapes {shapes}")

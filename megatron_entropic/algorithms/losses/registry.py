@@ -20,7 +20,7 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {name: _of(entry) for name, entry in name
 
 
 def find_policy_loss(name: str) -> PolicyLoss:
-    """The loss called `name`, or the function or `PolicyLoss` that `module:name` names.
+    """Find the loss called `name`, or the function or `PolicyLoss` that `module:name` names.
 
     A function from outside may look at whole sequences: it gets their lengths.
 
