@@ -17,7 +17,7 @@ from megatron_entropic.config.load import load_config
 from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.rewards import build_verifier
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 EXPRESSION = re.compile(r"[0-9]+(?: [-+*] [0-9]+)+")
 
 

@@ -15,7 +15,7 @@ from megatron_entropic.cli import main
 from megatron_entropic.training.machine import load_checked_config
 from megatron_entropic.training.preconditions import open_inputs
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 EXAMPLE = ROOT / "examples" / "countdown_cpu.yaml"
 
 

@@ -17,7 +17,7 @@ from megatron_entropic.data import TaskDataset, WarmStartPairs, load_tokenizer
 from megatron_entropic.rewards import build_verifier
 from megatron_entropic.training.machine import load_checked_config
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "study"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "examples" / "study"))
 
 import chain
 import figures

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pytest
 import torch
-from transformers import (
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+
+if TYPE_CHECKING:  # importing transformers' models takes seconds, and not every test wants one
+    from transformers import PreTrainedModel
 
 # Odd sizes, so that no two axes can be taken for each other; the vocabulary is not divisible by 2 or 4.
 _SIZES = {
@@ -55,6 +42,21 @@ FAMILIES = ("qwen3", "qwen2", "llama", "qwen3_moe", "mixtral", "deepseek_v3")
 
 def build_tiny(family: str, tied: bool) -> PreTrainedModel:
     """A random model whose norms and biases are not trivial either."""
+    from transformers import (
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
+
     torch.manual_seed(7)
     model: PreTrainedModel
     if family == "qwen3":
@@ -81,37 +83,3 @@ def build_tiny(family: str, tied: bool) -> PreTrainedModel:
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter))
     return model
-
-
-@pytest.fixture(scope="session", params=[(f, t) for f in FAMILIES for t in (False, True)], ids=str)
-def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
-    """(model, directory) of every family, tied and untied. Read only: the directory is shared."""
-    family, tied = request.param
-    directory = tmp_path_factory.mktemp(f"{family}_{tied}")
-    model = build_tiny(family, tied)
-    model.save_pretrained(directory)
-    return model, directory
-
-
-@pytest.fixture
-def qwen3_dir(tmp_path: Path) -> Path:
-    """An untied Qwen3 directory that a test may damage."""
-    directory = tmp_path / "model"
-    build_tiny("qwen3", False).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture
-def deepseek_v3_dir(tmp_path: Path) -> Path:
-    """An untied DeepSeek-V3 directory that a test may change."""
-    directory = tmp_path / "model"
-    build_tiny("deepseek_v3", False).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture
-def qwen3_sharded_dir(tmp_path: Path) -> Path:
-    """The same in several files with an index."""
-    directory = tmp_path / "sharded"
-    build_tiny("qwen3", False).save_pretrained(directory, max_shard_size="10KB")
-    return directory

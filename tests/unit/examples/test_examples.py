@@ -22,7 +22,7 @@ from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.rewards import build_verifier
 from megatron_entropic.training.machine import load_checked_config
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 
 
 def load_prepare() -> ModuleType:

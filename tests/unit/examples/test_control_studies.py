@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "study"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "examples" / "study"))
 
 import cases
 import rows as rows_of_runs

@@ -13,7 +13,7 @@ from megatron_entropic.algorithms import POLICY_LOSSES
 from megatron_entropic.algorithms.entropy_control import CONTROLLERS
 from megatron_entropic.config.algorithm import AlgorithmConfig, EntropyControlConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "study"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "examples" / "study"))
 
 import methods as study_methods
 
