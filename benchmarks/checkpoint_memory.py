@@ -3,8 +3,9 @@
     python benchmarks/checkpoint_memory.py [--output-dir DIR] [--ranks N] [--tensor-parallel N]
 
 A policy of 117 million parameters in bfloat16, replicated over the ranks, saves two checkpoints of each format; the
-second is measured, on the rank where it costs most. Its shard is what a checkpoint needs of that rank: its part of the
-optimizer state, and on the first replica the weights. Then every rank reads the checkpoint back, in the same layout.
+second is measured, on the rank where it costs most. Memory counts from before the first: copies are kept. The rank's
+shard is what a checkpoint needs of it: its part of the optimizer state, and on the first replica the weights. Then
+every rank reads the checkpoint back, in the same layout.
 """
 
 from __future__ import annotations
@@ -74,9 +75,11 @@ def _on_rank(
         }
         with policy(rank, ranks, port, hf_dir, **sections) as one:
             root = folder / format_name
+            before = _resident_bytes()
             one.save_checkpoint(root / "step_00000000", {"step": 0})
             one.check_checkpoint(wait=True)
-            peak, stopped, complete = _second_save(one, root / "step_00000001")
+            highest, stopped, complete = _second_save(one, root / "step_00000001")
+            peak = highest - before
             began = time.perf_counter()
             one.load_checkpoint(root / "step_00000001")
             read = time.perf_counter() - began
@@ -88,18 +91,22 @@ def _on_rank(
         ]
 
 
-def _second_save(one: Any, directory: Path) -> tuple[float, float, float]:
-    """(bytes of this process above what it had, seconds until training goes on, seconds until it is complete)."""
+def _resident_bytes() -> float:
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return _status("VmRSS")
+
+
+def _second_save(one: Any, directory: Path) -> tuple[float, float, float]:
+    """(most bytes that this process had, seconds until training goes on, seconds until it is complete)."""
+    _resident_bytes()
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the highest memory use so far
-    before = _status("VmRSS")
     began = time.perf_counter()
     one.save_checkpoint(directory, {"step": 1})
     stopped = time.perf_counter() - began
     one.check_checkpoint(wait=True)
-    return _status("VmHWM") - before, stopped, time.perf_counter() - began
+    return _status("VmHWM"), stopped, time.perf_counter() - began
 
 
 def _where_it_costs_most(figures: list[float]) -> list[float]:

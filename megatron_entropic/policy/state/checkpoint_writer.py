@@ -15,7 +15,7 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
@@ -71,6 +71,7 @@ class CheckpointWriter:
         self._format_chosen = False
         self._format: Format = config.format
         self._shards: str | None = None
+        self._copies = HostCopies()
 
     def save(
         self, directory: Path, model: torch.nn.ModuleList, optimizer: PolicyOptimizer, state: dict[str, Any]
@@ -98,6 +99,7 @@ class CheckpointWriter:
         self._writing = self._thread.submit(self._write, directory, commit, record)
         if not self._config.asynchronous:
             self.check(wait=True)
+            self._copies = HostCopies()  # the run stands still for the whole save: their pages are the least of it
 
     def check(self, *, wait: bool) -> None:
         """Raise if the last checkpoint could not be written; with `wait` not before that is known.
@@ -151,7 +153,7 @@ class CheckpointWriter:
             # collective that will not come; this error ends the run without them.
             _abandon(self._partial(directory))
             raise CheckpointError(_message(directory, error)) from error
-        return strategy.copy_to_host(live, self._group)
+        return strategy.copy_to_host(live, self._copies, self._group)
 
     def _write(self, directory: Path, commit: Callable[[], None], record: dict[str, Any]) -> None:
         """From the copies to a checkpoint that counts; the threads of all ranks together."""
@@ -224,10 +226,10 @@ def _staging_strategy() -> Any:
             self.writer, self.planned = writer, planned
             return AsyncRequest(None, (), [])
 
-        def copy_to_host(self, live: set[int], group: dist.ProcessGroup) -> Callable[[], None]:
+        def copy_to_host(self, live: set[int], kept: HostCopies, group: dist.ProcessGroup) -> Callable[[], None]:
             """Copy the tensors; the returned function writes them, and the ranks of `group` agree on their index."""
             write, _preload, arguments = self.writer.get_save_function_and_args()
-            copies = [] if write is None else [_private(bucket, live) for bucket in self.writer.write_buckets]
+            copies = [] if write is None else [_private(bucket, live, kept) for bucket in self.writer.write_buckets]
             self.writer.write_buckets = copies  # lets go of the policy's own tensors
 
             def commit() -> None:
@@ -253,7 +255,24 @@ def _storages(tensors: dict[str, Any]) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in data if tensor is not None}
 
 
-def _private(bucket: Any, live: set[int]) -> Any:
+class HostCopies:
+    """Copies of tensors in host memory, in the same memory from one save to the next.
+
+    A new one costs more than its contents: the kernel clears its pages one by one while training waits.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[Hashable, torch.Tensor] = {}
+
+    def copy(self, name: Hashable, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of `tensor` in the place of the last one of this name, which must not be in use any more."""
+        copy = self._copies.get(name)
+        if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+            copy = self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return copy.copy_(tensor)
+
+
+def _private(bucket: Any, live: set[int], kept: HostCopies) -> Any:
     """One of megatron-core's buckets with its tensors in host memory, and none that training goes on changing.
 
     megatron-core itself has copied views, and copies from a device into page-locked memory: in allocations of powers of
@@ -261,7 +280,7 @@ def _private(bucket: Any, live: set[int]) -> Any:
     """
     path, key, (small, tensors) = bucket
     copies = [
-        (item, tensor if tensor.untyped_storage().data_ptr() not in live else tensor.to("cpu", copy=True))
+        (item, tensor if tensor.untyped_storage().data_ptr() not in live else kept.copy(item.index, tensor))
         for item, tensor in tensors
     ]
     return path, key, (small, copies)

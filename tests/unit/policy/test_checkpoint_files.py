@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_entropic.checkpoints.run_checkpoints import (
     MANIFEST,
@@ -21,6 +22,7 @@ from megatron_entropic.checkpoints.run_checkpoints import (
     verify_checkpoint,
 )
 from megatron_entropic.errors import UserError
+from megatron_entropic.policy.state.checkpoint_writer import HostCopies
 
 
 def save(root: Path, step: int, content: str = "tensors") -> Path:
@@ -230,3 +232,15 @@ def test_a_state_of_another_form_is_no_checkpoint(tmp_path, state):
     rewrite_state(directory, state)
     with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
         read_state(directory)
+
+
+def test_a_save_copies_into_the_memory_of_the_one_before():
+    copies, tensor = HostCopies(), torch.arange(6.0)
+    first = copies.copy("a", tensor[:3])
+    tensor += 1
+    assert first.tolist() == [0, 1, 2], "training goes on with the tensor"
+    again = copies.copy("a", tensor[:3])
+    assert again.tolist() == [1, 2, 3]
+    assert again.data_ptr() == first.data_ptr()
+    assert copies.copy("b", tensor[:3]).data_ptr() != again.data_ptr()
+    assert copies.copy("a", tensor).tolist() == tensor.tolist(), "another shape has memory of its own"
