@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -47,6 +48,7 @@ def ray_session(config: ClusterConfig, *, local_cpus: int) -> Iterator[Device]:
     if ray.is_initialized():
         raise RunError("Ray is already initialised in this process; a run needs a session of its own")
     with ExitStack() as opened:
+        opened.enter_context(_short_messages())
         opened.callback(ray.shutdown)
         if config.address == "local":
             folder = opened.enter_context(session_folder())
@@ -58,6 +60,34 @@ def ray_session(config: ClusterConfig, *, local_cpus: int) -> Iterator[Device]:
             yield _device(config)
         except (*LOST, GetTimeoutError) as error:  # of what the driver itself asks of Ray; calls of peers say more
             raise translated(error, "the driver", "Ray") from error
+
+
+@contextmanager
+def _short_messages() -> Iterator[None]:
+    """What Ray's servers report, such as a full disk, as one line each: the run's own error says what it means.
+
+    Ray 2.60 prints it whatever `log_to_driver` is, tracebacks included, and for every object anew.
+    """
+    worker = ray._private.worker
+    plain, told = worker.print_to_stdstream, set[str]()
+
+    def shorten(data: dict[str, Any], **_: Any) -> None:
+        for line in filter(None, map(_gist, data["lines"])):
+            if line not in told:
+                told.add(line)
+                sys.stderr.write(f"Ray's {data['pid']}: {line}\n")
+
+    worker.print_to_stdstream = shorten
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = plain
+
+
+def _gist(message: str) -> str:
+    """Its first line, of a traceback the last."""
+    lines = message.strip().splitlines() or [""]
+    return lines[-1 if lines[0].startswith("Traceback") else 0][:MESSAGE_CHARACTERS]
 
 
 def _start_local(config: ClusterConfig, cpus: int, folder: Path) -> None:

@@ -256,7 +256,7 @@ def _sentence(error: RayError, peer: str) -> str:
     if isinstance(error, ray_errors.OutOfDiskError):
         return (
             f"what {peer} sent found no room: the disk below Ray's folder (TMPDIR, or ME_NODE_TMP under Slurm) is full "
-            f"({_first_line(error)})"
+            f"({_first_line(error)}); make room there, or name a folder elsewhere"
         )
     if isinstance(error, ray_errors.ObjectStoreFullError):
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 
 from megatron_entropic.cluster import session
 from megatron_entropic.config.run import ClusterConfig
@@ -72,3 +74,17 @@ def test_a_slow_machine_gets_the_time_it_needs(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(session.ray, "init", fail_slowly)
     session._start_local(ClusterConfig(startup_timeout_s=240), 2, tmp_path)
     assert len(attempts) == 6
+
+
+def test_what_rays_servers_report_is_one_line_each_and_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """A full disk put a traceback of Ray's on the screen for every object."""
+    traceback = 'Traceback (most recent call last):\n  File "ray/_raylet.pyx", line 2888\nOSError: disk is full\n'
+    with session._short_messages():
+        for lines in ([traceback], [traceback], ["2 workers were killed (OOM)\nRefer to the documentation\n", ""]):
+            ray._private.worker.print_to_stdstream({"lines": lines, "pid": "raylet", "is_err": False})
+    assert capsys.readouterr().err == "Ray's raylet: OSError: disk is full\nRay's raylet: 2 workers were killed (OOM)\n"
+    with session._short_messages():
+        changed = ray._private.worker.print_to_stdstream
+    assert ray._private.worker.print_to_stdstream is not changed
+    listening = inspect.getsource(ray._private.worker.listen_error_messages)
+    assert "print_to_stdstream(" in listening, "Ray no longer prints messages by this function"
