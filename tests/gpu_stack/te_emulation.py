@@ -40,6 +40,7 @@ def install() -> Any:
     backends: Any = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention.backends")
     refuses_float32: Any = inspect.unwrap(backends.FusedAttention.forward)
     refuses_float32.__code__ = _with_float32(refuses_float32.__code__)
+    te_fused_attention.gather_in_the_backward_ring()
     return bindings
 
 

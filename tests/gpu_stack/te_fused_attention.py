@@ -6,11 +6,13 @@ halves of every sequence, a chunk from its front and one from its back; the kern
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 def _segments(lengths: torch.Tensor, starts: torch.Tensor | None) -> Iterator[slice]:
@@ -140,3 +142,38 @@ FUNCTIONS = (
     thd_out_correction,
     thd_grad_correction,
 )
+
+
+class _Ended:
+    """An exchange that is over."""
+
+    def wait(self) -> bool:
+        return True
+
+
+def gather_in_the_backward_ring() -> None:
+    """Lets the ring of the backward pass exchange by all-gather; that of the forward pass sends and receives.
+
+    Over gloo (torch 2.13) the backward pass's first pair of a send and a receive never ends, both ranks having begun it
+    with the same sizes. The same pair ends in the forward pass, and in a function of autograd of plain tensors.
+    """
+    module: Any = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention.context_parallel")
+    attention = module.AttnFuncWithCPAndKVP2P
+    exchange, backward = module.flash_attn_p2p_communicate, attention.backward
+
+    def gather(
+        _rank: int, sent: torch.Tensor, _to: int, received: torch.Tensor, source: int, group: Any, _batch: bool
+    ) -> list[_Ended]:
+        parts = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, sent.contiguous(), group=group)
+        received.copy_(parts[dist.get_group_rank(group, source)])
+        return [_Ended()]
+
+    def gathering(context: Any, *gradients: Any) -> Any:
+        module.flash_attn_p2p_communicate = gather
+        try:
+            return backward(context, *gradients)
+        finally:
+            module.flash_attn_p2p_communicate = exchange
+
+    attention.backward = staticmethod(gathering)

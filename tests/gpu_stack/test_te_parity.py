@@ -56,6 +56,7 @@ UPDATED: dict[str, dict[str, Any]] = {
     "dp2, recomputed logits": updates._layout(DENSE[:1], (), output_head="recompute"),
     "dp2, stored logits": updates._layout(DENSE[:1], (), output_head="logits"),
     "tp2 sp": updates._layout(DENSE, tensor_parallel=2, sequence_parallel=True),
+    "cp2": updates._layout((*DENSE, *updates.EXPERTS[:1]), context_parallel=2),
     "pp2": updates._layout(DENSE[:1], pipeline_parallel=2, recompute="full"),
     "ep2": updates._experts(("distributed",), expert_parallel=2),
     "ep2 tp2 sp, experts whole": updates._experts(
