@@ -1,4 +1,4 @@
-"""A distributed checkpoint in the policy's own model against the Hugging Face directory in transformers."""
+"""Comparison of a distributed checkpoint in the policy's own model with the Hugging Face directory in transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TIMEOUT_S = 300.0
 
 
 def compare_logits(hf_dir: Path, megatron_dir: Path) -> tuple[float, float]:
-    """Largest distance of log-probabilities and of entropies (nats) over random tokens, in float32 on the CPU.
+    """Compute the largest distance of log-probs and of entropies (nats) over random tokens, in float32 on the CPU.
 
     Both are taken over the whole vocabulary, so that one logit that differs shows in the entropy. The model is loaded
     through megatron-core in this process, then by transformers: memory for one copy of each is needed.

@@ -24,12 +24,12 @@ USER_ERROR_STATUS = 2
 
 
 def tell_phase(job_dir: Path, rank: int, phase: str) -> None:
-    """Called by a rank at the start of each phase, and again while it makes progress in a long one."""
+    """Note a rank's phase: to be called at the start of each phase, and again while it makes progress in a long one."""
     write_text(job_dir / f"phase-{rank}", phase, durable=False)
 
 
 def run_as_rank(run: Callable[[Path], None]) -> NoReturn:
-    """What a rank's module does as a program: call `run` with the job's folder and end.
+    """Run a rank's module as a program: call `run` with the job's folder and end.
 
     What the person has to change is handed to the parent as such, without a traceback.
     """
@@ -44,13 +44,13 @@ def run_as_rank(run: Callable[[Path], None]) -> NoReturn:
 
 
 def run_local_ranks(module: str, job_dir: Path, world_size: int, *, stall_timeout_s: float) -> None:
-    """Runs `python -m module job_dir` on `world_size` ranks until all have ended.
+    """Run `python -m module job_dir` on `world_size` ranks until all have ended.
 
     The ranks find RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in their environment, share the cores
     unless OMP_NUM_THREADS is set, and write into `job_dir`.
 
     Raises:
-        UserError: what ranks found is for the person to change, see `run_as_rank`.
+        UserError: a rank found something that the person has to change, see `run_as_rank`.
         PeerDied: a rank failed; the message has the phase and the errors of all that did.
         PhaseTimeout: no rank told a phase for `stall_timeout_s`; the message has the phase of each.
     """
@@ -88,7 +88,8 @@ def _watch(ranks: Sequence[subprocess.Popen[bytes]], job_dir: Path, stall_timeou
 
 
 def _wait_for_the_others(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """A rank that fails takes its peers with it shortly after: give them the time to say how."""
+    """Wait a little for the other ranks to end, after one has failed."""
+    # A rank that fails takes its peers with it shortly after: give them the time to say how.
     deadline = time.monotonic() + _GRACE_S
     while time.monotonic() < deadline and any(process.poll() is None for process in ranks):
         time.sleep(_POLL_S)

@@ -1,4 +1,4 @@
-"""One policy rank: everything the driver can ask of it. Every method is called on all ranks together.
+"""One policy rank, with everything the driver can ask of it. Every method is called on all ranks together.
 
     score --> old log-probs, entropy of the batch --> update (one optimizer step) --> publish, save, export
 
@@ -53,14 +53,13 @@ class Policy:
     """One rank's part of the policy: process group, model, optimizer, entropy control.
 
     Args:
-        config: of the run.
-        rank, world_size, master_address, master_port: of the process group of all policy ranks.
+        config: configuration of the run.
+        rendezvous: address at which all policy ranks meet, and this rank's number among them.
         device: "auto" takes CUDA where there is one.
-        sender_type: what carries weights to the rollout engines.
-        listener: of rank 0, see `Platform.init_process_group`.
+        sender_type: class that carries weights to the rollout engines.
 
-    Attributes that others build on: `platform`, `parallel`, `parameter_map` (with `.dimensions`), `model` (the
-    chunks of this rank's stage, not wrapped), `plan` (buckets of its parameters), `optimizer`.
+    Attributes that others build on: `platform`, `parallel`, `parameter_map` (with `.dimensions`), `model` (the chunks
+    of this rank's stage, not wrapped), `plan` (buckets of its parameters), `optimizer`.
 
     Raises:
         UserError: the model directory or the layout does not work; all reasons in one message.
@@ -133,8 +132,8 @@ class Policy:
         The entropy of all replicas' tokens becomes the measurement that drives alpha.
 
         Args:
-            sequences: of this replica; may be empty.
-            reference: under the frozen reference weights, for the KL penalty; measures nothing.
+            sequences: sequences of this replica; may be empty.
+            reference: whether to score under the frozen reference weights, for the KL penalty; this measures nothing.
 
         Returns:
             On one rank of each replica (`parallel.reports`) statistics in the caller's order, else None.
@@ -159,7 +158,7 @@ class Policy:
         return scores if self.parallel.reports else None
 
     def update(self, minibatch: list[Sequence]) -> dict[str, float]:
-        """One optimizer step on this replica's part of a mini-batch.
+        """Take one optimizer step on this replica's part of a mini-batch.
 
         Returns:
             Metrics, equal on all ranks; see `PolicyUpdate.step`.
@@ -185,14 +184,14 @@ class Policy:
         return metrics
 
     def warm_start_step(self, sequences: list[Sequence]) -> dict[str, float]:
-        """One supervised optimizer step: maximum likelihood of the responses of all replicas."""
+        """Take one supervised optimizer step: maximum likelihood of the responses of all replicas."""
         self._memory.restore(OFFLOAD_PARTS)
         metrics = warm_start_step(self._machinery, sequences, self.optimizer, self.config.output_head)
         self._freshly_scored = False
         return metrics
 
     def begin_reinforcement_learning(self) -> None:
-        """Fresh optimizer state with the schedule of the `optimizer` section; ends the warm start."""
+        """End the warm start: begin with a fresh optimizer state and the schedule of the `optimizer` section."""
         self._warming_up = False
         self._memory.restore(OFFLOAD_PARTS)
         self.synchronize_parameters()
@@ -219,7 +218,7 @@ class Policy:
         self._checkpoints.save(directory, self.model, self.optimizer, state)
 
     def check_checkpoint(self, wait: bool) -> None:
-        """Raise what the last checkpoint failed with; with `wait` after it has ended."""
+        """Raise the error of the last checkpoint, if it failed; with `wait` after it has ended."""
         self._checkpoints.check(wait=wait)
 
     def load_checkpoint(self, directory: Path) -> dict[str, Any]:
@@ -255,11 +254,11 @@ class Policy:
         self._exports.begin(output_dir)
 
     def check_export(self, wait: bool) -> None:
-        """Raise what the last background export failed with; with `wait` after it has ended."""
+        """Raise the error of the last background export, if it failed; with `wait` after it has ended."""
         self._exports.check(wait=wait)
 
     def publish_plan(self) -> PublishPlan:
-        """The buckets that `publish` sends, in order."""
+        """Plan with the buckets that `publish` sends, in order."""
         return self.plan
 
     def open_transport(self, receivers: int) -> dict[str, Any]:
@@ -284,7 +283,7 @@ class Policy:
         """Give device memory back until the next call that needs what was in it.
 
         Returns:
-            memory/offloaded_mb, what is gone from this rank's device, and memory/rollout_mb, what it uses now; MiB.
+            memory/offloaded_mb, which is gone from this rank's device, and memory/rollout_mb, which it uses now; MiB.
         """
         if self._memory.on_device("parameters"):
             self.synchronize_parameters()

@@ -14,7 +14,7 @@ from megatron_entropic.tensor_parallel import logprob_and_entropy
 
 
 def score_file(hf_dir: Path, tokens_path: Path, output_path: Path, temperature: float, dtype: Dtype) -> None:
-    """Scores every line of a token file on the CPU, or on a GPU where torch finds one.
+    """Score every line of a token file on the CPU, or on a GPU where torch finds one.
 
     Raises:
         UserError: bad input, before the model is loaded.

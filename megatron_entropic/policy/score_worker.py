@@ -35,7 +35,7 @@ _MICROBATCHES_PER_REPORT = 16
 
 @dataclass(frozen=True)
 class _Job:
-    """What the parent hands to the ranks, as job.json."""
+    """Job that the parent hands to the ranks, as job.json."""
 
     hf_dir: str
     policy: dict[str, Any]
@@ -55,7 +55,7 @@ def score_file(
     dtype: Dtype,
     device: Device,
 ) -> None:
-    """Scores every line of a token file with a policy laid out over `policy.world_size` processes of this machine.
+    """Score every line of a token file with a policy laid out over `policy.world_size` processes of this machine.
 
     Raises:
         UserError: bad input (model, layout or lines), before any process starts.
@@ -101,7 +101,7 @@ def _write_output(output_path: Path, lines: list[TokenLine], job_dir: Path, data
 
 
 def run_rank(job_dir: Path) -> None:
-    """One rank of a job, from start to end; reads its place from the environment."""
+    """Run one rank of a job, from start to end; its place comes from the environment."""
     rendezvous = Rendezvous.from_environment()
     rank = rendezvous.rank
     job = _Job(**json.loads((job_dir / "job.json").read_text(encoding="utf-8")))
@@ -135,7 +135,7 @@ def _load_model(job: _Job, policy: PolicyConfig, platform: Platform, state: Para
 def _score_own_share(
     model: torch.nn.ModuleList, job: _Job, policy: PolicyConfig, state: ParallelState, job_dir: Path
 ) -> tuple[list[int], Scores]:
-    """Indices into the file and scores of this replica's sequences, scores in that order (last stage only)."""
+    """Score this replica's sequences; returns their indices in the file, and scores in that order (last stage only)."""
     costs = sequence_costs([len(tokens) for tokens in job.tokens], attention_weight(read_dimensions(Path(job.hf_dir))))
     own = data_parallel_shards(costs, state.data_size)[state.data_rank]
     sequences = [Sequence(torch.tensor(job.tokens[i]), job.prompt_lengths[i]) for i in own]

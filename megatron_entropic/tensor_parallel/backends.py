@@ -1,4 +1,4 @@
-"""Who does the element-wise work on a block of logits: the interface, and the choice between implementations.
+"""Implementations of the element-wise work on a block of logits: their interface, and the choice between them.
 
 eager    chunked PyTorch; any device and dtype
 triton   one kernel forward, one backward; GPU (or, for tests, Triton's interpreter)
@@ -73,7 +73,7 @@ class Backend(Protocol):
 
 
 def select_backend(name: BackendName, device: torch.device) -> Backend:
-    """The implementation called `name`; "auto" takes triton on a GPU where it is installed, else eager.
+    """Choose the implementation called `name`; "auto" takes triton on a GPU where it is installed, else eager.
 
     Raises:
         ValueError: no such implementation, or it cannot run on this device.

@@ -28,10 +28,10 @@ def liger_logprob_and_entropy(
     sequence_parallel: bool,
     main_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `fused_logprob_and_entropy`, for hidden [N, H] that all ranks of the group hold alike.
+    """Log-probs and entropies as of `fused_logprob_and_entropy`, for the same hidden [N, H] on all ranks.
 
     Raises:
-        ValueError: what Liger cannot do, all reasons in one message.
+        ValueError: Liger cannot do this; all reasons in one message.
     """
     shard = Shard.of(len(weight), group, vocab_size)
     reasons = {

@@ -39,7 +39,7 @@ def logprob_and_entropy(
     layout_invariant: bool = False,
     backend: BackendName = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax(logits / temperature)[target] and the entropy of that softmax, token by token.
+    """Compute log softmax(logits / temperature)[target] and the entropy of that softmax, token by token.
 
     With `group`, all its ranks call this together with the same `target` and `temperature`, and all get the same result
     bit for bit. The rank's columns are [rank * n, (rank + 1) * n) of the vocabulary, n = logits.shape[1].
@@ -91,17 +91,17 @@ def logprob_and_entropy(
 
 
 def check_tokens(name: str, rows: Tensor, tokens: int, target: Tensor, temperature: float | Tensor) -> None:
-    """Refuse what would otherwise broadcast or be silently wrong.
+    """Refuse arguments that would otherwise broadcast or be silently wrong.
 
     Args:
-        name: of the argument `rows`.
+        name: name of the argument `rows`.
         rows: must be floating point with two dimensions.
         tokens: T.
         target: must be int64 [T].
         temperature: must be a number > 0, or [T].
 
     Raises:
-        ValueError: what is not so.
+        ValueError: an argument is not so.
     """
     if rows.dim() != 2 or not rows.is_floating_point():
         raise ValueError(f"{name} must be floating point with two dimensions, got {rows.dtype} {tuple(rows.shape)}")
@@ -115,7 +115,7 @@ def check_tokens(name: str, rows: Tensor, tokens: int, target: Tensor, temperatu
 
 
 def inverse_temperatures(temperature: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 / temperature for each target [T], in the dtype of the arithmetic on numbers of `dtype`."""
+    """Inverse temperature of each target, [T], in the dtype of the arithmetic on numbers of `dtype`."""
     dtype = arithmetic_dtype(dtype)
     if isinstance(temperature, Tensor):
         return temperature.detach().to(target.device, dtype).reciprocal()
@@ -123,7 +123,7 @@ def inverse_temperatures(temperature: float | Tensor, target: Tensor, dtype: tor
 
 
 def _pieces(shard: Shard) -> int:
-    """Eighths of the vocabulary on this rank."""
+    """Number of the vocabulary's eighths on this rank."""
     if INVARIANT_PIECES % shard.ranks or shard.width * shard.ranks % INVARIANT_PIECES:
         raise ValueError(
             f"layout_invariant needs 1, 2, 4 or 8 ranks and a padded vocabulary divisible by {INVARIANT_PIECES}, "
@@ -133,7 +133,7 @@ def _pieces(shard: Shard) -> int:
 
 
 class _LogprobEntropy(torch.autograd.Function):
-    """The differentiable form; `logprob_and_entropy` is its documentation."""
+    """Autograd function of `logprob_and_entropy`, which documents it."""
 
     @staticmethod
     def forward(
@@ -179,8 +179,9 @@ class _LogprobEntropy(torch.autograd.Function):
 
 
 def refuse_double_backward() -> None:
-    """To be called in a backward pass; without it the gradient would count as a constant, and a penalty on it would
-    silently do nothing.
+    """Refuse to differentiate the gradient; to be called in a backward pass.
+
+    Without it the gradient would count as a constant, and a penalty on it would silently do nothing.
 
     Raises:
         RuntimeError: the gradient itself is to be differentiated.

@@ -25,25 +25,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 INVARIANT_PIECES = 8
-"""With `layout_invariant` the vocabulary is summarised in 8 pieces that merge in order, 8 / R of them on each of R
-ranks. So every sum has the same terms in the same order, and the result is the same bit for bit for R = 1, 2, 4, 8."""
+"""Number of pieces in which `layout_invariant` summarises the vocabulary.
+
+They merge in order, 8 / R of them on each of R ranks. So every sum has the same terms in the same order, and the result
+is the same bit for bit for R = 1, 2, 4, 8.
+"""
 
 MIN_EXPONENT = -200.0
-"""exp of it is 0 in float32. Exponents are clamped here because d exp(d) of a column masked with -inf would be NaN."""
+"""Least exponent: its exp is 0 in float32. Clamped, since d exp(d) of a column masked with -inf would be NaN."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Which columns of the vocabulary this rank holds."""
+    """Columns of the vocabulary that this rank holds."""
 
     start: int
-    """First column's token id."""
+    """Token id of the first column."""
     width: int
-    """Columns, padding included."""
+    """Number of columns, padding included."""
     ranks: int
-    """R, ranks that share the vocabulary."""
+    """Number of ranks that share the vocabulary, R."""
     vocab_size: int
-    """Token ids from here on are padding; they do not exist in the softmax."""
+    """Number of token ids that exist; those from here on are padding and do not exist in the softmax."""
 
     @classmethod
     def of(cls, width: int, group: dist.ProcessGroup | None, vocab_size: int | None) -> Shard:
@@ -60,7 +63,7 @@ class Shard:
 
     @property
     def valid(self) -> int:
-        """Columns before the padding; they come first."""
+        """Number of columns before the padding; they come first."""
         return min(max(self.vocab_size - self.start, 0), self.width)
 
     def columns(self, target: Tensor) -> Tensor:
@@ -74,21 +77,21 @@ class Merged:
     """Statistics of the whole vocabulary, each [T] in the dtype of the arithmetic."""
 
     maximum: Tensor
-    """M, of raw logits."""
+    """Maximum M of the raw logits."""
     total: Tensor
-    """S = sum exp((x - M) / temperature)."""
+    """Sum S = sum exp((x - M) / temperature)."""
     logprob: Tensor
     entropy: Tensor | None
-    """Nats; None when it was not asked for."""
+    """Entropy in nats; None when it was not asked for."""
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for every dtype but float64, which stays."""
+    """Dtype of the arithmetic: float32 for every dtype but float64, which stays."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def piece_bounds(width: int, valid: int, pieces: int) -> list[tuple[int, int]]:
-    """[begin, end) of equal pieces of `width` columns, cut off at `valid`; a piece of padding only is empty."""
+    """Bounds [begin, end) of equal pieces of `width` columns, cut off at `valid`; a piece of padding only is empty."""
     size = -(-width // pieces)
     return [(min(i * size, valid), min((i + 1) * size, valid)) for i in range(pieces)]
 
@@ -96,7 +99,7 @@ def piece_bounds(width: int, valid: int, pieces: int) -> list[tuple[int, int]]:
 def empty_statistics(
     pieces: int, tokens: int, dtype: torch.dtype, device: torch.device, *, need_entropy: bool
 ) -> Tensor:
-    """Room for the statistics of `pieces` pieces: [P * k + 1, T], k = 2 or 3.
+    """Uninitialised room for the statistics of `pieces` pieces, [P * k + 1, T], k = 2 or 3.
 
     For each piece its rows m, S and, with `need_entropy`, W; last row t of the whole shard. One piece with entropy is
     four numbers per token, in float32 16 bytes: all that a rank ever sends.
@@ -106,12 +109,12 @@ def empty_statistics(
 
 
 def by_piece(statistics: Tensor, *, need_entropy: bool) -> Tensor:
-    """The rows of pieces, a view: [..., P * k + 1, T] -> [..., P, k, T]."""
+    """View of the rows of pieces: [..., P * k + 1, T] -> [..., P, k, T]."""
     return statistics[..., :-1, :].unflatten(-2, (-1, 3 if need_entropy else 2))
 
 
 def combine(pieces: Tensor, inverse_temperature: Tensor) -> Tensor:
-    """m, S (and W) of the union of pieces, [P, k, T] -> [k, T]; terms are added in the order of the pieces.
+    """Combine m, S (and W) of pieces into those of their union, [P, k, T] -> [k, T], added in the order of the pieces.
 
     A union that is masked as a whole has m = -inf and S = W = 0, so that it can be part of another union.
     """
@@ -129,7 +132,7 @@ def combine(pieces: Tensor, inverse_temperature: Tensor) -> Tensor:
 def merge(
     statistics: Tensor, target: Tensor, inverse_temperature: Tensor, vocab_size: int, *, need_entropy: bool
 ) -> Merged:
-    """Log-probability and entropy from the statistics of all ranks.
+    """Compute log-probability and entropy from the statistics of all ranks.
 
     Args:
         statistics: [R, P * k + 1, T], see `empty_statistics`, in rank order.
@@ -157,14 +160,14 @@ def gather_and_merge(
     *,
     need_entropy: bool,
 ) -> Merged:
-    """The one collective, and the merge that every rank does for itself in the same order.
+    """Gather the statistics of all ranks by one collective, and merge them on every rank in the same order.
 
     Args:
-        local: [P * k + 1, T], this rank's, contiguous. With T = 0 nothing is sent.
+        local: [P * k + 1, T], this rank's statistics, contiguous. With T = 0 nothing is sent.
         target: [T] token ids.
         inverse_temperature: [T].
-        shard: this rank's.
-        group: of the ranks that share the vocabulary; None: this rank holds it all.
+        shard: columns of this rank.
+        group: ranks that share the vocabulary; None: this rank holds it all.
         need_entropy: whether the statistics hold W.
     """
     gathered = local.unsqueeze(0)

@@ -1,4 +1,4 @@
-"""Launches the Triton kernels on a block of logits: checks, edge cases and sizes."""
+"""Launches of the Triton kernels on a block of logits: checks, edge cases and sizes."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ from torch import Tensor
 from megatron_entropic.tensor_parallel.triton_kernels import gradient_kernel, statistics_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Of logits and gradient. The kernels calculate in float32 and would round float64 without a word."""
+"""Dtypes of logits and gradient. The kernels calculate in float32 and would round float64 without a word."""
 
 DEPTH = 4
-"""Reads of 16 bytes in flight for each thread of the statistics kernel: they hide the latency of memory and leave
-enough registers for six programs of four warps on a multiprocessor."""
+"""Number of reads of 16 bytes in flight for each thread of the statistics kernel.
+
+They hide the latency of memory and leave enough registers for six programs of four warps on a multiprocessor.
+"""
 
 COLUMNS_OF_WARP = 1024
-"""What a warp of the gradient kernel takes: four reads of 16 bytes of bfloat16 for each of its 32 threads."""
+"""Columns of a warp of the gradient kernel: four reads of 16 bytes of bfloat16 for each of its 32 threads."""
 
 FUSED_MULTIPLY_ADD = True
-"""Said explicitly, because Triton's default differs between versions."""
+"""Whether products and sums are fused; said explicitly, because Triton's default differs between versions."""
 
 
 class TritonBackend:
-    """See `backends.Backend`."""
+    """Backend of Triton kernels; `backends.Backend` has the arguments."""
 
     def statistics(
         self, x: Tensor, column: Tensor, inverse_temperature: Tensor, *, valid: int, pieces: int, out: Tensor
     ) -> None:
-        """One program for each row and piece.
+        """Summarise the block with one program for each row and piece.
 
         Raises:
             ValueError: a dtype or a layout that the kernel does not read.
@@ -73,7 +75,7 @@ class TritonBackend:
         valid: int,
         out: Tensor,
     ) -> None:
-        """One program for each row and block of columns.
+        """Compute dL/dx with one program for each row and block of columns.
 
         Raises:
             ValueError: a dtype or a layout that the kernel does not read or write.
@@ -112,7 +114,7 @@ class TritonBackend:
 
 
 def _check(name: str, block: Tensor) -> None:
-    """Refuse what the kernels would get wrong.
+    """Refuse a block that the kernels would get wrong.
 
     Raises:
         ValueError: a dtype other than `DTYPES`, or columns apart.
@@ -127,7 +129,7 @@ def _check(name: str, block: Tensor) -> None:
 
 
 def _warps(columns: int) -> int:
-    """Warps of a program for so many columns.
+    """Number of warps of a program for `columns` columns.
 
     Four, because larger programs leave more of their last tile unused; one where one takes all the columns. The choice
     depends on nothing else, so that a row has the same result in any batch.

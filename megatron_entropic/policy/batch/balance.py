@@ -1,4 +1,4 @@
-"""How sequences are dealt to data-parallel replicas. Pure functions of lengths: the driver calls them, no processes.
+"""Deals sequences to data-parallel replicas. Pure functions of lengths: the driver calls them, no processes.
 
 Loss weights come from global counts (algorithms/aggregation), so no result depends on the deal.
 """
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def attention_weight(dimensions: ModelDimensions) -> float:
-    """Arithmetic of causal attention over that of all matrix products, for each token of a sequence; 1 / tokens.
+    """Work of causal attention over that of all matrix products, for each token of a sequence; 1 / tokens.
 
     A token of a sequence of L tokens costs 2 P operations in products with P parameters, and in each layer 4 a L / 2 in
     attention of width a: the ratio is L * layers * a / P. Every token is taken for a response token. Where values are
@@ -27,7 +27,7 @@ def attention_weight(dimensions: ModelDimensions) -> float:
 
 
 def _attention_products(dimensions: ModelDimensions) -> int:
-    """Parameters of a layer's projections."""
+    """Number of parameters of a layer's attention projections."""
     hidden, query, output = dimensions.hidden_size, dimensions.size("query"), dimensions.size("attended")
     if dimensions.latent is None:
         return hidden * (query + 2 * dimensions.size("key_value") + output)
@@ -38,7 +38,7 @@ def _attention_products(dimensions: ModelDimensions) -> int:
 
 
 def _feed_forward_width(dimensions: ModelDimensions, layer: int) -> int:
-    """Of what one token goes through."""
+    """Width of the feed-forward part that one token goes through in a layer."""
     if dimensions.experts is None or not dimensions.has_experts(layer):
         return dimensions.ffn_hidden_size
     experts = dimensions.experts

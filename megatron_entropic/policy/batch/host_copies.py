@@ -10,14 +10,14 @@ import torch
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on `device`; the device sees the copy before anything that it is asked for later."""
+    """Copy a tensor to `device`; the device sees the copy before anything that it is asked for later."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def parked_on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory, for `to_device` later on. The host itself must not read it before it has waited."""
+    """Copy a tensor to host memory, for `to_device` later on. The host itself must not read it before it has waited."""
     if tensor.device.type != "cuda":
         return tensor.to("cpu")
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

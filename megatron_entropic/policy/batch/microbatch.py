@@ -30,20 +30,20 @@ TAIL_TOKENS = 64
 
 @dataclass(frozen=True)
 class PackingRules:
-    """What a layout asks of micro-batches (`ParallelState.packing`)."""
+    """Rules of a layout for micro-batches (`ParallelState.packing`)."""
 
     token_multiple: int = 1
-    """The tokens of each rank are padded to a multiple of this."""
+    """Number that the padded tokens of each rank are a multiple of."""
     cut: ContextCut = WHOLE
-    """This rank's part of each sequence."""
+    """Part of each sequence that this rank holds."""
     count_multiple: int = 1
-    """There must be a multiple of this many micro-batches."""
+    """Number that the count of micro-batches is a multiple of."""
     equal_tokens: bool = False
-    """All micro-batches of a pass are padded to one length."""
+    """Whether all micro-batches of a pass are padded to one length."""
 
     @property
     def total_multiple(self) -> int:
-        """The tokens of all context-parallel ranks are padded to a multiple of this."""
+        """Number that the padded tokens of all context-parallel ranks together are a multiple of."""
         return self.token_multiple * self.cut.segment_multiple
 
 
@@ -55,30 +55,30 @@ class MicroBatch:
     """Some sequences laid end to end, with what the last stage needs to give statistics of the response tokens."""
 
     tokens: torch.Tensor
-    """[1, T] int64; under context parallelism this rank's [1, T / size]."""
+    """Token ids, [1, T] int64; under context parallelism this rank's [1, T / size]."""
     position_ids: torch.Tensor
-    """As `tokens`, from 0 in each sequence."""
+    """Position of each token in its sequence, from 0, in the shape of `tokens`."""
     cu_seqlens: torch.Tensor
-    """[segments + 1] int32, where each segment starts before the cut, and T. A padding tail is the last segments."""
+    """Starts of the segments before the cut, and T: [segments + 1] int32. A padding tail is the last segments."""
     rows: torch.Tensor
-    """[R] int64, places in `tokens` whose logits predict the response tokens, in the order of `targets`."""
+    """Places in `tokens` whose logits predict the response tokens, in the order of `targets`, [R] int64."""
     targets: torch.Tensor
-    """[R] int64, the response tokens of all sequences, one sequence after the other."""
+    """Response tokens of all sequences, one sequence after the other, [R] int64."""
     owned: torch.Tensor | None
     """Under context parallelism `rows` and `targets` are this rank's [r], and this says which of the R they are."""
     plan: SegmentPlan
     """How core attention batches the segments, computed once for all layers. It stays where it is: Transformer Engine's
     attention never looks at it."""
     max_seqlen: int
-    """Tokens of the longest segment, before the cut."""
+    """Number of tokens of the longest segment, before the cut."""
     response_lengths: tuple[int, ...]
-    """Response tokens of each sequence; they sum to R."""
+    """Number of response tokens of each sequence; they sum to R."""
     sequences: tuple[Sequence, ...]
     """The sequences themselves, as the caller gave them (on the caller's device)."""
     indices: tuple[int, ...]
-    """Where each sequence stood in the caller's list."""
+    """Index of each sequence in the caller's list."""
     choices: torch.Tensor | None = None
-    """[tokens of this rank, layers with experts, k]: the experts to use, see `router_replay`. None: routers choose."""
+    """Experts to use, [tokens of this rank, layers with experts, k], see `router_replay`. None: routers choose."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its packed tensors on `device`; `plan` and `sequences` stay where they are."""
@@ -91,29 +91,29 @@ class MicroBatch:
 
     @property
     def response_tokens(self) -> int:
-        """R, over all context-parallel ranks."""
+        """Number of response tokens, R, over all context-parallel ranks."""
         return sum(self.response_lengths)
 
     def places(self, targets: slice) -> slice | torch.Tensor:
-        """Which of the R response tokens some of this rank's `targets` are."""
+        """Indices among the R response tokens of some of this rank's `targets`."""
         return targets if self.owned is None else self.owned[targets]
 
     def split(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """Cuts a [R] tensor into one tensor per sequence."""
+        """Cut a [R] tensor into one tensor for each sequence."""
         return list(values.split(list(self.response_lengths)))
 
 
 def pack(
     sequences: list[Sequence], tokens_per_microbatch: int, rules: PackingRules = NO_RULES, *, at_least: int = 1
 ) -> list[MicroBatch]:
-    """Distributes sequences over as few micro-batches as first-fit decreasing needs, of close lengths; deterministic.
+    """Distribute sequences over as few micro-batches as first-fit decreasing needs, of close lengths; deterministic.
 
     Args:
-        sequences: Each with at least one prompt and one response token.
-        tokens_per_microbatch: Budget of one micro-batch, over its context-parallel ranks; a longer sequence gets one
+        sequences: sequences, each with at least one prompt and one response token.
+        tokens_per_microbatch: budget of one micro-batch, over its context-parallel ranks; a longer sequence gets one
             of its own.
-        rules: Of the layout.
-        at_least: Number of micro-batches wanted at least, so that data-parallel ranks can agree on one number; those
+        rules: rules of the layout.
+        at_least: number of micro-batches wanted at least, so that data-parallel ranks can agree on one number; those
             for which there is no sequence left hold padding only and R = 0.
 
     Raises:
@@ -154,7 +154,7 @@ def first_fit_decreasing(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def _halve_largest(groups: list[list[int]], lengths: list[int]) -> list[list[int]]:
-    """Splits the fullest group that holds several items in two of similar size; adds an empty one if none does."""
+    """Split the fullest group that holds several items in two of similar size; add an empty one if none does."""
     divisible = [group for group in groups if len(group) > 1]
     if not divisible:
         return [*groups, []]
@@ -169,13 +169,13 @@ def _halve_largest(groups: list[list[int]], lengths: list[int]) -> list[list[int
 def pack_one(
     sequences: list[Sequence], indices: list[int], rules: PackingRules = NO_RULES, *, at_least_tokens: int = 0
 ) -> MicroBatch:
-    """One micro-batch of these sequences, in this order.
+    """Make one micro-batch of these sequences, in this order.
 
     Args:
-        sequences: Each with at least one prompt and one response token; may be empty.
-        indices: Where each stood in the caller's list, to find its statistics again.
-        rules: Of the layout; how many micro-batches there are does not matter here.
-        at_least_tokens: T is padded to this, and to at least 1.
+        sequences: sequences, each with at least one prompt and one response token; may be empty.
+        indices: index of each in the caller's list, to find its statistics again.
+        rules: rules of the layout; how many micro-batches there are does not matter here.
+        at_least_tokens: number of tokens that T is padded to, and to at least 1.
 
     Raises:
         ValueError: a sequence without prompt or response.
@@ -221,7 +221,7 @@ def _segments(lengths: list[int], rules: PackingRules, at_least_tokens: int) -> 
 
 
 def _own_places(rows: torch.Tensor, own_rows: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(places in `own_rows` of those `rows` that are among them, which of `rows` these are)."""
+    """Places in `own_rows` of those `rows` that are among them, and the indices of these in `rows`."""
     place = torch.full((total,), -1)
     place[own_rows] = torch.arange(own_rows.numel())
     owned = (place[rows] >= 0).nonzero().squeeze(1)

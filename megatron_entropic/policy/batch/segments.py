@@ -1,4 +1,4 @@
-"""How attention over packed segments is batched: segments of similar length run together, padded on the right.
+"""Batches of packed segments for attention: segments of similar length run together, padded on the right.
 
 A loop over 256 short segments spends its time starting kernels; one padded batch of all of them spends it on padding
 when lengths differ. Groups in which the shortest is at least `SIMILAR` of the longest bound the padding.
@@ -34,16 +34,16 @@ class ContextCut:
 
     @property
     def segment_multiple(self) -> int:
-        """Each segment is padded to a multiple of this, so that its chunks are equal."""
+        """Number that the padded length of each segment is a multiple of, so that its chunks are equal."""
         return 2 * self.size if self.size > 1 else 1
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """Which chunks of a segment this rank holds, in its order."""
+        """Numbers of the chunks of a segment that this rank holds, in its order."""
         return (self.rank, 2 * self.size - 1 - self.rank) if self.size > 1 else (0,)
 
     def positions(self, lengths: torch.Tensor, tokens: int | None = None) -> torch.Tensor:
-        """[T / size] int64: the position of each token of this rank within its segment.
+        """Position of each token of this rank within its segment, [T / size] int64.
 
         Args:
             lengths: [segments] int64, padded lengths.
@@ -60,13 +60,13 @@ class ContextCut:
         return torch.where(within < chunk, within + first * chunk, within + (second - 1) * chunk)
 
     def rows(self, lengths: torch.Tensor) -> torch.Tensor:
-        """[T / size] int64: the row in the whole micro-batch of each token of this rank; lengths as in `positions`."""
+        """Row in the whole micro-batch of each token of this rank, [T / size] int64; lengths as in `positions`."""
         starts = lengths.cumsum(0) - lengths
         return self.positions(lengths) + starts.repeat_interleave(lengths // self.size)
 
 
 WHOLE = ContextCut()
-"""Without context parallelism."""
+"""Cut of a rank that holds all of every segment, without context parallelism."""
 
 
 SIMILAR = 0.75
@@ -78,13 +78,13 @@ class SegmentGroup:
     """Segments, or one chunk of each, that run as one batch [count, length]."""
 
     rows: torch.Tensor
-    """[count * length] int64: the packed row of each place of the batch; places of padding repeat a real row."""
+    """Packed row of each place of the batch, [count * length] int64; places of padding repeat a real row."""
     count: int
     length: int
     keys: torch.Tensor | None = None
-    """[count * seen] int64: the rows of keys and values in those of all context-parallel ranks; None: `rows`."""
+    """Rows of keys and values in those of all context-parallel ranks, [count * seen] int64; None: `rows`."""
     mask: torch.Tensor | None = None
-    """[count, 1, length, seen] bool: which keys a query sees; None: the causal mask."""
+    """Mask of the keys that a query sees, [count, 1, length, seen] bool; None: the causal mask."""
 
     def to(self, device: torch.device) -> SegmentGroup:
         """The same group with its tensors on `device`."""
@@ -95,11 +95,11 @@ class SegmentGroup:
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """All groups, and how to put their outputs back in packed order."""
+    """All groups, and the order in which their outputs are put back."""
 
     groups: tuple[SegmentGroup, ...]
     order: torch.Tensor
-    """[T] int64 (under context parallelism [T / size]): for each row its place in the concatenated outputs."""
+    """Place of each row in the concatenated outputs, [T] int64 (under context parallelism [T / size])."""
 
     def to(self, device: torch.device) -> SegmentPlan:
         """The same plan with its index tensors on `device`."""
@@ -107,11 +107,11 @@ class SegmentPlan:
 
 
 def plan_segments(lengths: list[int], cut: ContextCut = WHOLE) -> SegmentPlan:
-    """Groups segments, given by length in packed order, by similar length.
+    """Group segments, given by length in packed order, by similar length.
 
     Args:
-        lengths: Tokens of each segment, all positive; under context parallelism multiples of `cut.segment_multiple`.
-        cut: This rank's part of them.
+        lengths: tokens of each segment, all positive; under context parallelism multiples of `cut.segment_multiple`.
+        cut: this rank's part of them.
     """
     assert min(lengths) > 0, "an empty segment has no place in a plan"
     # Of a whole segment there is one chunk.
@@ -140,13 +140,13 @@ def plan_segments(lengths: list[int], cut: ContextCut = WHOLE) -> SegmentPlan:
 def _seen_keys(
     chunk: torch.Tensor, start: torch.Tensor, index: int, cut: ContextCut, own_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`SegmentGroup.keys` and `mask` for the chunks `index` of some segments.
+    """Keys and mask of a `SegmentGroup` for the chunks `index` of some segments.
 
     Args:
         chunk: [n] tokens of a chunk of each segment, the longest first.
         start: [n] the segment's first row on each rank.
-        index: of the queries' chunk; they see the chunks up to it.
-        cut: of the group.
+        index: number of the queries' chunk; they see the chunks up to it.
+        cut: cut of the group.
         own_rows: rows of each rank.
     """
     longest = int(chunk[0])
@@ -161,7 +161,7 @@ def _seen_keys(
 
 
 def _similar_runs(by_length: torch.Tensor, length: torch.Tensor) -> list[torch.Tensor]:
-    """Cuts indices sorted by falling length wherever the length falls below SIMILAR of the run's first."""
+    """Cut indices sorted by falling length wherever the length falls below SIMILAR of the run's first."""
     runs: list[list[int]] = []
     for index in by_length.tolist():
         if runs and length[index] >= SIMILAR * length[runs[-1][0]]:

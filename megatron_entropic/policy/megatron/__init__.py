@@ -1,1 +1,1 @@
-"""megatron-core itself: platform, parallel state, and what has to be patched."""
+"""megatron-core itself: platform, parallel state, and patches."""

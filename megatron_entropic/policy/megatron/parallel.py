@@ -1,4 +1,4 @@
-"""Which part of the policy this rank holds: sizes, ranks and groups of every kind of parallelism."""
+"""This rank's part of the policy: sizes, ranks and groups of every kind of parallelism."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class ParallelState:
     context_rank: int
     context_size: int
     virtual_size: int
-    """Chunks of the model on each pipeline stage."""
+    """Number of chunks of the model on each pipeline stage."""
     expert_rank: int
     expert_size: int
     expert_tensor_rank: int
     expert_tensor_size: int
     expert_data_rank: int
-    """Which of the copies of its experts this rank holds."""
+    """Number of this rank's copy among those of its experts."""
     sequence_parallel: bool
     token_alignment: int
-    """Tokens of each product must be a multiple of this, see `PolicyConfig.token_alignment`."""
+    """Number that the tokens of each product must be a multiple of, see `PolicyConfig.token_alignment`."""
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
     context_group: dist.ProcessGroup
@@ -63,7 +63,7 @@ class ParallelState:
 
     @property
     def is_first_of_stage(self) -> bool:
-        """True on one rank of each pipeline stage; it is the first of its tensor and of its expert group."""
+        """Whether this is the one rank of its pipeline stage that comes first in its tensor and its expert group."""
         return self.tensor_rank == 0 and self.data_rank == 0 and self.context_rank == 0
 
     def first_rank_of_stage(self, stage: int) -> int:
@@ -72,7 +72,7 @@ class ParallelState:
 
     @property
     def reports(self) -> bool:
-        """True on exactly one rank of each data-parallel replica: the first of its last stage's tensor ranks."""
+        """Whether this is the reporting rank of its data-parallel replica: the first tensor rank of its last stage."""
         return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0
 
     @property
@@ -82,7 +82,7 @@ class ParallelState:
 
     @property
     def packing(self) -> PackingRules:
-        """What micro-batches must be like.
+        """Rules of this layout for micro-batches.
 
         With sequence parallelism tensor ranks get equal parts of the tokens. Interleaved stages run micro-batches in
         groups of one for each stage, of equal length: between two stages that send in both directions at once,
@@ -102,7 +102,7 @@ class ParallelState:
         return self.expert_size * self.expert_tensor_size > self.tensor_size
 
     def tensor_place(self, *, of_expert: bool) -> tuple[int, int]:
-        """(rank, size) of the tensor parallelism that cuts a dense parameter, or one of an expert."""
+        """Rank and size of the tensor parallelism that cuts a dense parameter, or one of an expert."""
         if of_expert:
             return self.expert_tensor_rank, self.expert_tensor_size
         return self.tensor_rank, self.tensor_size
@@ -116,7 +116,7 @@ class ParallelState:
 
 
 def layout_problems(policy: PolicyConfig, world_size: int) -> list[str]:
-    """Why a layout cannot be built on `world_size` ranks; empty if it can."""
+    """Reasons why a layout cannot be built on `world_size` ranks; empty if it can."""
     problems = []
     if policy.world_size != world_size:
         problems.append(
@@ -126,7 +126,7 @@ def layout_problems(policy: PolicyConfig, world_size: int) -> list[str]:
 
 
 def initialise_model_parallel(policy: PolicyConfig) -> ParallelState:
-    """Creates megatron-core's process groups for this layout; torch.distributed must be initialised.
+    """Create megatron-core's process groups for this layout; torch.distributed must be initialised.
 
     Raises:
         UserError: the layout is not supported or does not fit the number of ranks (all reasons in one message).
@@ -181,7 +181,7 @@ def _current_state(policy: PolicyConfig) -> ParallelState:
 
 
 def destroy_model_parallel() -> None:
-    """Ends the groups, so that another layout can be initialised in the same processes.
+    """End the groups, so that another layout can be initialised in the same processes.
 
     megatron-core only forgets most of them. Each keeps threads of gloo that wake up a hundred times a second, and a
     layout has some thirty groups.
@@ -214,7 +214,7 @@ def _reduced(number: int, operation: dist.ReduceOp.RedOpType, device: torch.devi
 
 
 def sum_of_token_statistics(values: torch.Tensor, parallel: ParallelState) -> torch.Tensor:
-    """Global sums of what last stages measured on their own tokens.
+    """Sum over all replicas the statistics that last stages measured on their own tokens.
 
     One SUM over data-parallel replicas. Context and tensor parallel ranks hold the same values, gathered or merged
     (`context_parallel`, `tensor_parallel`), and count once. Other stages measured nothing; they receive the result, so
@@ -242,7 +242,9 @@ def verify_equal(values: Mapping[str, float], subject: str, parallel: ParallelSt
 
     Args:
         values: the numbers, same names on every rank.
-        subject: what they are, for the message.
+        subject: words for what the numbers are, for the message.
+        parallel: this rank's place.
+        device: device of the process groups.
 
     Raises:
         RuntimeError: on every rank; names the ranks that differ from rank 0, and for each differing number all values.

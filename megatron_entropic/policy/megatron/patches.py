@@ -1,4 +1,4 @@
-"""What megatron-core's DistributedOptimizer needs to resume with torch's AdamW (no Transformer Engine, no Apex).
+"""Patches by which megatron-core's DistributedOptimizer resumes with torch's AdamW (no Transformer Engine, no Apex).
 
 Seen in 0.16.1; 0.19.2 has the same lines. torch's AdamW keeps its step count as one tensor per parameter, Transformer
 Engine's as a number per group, and the distributed optimizer's checkpoint code was written for the latter:
@@ -25,7 +25,7 @@ import torch
 
 
 def apply_optimizer_patches() -> None:
-    """Install both patches; safe to call more than once. The originals stay reachable as `__wrapped__`."""
+    """Install both optimizer patches; safe to call more than once. The originals stay reachable as `__wrapped__`."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     _wrap(DistributedOptimizer, "_set_main_param_and_optimizer_states", _keep_own_step)
@@ -45,7 +45,7 @@ def _wrap(owner: type, name: str, replacement: Any) -> None:
 
 
 def _keep_own_step(original: Any, self: Any, model_param: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Patch 1: the step that `load_state_dict` has already restored holds."""
+    """Patch 1: keep the step that `load_state_dict` has already restored."""
     current = self._get_main_param_and_optimizer_states(model_param)
     if "step" in current:
         tensors = {**tensors, "step": current["step"]}
@@ -53,7 +53,7 @@ def _keep_own_step(original: Any, self: Any, model_param: torch.Tensor, tensors:
 
 
 def _give_each_parameter_its_own_step(original: Any, self: Any, state_dict: dict[str, Any]) -> None:
-    """Patch 2."""
+    """Patch 2: give each parameter a step tensor of its own."""
     original(self, state_dict)
     for state in self.optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
@@ -81,7 +81,7 @@ WARNINGS = (
 
 
 def apply_checkpoint_patches() -> None:
-    """Install all of them; safe to call more than once."""
+    """Install all patches of the checkpoint writer; safe to call more than once."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     for message in WARNINGS:
@@ -98,7 +98,7 @@ def apply_checkpoint_patches() -> None:
 def _write_in_this_process(
     transforms: list[Any], use_msc: bool, rank: int, write_buckets: list[Any], results: queue.Queue[Any]
 ) -> None:
-    """Stands for `write_preloaded_data_multiproc` (or multithread): same arguments and entry in `results`, no fork.
+    """Stand-in for `write_preloaded_data_multiproc` (or multithread): same arguments and entry in `results`, no fork.
 
     `results` receives {bucket: results of the writes} or, when a file could not be written, the exception.
     """

@@ -35,20 +35,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """Where the ranks of a policy meet, and which of them this is."""
+    """Address at which the ranks of a policy meet, and this rank's number among them."""
 
     port: int
-    """Of rank 0."""
+    """Port of rank 0."""
     address: str = "127.0.0.1"
     rank: int = 0
     world_size: int = 1
     listener: socket.socket | None = None
-    """Of rank 0, listening there already, so that no other program can take the port meanwhile; the process group owns
-    it from then on. None: rank 0 opens the port itself."""
+    """Socket of rank 0, listening there already, so that no other program can take the port meanwhile.
+
+    The process group owns it from then on. None: rank 0 opens the port itself.
+    """
 
     @classmethod
     def from_environment(cls) -> Rendezvous:
-        """What torchrun and `local_ranks` say: MASTER_PORT, MASTER_ADDR, RANK, WORLD_SIZE."""
+        """The rendezvous that torchrun and `local_ranks` give: MASTER_PORT, MASTER_ADDR, RANK, WORLD_SIZE."""
         environment = os.environ
         rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         return cls(int(environment["MASTER_PORT"]), environment["MASTER_ADDR"], rank, world_size)
@@ -58,7 +60,7 @@ class Platform(ABC):
     """Device and communication of one policy rank."""
 
     backend: str
-    """torch.distributed's name of the communication library."""
+    """Name of the communication library in torch.distributed."""
     fused_kernels: bool
     """Whether megatron-core's fused element-wise kernels are used."""
     transformer_engine: bool
@@ -69,7 +71,7 @@ class Platform(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where this process's tensors live."""
+        """Device of this process's tensors."""
 
     @abstractmethod
     def peak_memory_mb(self) -> float:
@@ -93,7 +95,7 @@ class Platform(ABC):
         *,
         timeout_s: float,
     ) -> None:
-        """Joins the process group of all policy ranks; `timeout_s` also limits each of its collectives.
+        """Join the process group of all policy ranks; `timeout_s` also limits each of its collectives.
 
         Raises:
             PhaseTimeout: not all ranks joined in time.
@@ -117,7 +119,7 @@ class Platform(ABC):
             ) from error
 
     def manual_seed(self, seed: int) -> None:
-        """Seeds torch and megatron-core's per-rank generators; model parallelism must be initialised."""
+        """Seed torch and megatron-core's per-rank generators; model parallelism must be initialised."""
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
         torch.manual_seed(seed)
@@ -125,7 +127,7 @@ class Platform(ABC):
 
 
 class CpuPlatform(Platform):
-    """CPU with gloo."""
+    """Platform of a CPU with gloo."""
 
     backend = "gloo"
     fused_kernels = False
@@ -150,14 +152,14 @@ class CpuPlatform(Platform):
         return pages * resource.getpagesize() / 2**20
 
     def empty_cache(self) -> None:
-        """Nothing: freed storages go back to the system by themselves."""
+        """Do nothing: freed storages go back to the system by themselves."""
 
     def synchronize(self) -> None:
-        """Nothing: copies are complete when they return."""
+        """Do nothing: copies are complete when they return."""
 
 
 class CudaPlatform(Platform):
-    """CUDA with NCCL, one GPU a rank."""
+    """Platform of CUDA with NCCL, one GPU a rank."""
 
     backend = "nccl"
     fused_kernels = True
@@ -178,11 +180,11 @@ class CudaPlatform(Platform):
         return torch.device("cuda", torch.cuda.current_device())
 
     def peak_memory_mb(self) -> float:
-        """Peak of torch's allocator on this GPU."""
+        """Peak of torch's allocator on this GPU, in units of 2**20 bytes."""
         return torch.cuda.max_memory_allocated() / 2**20
 
     def memory_mb(self) -> float:
-        """What torch's allocator has given out on this GPU."""
+        """Memory that torch's allocator has given out on this GPU, in units of 2**20 bytes."""
         return torch.cuda.memory_allocated() / 2**20
 
     def empty_cache(self) -> None:
@@ -252,7 +254,7 @@ NEWEST = (0, 19)
 
 
 def check_megatron_version(version: str) -> tuple[int, int]:
-    """(major, minor) of a supported megatron-core version.
+    """Major and minor number of a supported megatron-core version.
 
     The policy overrides private parts of megatron-core and, on a CPU, replaces literals in its functions; both were
     checked against these versions only, so another one is refused rather than tried.
@@ -315,7 +317,7 @@ WARNINGS = (
     ),
     Noise(r"full scope is deprecated", "megatron-core 0.19 about a default of its own (CUDA graphs, which are off)"),
 )
-"""Python warnings."""
+"""Python warnings that are dropped."""
 
 LOGS = {
     "torch.utils.cpp_extension": Noise(
@@ -329,11 +331,11 @@ LOGS = {
         r"CPU RNG state changed within GPU RNG context", "on the CPU platform both are the same generator"
     ),
 }
-"""Log records, by logger."""
+"""Log records that are dropped, by logger."""
 
 
 def silence_known_noise() -> None:
-    """Installs the filters in this process; call before importing megatron.core, which warns while it is imported."""
+    """Install the filters in this process; call before importing megatron.core, which warns while it is imported."""
     for noise in WARNINGS:
         warnings.filterwarnings("ignore", message=noise.message)
     drop_messages({name: noise.message for name, noise in LOGS.items()})

@@ -1,4 +1,4 @@
-"""Fills this rank's parameters and buffers from a checkpoint of any kind; each rank reads only its own slices."""
+"""Loading of this rank's parameters and buffers from a checkpoint of any kind; each rank reads only its own slices."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from megatron_entropic.policy.megatron.patches import apply_checkpoint_patches
 def named_entries(
     model: torch.nn.ModuleList, parameter_map: ParameterMap, state: ParallelState
 ) -> Iterator[tuple[Entry, torch.Tensor]]:
-    """This rank's parameters with the map's rows for them, and its buffers that a checkpoint holds.
+    """Yields this rank's parameters with the map's rows for them, and its buffers that a checkpoint holds.
 
     Args:
-        model: The chunks of this rank's stage, not wrapped.
+        model: the chunks of this rank's stage, not wrapped.
+        parameter_map: parameters of the model.
+        state: this rank's place.
 
     Raises:
         KeyError: a parameter that the map does not know.
@@ -41,7 +43,7 @@ def named_entries(
 def load_weights(
     model: torch.nn.ModuleList, hf_dir: Path, state: ParallelState, *, megatron_dir: Path | None = None
 ) -> None:
-    """Copies the checkpoint into every parameter and buffer, converting to its dtype; padded rows become zero.
+    """Copy the checkpoint into every parameter and buffer, converting to its dtype; padded rows become zero.
 
     Args:
         model: the chunks of this rank's stage, not wrapped.
@@ -69,7 +71,7 @@ def load_weights(
 # Fills this rank's parameters from a distributed checkpoint (torch_dist), whatever layout or tool wrote it.
 
 _EXTRA_STATE = "_extra_state"
-"""Scales of FP8 layers; a conversion has none, and without them the layers start with their own."""
+"""Name of the scales of FP8 layers; a conversion has none, and without them the layers start with their own."""
 
 
 def load_torch_dist(model: torch.nn.ModuleList, directory: Path) -> None:

@@ -25,12 +25,15 @@ from megatron_entropic.tensor_parallel import (
 )
 
 LOSS_SCALE = 1.0
-"""What reaches the loss in the backward pass. The policy's loss carries its normalisers itself, and megatron-core
-multiplies it by nothing (`optimizer.wrap_data_parallel`; no grad_scale_func is set)."""
+"""Gradient that reaches the loss in the backward pass.
+
+The policy's loss carries its normalisers itself, and megatron-core multiplies it by nothing
+(`optimizer.wrap_data_parallel`; no grad_scale_func is set).
+"""
 
 
 class OutputHead:
-    """The output layer's weight shard and what is done with it.
+    """The output layer's weight shard and the computation of statistics from it.
 
     Args:
         output_layer: megatron's ColumnParallelLinear; used as a module by the `logits` head only.
@@ -59,12 +62,12 @@ class OutputHead:
     def run(
         self, hidden_states: torch.Tensor, weight: torch.Tensor, micro_batch: MicroBatch, options: OutputOptions
     ) -> Output:
-        """Statistics of the micro-batch's R response tokens, equal on all tensor and context parallel ranks.
+        """Compute statistics of the micro-batch's R response tokens, equal on all tensor and context parallel ranks.
 
         Args:
             hidden_states: [T, 1, H] of this rank's tokens, or [T/tp, 1, H] with sequence parallelism.
-            weight: [V/tp, H] of the output layer, the embedding's where they are tied.
-            micro_batch: names the rows and targets.
+            weight: [V/tp, H] weight of the output layer, the embedding's where they are tied.
+            micro_batch: micro-batch whose rows and targets are taken.
             options: which statistics, and which head. Without gradients `fused_loss` is `recompute`.
         """
         logprobs, entropies, loss = self._of_own_tokens(hidden_states, weight, micro_batch, options)
@@ -127,7 +130,7 @@ def _no_loss(logprobs: torch.Tensor, entropies: torch.Tensor | None, tokens: sli
 
 
 def _leave_gathering_to_the_head(output_layer: Any) -> None:
-    """The head gathers tokens itself, to select rows before the large matrix product.
+    """Let the output layer gather no tokens: the head does, to select rows before the large matrix product.
 
     The gather's backward sums the input gradients of all tensor ranks while it scatters them, so the layer must neither
     gather nor sum.
@@ -145,13 +148,13 @@ def _leave_gathering_to_the_head(output_layer: Any) -> None:
 
 
 def gather_tokens(values: torch.Tensor, owned: torch.Tensor, count: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Values of all ranks' tokens, bit for bit the same on every rank; one all-reduce.
+    """Gather the values of all ranks' tokens, bit for bit the same on every rank, by one all-reduce.
 
     Args:
-        values: [k, r] of this rank's tokens.
+        values: [k, r] values of this rank's tokens.
         owned: [r] int64, which of the `count` tokens they are; each token is one rank's.
         count: tokens of all ranks.
-        group: context-parallel.
+        group: context-parallel group.
 
     Returns:
         [k, count]. Its gradient reaches this rank's tokens and is not summed over ranks.

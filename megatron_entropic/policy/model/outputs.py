@@ -1,4 +1,4 @@
-"""What the model's last stage is asked for, and what it returns. Apart from the head, which imports megatron-core."""
+"""Requests to the model's last stage and its results. Apart from the head, which imports megatron-core."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ HeadName = Literal["logits", "recompute", "fused_loss"]
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What the last stage computes for each response token."""
+    """Statistics that the last stage computes for each response token, and how."""
 
     temperature: float = 1.0
-    """Divides the logits: statistics are those of softmax(logits / temperature)."""
+    """Temperature by which logits are divided: statistics are those of softmax(logits / temperature)."""
     entropy: bool = True
-    """False computes no entropy and returns None in its place."""
+    """Whether the entropy is computed; if not, None is returned in its place."""
     entropy_gradient: bool = False
     """Whether the entropy is differentiable; with a `token_loss` it always is."""
     head: HeadName = "recompute"
-    """How hidden states become statistics when gradients are wanted; see `output_head`."""
+    """Output head that computes statistics when gradients are wanted; see `output_head`."""
     token_loss: Callable[[MicroBatch], TokenLoss] | None = None
-    """For `head="fused_loss"`: the loss of some response tokens of a micro-batch that holds any."""
+    """Function for `head="fused_loss"`: micro-batch that holds response tokens -> the loss of some of these."""
 
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What leaves the last pipeline stage, the same on all its tensor and context parallel ranks."""
+    """Statistics that leave the last pipeline stage, the same on all its tensor and context parallel ranks."""
 
     logprobs: torch.Tensor
-    """[R] float32, with gradient when gradients are enabled, unless there is a `loss`."""
+    """Log-probs, [R] float32, with gradient when gradients are enabled, unless there is a `loss`."""
     entropies: torch.Tensor | None
-    """[R] float32, nats."""
+    """Entropies, [R] float32, nats; None where they were not asked for."""
     loss: torch.Tensor | None = None
-    """Scalar whose gradient has been taken already, with `head="fused_loss"`; the others then carry none."""
+    """Loss whose gradient has been taken already, a scalar, with `head="fused_loss"`; the others then carry none."""
 
 
 class Output(NamedTuple):
-    """What the model's last stage returns: the fields of `TokenStatistics`."""
+    """Result of the model's last stage: the fields of `TokenStatistics`."""
 
     logprobs: torch.Tensor
     entropies: torch.Tensor | None
@@ -51,5 +51,5 @@ class Output(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """As of a tensor: megatron-core asks for it where a model has experts."""
+        """Device, as a tensor has one: megatron-core asks for it where a model has experts."""
         return self.logprobs.device

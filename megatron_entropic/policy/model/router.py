@@ -34,11 +34,11 @@ class PolicyRouter(TopKRouter):
         self._differing: torch.Tensor | None = None
         self.choice = ReplayedChoice()
         self.recorded: list[torch.Tensor] | None = None
-        """Set to a list, gets the experts [t, k] of each pass over a micro-batch, parked on the host."""
+        """List to which each pass over a micro-batch adds its experts, [t, k], parked on the host; None keeps none."""
 
     @property
     def place(self) -> int:
-        """Which of the model's layers with experts this is, from 0."""
+        """Number of this layer among the model's layers with experts, from 0."""
         return sum(self.config.moe_layer_freq[: self.layer_number - 1])
 
     def enable_replay(self) -> None:
@@ -51,7 +51,7 @@ class PolicyRouter(TopKRouter):
         self._counts = self._aux_loss = self._differing = None
 
     def counted(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Since `begin_step`, on this rank: tokens sent to each expert [experts] and auxiliary loss [], float64.
+        """Counts since `begin_step`, on this rank: tokens sent to each expert [experts] and auxiliary loss [], float64.
 
         Sums over ranks with different tokens are those of the step.
         """
@@ -60,11 +60,11 @@ class PolicyRouter(TopKRouter):
         return counts, nothing[0] if self._aux_loss is None else self._aux_loss.double()
 
     def replayed(self) -> torch.Tensor:
-        """Since `begin_step`, on this rank: [2] int64, replayed choices that it would not have made; all."""
+        """Replayed choices that the router would not have made, and all, since `begin_step` on this rank; [2] int64."""
         return self.weight.new_zeros(2, dtype=torch.int64) if self._differing is None else self._differing
 
     def routing(self, *arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """As megatron-core's: probabilities and map [tokens, experts]."""
+        """Route tokens as megatron-core does and count them; returns probabilities and map [tokens, experts]."""
         probs, routing_map = super().routing(*arguments, **options)
         if self.training and torch.is_grad_enabled():
             self._counts = _added(self._counts, routing_map.sum(dim=0))
@@ -100,6 +100,7 @@ def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
 
 
 def _provide_missing_name() -> None:
-    """megatron-core 0.16 asks whether `te_general_gemm` is None; without Transformer Engine there is no such name."""
+    """Give megatron-core 0.16 a name that it looks for."""
+    # It asks whether `te_general_gemm` is None; without Transformer Engine there is no such name.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None

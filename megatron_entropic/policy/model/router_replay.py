@@ -35,7 +35,7 @@ def storage_dtype(num_experts: int) -> torch.dtype:
 
 
 def no_choice(dtype: torch.dtype) -> int:
-    """Stands for the experts of a token that chooses for itself: padding."""
+    """Number that stands for the experts of a token that chooses for itself: padding."""
     return torch.iinfo(dtype).max
 
 
@@ -48,11 +48,11 @@ class ReplayedChoice:
 
     def __init__(self) -> None:
         self.choices: torch.Tensor | None = None
-        """[t, k] of the micro-batch that runs, or None: the router chooses."""
+        """Choices of the micro-batch that runs, [t, k]; None: the router chooses."""
         self.chosen = torch.empty(0, 0, dtype=torch.int64)
-        """[t, k] int64, of the last call."""
+        """Experts chosen in the last call, [t, k] int64."""
         self.differing: torch.Tensor | None = None
-        """[2] int64, of the last call: replayed choices that the router would not have made; all. None: no replay."""
+        """Replayed choices of the last call that a router would not have made, and all; [2] int64. None: no replay."""
 
     def get_replay_topk(
         self,
@@ -62,9 +62,10 @@ class ReplayedChoice:
         group_topk: int | None,
         default_compute_topk: TopK,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As torch.topk over scores [t, experts]: values, with gradient, and experts, both [t, k].
+        """Choose experts with the interface of torch.topk over scores [t, experts].
 
-        Replayed experts are sorted by score, as topk's are, so that sums over them round alike.
+        Returns values, with gradient, and experts, both [t, k]. Replayed experts are sorted by score, as topk's are, so
+        that sums over them round alike.
         """
         if self.choices is None:
             values, self.chosen = default_compute_topk(scores, topk, num_groups, group_topk)
@@ -95,13 +96,13 @@ def check_hook() -> None:
 
 
 def take_choices(layer: Any, _arguments: Any, options: dict[str, Any]) -> None:
-    """Before a layer with experts runs, also again in backward: hand its router the choices of this micro-batch."""
+    """Hand a router the choices of this micro-batch before its layer with experts runs, also again in backward."""
     router, choices = layer.mlp.router, options["packed_seq_params"].choices
     router.choice.choices = None if choices is None else choices[:, router.place]
 
 
 def with_choices(micro_batch: MicroBatch, parallel: ParallelState) -> MicroBatch:
-    """The micro-batch with the experts of its sequences laid out for this rank.
+    """Lay out the experts of a micro-batch's sequences for this rank; returns the micro-batch with them.
 
     Raises:
         ValueError: a sequence without `experts`.
@@ -127,15 +128,16 @@ def collect_choices(
     shape: tuple[int, int],
     dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """What all routers of a replica recorded in a pass; called by all its ranks together.
+    """Collect the choices that all routers of a replica recorded in a pass; called by all its ranks together.
 
     Args:
-        recorded: by layer with experts (from 0, over the whole model) of this rank: [t, k] of each micro-batch.
-        micro_batches: of the pass, in its order.
+        recorded: choices of this rank, by layer with experts (from 0, over the whole model): [t, k] of each
+            micro-batch.
+        micro_batches: micro-batches of the pass, in its order.
         parallel: this rank's place.
-        device: of the process groups.
+        device: device of the process groups.
         shape: (layers, k).
-        dtype: of the choices.
+        dtype: dtype of the choices.
 
     Returns:
         [L, layers, k] on the CPU for each sequence, in the order of the sequences given to `pack`, on every rank.
@@ -157,12 +159,12 @@ def collect_choices(
 
 
 def _tokens(micro_batch: MicroBatch) -> int:
-    """Of all context-parallel ranks, padding included."""
+    """Number of tokens of all context-parallel ranks, padding included."""
     return int(micro_batch.cu_seqlens[-1])
 
 
 def _own_rows(micro_batch: MicroBatch, parallel: ParallelState) -> torch.Tensor:
-    """[t] int64: rows of the whole micro-batch that this rank's routers see, in their order."""
+    """Rows of the whole micro-batch that this rank's routers see, in their order, [t] int64."""
     rows = parallel.packing.cut.rows(micro_batch.cu_seqlens.diff().long())
     # With experts, tensor ranks share out the tokens between them (sequence parallelism).
     return rows.chunk(parallel.tensor_size)[parallel.tensor_rank]

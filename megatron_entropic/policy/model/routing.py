@@ -1,4 +1,4 @@
-"""Where the tokens of an optimizer step went: load of the experts of all layers, and the auxiliary loss."""
+"""Routing of an optimizer step's tokens: load of the experts of all layers, and the auxiliary loss."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Routing:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """While it lasts, the experts of all tokens are kept for `recorded`."""
+        """Keep the experts of all tokens while the block runs, for `recorded`."""
         for router in self._routers:
             router.recorded = []
         try:
@@ -62,14 +62,14 @@ class Routing:
                 router.recorded = None
 
     def recorded(self, micro_batches: list[MicroBatch]) -> list[torch.Tensor]:
-        """What was recorded last, in a pass over `micro_batches`: `Sequence.experts` of each sequence, everywhere."""
+        """Experts recorded last, in a pass over `micro_batches`: `Sequence.experts` of each sequence, on every rank."""
         shape = (sum(self._config.moe_layer_freq), self._config.moe_router_topk)
         dtype = storage_dtype(self._config.num_moe_experts)
         recorded, self._recorded = self._recorded, {}
         return collect_choices(recorded, micro_batches, self._parallel, self._device, shape, dtype)
 
     def metrics(self) -> dict[str, float]:
-        """Of the step, the same on all ranks.
+        """Metrics of the step, the same on all ranks.
 
         moe/max_load is the number of tokens of a layer's busiest expert over the mean of its experts, averaged over
         layers (1: balanced); moe/max_load_worst_layer is that of the worst layer; moe/idle_experts is the fraction of

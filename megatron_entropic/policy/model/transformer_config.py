@@ -23,7 +23,7 @@ DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.
 def build_transformer_config(
     dimensions: ModelDimensions, policy: PolicyConfig, dtype: Dtype, state: ParallelState, platform: Platform
 ) -> TransformerConfig:
-    """The configuration every module of this rank's model shares.
+    """Build the configuration that every module of this rank's model shares.
 
     Raises:
         UserError: the layout does not divide the model, or this platform lacks what the configuration asks for.
@@ -88,7 +88,7 @@ def _architecture(dimensions: ModelDimensions) -> dict[str, Any]:
 
 
 def _latent(dimensions: ModelDimensions) -> dict[str, Any]:
-    """Everything about latent attention, its RoPE included; nothing for other models."""
+    """Settings of latent attention, its RoPE included; none for other models."""
     latent = dimensions.latent
     if latent is None:
         return {}
@@ -109,7 +109,7 @@ def _latent(dimensions: ModelDimensions) -> dict[str, Any]:
 
 
 def _experts(dimensions: ModelDimensions, policy: PolicyConfig, platform: Platform) -> dict[str, Any]:
-    """Everything about experts; nothing for a dense model."""
+    """Settings of experts; none for a dense model."""
     experts = dimensions.experts
     if experts is None:
         return {}
@@ -134,7 +134,7 @@ def _experts(dimensions: ModelDimensions, policy: PolicyConfig, platform: Platfo
 
 
 def _sigmoid(experts: ExpertDimensions) -> dict[str, Any]:
-    """DeepSeek-V3's choice of experts; nothing for a softmax. The bias that balances them stays as it was trained."""
+    """Settings of DeepSeek-V3's choice of experts; none for a softmax. The bias that balances them stays as trained."""
     routing = experts.sigmoid
     if routing is None:
         return {}
@@ -150,7 +150,8 @@ def _sigmoid(experts: ExpertDimensions) -> dict[str, Any]:
 
 
 def _fusions(dimensions: ModelDimensions, platform: Platform) -> dict[str, Any]:
-    """Fused kernels exist on CUDA only, those of RoPE in Transformer Engine only, and not for plain RoPE of latents."""
+    """Settings of fused kernels."""
+    # They exist on CUDA only, those of RoPE in Transformer Engine only, and not for plain RoPE of latents.
     return {
         "bias_activation_fusion": platform.fused_kernels,
         "bias_dropout_fusion": platform.fused_kernels,

@@ -1,1 +1,1 @@
-"""The policy's half of bringing weights to the engines."""
+"""The policy's side of bringing weights to the engines."""

@@ -29,10 +29,10 @@ class Workspace:
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
         self.shared: dict[bool, SharedFlats] = {}
-        """For buckets of experts (True) and dense ones: where all ranks of a gathering write, if they can."""
+        """Buffers that all ranks of a gathering write to, if they can, for buckets of experts (True) and dense ones."""
 
     def take(self, purpose: str, elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """[elements] with arbitrary values, until the next call with the same purpose."""
+        """Tensor [elements] with arbitrary values, valid until the next call with the same purpose."""
         buffer = self._buffers.get(purpose)
         nbytes = elements * dtype.itemsize
         if buffer is None or buffer.numel() < nbytes or buffer.device != device:
@@ -57,7 +57,7 @@ def takes_part(parallel: ParallelState, *, of_experts: bool) -> bool:
 
 
 def peers(*, of_experts: bool) -> str:
-    """For messages: with whom a rank gathers."""
+    """Words for the ranks with which a rank gathers, for messages."""
     return "the expert-parallel ranks of its stage" if of_experts else "the tensor ranks of its stage"
 
 
@@ -74,13 +74,13 @@ def gather_bucket(
     """Bring one bucket to one rank; called by all ranks for which `sends_weights` holds.
 
     Args:
-        bucket: of the plan that all ranks share.
+        bucket: bucket of the plan that all ranks share.
         values: this rank's shards by global Megatron name.
-        parameter_map: of the model.
+        parameter_map: parameters of the model.
         parallel: this rank's place.
-        phase: what the run is doing, for messages.
-        workspace: of this pass.
-        to_first_stage: bring it to rank 0; otherwise it stays on the first tensor rank of its own stage.
+        phase: words for what the run is doing, for messages.
+        workspace: buffers of this pass.
+        to_first_stage: whether to bring it to rank 0; otherwise it stays on the first tensor rank of its own stage.
 
     Returns:
         [bucket.elements] of the bucket's dtype on that rank, in the order of `bucket.hf_names`, in the workspace: its
@@ -111,7 +111,7 @@ def gather_hf_tensors(
     parallel: ParallelState,
     phase: str,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of the whole model on rank 0, in plan order; nothing on other ranks.
+    """Yields names and tensors of the whole model on rank 0, in plan order; nothing on other ranks.
 
     All ranks for which `sends_weights` holds must exhaust it. A tensor is a view of its bucket's buffer, which holds
     it until the next but one bucket begins: copy what is kept.
@@ -126,7 +126,7 @@ def gather_hf_tensors(
 def _gather_shards(
     bucket: Bucket, values: Mapping[str, torch.Tensor], parallel: ParallelState, workspace: Workspace
 ) -> torch.Tensor | None:
-    """[ranks, shard_elements] on the stage's first rank: every rank's part of the bucket, in one collective."""
+    """Gather every rank's part of the bucket in one collective: [ranks, shard_elements] on the stage's first rank."""
     dtype, device = DTYPES[bucket.dtype], next(iter(values.values())).device
     group = parallel.expert_group if bucket.of_experts else parallel.tensor_group
     gathered = None
@@ -144,7 +144,7 @@ def _gather_shards(
 
 
 def _join(bucket: Bucket, shards: torch.Tensor, parameter_map: ParameterMap, workspace: Workspace) -> torch.Tensor:
-    """[bucket.elements]: whole Hugging Face tensors without padding, from shards [ranks, shard_elements]."""
+    """Join shards [ranks, shard_elements] into whole Hugging Face tensors without padding, [bucket.elements]."""
     flat = workspace.take(f"flat {bucket.index % 2}", bucket.elements, shards.dtype, shards.device)
     owners = 1 + max(item.expert_rank for item in bucket.items)
     for owner, of_owner in enumerate(shards.unflatten(0, (owners, -1))):
@@ -163,7 +163,7 @@ def _write_together(
     parallel: ParallelState,
     flats: SharedFlats,
 ) -> torch.Tensor:
-    """[bucket.elements] in memory that all ranks of the gathering see; each has written its own part."""
+    """Flat buffer [bucket.elements] in memory that all ranks of the gathering see; each has written its own part."""
     flat = flats.take(bucket.index % 2, bucket.elements, DTYPES[bucket.dtype])
     flats.wait_for_all()  # the first rank comes when the memory is free
     held = bucket.held_by(parallel.expert_rank)
@@ -181,7 +181,7 @@ def _write_part(
     parameter_map: ParameterMap,
     tensor_place: tuple[int, int],
 ) -> None:
-    """Put one rank's parameters to where the bucket's flat buffer [bucket.elements] has them."""
+    """Write one rank's parameters to their places in the bucket's flat buffer [bucket.elements]."""
     tensors = dict(FlatContents.of_bucket(bucket).split(flat))
     for item, value in zip(held, values, strict=True):
         parameter_map.write_to_hf(item.entry, value, tensors, *tensor_place)
@@ -195,7 +195,7 @@ def _send_to_first_stage(
     where: str,
     workspace: Workspace,
 ) -> torch.Tensor | None:
-    """Point to point from the owner stage; stages that are neither owner nor first only pass by."""
+    """Send a bucket from its owner stage to the first; stages that are neither only pass by."""
     group = parallel.pipeline_group
     if parallel.pipeline_rank == bucket.owner_stage:
         assert flat is not None

@@ -1,4 +1,4 @@
-"""The policy's half of bringing new weights to the rollout engines.
+"""The policy's side of bringing new weights to the rollout engines.
 
     ranks of a stage --gather_bucket--> its first tensor rank --send--> workers of all engines    for each bucket
 
@@ -32,33 +32,33 @@ from megatron_entropic.weight_sync.plan import Bucket, PublishPlan
 from megatron_entropic.weight_sync.shared_memory import SharedBlock
 
 BUCKET_BYTES = {"cuda": 512 * 2**20, "cpu": 32 * 2**20}
-"""Size of a publish plan's buckets by device; a sending rank and each engine worker hold two or three at a time.
+"""Bytes of a publish plan's buckets by device; a sending rank and each engine worker hold two or three at a time.
 
 On a CPU the cost of a collective is small beside that of its bytes, and smaller buckets leave more to do at a time.
 """
 
 
 class SenderType(Protocol):
-    """What opens a group."""
+    """Class whose call opens the sending end of a transfer group."""
 
     sending_ranks: SendingRanks
 
     def __call__(
         self, host: str, receivers: int, timeout_s: float, *, name: str, delta: bool, lent: Sequence[SharedBlock]
     ) -> WeightSender:
-        """An open group that waits for `receivers` workers; `GlooSender` has the arguments."""
+        """Open a group that waits for `receivers` workers; `GlooSender` has the arguments."""
 
 
 @dataclass
 class Published:
-    """What one rank sent in one publication."""
+    """Numbers and checksums of what one rank sent in one publication."""
 
     elements: int = 0
-    """Of all its buckets."""
+    """Number of elements of all its buckets."""
     sent_elements: int = 0
-    """Of these, how many travelled: all, or those that had changed."""
+    """Number of these elements that travelled: all, or those that had changed."""
     checksums: dict[str, int] = field(default_factory=dict)
-    """Of every tensor by Hugging Face name, where they were asked for."""
+    """Checksum of every tensor by Hugging Face name, where checksums were asked for."""
 
 
 class Publisher:
@@ -80,14 +80,14 @@ class Publisher:
 
         Args:
             plan: buckets in the order in which the engines receive them.
-            parameter_map: of the model.
+            parameter_map: parameters of the model.
             model: the chunks of this rank's stage, not wrapped.
             parallel: this rank's place.
             host: address of this rank that the engines can reach.
             timeout_s: limit of the rendezvous and of each broadcast; keep it below the limit of the whole publication,
                 so that the more telling message comes first.
             mode: full sends everything, delta what changed since the last publication.
-            sender_type: builds the sending end of a transfer group.
+            sender_type: class that builds the sending end of a transfer group.
         """
         self.plan = plan
         self._parameter_map = parameter_map
@@ -106,8 +106,8 @@ class Publisher:
         """Begin a rendezvous with `receivers` engine workers in all; an earlier group is left.
 
         Returns:
-            On a sending rank its stage and what engines need to connect to it, apart from their own `rank_offset`;
-            elsewhere nothing.
+            On a sending rank its stage and the arguments by which engines connect to it, apart from their own
+            `rank_offset`; elsewhere nothing.
         """
         self.close()
         self._share_memory()
@@ -183,7 +183,7 @@ class Publisher:
         return published
 
     def _bring(self, bucket: Bucket, values: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        """[bucket.elements] where it is sent from, None elsewhere; all ranks with a part in it call this.
+        """Bring a bucket [bucket.elements] to its sending rank; None elsewhere. All ranks with a part in it call this.
 
         Raises:
             PhaseTimeout, PeerDied: naming bucket, this rank and its peers.
@@ -247,7 +247,7 @@ class Publisher:
         return self._parallel.rank == 0
 
     def _buckets(self) -> list[Bucket]:
-        """Those that this rank gathers, passes on or is given, in plan order."""
+        """Buckets that this rank gathers, passes on or is given, in plan order."""
         if self._sending_ranks == "first_of_stages":
             return [bucket for bucket in self.plan.buckets if bucket.owner_stage == self._parallel.pipeline_rank]
         return list(self.plan.buckets)

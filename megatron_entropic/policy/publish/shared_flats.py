@@ -11,7 +11,7 @@ _COUNT = 2
 
 
 class SharedFlats:
-    """Two buffers in turn; ranks of one group on one machine, tensors in host memory."""
+    """Two flat buffers in turn, which ranks of one group on one machine share; tensors in host memory."""
 
     def __init__(self, group: dist.ProcessGroup, blocks: list[SharedBlock]) -> None:
         self._group = group
@@ -19,11 +19,11 @@ class SharedFlats:
 
     @classmethod
     def open(cls, group: dist.ProcessGroup, nbytes: int) -> SharedFlats | None:
-        """Called by all ranks of `group` together; None on all of them if one does not share the others' memory.
+        """Open the buffers, on all ranks of `group` together; None on all if one does not share the others' memory.
 
         Args:
-            group: gloo.
-            nbytes: of each buffer.
+            group: a gloo group.
+            nbytes: size of each buffer.
         """
         first, rank = dist.get_global_rank(group, 0), dist.get_rank(group)
         created = [SharedBlock.create(nbytes) for _ in range(_COUNT)] if rank == 0 else []
@@ -49,7 +49,7 @@ class SharedFlats:
             block.admit_nobody_else()
 
     def take(self, number: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
-        """[elements] in buffer `number` (0 or 1)."""
+        """Tensor [elements] in buffer `number` (0 or 1)."""
         return self._blocks[number].tensor(elements, dtype)
 
     def wait_for_all(self) -> None:

@@ -1,1 +1,1 @@
-"""What a rank keeps: checkpoints, exports, memory handed to engines."""
+"""State that a rank keeps: checkpoints, exports, memory handed to engines."""

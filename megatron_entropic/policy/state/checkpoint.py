@@ -87,7 +87,7 @@ def load_checkpoint(directory: Path, model: torch.nn.ModuleList, optimizer: Poli
 
 
 def sharded_state(model: torch.nn.ModuleList) -> dict[str, Any]:
-    """What dist_checkpointing saves or fills of model and generators, with this rank's place in every global tensor.
+    """State of model and generators that dist_checkpointing saves or fills, with this rank's place in global tensors.
 
     Args:
         model: the chunks of this rank's stage, not wrapped.

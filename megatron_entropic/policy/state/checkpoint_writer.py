@@ -43,7 +43,7 @@ SPACE_MARGIN_BYTES = 32 * 2**20
 """Free space asked for beyond the tensors: metadata and small state."""
 
 BACKGROUND_NICENESS = 10
-"""Of the thread that writes, from 0 (as everything else) to 19."""
+"""Niceness of the thread that writes, from 0 (as everything else) to 19."""
 
 
 class CheckpointWriter:
@@ -51,7 +51,7 @@ class CheckpointWriter:
 
     Args:
         config: how many checkpoints to keep, and whether the run waits for the files.
-        device: of the parameters.
+        device: device of the parameters.
         timeout_s: limit of every wait of the background threads for each other, seconds.
         keep_steps: steps whose checkpoints are kept for ever, beside those of `checkpoint.keep_every`.
     """
@@ -117,7 +117,7 @@ class CheckpointWriter:
         self._thread.shutdown()
 
     def _agree_on_a_name(self) -> str:
-        """Of this run's ranks, unlike that of any others that may still be writing beside them."""
+        """Agree on a name of this run's ranks, unlike that of any others that may still be writing beside them."""
         name = [f"{socket.gethostname()}-{os.getpid()}"]
         dist.broadcast_object_list(name, src=0, group=self._group)
         return name[0]
@@ -126,7 +126,7 @@ class CheckpointWriter:
         return partial_path(directory, self._name)
 
     def _choose_format(self, optimizer: PolicyOptimizer, model_state: dict[str, Any]) -> None:
-        """Once: neither the layout nor what it can write changes from one save to the next."""
+        """Choose the format, once: neither the layout nor what it can write changes from one save to the next."""
         if self._format_chosen:
             return
         self._format = optimizer.format_to_write(self._config.format)
@@ -135,7 +135,7 @@ class CheckpointWriter:
         self._format_chosen = True
 
     def _stage(self, directory: Path, tensors: dict[str, Any], device: torch.device) -> Callable[[], None]:
-        """Plan and copy; returns what writes this rank's files and, on rank 0, their index."""
+        """Plan and copy; returns a function that writes this rank's files and, on rank 0, their index."""
         from megatron.core import dist_checkpointing
 
         live = _storages(tensors)
@@ -156,7 +156,7 @@ class CheckpointWriter:
         return strategy.copy_to_host(live, self._copies, self._group)
 
     def _write(self, directory: Path, commit: Callable[[], None], record: dict[str, Any]) -> None:
-        """From the copies to a checkpoint that counts; the threads of all ranks together."""
+        """Make the copies a checkpoint that counts; called by the threads of all ranks together."""
         from torch.distributed.checkpoint.api import CheckpointException
 
         try:
@@ -174,7 +174,7 @@ class CheckpointWriter:
         prune_checkpoints(directory.parent, self._config.keep_last, self._config.keep_every, self._keep_steps)
 
     def _checksums_of_all_ranks(self, partial: Path) -> dict[str, str]:
-        """By file name; each rank reads back what it wrote itself, which its node still has in memory."""
+        """Checksums by file name; each rank reads back what it wrote itself, which its node still has in memory."""
         own = sorted(partial.glob(f"__{dist.get_rank()}_*.distcp"))
         sums = dict(zip([path.name for path in own], checksums(own), strict=True))
         collected: list[dict[str, str]] = [{}] * dist.get_world_size()
@@ -195,7 +195,7 @@ class CheckpointWriter:
             raise CheckpointError(problem[0])
 
     def _fail_everywhere(self, directory: Path, error: Any) -> NoReturn:
-        """All ranks are here; rank 0 knows which writes failed."""
+        """Raise on all ranks the failures of writes, which rank 0 knows; called by all of them together."""
         causes = {f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items()}
         message = [_message(directory, "; ".join(sorted(causes)))]
         if dist.get_rank() == 0:
@@ -265,7 +265,7 @@ class HostCopies:
         self._copies: dict[Hashable, torch.Tensor] = {}
 
     def copy(self, name: Hashable, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of `tensor` in the place of the last one of this name, which must not be in use any more."""
+        """Copy `tensor` to the place of the last copy of this name, which must not be in use any more."""
         copy = self._copies.get(name)
         if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
             copy = self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype)

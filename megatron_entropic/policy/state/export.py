@@ -77,7 +77,12 @@ class BackgroundExport:
         template_dir: Path,
         keep_last: int,
     ) -> None:
-        """Remember what to write; arguments as of `export_hf`, and how many exports to keep beside each other."""
+        """Remember what to write.
+
+        Args:
+            model, plan, parameter_map, parallel, template_dir: as in `export_hf`.
+            keep_last: number of exports to keep beside each other.
+        """
         self._model = model
         self._plan = plan
         self._parameter_map = parameter_map

@@ -20,11 +20,11 @@ from megatron_entropic.policy.step.optimizer import PolicyOptimizer
 
 
 class DeviceMemory:
-    """What of this rank's large tensors is on its device.
+    """Memory of this rank's large tensors, on its device or given back.
 
     Args:
-        platform: of this rank.
-        chunks: from `optimizer.wrap_data_parallel`.
+        platform: platform of this rank.
+        chunks: chunks from `optimizer.wrap_data_parallel`.
         frozen: other modules whose parameters count as parameters: the reference model.
     """
 
@@ -38,19 +38,19 @@ class DeviceMemory:
 
     @property
     def released_bytes(self) -> int:
-        """Of all that is released now."""
+        """Number of bytes of all that is released now."""
         return sum(size for storages in self._released.values() for _, size in storages)
 
     def on_device(self, part: OffloadPart) -> bool:
-        """Whether it has not been released."""
+        """Whether a part has not been released."""
         return part not in self._released
 
     def release(self, parts: Iterable[OffloadPart], optimizer: PolicyOptimizer) -> None:
-        """Give the memory of these parts back; what is gone already stays gone.
+        """Give the memory of these parts back; parts that are gone already stay gone.
 
         Args:
-            parts: to release.
-            optimizer: of the chunks, as it is now; its parameters must be synchronised.
+            parts: parts to release.
+            optimizer: optimizer of the chunks, as it is now; its parameters must be synchronised.
         """
         for part in parts:
             if part in self._released:
@@ -77,7 +77,7 @@ class DeviceMemory:
         self._platform.synchronize()
 
     def bytes_on_device(self, optimizer: PolicyOptimizer) -> dict[OffloadPart, int]:
-        """Of each part."""
+        """Number of bytes that each part has on the device now."""
         return {
             part: 0 if part in self._released else sum(s.nbytes() for s in self._storages(part, optimizer))
             for part in OFFLOAD_PARTS
@@ -94,7 +94,7 @@ class DeviceMemory:
         self._platform.synchronize()
 
     def _storages(self, part: OffloadPart, optimizer: PolicyOptimizer) -> list[torch.UntypedStorage]:
-        """Each once, in an order that does not change while the optimizer is the same."""
+        """Storages of a part, each once, in an order that does not change while the optimizer is the same."""
         parameters = _distinct(parameter.data for module in self._modules for parameter in module.parameters())
         if part == "parameters":
             return list(parameters.values())
@@ -115,5 +115,5 @@ def _distinct(tensors: Iterator[torch.Tensor]) -> dict[int, torch.UntypedStorage
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    """[nbytes] uint8, a view of the storage."""
+    """View of a storage as bytes, [nbytes] uint8."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

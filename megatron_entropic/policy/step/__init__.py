@@ -1,1 +1,1 @@
-"""What a rank computes: scores, losses, gradients, optimizer steps."""
+"""Computations of a rank: scores, losses, gradients, optimizer steps."""

@@ -23,13 +23,13 @@ Marks = list[Tensor]
 
 
 class AcrossReplicas:
-    """`algorithms.losses.Across` over the ranks that hold different sequences; all of them call it together.
+    """Reductions (`algorithms.losses.Across`) over ranks that hold different sequences; all of them call it together.
 
     Context-parallel ranks hold the same ones: the first of them counts.
 
     Args:
         parallel: this rank's place, on the last stage.
-        device: of the collectives.
+        device: device of the collectives.
     """
 
     def __init__(self, parallel: ParallelState, device: torch.device) -> None:
@@ -94,6 +94,6 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _keys(sequence: Sequence, optimizer_step: int) -> Tensor:
-    """[R] random numbers that depend on the sequence's tokens and the step, not on where the sequence lies."""
+    """Random numbers [R] that depend on the sequence's tokens and the step, not on where the sequence lies."""
     seed = zlib.crc32(sequence.tokens.cpu().numpy().tobytes(), optimizer_step)
     return torch.rand(sequence.response_length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Entropy feedback: which measurement drives the controller, fixed before the first backward, equal on all ranks.
+"""Entropy feedback: the measurement that drives the controller, fixed before the first backward, equal on all ranks.
 
 score pass ---measured---> EntropyControl.steering_for_step ---> backward of all micro-batches ---> commit
                                     ^                                  |
@@ -26,7 +26,7 @@ class EntropyMeasurement:
     """Global sums over response tokens, the same on every rank."""
 
     entropy_sum: float
-    """Nats."""
+    """Sum of the token entropies, in nats."""
     token_count: float
 
     @property
@@ -36,7 +36,7 @@ class EntropyMeasurement:
 
     @property
     def usable(self) -> bool:
-        """Whether a controller can be fed with it."""
+        """Whether a controller can be fed with the measurement."""
         return self.token_count > 0 and math.isfinite(self.entropy_sum)
 
 
@@ -48,7 +48,7 @@ class EntropyControl:
         feedback: "score_pass" (the latest scoring pass) or "previous_step" (the entropy measured during the previous
             optimizer step; the first step uses the scoring pass).
         parallel: this rank's place.
-        device: of the policy.
+        device: device of the policy.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class EntropyControl:
             self._feedback = measurement
 
     def metrics(self) -> dict[str, float]:
-        """S6, for the log."""
+        """Metrics of the controller, for the log."""
         return self.controller.metrics()
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class EntropyControl:
 
 
 class MicrobatchLocalControl:
-    """`feedback: microbatch_local`: the published code's alpha, per rank and micro-batch, never reduced.
+    """Control of `feedback: microbatch_local`: the published code's alpha, per rank and micro-batch, never reduced.
 
     Only last stages know entropies, so only their controllers advance; tensor ranks of one replica stay equal.
     """
@@ -135,7 +135,7 @@ class MicrobatchLocalControl:
 def build_control(
     config: Config, parallel: ParallelState, device: torch.device
 ) -> EntropyControl | MicrobatchLocalControl | None:
-    """The control that a configuration asks for; None when the controller is off."""
+    """Build the control that a configuration asks for; None when the controller is off."""
     section = config.entropy_control
     if not section.enabled:
         return None
@@ -147,7 +147,7 @@ def build_control(
 def collect_control_state(
     control: EntropyControl | MicrobatchLocalControl | None, parallel: ParallelState
 ) -> dict[str, Any]:
-    """What a checkpoint keeps, the same on every rank: one state, or one for each replica where they differ.
+    """State that a checkpoint keeps, the same on every rank: one state, or one for each replica where they differ.
 
     Called by all ranks together.
     """

@@ -18,15 +18,18 @@ from megatron_entropic.policy.model.outputs import Output, OutputOptions, TokenS
 from megatron_entropic.types import Sequence
 
 LossFunction = Callable[[MicroBatch, TokenStatistics], tuple[torch.Tensor, Any]]
-"""(loss, anything to collect). Gradients are summed over micro-batches and data-parallel ranks and divided by nothing:
-a loss function weights its tokens by global counts."""
+"""Function that returns (loss, anything to collect).
+
+Gradients are summed over micro-batches and data-parallel ranks and divided by nothing: a loss function weights its
+tokens by global counts.
+"""
 CollectFunction = Callable[[MicroBatch, TokenStatistics], Any]
 
 
 def run_forward(
     model: torch.nn.ModuleList, micro_batches: list[MicroBatch], collect: CollectFunction, options: OutputOptions
 ) -> list[Any]:
-    """One pass without gradients.
+    """Run one pass without gradients.
 
     Returns what `collect` returned for each micro-batch, in order, on the last stage, else [].
     """
@@ -42,7 +45,7 @@ def run_forward(
 def run_forward_backward(
     model: torch.nn.ModuleList, micro_batches: list[MicroBatch], loss: LossFunction, options: OutputOptions
 ) -> list[Any]:
-    """Forward and backward over all micro-batches; gradients accumulate in the model's buffers.
+    """Run forward and backward over all micro-batches; gradients accumulate in the model's buffers.
 
     Returns what `loss` returned beside each loss, in order, on the last stage, else [].
     """

@@ -23,22 +23,24 @@ from megatron_entropic.policy.step.optimizer import PolicyOptimizer, StepOutcome
 from megatron_entropic.types import Sequence
 
 Share = Callable[[MicroBatch, TokenStatistics], tuple[torch.Tensor, torch.Tensor]]
-"""A micro-batch's share of the loss: (scalar with gradient, [k] float64 measurements that add up). Where the output
-head has taken the loss already (`TokenStatistics.loss`), only the measurements count."""
+"""Function of a micro-batch's share of the loss: (scalar with gradient, [k] float64 measurements that add up).
+
+Where the output head has taken the loss already (`TokenStatistics.loss`), only the measurements count.
+"""
 
 
 class GradientStep:
-    """Runs optimizer steps on one rank.
+    """Optimizer steps on one rank.
 
     Args:
         model: the chunks of this rank's pipeline stage, from `optimizer.wrap_data_parallel`.
         parallel: this rank's place.
-        device: of the model.
+        device: device of the model.
         tokens_per_microbatch: budget of one packed micro-batch.
-        attention_weight: of the model, for batch/*.
+        attention_weight: attention weight of the model, for batch/*.
 
     Attributes:
-        routing: of a model with experts: where the tokens of the last step went.
+        routing: for a model with experts: where the tokens of the last step went.
     """
 
     def __init__(
@@ -57,11 +59,11 @@ class GradientStep:
         self._attention_weight = attention_weight
 
     def align(self, sequences: list[Sequence], *, replay: bool = False) -> list[MicroBatch]:
-        """This replica's sequences in as many micro-batches as every other replica runs (see `pack_alike`).
+        """Pack this replica's sequences into as many micro-batches as every other replica runs (see `pack_alike`).
 
         Args:
-            sequences: of this replica.
-            replay: send tokens to the experts that the sequences carry.
+            sequences: sequences of this replica.
+            replay: whether to send tokens to the experts that the sequences carry.
 
         Raises:
             ValueError: with `replay`, a sequence carries none.
@@ -70,13 +72,13 @@ class GradientStep:
         return [with_choices(micro_batch, self.parallel) for micro_batch in batch] if replay else batch
 
     def batch_metrics(self, batch: list[MicroBatch]) -> dict[str, float]:
-        """How well `batch`, from `align`, fills the ranks; equal on all of them."""
+        """Metrics of how well `batch`, from `align`, fills the ranks; equal on all of them."""
         return batch_metrics(batch, self._attention_weight, self.parallel, self.device)
 
     def measure(
         self, batch: list[MicroBatch], count: Callable[[torch.Tensor], torch.Tensor], options: OutputOptions
     ) -> float:
-        """Global sum of `count(logprobs [R])` [] over micro-batches and replicas, in a pass without gradients."""
+        """Sum `count(logprobs [R])` [] over micro-batches and replicas, globally, in a pass without gradients."""
 
         def collect(micro_batch: MicroBatch, statistics: TokenStatistics) -> torch.Tensor:
             return count(statistics.logprobs).double().reshape(1)
@@ -86,13 +88,13 @@ class GradientStep:
     def run(
         self, batch: list[MicroBatch], share: Share, options: OutputOptions, optimizer: PolicyOptimizer, *, width: int
     ) -> tuple[torch.Tensor, StepOutcome]:
-        """Gradients of the sum of all shares, then the optimizer step.
+        """Compute the gradients of the sum of all shares, then take the optimizer step.
 
         Args:
-            batch: from `align`.
+            batch: micro-batches from `align`.
             share: called on the last stage for every micro-batch that holds sequences.
-            options: what the last stage computes.
-            optimizer: steps, or refuses on all ranks.
+            options: statistics that the last stage computes.
+            optimizer: optimizer that steps, or refuses on all ranks.
             width: k, the number of measurements a share returns.
 
         Returns:
@@ -130,15 +132,15 @@ def batch_metrics(
     """Metrics of this replica's micro-batches and those of all others, equal on all ranks.
 
     Args:
-        batch: of this replica.
+        batch: micro-batches of this replica.
         attention_weight: see `sequence_costs`.
         parallel: this rank's place.
-        device: of the policy.
+        device: device of the policy.
 
     Returns:
         batch/padding_fraction: packed tokens that belong to no sequence, over all packed tokens;
         batch/imbalance: work of the busiest replica over the mean of all, minus 1;
-        batch/microbatches: of each replica.
+        batch/microbatches: number of micro-batches of each replica.
     """
     replicas = torch.zeros(parallel.data_size, 3, dtype=torch.float64, device=device)
     if parallel.context_rank == 0:

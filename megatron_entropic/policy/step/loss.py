@@ -4,7 +4,7 @@
 
     l   policy loss (algorithms/losses), times rollout-correction weights if configured; 0 where the controller drops
         the token (algorithms/entropy_control/steering)
-    a   -|A| * ratio on tokens with pi > tau (EntroPIC), times the same correction weights iff l has them (S4)
+    a   -|A| * ratio on tokens with pi > tau (EntroPIC), times the same correction weights iff l has them
     k   KL estimate towards the reference
     H   entropy, with gradient, for controllers that give it a coefficient c
     w   from GLOBAL counts (algorithms/aggregation); w' = w, or over high-probability tokens only
@@ -55,7 +55,7 @@ SUMS = (
     "tokens",
     "entropy",
 )
-"""What `MicrobatchLoss.share` measures, in the order of its vector; each adds up over micro-batches and ranks."""
+"""Names of what `MicrobatchLoss.share` measures, in its vector's order; each adds up over micro-batches and ranks."""
 
 
 def local_normalizers(fields: TokenFields, minibatch_sequences: int, data_parallel: int) -> Normalizers:
@@ -72,7 +72,7 @@ def local_normalizers(fields: TokenFields, minibatch_sequences: int, data_parall
 
 
 def count_high_prob(logprobs: Tensor, settings: LossSettings) -> Tensor:
-    """Number [] of tokens with pi > tau, by the same comparison as the loss. logprobs [T]."""
+    """Number [] of tokens with pi > tau, by the same comparison as the loss, among those with log-probs [T]."""
     ones = torch.ones_like(logprobs)
     _, high_prob = entropic_term(logprobs, ones, ones, tau=settings.tau, clip_low=0.5, clip_high=0.5)
     return high_prob.sum()
@@ -80,7 +80,7 @@ def count_high_prob(logprobs: Tensor, settings: LossSettings) -> Tensor:
 
 @dataclass(frozen=True)
 class _Parts:
-    """The summands of the loss over some tokens; scalars with gradient."""
+    """Summands of the loss over some tokens; scalars with gradient."""
 
     policy: Tensor
     entropic: Tensor
@@ -94,14 +94,14 @@ class _Parts:
 
 @dataclass(frozen=True)
 class _TokenTerms:
-    """What the loss says about some tokens, each [T]."""
+    """Terms of the loss of some tokens, each [T]."""
 
     policy: PolicyLossTerms
     adjustment: Tensor
-    """a of EntroPIC."""
+    """EntroPIC's term a before alpha."""
     high_prob: Tensor
     kept: Tensor | None
-    """Whose policy loss counts; None: all."""
+    """Mask of the tokens whose policy loss counts; None: all."""
 
 
 class MicrobatchLoss:
@@ -124,7 +124,7 @@ class MicrobatchLoss:
         self._weights = _weights(fields, settings, normalizers)
 
     def share(self, logprobs: Tensor, entropies: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The share, and what is measured on the way.
+        """Compute the share, and measure on the way.
 
         Args:
             logprobs: [T] float32 of the response tokens under the current weights, with gradient.
@@ -153,11 +153,11 @@ class MicrobatchLoss:
         return parts.total, torch.stack([value.detach().double() for value in sums])
 
     def of_tokens(self, logprobs: Tensor, entropies: Tensor | None, tokens: slice | Tensor) -> Tensor:
-        """The share of some tokens; these add up to `share`. It exists where `LossSettings.adds_up_over_tokens`.
+        """Share of some tokens; these add up to `share`. It exists where `LossSettings.adds_up_over_tokens`.
 
         Args:
-            logprobs: [c] float32 of these tokens.
-            entropies: [c] float32 or None.
+            logprobs: [c] float32 log-probs of these tokens.
+            entropies: [c] float32 entropies or None.
             tokens: which of the T they are.
         """
         assert self._settings.adds_up_over_tokens
@@ -165,7 +165,7 @@ class MicrobatchLoss:
         return self._sum(logprobs, entropies, self._terms(logprobs, fields), fields, self._weights[tokens]).total
 
     def _terms(self, logprobs: Tensor, fields: TokenFields) -> _TokenTerms:
-        """The correction weights go into both l and a, or into neither (S4)."""
+        """Terms of some tokens; the correction weights go into both l and a, or into neither."""
         settings, algorithm = self._settings, self._settings.algorithm
         lengths = fields.lengths if settings.loss.whole_sequences else None
         inputs = LossInputs(logprobs, fields.old_logprobs, fields.advantages, fields.marks, lengths)
@@ -243,11 +243,13 @@ class Normalizers:
     """Counts over the whole optimizer step: all micro-batches, all replicas."""
 
     tokens: float
-    """Response tokens."""
+    """Number of response tokens."""
     sequences: float
     high_prob_tokens: float = 0.0
-    """Response tokens with pi > tau under the weights before this step, read by `denominator: high_prob_tokens`; a
-    micro-batch that holds more of them than this uses its own count."""
+    """Number of response tokens with pi > tau under the weights before this step, for `denominator: high_prob_tokens`.
+
+    A micro-batch that holds more of them than this uses its own count.
+    """
     scale: float = 1.0
     """Factor of a micro-batch's whole share of the loss: 1, except in `feedback: microbatch_local`."""
 

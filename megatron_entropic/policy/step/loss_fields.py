@@ -1,4 +1,4 @@
-"""What the loss reads: its knobs, and the constants of a micro-batch's response tokens."""
+"""Inputs of the loss: its settings, and the constants of a micro-batch's response tokens."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from megatron_entropic.types import Sequence
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The knobs of the loss, from several sections of the configuration."""
+    """Settings of the loss, from several sections of the configuration."""
 
     algorithm: AlgorithmConfig
     loss: PolicyLoss
     max_response_tokens: int
     correction: str
-    """none, tis or mis."""
+    """Correction for the rollout: none, tis or mis."""
     correction_level: str
     correction_cap: float
     tau: float
@@ -41,7 +41,7 @@ class LossSettings:
 
     @classmethod
     def from_config(cls, config: Config) -> LossSettings:
-        """Collect them.
+        """Collect the settings from a configuration.
 
         Raises:
             UserError: there is no such policy loss.
@@ -69,17 +69,17 @@ class TokenFields:
     """Constants of a micro-batch's response tokens, sequence after sequence; T = sum of `lengths`."""
 
     lengths: Tensor
-    """[n] int64 response tokens of each sequence."""
+    """Number of response tokens of each sequence, [n] int64."""
     old_logprobs: Tensor
-    """[T] float32."""
+    """Log-probs before the update, [T] float32."""
     advantages: Tensor
-    """[T] float32."""
+    """Advantages, [T] float32."""
     correction: Tensor | None = None
-    """[T] float32 weights; None without rollout correction."""
+    """Weights of the rollout correction, [T] float32; None without one."""
     reference_logprobs: Tensor | None = None
-    """[T] float32; None without KL penalty."""
+    """Log-probs of the frozen reference, [T] float32; None without KL penalty."""
     marks: Tensor | None = None
-    """[T] float32 from the policy loss's plan; None for a loss without one."""
+    """Marks from the policy loss's plan, [T] float32; None for a loss without one."""
 
     def select(self, tokens: slice | Tensor) -> TokenFields:
         """The constants of some of the tokens; `lengths` remain those of the whole micro-batch."""
@@ -96,10 +96,13 @@ class TokenFields:
 def token_fields(
     sequences: Seq[Sequence], settings: LossSettings, device: torch.device, marks: Seq[Tensor] | None = None
 ) -> TokenFields:
-    """Concatenate what the loss reads from the sequences of one micro-batch.
+    """Concatenate the fields that the loss reads from the sequences of one micro-batch.
 
     Args:
-        marks: of each sequence, for a policy loss with a plan.
+        sequences: sequences of the micro-batch.
+        settings: settings of the loss.
+        device: device of the result.
+        marks: marks of each sequence, for a policy loss with a plan.
 
     Raises:
         ValueError: a sequence lacks a field that the configured loss needs, or a field is not [R].

@@ -23,19 +23,19 @@ import torch.distributed as dist
 
 SHARDS = "optimizer_shards.json"
 STATE_NAMES = ("param", "exp_avg", "exp_avg_sq")
-"""What the optimizer keeps of each element of a parameter, float32."""
+"""Names of the values that the optimizer keeps of each element of a parameter, float32."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A contiguous part of a bucket and the box of a model's tensor that it is."""
+    """A contiguous part of a bucket, and the box of a model's tensor that it is."""
 
     name: str
-    """Of the tensor in the checkpoint, as it is counted over the whole model."""
+    """Name of the tensor in the checkpoint, as it is counted over the whole model."""
     offset: list[int]
     extent: list[int]
     start: int
-    """Where its first element lies in the bucket."""
+    """Place of the first element in the bucket."""
 
     @property
     def numel(self) -> int:
@@ -48,9 +48,9 @@ class Bucket:
     """One flat tensor of the checkpoint for each of `STATE_NAMES`."""
 
     key: str
-    """Of the tensor in the checkpoint, without the name of the state."""
+    """Name of the tensor in the checkpoint, without the name of the state."""
     numel: int
-    """Elements without the padding that depends on the number of data-parallel ranks."""
+    """Number of elements without the padding that depends on the number of data-parallel ranks."""
     pieces: list[Piece]
 
 
@@ -59,16 +59,16 @@ class Shards:
     """The whole optimizer state of a checkpoint. Equal for two runs whose shards fit each other as they are."""
 
     group_keys: list[str]
-    """Where parameter groups with their step counts are found, for each of megatron-core's optimizers of a rank."""
+    """Names of the saved parameter groups with step counts, one for each of megatron-core's optimizers of a rank."""
     buckets: list[Bucket]
 
     def to_json(self) -> str:
-        """For `read`."""
+        """The shards as JSON, for `read`."""
         return json.dumps(asdict(self))
 
     @staticmethod
     def read(directory: Path) -> Shards | None:
-        """From a checkpoint; None if it was not written as shards."""
+        """Read the shards of a checkpoint; None if it was not written as shards."""
         path = directory / SHARDS
         if not path.is_file():
             return None
@@ -96,7 +96,7 @@ def can_write_shards(parts: Sequence[Any]) -> bool:
 
 
 def own_shards(parts: Sequence[Any], model_state: dict[str, Any]) -> list[Bucket]:
-    """The buckets of which this rank holds the first part; all ranks' together are those of the model.
+    """Buckets of which this rank holds the first part; all ranks' together are those of the model.
 
     Args:
         parts: megatron-core's optimizers of this rank.
@@ -125,7 +125,7 @@ def own_shards(parts: Sequence[Any], model_state: dict[str, Any]) -> list[Bucket
 
 
 def all_shards(parts: Sequence[Any], model_state: dict[str, Any], group: dist.ProcessGroup | None = None) -> Shards:
-    """What all ranks of `group` (default: of the policy) hold; equal on all of them."""
+    """Shards that all ranks of `group` (default: of the policy) hold; equal on all of them."""
     group_keys = [
         _group_key(number, len(parts), part.data_parallel_group_idx)
         for number, part in enumerate(parts)
@@ -141,11 +141,11 @@ def all_shards(parts: Sequence[Any], model_state: dict[str, Any], group: dist.Pr
 def read_into_layout(
     directory: Path, saved: Shards, parts: Sequence[Any], model_state: dict[str, Any]
 ) -> dict[Any, Any]:
-    """The saved optimizer state as `optimizer_state.state_for` takes it; called by all ranks together.
+    """Read the saved optimizer state as `optimizer_state.state_for` takes it; called by all ranks together.
 
     Args:
-        directory: of the checkpoint.
-        saved: what is in it.
+        directory: directory of the checkpoint.
+        saved: shards in it.
         parts: megatron-core's optimizers of this rank, of any layout.
         model_state: sharded state of the model's chunks.
     """
@@ -171,7 +171,7 @@ def read_into_layout(
 
 
 class _Sources:
-    """Collects what is to be read from a checkpoint, and then puts it where it belongs."""
+    """Collector of what is to be read from a checkpoint, which then puts it where it belongs."""
 
     def __init__(self, saved: Shards) -> None:
         self.requests: dict[str, Any] = {}
@@ -209,7 +209,7 @@ class _Sources:
 
 
 def _own_parameters(part: Any, places: dict[torch.Tensor, Any], sources: _Sources) -> dict[int, Any]:
-    """By number, what shall be read of each parameter of which this rank owns a part; empty until `sources.copy`."""
+    """State to be read of each parameter of which this rank owns a part, by number; empty until `sources.copy`."""
     state: dict[int, Any] = {}
     if part.is_stub_optimizer:
         return state
@@ -228,7 +228,7 @@ def _own_parameters(part: Any, places: dict[torch.Tensor, Any], sources: _Source
 
 
 def _places(model_state: dict[str, Any]) -> dict[torch.Tensor, Any]:
-    """Where each parameter lies in the whole model: megatron-core's ShardedTensor or the factory of several."""
+    """Place of each parameter in the whole model: megatron-core's ShardedTensor or the factory of several."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
@@ -237,7 +237,7 @@ def _places(model_state: dict[str, Any]) -> dict[torch.Tensor, Any]:
 
 
 def _pieces(place: Any, tensor: torch.Tensor) -> Iterator[tuple[Piece, torch.Tensor]]:
-    """The boxes of the model's tensors that make up a parameter, with `tensor`'s views of them.
+    """Yields the boxes of the model's tensors that make up a parameter, with `tensor`'s views of them.
 
     A factory cuts a parameter, such as gate and up projection, which the whole model has one after the other.
     """
@@ -256,7 +256,7 @@ def _pieces(place: Any, tensor: torch.Tensor) -> Iterator[tuple[Piece, torch.Ten
 
 
 def _overlap(one: Piece, other: Piece) -> list[tuple[int, int]] | None:
-    """From where to where two boxes of a tensor have elements in common, for each axis."""
+    """Range that two boxes of a tensor have in common on each axis, as (begin, end); None if they have none."""
     common = [
         (max(a, b), min(a + a_extent, b + b_extent))
         for a, a_extent, b, b_extent in zip(one.offset, one.extent, other.offset, other.extent, strict=True)
@@ -269,6 +269,6 @@ def _within(common: list[tuple[int, int]], piece: Piece) -> tuple[slice, ...]:
 
 
 def _group_key(number: int, count: int, group: int) -> str:
-    """What megatron-core calls the state of its optimizer `number` in a group of data-parallel ranks."""
+    """Name of the state of megatron-core's optimizer `number` in a group of data-parallel ranks."""
     prefix = f"chained_{number}." if count > 1 else ""
     return f"{prefix}optimizer.distributed.dp_group_idx_{group}"

@@ -20,9 +20,9 @@ class Scored(NamedTuple):
 
     micro_batch: MicroBatch
     logprobs: torch.Tensor
-    """[R]."""
+    """Log-probs of the response tokens, [R]."""
     entropies: torch.Tensor
-    """[R]."""
+    """Entropies at the response tokens, [R], nats."""
 
 
 def score(
@@ -33,13 +33,14 @@ def score(
     temperature: float,
     record: Routing | None = None,
 ) -> Scores | None:
-    """Scores the response tokens of packed sequences; every rank of the replica calls it with the same micro-batches.
+    """Score the response tokens of packed sequences; every rank of the replica calls it with the same micro-batches.
 
     Args:
-        model: The chunks of this rank's pipeline stage, wrapped for data parallelism or not.
-        micro_batches: From `microbatch.pack`.
-        temperature: Statistics are those of softmax(logits / temperature).
-        record: Of the model: the scores say which experts each token went to, too.
+        model: the chunks of this rank's pipeline stage, wrapped for data parallelism or not.
+        micro_batches: micro-batches from `microbatch.pack`.
+        state: this rank's place.
+        temperature: temperature of softmax(logits / temperature), of which the statistics are.
+        record: routing of the model: the scores say which experts each token went to, too.
 
     Returns:
         On the last stage (all its tensor and context ranks alike) float32 CPU tensors in the order of the sequences
@@ -65,7 +66,7 @@ def score_sequences(
     tokens_per_microbatch: int,
     record: Routing | None = None,
 ) -> Scores | None:
-    """`score` of sequences not packed yet; they may be none. Called by all ranks together."""
+    """Score sequences that are not packed yet, as `score` does; they may be none. Called by all ranks together."""
     if not sequences and not state.replicas_meet:
         return Scores([], []) if state.is_last_stage else None
     if state.replicas_meet:
@@ -81,7 +82,8 @@ def _scored(micro_batch: MicroBatch, statistics: TokenStatistics) -> Scored:
 
 
 def _in_callers_order(scored: list[Scored], experts: list[torch.Tensor]) -> Scores:
-    """On the CPU, by one copy at the end of the pass: one for each micro-batch would make the host wait as often."""
+    """Scores on the CPU in the caller's order."""
+    # By one copy at the end of the pass: one for each micro-batch would make the host wait as often.
     columns = (torch.cat([of.logprobs for of in scored]), torch.cat([of.entropies for of in scored]))
     parts = torch.stack(columns).cpu().split([of.logprobs.numel() for of in scored], dim=1)
     logprobs: dict[int, torch.Tensor] = {}

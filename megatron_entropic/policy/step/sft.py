@@ -1,4 +1,4 @@
-"""Supervised steps before reinforcement learning: maximum likelihood of responses, by the machinery of the update."""
+"""Supervised steps before reinforcement learning: maximum likelihood of responses, by the update's gradient step."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def warm_start_optimizer(config: Config) -> OptimizerConfig:
 def warm_start_step(
     machinery: GradientStep, sequences: list[Sequence], optimizer: PolicyOptimizer, head: HeadName
 ) -> dict[str, float]:
-    """One optimizer step on L = mean over all response tokens of all ranks of -log pi(token), at temperature 1.
+    """Take one optimizer step on L = mean over all response tokens of all ranks of -log pi(token), at temperature 1.
 
     Args:
-        machinery: of this rank.
-        sequences: this replica's.
-        optimizer: to step.
-        head: how the last stage turns hidden states into log-probs.
+        machinery: gradient step of this rank.
+        sequences: sequences of this replica.
+        optimizer: optimizer that steps.
+        head: output head by which the last stage turns hidden states into log-probs.
 
     Returns:
         loss/warm_start (nats per token), response/tokens, grad_norm, learning_rate, optimizer/skipped; equal on all

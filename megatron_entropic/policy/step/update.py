@@ -30,19 +30,20 @@ from megatron_entropic.tensor_parallel import TokenLoss
 from megatron_entropic.types import Sequence
 
 LOCAL_SUMS = ("alpha", "alpha_unclipped", "integral", "microbatches")
-"""What `feedback: microbatch_local` measures besides SUMS."""
+"""Names of what `feedback: microbatch_local` measures besides SUMS."""
 
 
 class PolicyUpdate:
     """The update step of one rank.
 
     Args:
-        machinery: of this rank.
-        settings: knobs of the loss.
-        temperature: of the rollout; all statistics are those of softmax(logits / temperature).
+        machinery: gradient step of this rank.
+        settings: settings of the loss.
+        temperature: temperature of the rollout; all statistics are those of softmax(logits / temperature).
         control: None when the controller is off: then no entropy is computed and the loss is the base loss.
-        head: how the last stage turns hidden states into log-probs; `fused_loss` needs a loss that adds up over tokens.
-        replay: send tokens to the experts that the sequences carry.
+        head: output head by which the last stage turns hidden states into log-probs; `fused_loss` needs a loss that
+            adds up over tokens.
+        replay: whether to send tokens to the experts that the sequences carry.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class PolicyUpdate:
         self._local = control if isinstance(control, MicrobatchLocalControl) else None
 
     def step(self, sequences: list[Sequence], optimizer: PolicyOptimizer, *, freshly_scored: bool) -> dict[str, float]:
-        """One optimizer step.
+        """Take one optimizer step.
 
         Args:
             sequences: this replica's part of the mini-batch, with advantages and old_logprobs, and rollout_logprobs or
@@ -186,7 +187,7 @@ class PolicyUpdate:
 
 
 def _local_metrics(measured: dict[str, float], control: MicrobatchLocalControl) -> dict[str, float]:
-    """Means over all micro-batches of all replicas, which each had an alpha of their own."""
+    """Metrics of the control: means over all micro-batches of all replicas, which each had an alpha of their own."""
     controller = control.controller
     mean = {name: measured[name] / measured["microbatches"] for name in LOCAL_SUMS[:3]}
     entropy = measured["entropy"] / measured["tokens"]
