@@ -112,9 +112,7 @@ class SegmentedAttention(MegatronModule):
         )
         # Kernels that keep no matrix of scores want values as wide as keys.
         padded = F.pad(v, (0, q.shape[-1] - v.shape[-1])) if v.shape[-1] < q.shape[-1] else v
-        output = F.scaled_dot_product_attention(
-            q, k, padded, attn_mask=group.mask, is_causal=group.mask is None, scale=self.scale, enable_gqa=True
-        )
+        output = _attention(q, k, padded, group.mask, self.scale)
         return output[..., : v.shape[-1]].transpose(1, 2).flatten(0, 1)
 
     def _of_all_ranks(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,6 +125,28 @@ class SegmentedAttention(MegatronModule):
     def sharded_state_dict(self, *_position: Any, **_options: Any) -> dict[str, Any]:
         """Nothing: attention has no parameters."""
         return {}
+
+
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """[n, query heads, length, width] of torch's attention, causal unless there is a mask; in the dtype of q."""
+    options: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None, "scale": scale, "enable_gqa": True}
+    if q.is_cuda or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    # torch's CPU kernel is slower on bfloat16 than on float32 at all lengths, its backward pass three times and more
+    # (docs/performance.md, torch 2.13). What is kept for the backward pass has the dtype of the model all the same.
+    with torch.autograd.graph.saved_tensors_hooks(_narrow, _widen):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).to(q.dtype)
+
+
+def _narrow(kept: torch.Tensor) -> torch.Tensor:
+    """Queries, keys and values as they came, and outputs [n, heads, length, width]; logarithms stay float32."""
+    return kept.bfloat16() if kept.dim() == 4 and kept.dtype == torch.float32 else kept
+
+
+def _widen(kept: torch.Tensor) -> torch.Tensor:
+    return kept.float() if kept.dtype == torch.bfloat16 else kept
 
 
 # Multi-head latent attention: megatron-core's, with layers of ours where Transformer Engine is absent.
