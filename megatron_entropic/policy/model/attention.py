@@ -16,6 +16,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_entropic.policy.batch.segments import SegmentGroup, SegmentPlan
+from megatron_entropic.policy.model.norm import RMSNorm
 
 if TYPE_CHECKING:
     from megatron_entropic.policy.batch.microbatch import MicroBatch
@@ -209,18 +210,3 @@ def _provide_missing_name() -> None:
     """megatron-core holds whole what is a TELinear; without Transformer Engine that name is None, or no class."""
     if not isinstance(multi_latent_attention.TELinear, type):
         multi_latent_attention.TELinear = ReplicatedLinear
-
-
-# RMSNorm for the layers where Transformer Engine is absent.
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with megatron-core's constructor, usable under sequence parallelism.
-
-    megatron-core's own wrapper of torch norms refuses sequence parallelism. What it takes is the mark below: each
-    tensor rank normalises its own tokens, so `finalize_model_grads` must sum the weight's gradient over them.
-    """
-
-    def __init__(self, config: Any, hidden_size: int, eps: float, **_unused: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
-        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (torch types no such mark)

@@ -28,12 +28,12 @@ from megatron_entropic.policy.megatron.parallel import ParallelState
 from megatron_entropic.policy.megatron.platform import Platform
 from megatron_entropic.policy.megatron.rotary import scale_frequencies
 from megatron_entropic.policy.model.attention import (
-    RMSNorm,
     SegmentedAttention,
     packed_segments,
     use_own_attention,
     use_plain_layers,
 )
+from megatron_entropic.policy.model.norm import RMSNorm
 from megatron_entropic.policy.model.output_head import OutputHead
 from megatron_entropic.policy.model.outputs import Output, OutputOptions
 from megatron_entropic.policy.model.router import PolicyRouter
