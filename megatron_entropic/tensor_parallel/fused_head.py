@@ -25,10 +25,14 @@ from megatron_entropic.tensor_parallel.head import (
 )
 from megatron_entropic.tensor_parallel.liger_backend import liger_logprob_and_entropy
 from megatron_entropic.tensor_parallel.logprob_entropy import check_tokens, inverse_temperatures, refuse_double_backward
+from megatron_entropic.tensor_parallel.products import low_precision_tiles
 from megatron_entropic.tensor_parallel.statistics import Merged, Shard, arithmetic_dtype, gather_and_merge
 
 CPU_CHUNKS = (256, 8192)
 """Tokens and columns of a block on a CPU: 8 MB of float32."""
+
+CONVERTED_CHUNKS = (1024, 8192)
+"""The same where each chunk of tokens converts the whole weight to float32: 32 MB."""
 
 ACCELERATOR_CHUNKS = (4096, 32768)
 """On an accelerator: 512 MB, large enough that the products run at their full rate."""
@@ -176,7 +180,7 @@ def build_head(
         )
     if any(chunk is not None and chunk < 1 for chunk in chunks):
         raise ValueError(f"token_chunk and vocab_chunk must be at least 1, got {chunks}")
-    token_chunk, vocab_chunk = CPU_CHUNKS if hidden.device.type == "cpu" else ACCELERATOR_CHUNKS
+    token_chunk, vocab_chunk = _chunks(hidden)
     return Head(
         shard=shard,
         group=group,
@@ -187,6 +191,13 @@ def build_head(
         sequence_parallel=sequence_parallel,
         rows=rows,
     )
+
+
+def _chunks(hidden: Tensor) -> tuple[int, int]:
+    """Tokens and columns of a block."""
+    if hidden.device.type != "cpu":
+        return ACCELERATOR_CHUNKS
+    return CPU_CHUNKS if hidden.dtype == arithmetic_dtype(hidden.dtype) else CONVERTED_CHUNKS
 
 
 class _FusedHead(torch.autograd.Function):
@@ -204,7 +215,8 @@ class _FusedHead(torch.autograd.Function):
         main_grad: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         column = head.shard.columns(target)
-        local = head.statistics(head.select(hidden), weight, column, inverse_temperature)
+        with low_precision_tiles(hidden):
+            local = head.statistics(head.select(hidden), weight, column, inverse_temperature)
         merged = gather_and_merge(
             local, target, inverse_temperature, head.shard, head.group, need_entropy=head.need_entropy
         )
@@ -228,7 +240,8 @@ class _FusedHead(torch.autograd.Function):
         merged = Merged(maximum, total, logprob=g, entropy=entropy)
         weight_gradient = weight_gradient_buffer(weight, main_grad) if ctx.needs_input_grad[1] else None
         x = head.select(hidden)
-        dx = head.gradients(x, weight, column, inverse_temperature, merged, g, h, weight_gradient)
+        with low_precision_tiles(hidden):
+            dx = head.gradients(x, weight, column, inverse_temperature, merged, g, h, weight_gradient)
         dhidden = head.reduce(dx, hidden)
         if weight_gradient is None:
             return dhidden, None, *nothing

@@ -24,14 +24,12 @@ from megatron_entropic.tensor_parallel.backends import BackendName
 from megatron_entropic.tensor_parallel.fused_head import build_head, masked_rows, unmasked
 from megatron_entropic.tensor_parallel.head import (
     Head,
-    multiply,
-    multiply_add,
-    operand,
     weight_gradient_buffer,
     weight_gradient_for_autograd,
 )
 from megatron_entropic.tensor_parallel.logprob_entropy import inverse_temperatures, refuse_double_backward
-from megatron_entropic.tensor_parallel.statistics import Merged, empty_statistics, gather_and_merge
+from megatron_entropic.tensor_parallel.products import low_precision_tiles, multiply, multiply_add, operand
+from megatron_entropic.tensor_parallel.statistics import Merged, arithmetic_dtype, empty_statistics, gather_and_merge
 
 TokenLoss = Callable[[Tensor, Tensor | None, slice], Tensor]
 """(logprob [c], entropy [c] or None, which of the tokens they are) -> their share of the loss, a scalar.
@@ -42,6 +40,10 @@ compute the same."""
 CPU_BLOCK_BYTES = 16 << 20
 CPU_TOKENS = (128, 1024)
 """A block on a CPU has 16 MB, but no fewer tokens than make the product with the weight's gradient worthwhile."""
+
+CONVERTED_BLOCK_BYTES = 96 << 20
+CONVERTED_TOKENS = (256, 1024)
+"""Where a chunk of tokens converts the whole weight twice, it is to have more of them."""
 
 ACCELERATOR_BLOCK_BYTES = 1 << 30
 ACCELERATOR_TOKENS = (1024, 8192)
@@ -131,8 +133,12 @@ def fused_policy_loss(
 
 
 def _token_chunk(weight: Tensor) -> int:
-    on_cpu = weight.device.type == "cpu"
-    limit, (least, most) = (CPU_BLOCK_BYTES, CPU_TOKENS) if on_cpu else (ACCELERATOR_BLOCK_BYTES, ACCELERATOR_TOKENS)
+    if weight.device.type != "cpu":
+        limit, (least, most) = ACCELERATOR_BLOCK_BYTES, ACCELERATOR_TOKENS
+    elif weight.dtype == arithmetic_dtype(weight.dtype):
+        limit, (least, most) = CPU_BLOCK_BYTES, CPU_TOKENS
+    else:
+        limit, (least, most) = CONVERTED_BLOCK_BYTES, CONVERTED_TOKENS
     return min(max(limit // (4 * max(len(weight), 1)), least), most)
 
 
@@ -186,8 +192,8 @@ class _ChunkedLoss:
         """Fill the logits [c, valid] of the chunk some [c, H]; their statistics merged over the ranks."""
         head, inverse = self._head, self._inverse_temperature[tokens]
         local = empty_statistics(1, len(some), logits.dtype, logits.device, need_entropy=head.need_entropy)
-        for columns in head.vocab_chunks():
-            multiply(some, operand(self._weight[columns]).t(), out=logits[:, columns])
+        for columns, rows in head.weight_chunks(self._weight):
+            multiply(some, rows.t(), out=logits[:, columns])
         if head.shard.valid:
             column = self._column[tokens]
             head.backend.statistics(logits, column, inverse, valid=logits.shape[1], pieces=1, out=local)
@@ -234,9 +240,9 @@ class _ChunkedLoss:
     ) -> None:
         """dx = d @ weight and weight_gradient += d^T @ x for the chunk's gradient d [c, valid]."""
         summed = some.new_zeros(some.shape, dtype=self._inverse_temperature.dtype)
-        for columns in self._head.vocab_chunks():
+        for columns, rows in self._head.weight_chunks(self._weight):
             if dx is not None:
-                multiply_add(d[:, columns], operand(self._weight[columns]), out=summed)
+                multiply_add(d[:, columns], rows, out=summed)
             if weight_gradient is not None:
                 multiply_add(d[:, columns].t(), some, out=weight_gradient[columns])
         if dx is not None:
@@ -263,7 +269,8 @@ class _FusedPolicyLoss(torch.autograd.Function):
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else None
         weight_gradient = weight_gradient_buffer(weight, main_grad) if wanted[1] else None
         passes = _ChunkedLoss(head, weight, target, inverse_temperature, token_loss, gradient_scale)
-        loss, logprob, entropy = passes.run(x, dx, weight_gradient)
+        with low_precision_tiles(x):
+            loss, logprob, entropy = passes.run(x, dx, weight_gradient)
         dhidden = None if dx is None else head.reduce(dx, hidden)
         # Not save_for_backward: the backward pass scales them in place and hands them out.
         ctx.gradients = (dhidden, weight_gradient)

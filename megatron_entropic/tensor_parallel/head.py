@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_entropic.tensor_parallel.backends import Backend
+from megatron_entropic.tensor_parallel.products import chunk_operands, multiply, multiply_add, operand
 from megatron_entropic.tensor_parallel.statistics import Merged, Shard, arithmetic_dtype, combine, empty_statistics
 
 
@@ -67,6 +68,10 @@ class Head:
         """Slices of this rank's columns that exist."""
         yield from _slices(self.shard.valid, self.vocab_chunk)
 
+    def weight_chunks(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(columns, the weight's rows for them [n, H] as they enter a product), each used up before the next."""
+        return chunk_operands(weight, self.vocab_chunks())
+
     def statistics(self, x: Tensor, weight: Tensor, column: Tensor, inverse_temperature: Tensor) -> Tensor:
         """Statistics of this rank's vocabulary, [k + 1, N] (`statistics.empty_statistics`), for x [N, H]."""
         out = empty_statistics(1, len(x), x.dtype, x.device, need_entropy=self.need_entropy)
@@ -76,9 +81,9 @@ class Head:
         for tokens in self.token_chunks(len(x)):
             some, inverse = operand(x[tokens]), inverse_temperature[tokens]
             chunk_parts = parts[..., : len(some)]
-            for part, columns in zip(chunk_parts, self.vocab_chunks(), strict=True):
+            for part, (columns, rows) in zip(chunk_parts, self.weight_chunks(weight), strict=True):
                 logits = _cut(block, some, columns)
-                multiply(some, operand(weight[columns]).t(), out=logits)
+                multiply(some, rows.t(), out=logits)
                 own = _within(column[tokens], columns)
                 self.backend.statistics(logits, own, inverse, valid=logits.shape[1], pieces=1, out=part)
             if self.shard.valid:
@@ -116,8 +121,7 @@ class Head:
         for tokens in self.token_chunks(len(x)):
             some, summed = operand(x[tokens]), total[: tokens.stop - tokens.start].zero_()
             of_chunk = [None if value is None else value[tokens] for value in (merged.entropy, h)]
-            for columns in self.vocab_chunks():
-                part = operand(weight[columns])
+            for columns, part in self.weight_chunks(weight):
                 logits, d = _cut(block, some, columns), _cut(low, some, columns)
                 multiply(some, part.t(), out=logits)
                 self.backend.gradient(
@@ -177,31 +181,3 @@ def _cut(block: Tensor, tokens: Tensor, columns: slice) -> Tensor:
 def _within(column: Tensor, columns: slice) -> Tensor:
     """Columns of the shard as columns of a block, -1 outside of it."""
     return torch.where((column >= columns.start) & (column < columns.stop), column - columns.start, -1)
-
-
-# Matrix products of the output head whose results are float32 whatever the model's dtype.
-#
-# Rounding logits to bfloat16 costs up to 2.6e-2 in a log-probability, and gradients summed over chunks in bfloat16 lose
-# as much again. A GPU's tensor cores take bfloat16 and accumulate in float32, so there the float32 result is free.
-# Elsewhere the operands are converted, block by block.
-
-
-def operand(x: Tensor) -> Tensor:
-    """x as it enters a product: unchanged on a GPU, on a CPU in the dtype of the arithmetic."""
-    return x if x.is_cuda else x.to(arithmetic_dtype(x.dtype))
-
-
-def multiply(a: Tensor, b: Tensor, *, out: Tensor) -> None:
-    """out [m, n] = a [m, k] @ b [k, n]; out in the dtype of the arithmetic, a and b from `operand`."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-
-def multiply_add(a: Tensor, b: Tensor, *, out: Tensor) -> None:
-    """out [m, n] += a [m, k] @ b [k, n], dtypes as in `multiply`."""
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, out=out)
-    else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)

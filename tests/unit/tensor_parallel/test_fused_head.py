@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_entropic.tensor_parallel import fused_logprob_and_entropy, fused_policy_loss
+from megatron_entropic.tensor_parallel import fused_logprob_and_entropy, fused_policy_loss, products
 
 TOKENS, HIDDEN, WIDTH, VOCAB = 37, 24, 112, 101
 
@@ -115,6 +115,28 @@ def test_low_precision_inputs_give_float32_values(head: Callable[..., Result]) -
     assert (got.entropy - want.entropy).abs().max() <= 5e-6
     assert (got.dhidden - want.dhidden).norm() <= 3e-3 * want.dhidden.norm()
     assert (got.dweight - want.dweight).norm() <= 3e-3 * want.dweight.norm()
+
+
+@pytest.mark.parametrize("head", [recompute, gradient_in_forward])
+def test_low_precision_tiles_keep_float32_values(head: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor with AMX: what is rounded are gradients of logits, and only while the head multiplies."""
+    monkeypatch.setattr(products, "has_bfloat16_tiles", lambda: True)
+    data = case(torch.bfloat16)
+    got, want = head(data), reference(data)
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    assert (got.logprob - want.logprob).abs().max() <= 1e-5 * want.logprob.abs().max()
+    assert (got.entropy - want.entropy).abs().max() <= 5e-6
+    assert (got.dhidden - want.dhidden).norm() <= 5e-3 * want.dhidden.norm()
+    assert (got.dweight - want.dweight).norm() <= 5e-3 * want.dweight.norm()
+
+
+def test_low_precision_tiles_are_for_bfloat16_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "has_bfloat16_tiles", lambda: True)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        with products.low_precision_tiles(torch.zeros(1, dtype=dtype)):
+            found.append(torch.backends.mkldnn.matmul.fp32_precision)
+    assert found == ["none", "bf16"]
 
 
 @pytest.mark.parametrize("head", [recompute, gradient_in_forward])
