@@ -4,6 +4,8 @@
     Replacement   a function asks for the CUDA device, its generator or its streams: another function answers
     (a setting)   torch.compile is switched off, which on a CPU needs a C++ compiler and gains nothing
 
+A fourth matter is speed: `WITHOUT_AMX`.
+
 Every patch names its reason. `needed()` tells whether the installed megatron-core still has the defect, which a test
 asks for each of them; nothing else in torch or megatron-core is touched.
 """
@@ -14,75 +16,17 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_entropic.policy.megatron.rotary import angles_of_rank, apply_rotary_packed
-
-# megatron-core's gather and reduce-scatter along tokens, for gloo, which wants equally many from every rank.
-#
-# Experts that are cut over tensor ranks gather the tokens that each of these received, which are as many as the router
-# sent there. Exchanges of unequal parts are what gloo's all-to-all can do.
-
-
-def gather_along_first_dim(
-    input_: torch.Tensor,
-    group: dist.ProcessGroup,
-    output_split_sizes: Sequence[int] | None = None,
-    use_global_buffer: bool = False,
-) -> torch.Tensor:
-    """[sum of sizes, ...]: every rank's rows, in rank order.
-
-    Args:
-        input_: [own size, ...].
-        group: of the ranks.
-        output_split_sizes: rows of each rank; None: all have as many.
-        use_global_buffer: unused, memory of its own does as well.
-    """
-    ranks = group.size()
-    if ranks == 1:
-        return input_
-    if output_split_sizes is None:
-        output = input_.new_empty(ranks * input_.shape[0], *input_.shape[1:])
-        dist.all_gather_into_tensor(output, input_.contiguous(), group=group)
-        return output
-    output = input_.new_empty(sum(output_split_sizes), *input_.shape[1:])
-    copies = torch.cat([input_] * ranks)
-    dist.all_to_all_single(output, copies, list(output_split_sizes), [input_.shape[0]] * ranks, group=group)
-    return output
-
-
-def reduce_scatter_along_first_dim(
-    input_: torch.Tensor,
-    group: dist.ProcessGroup,
-    input_split_sizes: Sequence[int] | None = None,
-    use_global_buffer: bool = False,
-) -> torch.Tensor:
-    """[own size, ...]: this rank's rows of the sum over ranks.
-
-    Args:
-        input_: [sum of sizes, ...].
-        group: of the ranks.
-        input_split_sizes: rows that each rank gets; None: all get as many.
-        use_global_buffer: unused, memory of its own does as well.
-    """
-    ranks = group.size()
-    if ranks == 1:
-        return input_
-    if input_split_sizes is None:
-        output = input_.new_empty(input_.shape[0] // ranks, *input_.shape[1:])
-        dist.reduce_scatter_tensor(output, input_.contiguous(), group=group)
-        return output
-    own = input_split_sizes[group.rank()]
-    received = input_.new_empty(ranks * own, *input_.shape[1:])
-    dist.all_to_all_single(received, input_.contiguous(), [own] * ranks, list(input_split_sizes), group=group)
-    return received.unflatten(0, (ranks, own)).sum(dim=0)
-
+from megatron_entropic.policy.megatron.unequal_parts import gather_along_first_dim, reduce_scatter_along_first_dim
+from megatron_entropic.policy.megatron.wide_linear import wide_linear
+from megatron_entropic.tensor_parallel.products import has_bfloat16_tiles
 
 _CONSTANTS = {
     "cuda": "cpu",
@@ -313,6 +257,22 @@ REPLACEMENTS = (
     ),
 )
 
+WITHOUT_AMX = (
+    Replacement(
+        "megatron.core.tensor_parallel.layers:linear_with_grad_accumulation_and_async_allreduce",
+        wide_linear,
+        "products of bfloat16 in bfloat16, which only AMX makes faster than those of float32",
+        functools.partial(_calls, name="LinearWithGradAccumulationAndAsyncCommunication"),
+    ),
+    Replacement(
+        "megatron.core.tensor_parallel.layers:linear_with_frozen_weight",
+        wide_linear,
+        "the same for a reference model",
+        functools.partial(_calls, name="LinearWithFrozenWeight"),
+    ),
+)
+"""Where the processor has no AMX for bfloat16."""
+
 _OPTIMIZER_INIT = "scalars of gradient scaling and clipping; types of parameters"
 LITERALS = (
     CudaLiteral("pipeline_parallel.schedules:forward_backward_no_pipelining", "the token count"),
@@ -352,7 +312,8 @@ LITERALS = (
 
 def patches_for(version: tuple[int, int]) -> list[CudaLiteral | Replacement]:
     """All patches of one megatron-core version; looking at `needed()` imports megatron.core."""
-    return [*REPLACEMENTS, *(literal for literal in LITERALS if literal.since <= version)]
+    wide = () if has_bfloat16_tiles() else WITHOUT_AMX
+    return [*REPLACEMENTS, *wide, *(literal for literal in LITERALS if literal.since <= version)]
 
 
 def import_megatron() -> None:
