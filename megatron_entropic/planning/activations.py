@@ -91,7 +91,7 @@ def layer_bytes(
     item, own_tokens = ITEM_BYTES[dtype], rank_tokens(policy, tokens)
     sparse = model.experts is not None if experts is None else experts
     width = _widths(model, policy, sparse)
-    norm_input = 8 * width.hidden if attention == "sdpa" else item * width.hidden
+    norm_input = (_norm_item(item) if attention == "sdpa" else item) * width.hidden
     linear_inputs = 2 * item * width.hidden
     core = _core_attention(model, policy, width, item, attention)
     around = _around_attention(model, width, item, attention)
@@ -178,9 +178,14 @@ def _around_attention(model: PlannedModel, width: _Widths, item: int, attention:
     rope = 4 * item * model.dimensions.head_dim
     if not model.dimensions.qk_norm:
         return rope + projection
-    # In float32 the norms keep q as a copy and k as a view of the packed tensor; in bfloat16 float32 copies of both.
-    norms = packed + 4 * (2 * width.query + width.key) if item == 4 else 8 * (width.query + width.key)
+    # In float32 the norms keep q as a copy and k as a view of the packed tensor; in bfloat16 copies of both.
+    norms = packed + 4 * (2 * width.query + width.key) if item == 4 else item * (width.query + width.key)
     return norms + rope + projection
+
+
+def _norm_item(item: int) -> int:
+    """Bytes that a plain norm keeps of an element: torch's of float32 its input and a product, ours its input."""
+    return 8 if item == 4 else item
 
 
 def _around_latent_attention(latent: LatentAttention, width: _Widths, item: int, attention: Attention) -> float:
@@ -191,7 +196,7 @@ def _around_latent_attention(latent: LatentAttention, width: _Widths, item: int,
     query_rank, projection = latent.query_rank or 0, item * width.attended
     if attention == "flash":
         return item * (2 * query_rank + 2 * latent.key_value_rank + latent.rotary_head_dim) + projection
-    norms = (8 + item) * (query_rank + latent.key_value_rank) + item * latent.rotary_head_dim
+    norms = (_norm_item(item) + item) * (query_rank + latent.key_value_rank) + item * latent.rotary_head_dim
     return norms + 4 * item * latent.rotary_head_dim + projection
 
 

@@ -113,7 +113,7 @@ class SegmentedAttention(MegatronModule):
         )
         # Kernels that keep no matrix of scores want values as wide as keys.
         padded = F.pad(v, (0, q.shape[-1] - v.shape[-1])) if v.shape[-1] < q.shape[-1] else v
-        output = _attention(q, k, padded, group.mask, self.scale)
+        output = attention(q, k, padded, group.mask, self.scale)
         return output[..., : v.shape[-1]].transpose(1, 2).flatten(0, 1)
 
     def _of_all_ranks(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,26 +128,56 @@ class SegmentedAttention(MegatronModule):
         return {}
 
 
-def _attention(
+def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """[n, query heads, length, width] of torch's attention, causal unless there is a mask; in the dtype of q."""
-    options: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None, "scale": scale, "enable_gqa": True}
-    if q.is_cuda or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, **options)
-    # torch's CPU kernel is slower on bfloat16 than on float32 at all lengths, its backward pass three times and more
-    # (docs/performance.md, torch 2.13). What is kept for the backward pass has the dtype of the model all the same.
-    with torch.autograd.graph.saved_tensors_hooks(_narrow, _widen):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).to(q.dtype)
+    """[n, query heads, length, width] of scaled dot products in the dtype of q, causal unless there is a mask.
+
+    Args:
+        q: [n, query heads, length, width].
+        k: [n, key/value heads, seen, width].
+        v: as k.
+        mask: [n, 1, length, seen] bool, which keys a query sees.
+        scale: of the products.
+    """
+    if not q.is_cuda and q.dtype == torch.bfloat16:
+        output: torch.Tensor = _WideAttention.apply(q, k, v, mask, scale)
+        return output
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)
 
 
-def _narrow(kept: torch.Tensor) -> torch.Tensor:
-    """Queries, keys and values as they came, and outputs [n, heads, length, width]; logarithms stay float32."""
-    return kept.bfloat16() if kept.dim() == 4 and kept.dtype == torch.float32 else kept
+class _WideAttention(torch.autograd.Function):
+    """torch's CPU kernel on float32 copies of bfloat16; what is kept for the backward pass is bfloat16.
 
+    On bfloat16 itself the kernel is slower at all lengths, its backward pass three times and more, and its gradients
+    are three times less exact (torch 2.13, docs/performance.md).
+    """
 
-def _widen(kept: torch.Tensor) -> torch.Tensor:
-    return kept.float() if kept.dtype == torch.bfloat16 else kept
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+    ) -> torch.Tensor:
+        bias = None if mask is None else torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        output, log_total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q.float(), k.float(), v.float(), is_causal=mask is None, attn_mask=bias, scale=scale
+        )
+        narrow: torch.Tensor = output.to(q.dtype)
+        ctx.save_for_backward(q, k, v, narrow, log_total, bias)
+        ctx.scale = scale
+        return narrow
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, output, log_total, bias = ctx.saved_tensors
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(tensor.float() for tensor in (gradients[0], q, k, v, output)),
+            log_total,
+            dropout_p=0.0,
+            is_causal=bias is None,
+            attn_mask=bias,
+            scale=ctx.scale,
+        )
+        return *(gradient.to(q.dtype) for gradient in found), None, None
 
 
 # Multi-head latent attention: megatron-core's, with layers of ours where Transformer Engine is absent.
