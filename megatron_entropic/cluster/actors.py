@@ -42,7 +42,8 @@ def engine_environment(config: Config, device: Device) -> dict[str, str]:
     environment["PYTHONUTF8"] = "1"
     if device == "cpu":
         # Ranks and engines share the cores. Threads that spin while they wait made generation ten times slower.
-        environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        workers = config.rollout.engines * config.rollout.tensor_parallel
+        environment |= {"OMP_NUM_THREADS": str(_threads(config, workers)), "OMP_WAIT_POLICY": "PASSIVE"}
     else:
         # Transformer Engine multiplies float32 in TF32, ten bits of mantissa, and so does PyTorch in NVIDIA's images. A
         # float32 policy and its engines then differ by 3e-4 in a log-probability. bfloat16 is not concerned.
@@ -56,7 +57,7 @@ def policy_environment(config: Config, device: Device) -> dict[str, str]:
     """Environment of a policy rank's actor; it must be there before the process imports torch."""
     environment = engine_environment(config, device)
     if device == "cpu":
-        return environment
+        return environment | {"OMP_NUM_THREADS": str(_threads(config, config.policy.world_size))}
     # Megatron-core's overlap of communication and computation relies on one hardware queue.
     environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     # Every micro-batch has another length, which leaves holes between blocks of a fixed size. CUDA IPC hands out such
@@ -65,6 +66,11 @@ def policy_environment(config: Config, device: Device) -> dict[str, str]:
     if config.cluster.transport_on(device) != "ipc" and not chosen_by_user:
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return environment
+
+
+def _threads(config: Config, processes: int) -> int:
+    """Threads of each of so many processes that work at the same time."""
+    return config.cluster.cpu_threads or max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 def _join_network(cluster: ClusterConfig) -> None:

@@ -353,6 +353,13 @@ class ClusterConfig(Section):
         2, ge=0, description="So many lost engines are replaced within the step that loses them, before a new attempt."
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    cpu_threads: int | None = Field(
+        1,
+        ge=1,
+        description="Threads of each policy rank and of each engine's worker on a CPU. Ranks and engines take turns, "
+        "so each side can have all cores: null shares the cores of the driver's machine out among the ranks, and again "
+        "among the workers. Sums are rounded by the number of threads: runs repeat bit for bit with the same number.",
+    )
     transport: str = Field(
         "auto",
         description="What carries weights to the engines: nccl, ipc, gloo, or auto, which is nccl on GPUs, ipc with "

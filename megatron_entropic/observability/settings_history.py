@@ -41,6 +41,9 @@ _BESIDE_THE_STEPS = (
 )
 """Settings that say how long, where and with which records a run goes on."""
 
+_ROUNDS_THE_STEPS = ("cluster.cpu_threads",)
+"""Settings among them that change the last bits of a step."""
+
 
 @dataclass(frozen=True)
 class RunPart:
@@ -66,7 +69,7 @@ class Change:
     @property
     def acts_on_steps(self) -> bool:
         """Whether a step computed under the new value may be another one."""
-        return not self.key.startswith(_BESIDE_THE_STEPS)
+        return self.key in _ROUNDS_THE_STEPS or not self.key.startswith(_BESIDE_THE_STEPS)
 
     def __str__(self) -> str:
         return f"{self.key}: {self.old} -> {self.new}"

@@ -52,3 +52,19 @@ def test_a_float32_policy_on_a_gpu_multiplies_in_float32_and_not_in_tf32(monkeyp
 
 def test_libraries_read_their_files_where_the_locale_is_c() -> None:
     assert engine_environment(with_transport("gloo"), "cpu")["PYTHONUTF8"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("threads", "of_rank", "of_worker"), [(1, "1", "1"), (3, "3", "3"), (None, "4", "2")], ids=["one", "three", "cores"]
+)
+def test_the_side_that_works_has_the_cores(
+    threads: int | None, of_rank: str, of_worker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _process: set(range(9)))
+    config = with_transport("gloo").model_copy(deep=True)
+    config.cluster.cpu_threads = threads
+    config.policy.tensor_parallel, config.rollout.engines, config.rollout.tensor_parallel = 2, 2, 2
+    assert policy_environment(config, "cpu")["OMP_NUM_THREADS"] == of_rank
+    assert engine_environment(config, "cpu")["OMP_NUM_THREADS"] == of_worker
+    assert policy_environment(config, "cpu")["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert "OMP_NUM_THREADS" not in policy_environment(config, "cuda")

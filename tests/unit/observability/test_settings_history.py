@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_entropic.observability.settings_history import (
+    Change,
     RunPart,
     parts_of_steps,
     read_parts,
@@ -90,6 +91,11 @@ def test_files_that_changed_under_their_name_are_a_change(tmp_path: Path) -> Non
 def test_a_part_that_only_goes_on_for_longer_counts_to_the_one_before() -> None:
     parts = [RunPart(1, settings()), RunPart(5, settings(steps=99)), RunPart(9, settings(steps=99, target=0.1))]
     assert [part.first_step for part in parts_of_steps(parts)] == [1, 9]
+
+
+def test_another_number_of_threads_rounds_the_steps_that_follow() -> None:
+    assert Change("cluster.cpu_threads", "1", "2").acts_on_steps
+    assert not Change("cluster.max_restarts", "1", "2").acts_on_steps
 
 
 @pytest.mark.parametrize("line", ["[]", "{}", '{"first_step": "1", "config": {}}', '{"first_step": 1, "config": 3}'])
