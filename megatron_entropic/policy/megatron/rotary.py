@@ -43,8 +43,36 @@ def apply_rotary_packed(
     sin = (freqs.squeeze(2).sin() * mscale).to(tensor.dtype)[positions]
     if multi_latent_attention or mla_rotary_interleaved:
         tensor = torch.cat((tensor[..., 0::2], tensor[..., 1::2]), dim=-1)
+    if not tensor.is_cuda and tensor.dtype == torch.bfloat16:
+        rotated: torch.Tensor = _Rotation.apply(tensor, cos, sin)
+        return rotated
     first, second = tensor.chunk(2, dim=-1)
     return tensor * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class _Rotation(torch.autograd.Function):
+    """Halves (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) in four passes over halves, and back in as many."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        # The halves of the angles are equal, so that the transpose is the rotation back.
+        return _rotated(gradients[0], cos, -sin), None, None
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    (x1, x2), (y1, y2), (c1, c2), (s1, s2) = (tensor.chunk(2, dim=-1) for tensor in (x, result, cos, sin))
+    torch.mul(x1, c1, out=y1)
+    y1.addcmul_(x2, s1, value=-1)
+    torch.mul(x2, c2, out=y2)
+    y2.addcmul_(x1, s2)
+    return result
 
 
 def angles_of_rank(angles: torch.Tensor, dim: int, cp_group: dist.ProcessGroup) -> torch.Tensor:

@@ -49,21 +49,23 @@ class _WideLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.group, ctx.scattered = group, scattered
         whole = _gathered(x, group, scattered)
-        return _product(whole.flatten(0, -2), weight.t()).unflatten(0, whole.shape[:-1])
+        output = torch.mm(whole.flatten(0, -2).float(), weight.float().t())
+        return output.to(x.dtype).unflatten(0, whole.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        incoming = gradients[0].flatten(0, -2)
+        incoming = gradients[0].flatten(0, -2).float()
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            dx = _product(incoming, weight).unflatten(0, gradients[0].shape[:-1])
+            dx = torch.mm(incoming, weight.float()).to(x.dtype).unflatten(0, gradients[0].shape[:-1])
             if ctx.scattered:
                 dx = reduce_scatter_along_first_dim(dx, ctx.group)
             elif ctx.group is not None and ctx.group.size() > 1:
                 dist.all_reduce(dx, group=ctx.group)
         if ctx.needs_input_grad[1]:
-            dweight = _product(incoming.t(), _gathered(x, ctx.group, ctx.scattered).flatten(0, -2))
+            whole = _gathered(x, ctx.group, ctx.scattered).flatten(0, -2)
+            dweight = torch.mm(incoming.t(), whole.float()).to(weight.dtype)
         return dx, dweight, None, None
 
 
@@ -72,8 +74,3 @@ def _gathered(x: torch.Tensor, group: dist.ProcessGroup | None, scattered: bool)
         return x
     assert group is not None
     return gather_along_first_dim(x, group)
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """[m, n] = a [m, k] @ b [k, n] in the dtype of a."""
-    return torch.mm(a.float(), b.float()).to(a.dtype)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_entropic.policy.megatron.rotary import apply_rotary_packed
 from megatron_entropic.policy.megatron.wide_linear import wide_linear
 from megatron_entropic.policy.model.attention import attention
 from megatron_entropic.policy.model.norm import RMSNorm
@@ -87,6 +88,18 @@ def test_attention_gradients_are_those_of_float32(masked: bool) -> None:
         return attention(q, k, v, mask if masked else None, 0.25)
 
     assert max(errors(own, exact, q, k, v)) <= 2**-8
+
+
+def test_rotation_and_its_way_back() -> None:
+    """The bfloat16 cosines and sines are off by 2**-9."""
+    angles = torch.outer(torch.arange(20.0), 1 / 100 ** (torch.arange(8) / 8)).repeat(1, 2)[:, None, None]
+    one_rank = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+
+    def rotate(x: Tensor) -> Tensor:
+        return apply_rotary_packed(x, torch.tensor([0, 20, 35], dtype=torch.int32), angles, cp_group=one_rank)
+
+    heads = random(35, 3, 24)[..., :16]
+    assert max(errors(rotate, rotate, heads)) <= 2**-7
 
 
 def linear(x: Tensor, weight: Tensor, **options: Any) -> Tensor:
