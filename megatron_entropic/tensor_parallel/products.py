@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,8 @@ def low_precision_tiles(x: Tensor) -> Iterator[None]:
     if x.is_cuda or x.dtype != torch.bfloat16 or not has_bfloat16_tiles():
         yield
         return
-    setting = torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn  # whose stub does not know its settings
+    setting = mkldnn.matmul
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:
