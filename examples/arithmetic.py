@@ -1,6 +1,6 @@
 """Arithmetic for pretrained language models: two skills, five levels, three forms, with solutions; generated.
 
-    python examples/arithmetic.py --output data/arithmetic [--seed 1]
+    python examples/arithmetic.py --output data/arithmetic [--seed 1] [--levels 1 2 3]
 
 | skill | asked                                                        | solution                      |
 |-------|--------------------------------------------------------------|-------------------------------|
@@ -14,7 +14,8 @@ worded in several ways. A policy for the first can be certain, one for the secon
     OUTPUT/few_shot/SKILL_FILE.parquet     the same behind four solved examples of the same level
     OUTPUT/chat/SKILL_FILE.parquet         messages, for data.apply_chat_template
 
-FILE is train, search, heldout or solutions (columns prompt and response, for a warm start). Which of them a problem
+FILE is train, search, heldout or solutions (columns prompt and response, for a warm start; FORM/solutions.parquet has
+those of both skills). Which of them a problem
 belongs to follows from its expression, whatever the seed, the skill and the order of what is added or multiplied: no
 expression of the held-out files is asked, solved or shown as an example in any other, of this seed or another.
 """
@@ -55,16 +56,17 @@ LEVELS: Sequence[Mapping[str, Sequence[Range]]] = (
     {"a * b + c": [(2, 9), (2, 9), (1, 50)], "a + b - c": [(10, 50), (10, 50), (2, 20)]},
     {"a + b": [(100, 999), (100, 999)], "a - b": [(100, 999), (100, 999)], "a * b": [(11, 99), (3, 9)]},
 )
+ALL_LEVELS = tuple(range(1, len(LEVELS) + 1))
 _TRIES_PER_ROW = 5
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows of each file of a skill, a fifth of them of each level; fewer where a level has no more expressions."""
+    """Rows of each file of a skill, as many of each level; fewer where a level has no more expressions."""
 
     train: int = 2000
-    search: int = 200
-    heldout: int = 200
+    search: int = 120
+    heldout: int = 120
     solutions: int = 2000
 
 
@@ -163,11 +165,11 @@ def problem(generator: random.Random, skill: str, expression: Expression) -> Pro
     return Problem(skill, expression, question, generator.choice(WORDINGS).format(work=expression.work, **words))
 
 
-def problems(generator: random.Random, skill: str, file: str, count: int) -> list[Problem]:
-    """Problems of all levels in random order, none of them twice."""
+def problems(generator: random.Random, skill: str, file: str, count: int, levels: Sequence[int]) -> list[Problem]:
+    """Problems of some levels in random order, none of them twice."""
     found: dict[str, Problem] = {}
-    for level in range(1, len(LEVELS) + 1):
-        stream, most = expressions(generator, level, file), len(found) + count // len(LEVELS)
+    for level in levels:
+        stream, most = expressions(generator, level, file), len(found) + count // len(levels)
         for _ in range(_TRIES_PER_ROW * count):
             if len(found) == most:
                 break
@@ -213,18 +215,23 @@ def rows(found: Sequence[tuple[Problem, list[Problem]]], form: str, file: str) -
     return made
 
 
-def prepare(output: Path, seed: int = 1, sizes: Sizes | None = None) -> int:
-    """Write every file, a function of the seed, the sizes and this script; returns how many problems there are."""
+def prepare(output: Path, seed: int = 1, levels: Sequence[int] = ALL_LEVELS, sizes: Sizes | None = None) -> int:
+    """Write every file, a function of the arguments and of this script; returns how many problems there are."""
     sizes, total = sizes or Sizes(), 0
+    solutions: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
     for skill in SKILLS:
         for file in SHARES:
             # Each file has a stream of its own: another size of one leaves the others as they are.
             generator = random.Random(f"{seed} {skill} {file}")
-            chosen = problems(generator, skill, file, getattr(sizes, file))
+            chosen = problems(generator, skill, file, getattr(sizes, file), levels)
             with_shots = [(one, shots(generator, one)) for one in chosen]
             total += len(chosen)
             for form in FORMS:
-                write(output / form / f"{skill}_{file}.parquet", rows(with_shots, form, file))
+                made = rows(with_shots, form, file)
+                write(output / form / f"{skill}_{file}.parquet", made)
+                solutions[form] += made if file == "solutions" else []
+    for form in FORMS:
+        write(output / form / "solutions.parquet", solutions[form])
     return total
 
 
@@ -242,8 +249,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Generate arithmetic problems for pretrained language models.")
     parser.add_argument("--output", type=Path, default=Path("data/arithmetic"))
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--levels", type=int, nargs="+", choices=ALL_LEVELS, default=ALL_LEVELS, metavar="LEVEL")
     options = parser.parse_args()
-    count = prepare(options.output, options.seed)
+    count = prepare(options.output, options.seed, sorted(set(options.levels)))
     sys.stdout.write(f"{count:,} problems, each in {len(FORMS)} forms, are written to {options.output}\n")
 
 
