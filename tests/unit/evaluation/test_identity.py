@@ -51,13 +51,13 @@ def _saved(directory: Path, rows: list[dict[str, str]], fingerprint: str = "a") 
     return directory
 
 
-def _evaluator(model: Path, benchmark: Path, **data: Any) -> Evaluator:
+def _evaluator(model: Path, benchmark: Path, reward: dict[str, str] | None = None, **data: Any) -> Evaluator:
     config = Config.model_validate(
         {
             "model": {"hf_dir": model},
             "data": {"train_files": [benchmark], "apply_chat_template": True, **data},
             "evaluation": {"benchmarks": {"held": benchmark}, "samples_per_prompt": 1},
-            "reward": {"verifier": "exact"},
+            "reward": {"verifier": "exact", **(reward or {})},
         }
     )
     return Evaluator(config, load_tokenizer(model))
@@ -85,6 +85,7 @@ def test_each_thing_that_makes_a_prompt_is_named_when_it_changed(model: Path, tm
     assert "data.prompt_suffix (was '', is '?')" in refusal(_evaluator(model, file, prompt_suffix="?"))
     assert "data.system_prompt (was None, is 'add')" in refusal(_evaluator(model, file, system_prompt="add"))
     assert "the model's files" in refusal(first, {"files_sha256": "y"})
+    assert "answer (was None, is 'first_line')" in refusal(_evaluator(model, file, {"answer": "first_line"}))
     template = model / "chat_template.jinja"
     template.write_text("{{ messages[0]['content'] }}{{ messages[0]['content'] }}")
     said = refusal(_evaluator(model, file))
