@@ -64,7 +64,7 @@ def ray_session(config: ClusterConfig, *, local_cpus: int) -> Iterator[Device]:
 
 @contextmanager
 def _short_messages() -> Iterator[None]:
-    """What Ray's servers report, such as a full disk, as one line each: the run's own error says what it means.
+    """Shorten reports of Ray's servers, such as a full disk, to one line each: the run's own error says what they mean.
 
     Ray 2.60 prints it whatever `log_to_driver` is, tracebacks included, and for every object anew.
     """

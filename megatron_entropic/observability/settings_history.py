@@ -148,7 +148,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def sampled_digest(paths: Iterable[Path]) -> str:
-    """What tells files or folders apart without reading all of them: names, sizes, first and last MiB of each file."""
+    """Fingerprint of files or folders, without reading all of them: names, sizes, first and last MiB of each file."""
     digest = hashlib.sha256()
     for root in paths:
         files = sorted(path for path in root.iterdir() if path.is_file()) if root.is_dir() else [root]

@@ -32,10 +32,10 @@ CPU_CHUNKS = (256, 8192)
 """Tokens and columns of a block on a CPU: 8 MB of float32."""
 
 CONVERTED_CHUNKS = (1024, 8192)
-"""The same where each chunk of tokens converts the whole weight to float32: 32 MB."""
+"""Tokens and columns of a block where each chunk of tokens converts the whole weight to float32: 32 MB."""
 
 ACCELERATOR_CHUNKS = (4096, 32768)
-"""On an accelerator: 512 MB, large enough that the products run at their full rate."""
+"""Tokens and columns of a block on an accelerator: 512 MB, enough that the products run at their full rate."""
 
 
 def fused_logprob_and_entropy(
@@ -56,7 +56,7 @@ def fused_logprob_and_entropy(
     rows: Tensor | None = None,
     backend: BackendName | Literal["liger"] = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """`logprob_and_entropy` of the logits hidden @ weight^T, which are never stored.
+    """Compute `logprob_and_entropy` of the logits hidden @ weight^T, which are never stored.
 
     Args:
         hidden: [T, H], the same on all ranks of the group; with `sequence_parallel` this rank's [T/R, H].
@@ -67,7 +67,7 @@ def fused_logprob_and_entropy(
         entropy_gradient: whether the entropy is differentiable.
         vocab_size: number of token ids that exist; weight rows beyond are padding.
         need_entropy: False skips the entropy's arithmetic.
-        sequence_parallel: gather `hidden` here, and scatter its gradient.
+        sequence_parallel: whether to gather `hidden` here, and scatter its gradient.
         token_chunk: tokens of a block of logits; None: by device.
         vocab_chunk: columns of a block of logits; None: by device.
         main_grad: [V/R, H] float32 to which dL/dweight is added, Megatron's `weight.main_grad`. The gradient that
@@ -120,7 +120,7 @@ def fused_logprob_and_entropy(
 def masked_rows(
     loss_mask: Tensor, rows: Tensor | None, target: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor, float | Tensor]:
-    """(rows [N], target [N], temperature one or [N]) of the tokens where `loss_mask` [T] is True.
+    """Find rows [N], target [N] and temperature, one or [N], of the tokens where `loss_mask` [T] is True.
 
     Raises:
         ValueError: shapes or dtypes that do not go together.
@@ -136,7 +136,7 @@ def masked_rows(
 
 
 def unmasked(values: Tensor, loss_mask: Tensor, rows: Tensor | None) -> Tensor:
-    """Values [N] of `rows` among zeros [T]."""
+    """Put the values [N] of `rows` among zeros [T]."""
     assert rows is not None
     return values.new_zeros(loss_mask.shape).index_copy(0, rows, values)
 
@@ -160,7 +160,7 @@ def build_head(
     """Check the arguments of a fused function, which documents them, and settle what is left open.
 
     Raises:
-        ValueError: what does not go together.
+        ValueError: arguments that do not go together.
     """
     shard = Shard.of(len(weight), group, vocab_size)
     tokens = len(hidden) * (shard.ranks if sequence_parallel else 1) if rows is None else len(rows)
@@ -201,7 +201,7 @@ def _chunks(hidden: Tensor) -> tuple[int, int]:
 
 
 class _FusedHead(torch.autograd.Function):
-    """The differentiable form; `fused_logprob_and_entropy` is its documentation."""
+    """Autograd function of `fused_logprob_and_entropy`, which documents it."""
 
     @staticmethod
     def forward(

@@ -32,22 +32,29 @@ from megatron_entropic.tensor_parallel.products import low_precision_tiles, mult
 from megatron_entropic.tensor_parallel.statistics import Merged, arithmetic_dtype, empty_statistics, gather_and_merge
 
 TokenLoss = Callable[[Tensor, Tensor | None, slice], Tensor]
-"""(logprob [c], entropy [c] or None, which of the tokens they are) -> their share of the loss, a scalar.
+"""Function (logprob [c], entropy [c] or None, slice of tokens that they are) -> their share of the loss, a scalar.
 
 It is called once for each chunk and differentiated; the loss is the sum over chunks. Every rank of the group must
-compute the same."""
+compute the same.
+"""
 
 CPU_BLOCK_BYTES = 16 << 20
 CPU_TOKENS = (128, 1024)
-"""A block on a CPU has 16 MB, but no fewer tokens than make the product with the weight's gradient worthwhile."""
+"""Least and most tokens of a block on a CPU.
+
+It has 16 MB, but no fewer tokens than make the product with the weight's gradient worthwhile.
+"""
 
 CONVERTED_BLOCK_BYTES = 96 << 20
 CONVERTED_TOKENS = (256, 1024)
-"""Where a chunk of tokens converts the whole weight twice, it is to have more of them."""
+"""Least and most tokens of a block where each chunk converts the whole weight twice: it is to have more of them."""
 
 ACCELERATOR_BLOCK_BYTES = 1 << 30
 ACCELERATOR_TOKENS = (1024, 8192)
-"""A block on an accelerator has 1 GB: each chunk reads and writes the weight's gradient once."""
+"""Least and most tokens of a block on an accelerator.
+
+It has 1 GB: each chunk reads and writes the weight's gradient once.
+"""
 
 
 def fused_policy_loss(
@@ -69,7 +76,7 @@ def fused_policy_loss(
     rows: Tensor | None = None,
     backend: BackendName = "auto",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss sum_t l(logprob_t, entropy_t) of a policy whose logits are hidden @ weight^T, and what it was taken of.
+    """Compute the loss sum_t l(logprob_t, entropy_t) of a policy whose logits are hidden @ weight^T, and its inputs.
 
     Without gradients (torch.no_grad, or nothing that needs one) only the values are computed.
 
@@ -83,15 +90,15 @@ def fused_policy_loss(
         temperature: > 0, one number or one per target.
         vocab_size: number of token ids that exist.
         need_entropy: False passes None to `token_loss` in its place.
-        sequence_parallel: gather `hidden` here, and scatter its gradient.
+        sequence_parallel: whether to gather `hidden` here, and scatter its gradient.
         token_chunk: tokens of a block; None: by device and width of the vocabulary.
         vocab_chunk: columns of a product; the block has all columns. None: by device.
         main_grad: [V/R, H] float32 to which dL/dweight is added, already in the forward pass.
-        gradient_scale: what the trainer multiplies the loss with: the gradient that reaches this function's loss in the
-            backward pass. With `main_grad` it must be told in advance.
+        gradient_scale: factor by which the trainer multiplies the loss: the gradient that reaches this function's loss
+            in the backward pass. With `main_grad` it must be told in advance.
         loss_mask: [T] bool.
         rows: [N] int64.
-        backend: of the passes over logits.
+        backend: implementation of the passes over logits.
 
     Returns:
         (loss, a scalar to be differentiated; logprob [T] or [N]; entropy likewise or None). The last two carry no
@@ -163,7 +170,7 @@ class _ChunkedLoss:
         self._gradient_scale = gradient_scale
 
     def run(self, x: Tensor, dx: Tensor | None, weight_gradient: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(loss, logprob [N], entropy [N] or None); fills dx [N, H] and adds to weight_gradient [V/R, H]."""
+        """Compute loss, logprob [N] and entropy [N] or None; fill dx [N, H], and add to weight_gradient [V/R, H]."""
         head, dtype = self._head, self._inverse_temperature.dtype
         rows = min(head.token_chunk, len(x))
         block = torch.empty(rows, head.shard.valid, dtype=dtype, device=x.device)
@@ -189,7 +196,7 @@ class _ChunkedLoss:
         return loss, logprob, entropy
 
     def _statistics(self, some: Tensor, tokens: slice, logits: Tensor) -> Merged:
-        """Fill the logits [c, valid] of the chunk some [c, H]; their statistics merged over the ranks."""
+        """Fill the logits [c, valid] of the chunk some [c, H]; returns their statistics merged over the ranks."""
         head, inverse = self._head, self._inverse_temperature[tokens]
         local = empty_statistics(1, len(some), logits.dtype, logits.device, need_entropy=head.need_entropy)
         for columns, rows in head.weight_chunks(self._weight):
@@ -204,7 +211,7 @@ class _ChunkedLoss:
         )
 
     def _share(self, merged: Merged, tokens: slice, differentiate: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(the chunk's loss, its gradient g [c] with respect to log-probabilities, h [c] to entropies or None)."""
+        """Compute the chunk's loss, its gradient g [c] with respect to log-probs, and h [c] to entropies or None."""
         if not differentiate:
             return self._token_loss(merged.logprob, merged.entropy, tokens), merged.logprob, None
         leaves = [v.detach().requires_grad_() for v in (merged.logprob, merged.entropy) if v is not None]
@@ -238,7 +245,7 @@ class _ChunkedLoss:
     def _multiply_back(
         self, some: Tensor, tokens: slice, d: Tensor, dx: Tensor | None, weight_gradient: Tensor | None
     ) -> None:
-        """dx = d @ weight and weight_gradient += d^T @ x for the chunk's gradient d [c, valid]."""
+        """Compute dx = d @ weight and weight_gradient += d^T @ x for the chunk's gradient d [c, valid]."""
         summed = some.new_zeros(some.shape, dtype=self._inverse_temperature.dtype)
         for columns, rows in self._head.weight_chunks(self._weight):
             if dx is not None:
@@ -250,7 +257,7 @@ class _ChunkedLoss:
 
 
 class _FusedPolicyLoss(torch.autograd.Function):
-    """The differentiable form; `fused_policy_loss` is its documentation."""
+    """Autograd function of `fused_policy_loss`, which documents it."""
 
     @staticmethod
     def forward(
@@ -301,7 +308,8 @@ class _FusedPolicyLoss(torch.autograd.Function):
 
 
 def _require_scale(incoming: Tensor, expected: float) -> None:
-    """The weight's gradient is in Megatron's buffer already, with the scale that was announced."""
+    """Refuse another scale than was announced."""
+    # The weight's gradient is in Megatron's buffer already, with the announced one.
     message = (
         f"fused_policy_loss: the weight's gradient was taken for a loss multiplied by gradient_scale={expected}, "
         "and another factor arrived"

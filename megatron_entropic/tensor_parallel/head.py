@@ -1,4 +1,4 @@
-"""The output layer and the statistics of its logits, block by block: what the two fused functions share.
+"""The output layer and the statistics of its logits, block by block, as the two fused functions share them.
 
     hidden [T/R, H] --gather, select rows--> x [N, H]      N tokens that count, in chunks of c
     x chunk [c, H] @ weight chunk [n, H]^T -> logits block [c, n] -> statistics, or gradient
@@ -22,24 +22,24 @@ from megatron_entropic.tensor_parallel.statistics import Merged, Shard, arithmet
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What does not change between the passes of one call."""
+    """Output layer with the settings of one call, the same in all of its passes."""
 
     shard: Shard
     group: dist.ProcessGroup | None
-    """Of the ranks that share the vocabulary; None: this rank holds it all."""
+    """Group of the ranks that share the vocabulary; None: this rank holds it all."""
     backend: Backend
     token_chunk: int
-    """c, rows of a block."""
+    """Number of rows of a block, c."""
     vocab_chunk: int
-    """n, columns of a block."""
+    """Number of columns of a block, n."""
     need_entropy: bool
     sequence_parallel: bool
-    """Each rank holds its own part of the tokens, [T/R, H]; else all ranks hold all of them."""
+    """Whether each rank holds its own part of the tokens, [T/R, H]; else all ranks hold all of them."""
     rows: Tensor | None
-    """[N] int64, which of the T tokens count; None: all."""
+    """Indices of those of the T tokens that count, [N] int64; None: all count."""
 
     def select(self, hidden: Tensor) -> Tensor:
-        """The tokens that count, x [N, H], gathered over the group under sequence parallelism."""
+        """Select the tokens that count, x [N, H], gathered over the group under sequence parallelism."""
         if self.sequence_parallel and self.shard.ranks > 1:
             everyone = hidden.new_empty(self.shard.ranks * len(hidden), hidden.shape[1])
             dist.all_gather_into_tensor(everyone, hidden.contiguous(), group=self.group)
@@ -61,19 +61,19 @@ class Head:
         return own
 
     def token_chunks(self, tokens: int) -> Iterator[slice]:
-        """Slices of N tokens."""
+        """Yields slices of at most `token_chunk` tokens each, `tokens` in all."""
         yield from _slices(tokens, self.token_chunk)
 
     def vocab_chunks(self) -> Iterator[slice]:
-        """Slices of this rank's columns that exist."""
+        """Yields slices of at most `vocab_chunk` of this rank's columns that exist."""
         yield from _slices(self.shard.valid, self.vocab_chunk)
 
     def weight_chunks(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(columns, the weight's rows for them [n, H] as they enter a product), each used up before the next."""
+        """Yields columns and the weight's rows [n, H] for them as they enter a product, each used up before another."""
         return chunk_operands(weight, self.vocab_chunks())
 
     def statistics(self, x: Tensor, weight: Tensor, column: Tensor, inverse_temperature: Tensor) -> Tensor:
-        """Statistics of this rank's vocabulary, [k + 1, N] (`statistics.empty_statistics`), for x [N, H]."""
+        """Compute statistics of this rank's vocabulary, [k + 1, N] (`statistics.empty_statistics`), for x [N, H]."""
         out = empty_statistics(1, len(x), x.dtype, x.device, need_entropy=self.need_entropy)
         out[0], out[1:] = -torch.inf, 0.0
         block = self._block(x)
@@ -102,14 +102,14 @@ class Head:
         h: Tensor | None,
         weight_gradient: Tensor | None,
     ) -> Tensor:
-        """This rank's part of dL/dx [N, H], the logits being computed once more.
+        """Compute this rank's part of dL/dx [N, H]; the logits are computed once more.
 
         Args:
             x: [N, H].
             weight: [V/R, H].
             column: [N] targets as columns of this shard, or -1.
             inverse_temperature: [N].
-            merged: of the whole vocabulary.
+            merged: statistics of the whole vocabulary.
             g: [N] dL/dlogprob.
             h: [N] dL/dentropy, or None.
             weight_gradient: [V/R, H] in the dtype of the arithmetic, to which dL/dweight is added; None: not wanted.
@@ -149,14 +149,14 @@ class Head:
 
 
 def weight_gradient_buffer(weight: Tensor, main_grad: Tensor | None) -> Tensor:
-    """Where dL/dweight accumulates: Megatron's buffer, or zeros [V/R, H] in the dtype of the arithmetic."""
+    """Buffer in which dL/dweight accumulates: Megatron's buffer, or zeros [V/R, H] in the dtype of the arithmetic."""
     if main_grad is not None:
         return main_grad
     return torch.zeros_like(weight, dtype=arithmetic_dtype(weight.dtype))
 
 
 def weight_gradient_for_autograd(weight: Tensor, accumulated: Tensor, main_grad: Tensor | None) -> Tensor:
-    """What the backward pass returns for the weight.
+    """Gradient that the backward pass returns for the weight.
 
     With `main_grad` the gradient is in Megatron's buffer already. Autograd must still deliver a tensor, because the
     hook of Megatron's DistributedDataParallel, which starts the reduction of that buffer, fires on delivery; it ignores

@@ -19,12 +19,12 @@ from megatron_entropic.tensor_parallel.statistics import arithmetic_dtype
 
 
 def operand(x: Tensor) -> Tensor:
-    """x as it enters a product: unchanged on a GPU, on a CPU in the dtype of the arithmetic."""
+    """Tensor x as it enters a product: unchanged on a GPU, on a CPU in the dtype of the arithmetic."""
     return x if x.is_cuda else x.to(arithmetic_dtype(x.dtype))
 
 
 def chunk_operands(weight: Tensor, chunks: Iterator[slice]) -> Iterator[tuple[slice, Tensor]]:
-    """(chunk, its rows of the weight as `operand`); what was converted lasts until the next is asked for."""
+    """Yields each chunk with its rows of the weight as `operand`; converted rows last until the next are asked for."""
     converted = operand(weight[:0])
     for chunk in chunks:
         rows = weight[chunk]
@@ -38,7 +38,7 @@ def chunk_operands(weight: Tensor, chunks: Iterator[slice]) -> Iterator[tuple[sl
 
 
 def multiply(a: Tensor, b: Tensor, *, out: Tensor) -> None:
-    """out [m, n] = a [m, k] @ b [k, n]; out in the dtype of the arithmetic, a and b from `operand`."""
+    """Compute out [m, n] = a [m, k] @ b [k, n]; out in the dtype of the arithmetic, a and b from `operand`."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:
@@ -46,7 +46,7 @@ def multiply(a: Tensor, b: Tensor, *, out: Tensor) -> None:
 
 
 def multiply_add(a: Tensor, b: Tensor, *, out: Tensor) -> None:
-    """out [m, n] += a [m, k] @ b [k, n], dtypes as in `multiply`."""
+    """Compute out [m, n] += a [m, k] @ b [k, n], dtypes as in `multiply`."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out)
     else:
@@ -55,7 +55,7 @@ def multiply_add(a: Tensor, b: Tensor, *, out: Tensor) -> None:
 
 @contextmanager
 def low_precision_tiles(x: Tensor) -> Iterator[None]:
-    """Lets oneDNN round operands of float32 products to bfloat16 while the block runs, if x is bfloat16 on AMX.
+    """Let oneDNN round operands of float32 products to bfloat16 while the block runs, if x is bfloat16 on AMX.
 
     Hidden states and weights of such a model lose nothing by it. The gradient of the logits is rounded, as on a GPU.
     Without AMX a product of float32 is as fast as one of bfloat16, or faster.

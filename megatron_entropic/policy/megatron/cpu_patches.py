@@ -1,4 +1,4 @@
-"""What megatron-core needs to run on a CPU with gloo. It assumes CUDA in three ways, each undone by one kind of patch:
+"""Patches for megatron-core on a CPU with gloo. It assumes CUDA in three ways, each undone by one kind of patch:
 
     CudaLiteral   one function says "cuda" where it means "the device": its code gets "cpu" instead
     Replacement   a function asks for the CUDA device, its generator or its streams: another function answers
@@ -45,7 +45,7 @@ class CudaLiteral:
     """
 
     target: str
-    """module:qualified name, below megatron.core."""
+    """Place of the function as module:qualified name, below megatron.core."""
     reason: str
     since: tuple[int, int] = (0, 16)
     """First megatron-core version that has the function."""
@@ -64,13 +64,13 @@ class CudaLiteral:
         return _on_cpu(code) != code
 
     def apply(self) -> None:
-        """Exchanges the code."""
+        """Exchange the code of the function."""
         function = self.function()
         function.__code__ = _on_cpu(function.__code__)
 
 
 def _on_cpu(code: CodeType) -> CodeType:
-    """The same code, and that of functions nested in it, with the names of CUDA exchanged."""
+    """Copy of code, and of that of functions nested in it, with the names of CUDA exchanged."""
     return code.replace(
         co_consts=tuple(_constant_on_cpu(constant) for constant in code.co_consts),
         co_names=tuple("cpu" if name == "cuda" else name for name in code.co_names),
@@ -90,7 +90,7 @@ class Replacement:
     """One attribute of a module, or of a class in it, that is exchanged."""
 
     target: str
-    """module:qualified name."""
+    """Place of the attribute as module:qualified name."""
     value: Any
     reason: str
     defect: Callable[[Any], bool]
@@ -101,7 +101,7 @@ class Replacement:
         return self.defect(getattr(*self._place()))
 
     def apply(self) -> None:
-        """Exchanges the attribute."""
+        """Exchange the attribute."""
         setattr(*self._place(), self.value)
 
     def _place(self) -> tuple[Any, str]:
@@ -131,7 +131,7 @@ def _manual_seed(seed: int) -> None:
 
 
 def _fails(function: Callable[..., Any]) -> bool:
-    """Calling it raises: a CPU build has no CUDA, a machine may have no driver."""
+    """Whether calling a function raises: a CPU build has no CUDA, a machine may have no driver."""
     try:
         function()
     except (RuntimeError, AssertionError):
@@ -140,7 +140,8 @@ def _fails(function: Callable[..., Any]) -> bool:
 
 
 def _does_not_seed(function: Callable[..., Any]) -> bool:
-    """torch queues the call for the day CUDA is initialised, which never comes."""
+    """Whether a function that seeds leaves torch's CPU generator as it was."""
+    # torch queues the call for the day CUDA is initialised, which never comes.
     before = torch.get_rng_state()
     try:
         function(int(before[0]) + 12345)
@@ -150,7 +151,7 @@ def _does_not_seed(function: Callable[..., Any]) -> bool:
 
 
 def _does_not_restore(function: Callable[..., Any]) -> bool:
-    """As `_does_not_seed`, for a state."""
+    """Whether a function that restores a generator's state leaves torch's CPU generator as it was."""
     before = torch.get_rng_state()
     other = torch.Generator().manual_seed(987654321).get_state()
     try:
@@ -161,17 +162,17 @@ def _does_not_restore(function: Callable[..., Any]) -> bool:
 
 
 class _HostStream:
-    """Stands for the stream on which counts are copied to the host: they are there, nothing has to be waited for."""
+    """Stand-in for the stream on which counts are copied to the host: they are there, nothing has to be waited for."""
 
     def wait_stream(self, _other: Any) -> None:
-        """Nothing runs beside."""
+        """Do nothing: no other stream runs."""
 
     def record_event(self) -> _HostStream:
-        """What was asked for has happened."""
+        """Stand-in for an event, which has happened already."""
         return self
 
     def synchronize(self) -> None:
-        """As `record_event`."""
+        """Do nothing: all work has been done."""
 
 
 def _is_absent(value: Any) -> bool:
@@ -179,7 +180,7 @@ def _is_absent(value: Any) -> bool:
 
 
 def _as_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Stands for megatron-core's `maybe_move_tensor_to_cpu`, on tensors that are there already."""
+    """Stand-in for megatron-core's `maybe_move_tensor_to_cpu`, on tensors that are there already."""
     return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
 
 
@@ -205,7 +206,7 @@ PACKED_ROTARY = Replacement(
     "one gather instead of a loop over segments; Transformer Engine has a kernel for it",
     _loops_over_segments,
 )
-"""On any device where Transformer Engine's layers are not used."""
+"""Patch of packed RoPE on any device where Transformer Engine's layers are not used."""
 
 REPLACEMENTS = (
     PACKED_ROTARY,
@@ -271,7 +272,7 @@ WITHOUT_AMX = (
         functools.partial(_calls, name="LinearWithFrozenWeight"),
     ),
 )
-"""Where the processor has no AMX for bfloat16."""
+"""Patches where the processor has no AMX for bfloat16."""
 
 _OPTIMIZER_INIT = "scalars of gradient scaling and clipping; types of parameters"
 LITERALS = (
@@ -317,7 +318,7 @@ def patches_for(version: tuple[int, int]) -> list[CudaLiteral | Replacement]:
 
 
 def import_megatron() -> None:
-    """Imports megatron.core without what a policy rank on a CPU never uses, which takes a third of its start.
+    """Import megatron.core without what a policy rank on a CPU never uses, which takes a third of its start.
 
     Of 6.0 s of CPU time for all imports of a rank 2.0 are torch's inductor, loaded by `@torch.compile` above functions
     that then run as they are written, and W&B, which only megatron-core's inference server would use.
@@ -342,7 +343,7 @@ def _as_written(function: Callable[..., Any] | None = None, **_options: Any) -> 
 
 
 def apply_cpu_patches(version: tuple[int, int]) -> None:
-    """Applies all patches to this process; megatron.core may be imported before or after. Repeating changes nothing.
+    """Apply all patches to this process; megatron.core may be imported before or after. Repeating changes nothing.
 
     Raises:
         AttributeError: a function is not where it was; this megatron-core does not fit.

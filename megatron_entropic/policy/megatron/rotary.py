@@ -25,17 +25,17 @@ def apply_rotary_packed(
     mscale: float = 1.0,
     **_options: Any,
 ) -> torch.Tensor:
-    """Stands for megatron-core's `_apply_rotary_pos_emb_thd`, with its arguments.
+    """Stand-in for megatron-core's `_apply_rotary_pos_emb_thd`, with its arguments.
 
     Args:
         tensor: [T / size, heads, head_dim] for `size` context-parallel ranks, all of which is rotated, in halves
             (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
         cu_seqlens: [segments + 1] int32; the last is T.
         freqs: [max_s, 1, 1, head_dim] angles in float32, by position within a segment.
-        cp_group: context-parallel.
+        cp_group: context-parallel group.
         multi_latent_attention, mla_rotary_interleaved: in 0.16, in 0.19: neighbouring elements are the pairs that are
             rotated; the result has halves all the same, of q as of k.
-        mscale: of cosine and sine.
+        mscale: factor of cosine and sine.
     """
     positions = ContextCut(cp_group.rank(), cp_group.size()).positions(cu_seqlens.long().diff(), len(tensor))
     # [max_s, 1, d] before the gather: the cosine is taken once for each position, not for each token.
@@ -51,7 +51,7 @@ def apply_rotary_packed(
 
 
 class _Rotation(torch.autograd.Function):
-    """Halves (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) in four passes over halves, and back in as many."""
+    """Rotation (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) of halves in four passes over them, and back in four."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -76,13 +76,13 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 
 
 def angles_of_rank(angles: torch.Tensor, dim: int, cp_group: dist.ProcessGroup) -> torch.Tensor:
-    """Stands for megatron-core's `get_pos_emb_on_this_cp_rank`: this context-parallel rank's two chunks of `dim`."""
+    """Stand-in for megatron-core's `get_pos_emb_on_this_cp_rank`: this context-parallel rank's two chunks of `dim`."""
     chunks = angles.chunk(2 * cp_group.size(), dim=dim)
     return torch.cat([chunks[index] for index in ContextCut(cp_group.rank(), cp_group.size()).chunks], dim=dim)
 
 
 def scale_frequencies(rotary: Any, rope_scaling: dict[str, Any]) -> None:
-    """Gives a megatron-core RotaryEmbedding Llama 3's frequencies, with the parameters of config.json.
+    """Give a megatron-core RotaryEmbedding Llama 3's frequencies, with the parameters of config.json.
 
     The formula is megatron-core's; its constructor exposes only the factor, not the three other parameters.
     """

@@ -18,12 +18,12 @@ def gather_along_first_dim(
     output_split_sizes: Sequence[int] | None = None,
     use_global_buffer: bool = False,
 ) -> torch.Tensor:
-    """[sum of sizes, ...]: every rank's rows, in rank order.
+    """Gather every rank's rows in rank order, [sum of sizes, ...].
 
     Args:
-        input_: [own size, ...].
-        group: of the ranks.
-        output_split_sizes: rows of each rank; None: all have as many.
+        input_: [own size, ...] rows of this rank.
+        group: group of the ranks.
+        output_split_sizes: number of rows of each rank; None: all have as many.
         use_global_buffer: unused, memory of its own does as well.
     """
     ranks = group.size()
@@ -45,12 +45,12 @@ def reduce_scatter_along_first_dim(
     input_split_sizes: Sequence[int] | None = None,
     use_global_buffer: bool = False,
 ) -> torch.Tensor:
-    """[own size, ...]: this rank's rows of the sum over ranks.
+    """Sum rows over the ranks; returns this rank's part of the sum, [own size, ...].
 
     Args:
-        input_: [sum of sizes, ...].
-        group: of the ranks.
-        input_split_sizes: rows that each rank gets; None: all get as many.
+        input_: [sum of sizes, ...] rows for all ranks, in rank order.
+        group: group of the ranks.
+        input_split_sizes: number of rows that each rank gets; None: all get as many.
         use_global_buffer: unused, memory of its own does as well.
     """
     ranks = group.size()

@@ -26,15 +26,15 @@ def wide_linear(
     tp_group: dist.ProcessGroup | None,
     **_unused: Any,
 ) -> torch.Tensor:
-    """Stands for `linear_with_grad_accumulation_and_async_allreduce` and `linear_with_frozen_weight`.
+    """Stand-in for `linear_with_grad_accumulation_and_async_allreduce` and `linear_with_frozen_weight`.
 
     Args:
         input_: [T, ..., H], with `sequence_parallel` this rank's part of the tokens.
         weight: [outputs, H].
-        bias: [outputs].
-        allreduce_dgrad: sum the gradient of the input over the group.
-        sequence_parallel: gather the input over the group, and scatter its gradient.
-        tp_group: needed by either.
+        bias: [outputs], or None.
+        allreduce_dgrad: whether to sum the gradient of the input over the group.
+        sequence_parallel: whether to gather the input over the group, and scatter its gradient.
+        tp_group: tensor-parallel group, needed by either.
     """
     group = tp_group if allreduce_dgrad or sequence_parallel else None
     output: torch.Tensor = _WideLinear.apply(input_, weight, group, sequence_parallel)

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class PackedSegments(PackedSeqParams):
-    """What megatron-core passes to attention and RoPE of a packed micro-batch, and what our own modules need."""
+    """Parameters of attention and RoPE for a packed micro-batch: megatron-core's, and those of our own modules."""
 
     plan: SegmentPlan | None = None
-    """Goes to the device when the first layer asks for it, and serves all layers from there."""
+    """Plan of the segments; it goes to the device when the first layer asks, and serves all layers from there."""
     choices: torch.Tensor | None = None
-    """`MicroBatch.choices`; recomputation too hands these parameters to every layer."""
+    """Experts to use (`MicroBatch.choices`); recomputation too hands these parameters to every layer."""
 
     def plan_on(self, device: torch.device) -> SegmentPlan:
         """The plan with its tensors on `device`."""
@@ -85,14 +85,14 @@ class SegmentedAttention(MegatronModule):
         packed_seq_params: PackedSegments,
         **_unused: Any,
     ) -> torch.Tensor:
-        """Attends within segments.
+        """Attend within segments.
 
         Args:
             query: [T, query heads, head_dim].
             key: [T, key/value heads, head_dim].
             value: [T, key/value heads, value_head_dim], where heads may be narrower.
             attention_mask: None, the mask is causal.
-            packed_seq_params: With the plan of the T packed rows.
+            packed_seq_params: parameters with the plan of the T packed rows.
 
         Returns:
             [T, query heads * value_head_dim].
@@ -105,7 +105,7 @@ class SegmentedAttention(MegatronModule):
         return packed.flatten(1)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: SegmentGroup) -> torch.Tensor:
-        """[count * length, query heads, value_head_dim] for the rows of one group."""
+        """Attend within one group; returns [count * length, query heads, value_head_dim] for its rows."""
         keys = group.rows if group.keys is None else group.keys
         q, k, v = (
             tensor.index_select(0, rows).unflatten(0, (group.count, -1)).transpose(1, 2)
@@ -117,28 +117,28 @@ class SegmentedAttention(MegatronModule):
         return output[..., : v.shape[-1]].transpose(1, 2).flatten(0, 1)
 
     def _of_all_ranks(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[size * T, heads, width] of each, rank after rank; in backward gradients are summed over ranks."""
+        """Gather both from all ranks, [size * T, heads, width], rank after rank; backward sums gradients over ranks."""
         own = torch.cat((key, value), dim=2)
         gathered = gather_from_sequence_parallel_region(own, group=self._context_group)
         key, value = gathered.split((key.shape[2], value.shape[2]), dim=2)
         return key, value
 
     def sharded_state_dict(self, *_position: Any, **_options: Any) -> dict[str, Any]:
-        """Nothing: attention has no parameters."""
+        """Return nothing: attention has no parameters."""
         return {}
 
 
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """[n, query heads, length, width] of scaled dot products in the dtype of q, causal unless there is a mask.
+    """Scaled dot-product attention, causal unless there is a mask: [n, query heads, length, width] in q's dtype.
 
     Args:
         q: [n, query heads, length, width].
         k: [n, key/value heads, seen, width].
-        v: as k.
-        mask: [n, 1, length, seen] bool, which keys a query sees.
-        scale: of the products.
+        v: [n, key/value heads, seen, width].
+        mask: [n, 1, length, seen] bool, whether a query sees a key.
+        scale: factor of the products.
     """
     if not q.is_cuda and q.dtype == torch.bfloat16:
         output: torch.Tensor = _WideAttention.apply(q, k, v, mask, scale)
@@ -189,10 +189,11 @@ class _WideAttention(torch.autograd.Function):
 
 
 class LatentSelfAttention(MLASelfAttention):
-    """megatron-core's, with the layers that its spec names."""
+    """megatron-core's latent self-attention, with the layers that its spec names."""
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
-        """0.19 asks this which layers to build, and its own answer puts a norm before queries made of hidden states."""
+        """Layers to build, by name: those of the spec."""
+        # 0.19 asks this, and its own answer puts a norm before queries made of hidden states.
         names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
         return {name: getattr(submodules, name) for name in names}
 
@@ -207,15 +208,15 @@ class ReplicatedLinear(torch.nn.Linear):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (torch types no such mark)
 
     def reset_parameters(self) -> None:
-        """Nothing: `load` fills it."""
+        """Do nothing: `load` fills the weight."""
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        """[..., input] -> [..., output], and no bias."""
+        """Multiply hidden [..., input] by the matrix; returns [..., output], and no bias."""
         return super().forward(hidden), None
 
 
 def use_plain_layers(layer: Any, *, has_experts: bool) -> None:
-    """Exchanges what megatron-core's own layer spec has for latent attention; `layer` are the layer's submodules.
+    """Exchange the parts of megatron-core's own layer spec for latent attention; `layer` are the layer's submodules.
 
     Checkpoints call norms as Transformer Engine's layers do, which fuse them into the matrix that follows.
     """
@@ -232,11 +233,12 @@ def use_plain_layers(layer: Any, *, has_experts: bool) -> None:
 
 
 def use_own_attention(spec: ModuleSpec) -> None:
-    """Exchanges the module of a self-attention spec, its layers stay."""
+    """Exchange the module of a self-attention spec; its layers stay."""
     spec.module = LatentSelfAttention
 
 
 def _provide_missing_name() -> None:
-    """megatron-core holds whole what is a TELinear; without Transformer Engine that name is None, or no class."""
+    """Give megatron-core a class TELinear where Transformer Engine is absent."""
+    # It holds whole what is a TELinear; without Transformer Engine that name is None, or no class.
     if not isinstance(multi_latent_attention.TELinear, type):
         multi_latent_attention.TELinear = ReplicatedLinear

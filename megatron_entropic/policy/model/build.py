@@ -71,7 +71,7 @@ class PolicyModel(GPTModel):
             )
 
     def forward(self, micro_batch: MicroBatch, options: OutputOptions) -> torch.Tensor | Output:
-        """Runs this chunk.
+        """Run this chunk.
 
         Returns:
             Hidden states for the next chunk, or from the last (log-probs [R] float32, entropies [R] float32 or
@@ -94,7 +94,7 @@ class PolicyModel(GPTModel):
     def _statistics(
         self, *, hidden_states: torch.Tensor, context: tuple[MicroBatch, OutputOptions], **_unused: Any
     ) -> Output:
-        """What the last stage does in place of GPTModel's logits over all T positions."""
+        """Compute the last stage's statistics, in place of GPTModel's logits over all T positions."""
         # Two of three heads read the output layer's weight without calling the layer. megatron-core waits for the
         # gather of a weight that the optimizer has stepped in a hook of the call (`overlap_param_gather`), and without
         # it nobody would wait: the second step dies of an assertion, or trains and publishes the weights of before.
@@ -106,10 +106,11 @@ class PolicyModel(GPTModel):
 
 
 class PolicyModelWithoutHook(PolicyModel):
-    """For megatron-core before 0.18, whose GPTModel takes no `output_processor`."""
+    """Policy model for megatron-core before 0.18, whose GPTModel takes no `output_processor`."""
 
     def forward(self, micro_batch: MicroBatch, options: OutputOptions) -> torch.Tensor | Output:
-        """As `PolicyModel.forward`. GPTModel hands `labels` to `_postprocess` and looks at it nowhere else."""
+        """Run this chunk, as `PolicyModel.forward` does."""
+        # GPTModel hands `labels` to `_postprocess` and looks at it nowhere else.
         return self._run(micro_batch, labels=(micro_batch, options))
 
     def _postprocess(
@@ -123,12 +124,12 @@ class PolicyModelWithoutHook(PolicyModel):
 def build_model(
     dimensions: ModelDimensions, policy: PolicyConfig, dtype: Dtype, state: ParallelState, platform: Platform
 ) -> torch.nn.ModuleList:
-    """The chunks of this rank's stage, one without virtual pipeline parallelism, on the platform's device.
+    """Build the chunks of this rank's stage, one without virtual pipeline parallelism, on the platform's device.
 
     Parameters are uninitialised (see `load`).
 
     Raises:
-        ValueError: the layout does not divide the model, or megatron-core lacks what is asked for.
+        UserError: the layout does not divide the model, or megatron-core lacks what is asked for.
     """
     config = build_transformer_config(dimensions, policy, dtype, state, platform)
     build_spec = _transformer_engine_spec if platform.transformer_engine else _plain_spec
@@ -161,7 +162,7 @@ def _layers_of_chunk(dimensions: ModelDimensions, state: ParallelState, chunk: i
 
 
 def _transformer_engine_spec(config: Any, has_experts: list[bool]) -> TransformerBlockSubmodules:
-    """Transformer Engine's layers, of which each has experts or not; experts run as one grouped product."""
+    """Spec of Transformer Engine's layers, each with experts or without; experts run as one grouped product."""
     from megatron.core.extensions.transformer_engine import TENorm
 
     def layer_spec(experts: bool) -> ModuleSpec:
@@ -179,7 +180,7 @@ def _transformer_engine_spec(config: Any, has_experts: list[bool]) -> Transforme
 
 
 def _plain_spec(config: Any, has_experts: list[bool]) -> TransformerBlockSubmodules:
-    """megatron-core's own linear layers with our norms and attention; experts run one after the other."""
+    """Spec of megatron-core's own linear layers with our norms and attention; experts run one after the other."""
 
     def layer_spec(experts: bool) -> ModuleSpec:
         spec: ModuleSpec = get_gpt_layer_local_spec(
@@ -202,7 +203,7 @@ def _plain_spec(config: Any, has_experts: list[bool]) -> TransformerBlockSubmodu
 
 
 def _with_router(spec: ModuleSpec) -> ModuleSpec:
-    """With our router. The experts' part is a ModuleSpec in megatron-core 0.16, a partial in 0.19."""
+    """Put our router into a spec. The experts' part is a ModuleSpec in megatron-core 0.16, a partial in 0.19."""
     mlp = spec.submodules.mlp
     submodules = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
     submodules.router = PolicyRouter

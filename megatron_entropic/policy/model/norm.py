@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 1 << 20
-"""A buffer: the three of the backward pass stay in the 2 MB second-level cache of a core, or nearly."""
+"""Bytes of a buffer: the three of the backward pass stay in the 2 MB second-level cache of a core, or nearly."""
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -29,7 +29,7 @@ class RMSNorm(torch.nn.RMSNorm):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (torch types no such mark)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] of any dtype; the arithmetic is float32."""
+        """Normalise x [..., hidden_size] of any dtype; the arithmetic is float32."""
         if x.is_cuda or x.dtype != torch.bfloat16:
             return super().forward(x)
         normalised: Tensor = _RowNorm.apply(x, self.weight, self.eps)
@@ -72,13 +72,13 @@ class _RowNorm(torch.autograd.Function):
 
 
 def _chunks(rows: Tensor) -> Iterator[slice]:
-    """Slices of rows [N, H] whose float32 copy fits a buffer."""
+    """Yields slices of rows [N, H] whose float32 copy fits a buffer."""
     size = max(1, CHUNK_BYTES // (4 * rows.shape[1]))
     for begin in range(0, len(rows), size):
         yield slice(begin, min(begin + size, len(rows)))
 
 
 def _buffers(count: int, rows: Tensor) -> Tensor:
-    """[count, rows of a chunk, H] float32, uninitialised."""
+    """Uninitialised buffers, [count, rows of a chunk, H] float32."""
     longest = max((some.stop - some.start for some in _chunks(rows)), default=0)
     return torch.empty(count, longest, rows.shape[1], dtype=torch.float32)

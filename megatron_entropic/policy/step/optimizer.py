@@ -25,17 +25,17 @@ from megatron_entropic.policy.megatron.patches import apply_optimizer_patches
 from megatron_entropic.policy.step.optimizer_shards import Shards, all_shards, can_write_shards, read_into_layout
 
 Format = Literal["dp_reshardable", "fully_reshardable"]
-"""megatron-core's names for what it writes of a distributed optimizer: its shards as they are, or the whole state."""
+"""Name in megatron-core of a way to save a distributed optimizer: its shards as they are, or the whole state."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """What an optimizer step did; the same on every rank."""
+    """Outcome of an optimizer step, the same on every rank."""
 
     stepped: bool
-    """False: a gradient was not finite, so parameters and optimizer state are what they were."""
+    """Whether the step was taken; if not, a gradient was not finite, and parameters and state are what they were."""
     gradient_norm: float
-    """Of all gradients before clipping; not finite when the step was refused."""
+    """Norm of all gradients before clipping; not finite when the step was refused."""
 
 
 def wrap_data_parallel(chunks: Iterable[Any], *, distributed_optimizer: bool, overlap: bool) -> torch.nn.ModuleList:
@@ -47,9 +47,9 @@ def wrap_data_parallel(chunks: Iterable[Any], *, distributed_optimizer: bool, ov
 
     Args:
         chunks: this rank's GPTModel chunks; their TransformerConfig is changed as said above.
-        distributed_optimizer: shard optimizer state over data-parallel ranks.
-        overlap: communicate gradients during backward and, with the distributed optimizer, parameters during the next
-            forward. Then parameters are stale after a step until `PolicyOptimizer.synchronize_parameters`.
+        distributed_optimizer: whether to shard optimizer state over data-parallel ranks.
+        overlap: whether to communicate gradients during backward and, with the distributed optimizer, parameters during
+            the next forward. Then parameters are stale after a step until `PolicyOptimizer.synchronize_parameters`.
 
     Returns:
         megatron DistributedDataParallel, one for each chunk.
@@ -79,7 +79,7 @@ def wrap_data_parallel(chunks: Iterable[Any], *, distributed_optimizer: bool, ov
 
 
 def _sum_gradients(model: list[Any], num_tokens: torch.Tensor | None = None, **options: Any) -> None:
-    """megatron's reduction of gradients over data, tensor (sequence) and embedding groups, without its division."""
+    """Reduce gradients over data, tensor (sequence) and embedding groups as megatron does, without its division."""
     from megatron.core.distributed import finalize_model_grads
 
     finalize_model_grads(model, None, **options)
@@ -89,10 +89,10 @@ class PolicyOptimizer:
     """AdamW with weight decay on matrices only, gradient clipping and a schedule in successful steps.
 
     Args:
-        chunks: from `wrap_data_parallel`.
+        chunks: chunks from `wrap_data_parallel`.
         config: the `optimizer` section.
         total_steps: optimizer steps after which `linear` and `cosine` reach min_learning_rate.
-        dtype: of the parameters; bfloat16 keeps float32 main parameters.
+        dtype: dtype of the parameters; bfloat16 keeps float32 main parameters.
     """
 
     def __init__(self, chunks: Iterable[Any], config: OptimizerConfig, *, total_steps: int, dtype: torch.dtype) -> None:
@@ -136,7 +136,7 @@ class PolicyOptimizer:
 
     @property
     def steps_taken(self) -> int:
-        """Successful steps, which is where the schedule stands."""
+        """Number of successful steps, which is where the schedule stands."""
         return int(self.scheduler.num_steps)
 
     def zero_grad(self) -> None:
@@ -181,7 +181,7 @@ class PolicyOptimizer:
         self._stale = False
 
     def state_tensors(self) -> Iterator[torch.Tensor]:
-        """Adam's moments and the parameters that it steps, float32; shards where the optimizer is distributed."""
+        """Yields Adam's moments and the parameters it steps, float32; shards where the optimizer is distributed."""
         for part in self._parts():
             for group in part.optimizer.param_groups:
                 for parameter in group["params"]:
@@ -195,8 +195,8 @@ class PolicyOptimizer:
 
         Args:
             model_state: sharded state of the chunks.
-            loading: give room instead of values.
-            format: of the distributed optimizer; without it every layout can read the state anyway.
+            loading: whether to give room instead of values.
+            format: format of the distributed optimizer; without it every layout can read the state anyway.
         """
         metadata = {"distrib_optim_sharding_type": format, "chained_optim_avoid_prefix": True}
         # megatron-core asks Python for a garbage collection: 0.2 s, more than all else. It leaves frozen objects out.
@@ -207,7 +207,7 @@ class PolicyOptimizer:
             gc.unfreeze()
 
     def format_to_write(self, wanted: Format) -> Format:
-        """The format of a checkpoint of all ranks: `wanted`, or the other one where it cannot be written."""
+        """Format of a checkpoint of all ranks: `wanted`, or the other one where it cannot be written."""
         distributed = all(part.config.use_distributed_optimizer for part in self.megatron.chained_optimizers)
         possible = distributed and can_write_shards(self.megatron.chained_optimizers)
         if not all_ranks(possible, self._device):
@@ -215,11 +215,11 @@ class PolicyOptimizer:
         return wanted
 
     def shards(self, model_state: dict[str, Any], group: dist.ProcessGroup | None = None) -> Shards:
-        """Where the parameters lie in the buckets of all ranks; see `optimizer_shards.all_shards`."""
+        """Places of the parameters in the buckets of all ranks; see `optimizer_shards.all_shards`."""
         return all_shards(self.megatron.chained_optimizers, model_state, group)
 
     def read_shards(self, directory: Path, saved: Shards, model_state: dict[str, Any]) -> dict[Any, Any]:
-        """State for `load_state_dict` of a checkpoint whose shards are not those of this layout."""
+        """Read the state for `load_state_dict` from a checkpoint whose shards are not those of this layout."""
         return read_into_layout(directory, saved, self.megatron.chained_optimizers, model_state)
 
     @torch.no_grad()
@@ -239,7 +239,7 @@ class PolicyOptimizer:
         self.scheduler.step(0)
 
     def _build_scheduler(self, total_steps: int) -> Any:
-        """The schedule; building it switches weight decay off for norms and biases.
+        """Build the schedule; this switches weight decay off for norms and biases.
 
         megatron's optimizer only notes `wd_mult = 0` for them. The scheduler multiplies, in its constructor and at each
         of its steps: an optimizer stepped without one decays norms too.
@@ -289,7 +289,7 @@ class PolicyOptimizer:
                 yield from chunk.bucket_groups + chunk.expert_parallel_bucket_groups
 
     def _parts(self) -> list[Any]:
-        """The optimizers of dense and of expert parameters that hold something on this rank."""
+        """Optimizers of dense and of expert parameters that hold something on this rank."""
         return [part for part in self.megatron.chained_optimizers if not part.is_stub_optimizer]
 
 
@@ -311,11 +311,11 @@ def _finish_gather(bucket_group: Any) -> None:
 
 
 def state_for(parts: Sequence[Any], state: dict[Any, Any]) -> dict[Any, Any]:
-    """The state as megatron's optimizers of this layout expect it.
+    """Arrange saved state as megatron's optimizers of this layout expect it.
 
     Args:
         parts: megatron's optimizers of this rank.
-        state: as loaded: tensors as `parts` asked for them, parameter groups as they were saved.
+        state: state as loaded: tensors as `parts` asked for them, parameter groups as they were saved.
 
     Raises:
         CheckpointError: another number of optimizers saved it, and they were not distributed ones.
@@ -338,7 +338,7 @@ def state_for(parts: Sequence[Any], state: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _groups_for(part: Any, saved: list[dict[str, Any]]) -> dict[str, Any]:
-    """A saved group for each group of an optimizer: of experts or not, what is decayed alike was stepped alike."""
+    """Find a saved group for each group of an optimizer: of experts or not, what is decayed alike was stepped alike."""
     found = []
     for group in part.param_groups:
         alike = next(other for other in saved if other["wd_mult"] == group["wd_mult"])
