@@ -38,7 +38,7 @@ take four times as long as copying it.
 _ADVICE = ", or be given one with --dtype"
 
 Report = Callable[[int], None]
-"""Called from any thread with the bytes that were converted since the last call."""
+"""Function called from any thread with the number of bytes converted since the last call."""
 
 
 def hf_to_megatron(

@@ -31,7 +31,7 @@ _STORAGES = {
 
 
 class DamagedTensor(ValueError):
-    """These bytes are not a saved tensor of the expected kind."""
+    """Error of bytes that are not a saved tensor of the expected kind."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From a row to messages and a ground truth: the columns they are in, and the text put around the problem."""
+"""Messages and ground truth from a row: the columns they are in, and the text put around the problem."""
 
 from __future__ import annotations
 

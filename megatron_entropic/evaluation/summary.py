@@ -162,7 +162,7 @@ def majority_is_correct(answers: Sequence[str | None], correct: Sequence[bool]) 
 
 
 def bootstrap_weights(problems: int, *, seed: int) -> np.ndarray:
-    """[RESAMPLES, P] float64: how often each resample of the problems takes each of them, over P.
+    """Draw resamples of problems, [RESAMPLES, P] float64: how often each one takes each of the P problems, over P.
 
     A mean over problems in every resample is then one product with the problems' values.
     """

@@ -25,9 +25,9 @@ class Row:
     hf: tuple[str, ...]
     layout: Layout
     layers: Literal["all", "dense", "sparse"] = "all"
-    """Which layers of a mixture of experts have the parameter; sparse ones are those with experts."""
+    """Layers of a mixture of experts that have the parameter; sparse ones are those with experts."""
     query: Literal["any", "direct", "latent"] = "any"
-    """Which models with latent attention have it: those that make queries of hidden states, or of a latent vector."""
+    """Models with latent attention that have it: those that make queries of hidden states, or of a latent vector."""
     buffer: bool = False
     """Whether the row is a float32 buffer, not a parameter: no step changes it and no dtype of the model rounds it."""
 

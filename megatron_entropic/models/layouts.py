@@ -65,13 +65,13 @@ class Replicated(_OneTensor):
 
 
 class RowShard(_OneTensor):
-    """[out, in] cut along the input axis (attention output, second feed-forward matrix)."""
+    """Matrix [out, in] cut along the input axis (attention output, second feed-forward matrix)."""
 
     partition_dim: ClassVar[int | None] = 1
 
 
 class VocabularyShard(_OneTensor):
-    """[vocab, H] cut along the vocabulary, padded with zero rows until P divides it (embedding, output layer)."""
+    """Matrix [vocab, H] cut by vocabulary, padded with zero rows until P divides it (embedding, output layer)."""
 
     partition_dim: ClassVar[int | None] = 0
 
@@ -122,13 +122,13 @@ class QkvInterleaved:
         return tuple((row, *columns) for row in rows)
 
     def combine(self, dimensions: ModelDimensions, parts: Sequence[Tensor]) -> Tensor:
-        """[G' R D, ...], [G' D, ...], [G' D, ...] -> [G' (R + 2) D, ...] with G' groups on this rank."""
+        """Join q, k, v: [G' R D, ...], [G' D, ...], [G' D, ...] -> [G' (R + 2) D, ...] with G' groups on this rank."""
         groups = parts[1].shape[0] // dimensions.head_dim
         grouped = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
         return torch.cat(grouped, dim=1).flatten(0, 1)
 
     def separate(self, dimensions: ModelDimensions, shard: Tensor) -> tuple[Tensor, ...]:
-        """[G' (R + 2) D, ...] -> q, k, v of these groups (copies: the rows are not contiguous)."""
+        """Split [G' (R + 2) D, ...] into q, k, v of these groups (copies: the rows are not contiguous)."""
         ratio = dimensions.num_attention_heads // dimensions.num_query_groups
         head = dimensions.head_dim
         grouped = shard.reshape(-1, (ratio + 2) * head, *shard.shape[1:])

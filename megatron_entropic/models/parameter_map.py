@@ -47,7 +47,7 @@ class Entry:
     expert: int | None = None
     """Global number of the expert within its layer, if it is an expert's: sharded over expert tensor ranks then."""
     exported: bool = True
-    """False for the output layer of a model with tied embeddings: a copy of the embedding, which is exported."""
+    """Whether it is exported: not so a tied output layer, which is a copy of the embedding; the embedding is."""
     buffer: bool = False
     """Whether it is a float32 buffer, whatever the dtype of the parameters."""
 

@@ -24,7 +24,7 @@ from megatron_entropic.files.jsonl import read_json_lines
 SETTINGS_FILE = "settings.jsonl"
 _SAMPLED_BYTES = 1 << 20
 ABSENT = "not there"
-"""In place of the value of a setting that one of two configurations does not have."""
+"""Stand-in for the value of a setting that one of two configurations does not have."""
 
 
 _BESIDE_THE_STEPS = (
@@ -53,7 +53,7 @@ class RunPart:
     config: dict[str, Any]
     """The resolved configuration."""
     directory: str = ""
-    """Where the command was started; empty where it is not known."""
+    """Directory in which the command was started; empty where it is not known."""
     contents: dict[str, str] = field(default_factory=dict)
     """A digest of what lies under the paths of a setting, by its dotted key: files can change under the same name."""
 
@@ -99,7 +99,7 @@ def record_part(run_dir: Path, part: RunPart, before: Sequence[RunPart]) -> list
     Parts that begin at the same step or later are forgotten, as their steps will be computed again.
 
     Args:
-        before: what was recorded of the run.
+        before: parts of the run that were recorded.
     """
     kept = [earlier for earlier in before if earlier.first_step < part.first_step]
     changed = changes(kept[-1], part) if kept else []
@@ -139,7 +139,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything in a configuration that is no section."""
+    """Yields (dotted key, value) of everything in a configuration that is no section."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{key}.")

@@ -208,8 +208,8 @@ class ParameterTable:
 
         Args:
             policy: the layout.
-            stage: from 0.
-            overlap: gradients travel during backward, as on a GPU; then the first stage has buckets.
+            stage: number of the pipeline stage, from 0.
+            overlap: whether gradients travel during backward, as on a GPU; then the first stage has buckets.
         """
         dense_ranks = policy.data_parallel * policy.context_parallel
         parameters = self.stage(policy, stage)

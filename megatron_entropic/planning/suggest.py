@@ -138,7 +138,7 @@ def _overrides(policy: dict[str, Any], rollout: dict[str, Any]) -> tuple[str, ..
 def _fastest_engines(
     config: Config, table: ParameterTable, gpus: int, gpu_memory_gb: float, hardware: Hardware
 ) -> dict[int, _Half]:
-    """For each number of policy GPUs that is tried, the fastest engines on the others; colocated, one on each GPU."""
+    """Fastest engines for each number of policy GPUs that is tried, on the others; colocated, one on each GPU."""
     if config.cluster.colocate:
         shared = _engines(config, table, gpus, 1, gpu_memory_gb, hardware)
         return {} if shared is None else {gpus: shared}

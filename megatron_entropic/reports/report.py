@@ -180,7 +180,7 @@ def _changes(run: Run) -> list[tuple[int, Change]]:
 
 
 def _configurations(run: Run) -> list[tuple[str, str]]:
-    """Each part of the run, as (which steps, configuration as text)."""
+    """Parts of the run, each as (its steps in words, configuration as text)."""
     if len(run.parts) < 2:
         return [("every value of this run", run.config_text)] if run.config_text else []
     ends = [f"to {part.first_step - 1:,}" for part in run.parts[1:]] + ["on"]

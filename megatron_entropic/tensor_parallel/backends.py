@@ -50,7 +50,7 @@ class Backend(Protocol):
         valid: int,
         out: Tensor,
     ) -> None:
-        """dL/dx in one read and one write; zero in columns that do not exist.
+        """Compute dL/dx in one read and one write; zero in columns that do not exist.
 
         With d = (x - M) / temperature, p = exp(d) / S and log p + H = d + (H - log S), a row is
 
@@ -60,14 +60,14 @@ class Backend(Protocol):
 
         Args:
             x: [T, n] the logits that `statistics` has seen.
-            column: [T] int64, as there.
+            column: [T] int64, as in `statistics`.
             inverse_temperature: [T].
             maximum: [T] M of the whole vocabulary, as `total` (S) and `entropy` (H, read with `h` only).
             total: [T].
             entropy: [T] or None.
             g: [T] gradient of the loss with respect to the log-probability.
-            h: [T] with respect to the entropy; None is zero.
-            valid: as there.
+            h: [T] gradient of the loss with respect to the entropy; None is zero.
+            valid: as in `statistics`.
             out: [T, n], may be x itself, and may be of another dtype. Its autograd version counter is raised.
         """
 

@@ -28,8 +28,8 @@ class Controller(ABC):
         target: set point of the token-mean entropy, nats.
 
     Attributes (0 before the first measurement; entropies and errors in nats):
-        entropy, target, error: last measured H, what was aimed at then, and e = H - target.
-        steering: what was asked for last.
+        entropy, target, error: last measured H, the set point then, and e = H - target.
+        steering: the steering asked for last.
     """
 
     kind: str

@@ -65,10 +65,12 @@ class MicroBatch:
     targets: torch.Tensor
     """Response tokens of all sequences, one sequence after the other, [R] int64."""
     owned: torch.Tensor | None
-    """Under context parallelism `rows` and `targets` are this rank's [r], and this says which of the R they are."""
+    """Indices among the R of this rank's [r] `rows` and `targets` under context parallelism; None without it."""
     plan: SegmentPlan
-    """How core attention batches the segments, computed once for all layers. It stays where it is: Transformer Engine's
-    attention never looks at it."""
+    """Plan by which core attention batches the segments, computed once for all layers.
+
+    It stays where it is: Transformer Engine's attention never looks at it.
+    """
     max_seqlen: int
     """Number of tokens of the longest segment, before the cut."""
     response_lengths: tuple[int, ...]

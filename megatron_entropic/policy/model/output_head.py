@@ -1,4 +1,4 @@
-"""From hidden states to statistics of response tokens on the last stage, by one of three output heads.
+"""Statistics of response tokens from hidden states, on the last stage, by one of three output heads.
 
     logits       a shard of logits [R, V/tp] lives from forward to backward; its gradient replaces it in place
     recompute    blocks of logits, computed in forward and again in backward; any loss

@@ -1,4 +1,4 @@
-"""From parameters spread over tensor and pipeline ranks to whole Hugging Face tensors, one flat bucket at a time.
+"""Gathers parameters spread over tensor and pipeline ranks to whole Hugging Face tensors, one flat bucket at a time.
 
 owner stage:    shards of a bucket, flat --one gather over TP--> unshard --> Hugging Face tensors, flat
                 experts: over expert TP x EP instead; where the ranks share memory, each writes its part of them

@@ -109,9 +109,9 @@ class MicrobatchLoss:
 
     Args:
         fields: constants of the T response tokens.
-        settings: knobs.
+        settings: settings of the loss.
         normalizers: global counts.
-        steering: what the controller asks for; the default leaves the loss exactly the base loss.
+        steering: steering that the controller asks for; the default leaves the loss exactly the base loss.
     """
 
     def __init__(
@@ -260,10 +260,10 @@ def global_counts(
     """Sum the counts of all replicas; known on every rank, since all ranks of a replica hold its sequences.
 
     Args:
-        sequences: this replica's.
+        sequences: sequences of this replica.
         parallel: this rank's place.
-        device: of the policy.
-        high_prob_tokens: this replica's count.
+        device: device of the policy.
+        high_prob_tokens: count of this replica.
     """
     counts = torch.zeros(3, dtype=torch.float64, device=device)
     # Context-parallel ranks hold the same sequences: one of them counts.
