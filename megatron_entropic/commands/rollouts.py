@@ -17,8 +17,8 @@ from megatron_entropic.data import load_tokenizer
 from megatron_entropic.errors import UserError
 from megatron_entropic.files.text import printable, shortened
 from megatron_entropic.observability.records import read_rollouts, recorded_steps, rollouts_path
-from megatron_entropic.reports.pages import render_page, write_page
-from megatron_entropic.reports.rollouts import ResponseView, StepView, view_step
+from megatron_entropic.reports.pages import write_page
+from megatron_entropic.reports.rollouts import ResponseView, StepView, rollouts_page, view_step
 from megatron_entropic.reports.run import Run, load_run
 from megatron_entropic.rewards import build_reader
 from megatron_entropic.rewards.verifier import Reader
@@ -76,9 +76,8 @@ def _rollouts(options: argparse.Namespace) -> None:
     if options.html is None:
         show(view, console)
         return
-    template = Path(__file__).parent / "observability" / "rollouts.html.jinja"
-    page = render_page(template, title=f"{run.name}, step {step}", view=view, path=path)
-    console.print(printable(f"rollouts: {write_page(options.html, page)}"), markup=False, soft_wrap=True)
+    page = write_page(options.html, rollouts_page(view, title=f"{run.name}, step {step}", path=path))
+    console.print(printable(f"rollouts: {page}"), markup=False, soft_wrap=True)
 
 
 def _tokenizer(given: Path | None, run: Run) -> Any:

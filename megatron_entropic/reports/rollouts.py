@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from megatron_entropic.errors import UserError
 from megatron_entropic.observability.records import RecordedResponse, RecordedStep
 from megatron_entropic.observability.values import as_number
+from megatron_entropic.reports.pages import render_page
 
 Touch = Literal["", "up", "down"]
 """Whether pi > tau and A != 0, and the sign of A: "" where either is not so, up for A > 0, down for A < 0."""
@@ -132,6 +134,11 @@ def view_step(
             for index, members in chosen
         ],
     )
+
+
+def rollouts_page(view: StepView, *, title: str, path: Path) -> str:
+    """HTML page of a step, whose rollouts are in the file `path`."""
+    return render_page(Path(__file__).with_name("rollouts.html.jinja"), title=title, view=view, path=path)
 
 
 def token_texts(tokens: Sequence[int], tokenizer: Any) -> list[str]:
