@@ -14,6 +14,7 @@ from megatron_entropic.types import Sequence
 
 if TYPE_CHECKING:  # what is read before a start needs no Ray
     from megatron_entropic.cluster.cluster import Cluster
+    from megatron_entropic.training.lifecycle import StopRequest
     from megatron_entropic.training.run_directory import RunDirectory
 
 
@@ -35,7 +36,7 @@ def warm_start_sequences(config: Config, tokenizer: Tokenizer) -> list[list[Sequ
     ]
 
 
-def warm_start(cluster: Cluster, run: RunDirectory, steps: list[list[Sequence]]) -> int:
+def warm_start(cluster: Cluster, run: RunDirectory, steps: list[list[Sequence]], stop: StopRequest) -> int:
     """Train by maximum likelihood, one optimizer step for each list; returns the step the run starts from, 0.
 
     Afterwards the optimizer is fresh, with the schedule of `optimizer`, and the result is a checkpoint: a run that is
@@ -45,6 +46,7 @@ def warm_start(cluster: Cluster, run: RunDirectory, steps: list[list[Sequence]])
         return 0
     with cluster.training() as policy:
         for step, sequences in enumerate(steps, start=1):
+            stop.raise_if_asked()  # what is learnt so far is learnt again: there is no checkpoint within a warm start
             run.journal.record_warm_start(step, policy.warm_start_step(sequences))
         policy.begin_reinforcement_learning()
     run.checkpoints.save(cluster, 0)

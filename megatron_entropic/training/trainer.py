@@ -56,7 +56,7 @@ def train(config: Config) -> Path:
                 starting("looking for a checkpoint to continue from")
                 step = run.resume(cluster)
                 if step is None:
-                    step = warm_start(cluster, run, inputs.lessons)
+                    step = warm_start(cluster, run, inputs.lessons, stop)
                 starting("publishing the weights to the engines")
                 cluster.publish(version=step)
                 run.checkpoints.export(cluster, step, resumed=True)

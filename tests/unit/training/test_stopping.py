@@ -16,6 +16,7 @@ from megatron_entropic.config.run import Config
 from megatron_entropic.errors import Interrupted, PeerDied, PhaseTimeout, RunError, StopAsked
 from megatron_entropic.training import trainer
 from megatron_entropic.training.lifecycle import SkipLimit, StopRequest, with_restarts
+from megatron_entropic.training.sft import warm_start
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +83,23 @@ def test_ctrl_c_during_the_start_ends_the_run_before_the_next_part_is_started(
     with pytest.raises(Interrupted, match="asked to stop by SIGINT"):
         trainer.train(Config.model_validate(sections | {"logging": {"wandb": "off", "tensorboard": False}}))
     assert started == ["Ray"]
+
+
+def test_a_signal_during_the_supervised_start_ends_it_before_its_next_step() -> None:
+    """It was heard only after the first step of reinforcement learning, which can be ten minutes later."""
+    learnt: list[int] = []
+
+    def learn(lesson: list[Any]) -> dict[str, float]:
+        learnt.append(len(learnt) + 1)
+        if len(learnt) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    cluster: Any = SimpleNamespace(training=lambda: nullcontext(SimpleNamespace(warm_start_step=learn)))
+    run: Any = SimpleNamespace(journal=SimpleNamespace(record_warm_start=lambda step, metrics: None))
+    with StopRequest() as stop, pytest.raises(StopAsked, match="asked to stop by SIGTERM"):
+        warm_start(cluster, run, [[]] * 5, stop)
+    assert learnt == [1, 2]
 
 
 def test_ctrl_c_saves_and_ctrl_c_again_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None:
