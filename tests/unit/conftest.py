@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tiny_models import FAMILIES, build_tiny
+from tiny_families import FAMILIES, build_tiny
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

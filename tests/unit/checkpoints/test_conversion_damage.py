@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import build_tiny
+from tiny_families import build_tiny
 
 from megatron_entropic.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_entropic.checkpoints.safetensors_files import read_header

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, build_tiny
+from tiny_families import FAMILIES, build_tiny
 from transformers import AutoModelForCausalLM
 
 from megatron_entropic.checkpoints import convert as conversion
