@@ -77,49 +77,49 @@ def test_prompts_are_rendered_and_responses_end_as_they_should(run: Run) -> None
     tokenizer = AutoTokenizer.from_pretrained(run.directory.parent / "model")
     steps = steps_of(run)
     assert [step.step for step in steps] == [1, 2, 3, 4]
-    responses = [response.sample for step in steps for response in step.responses]
-    assert len(responses) == STEPS * PROMPTS * SAMPLES
-    by_index = {sample.prompt.index: sample.prompt for sample in responses}
-    for index, prompt in by_index.items():
+    trajectories = [response.trajectory for step in steps for response in step.responses]
+    assert len(trajectories) == STEPS * PROMPTS * SAMPLES
+    for index, task in {one.task.index: one.task for one in trajectories}.items():
         text, answer = PROBLEMS[index]
-        assert prompt.text == (
+        assert task.text == (
             f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{text} Put the answer in a box.<|im_end|>\n"
             "<|im_start|>assistant\n"
         )
-        assert tokenizer.decode(prompt.tokens) == prompt.text
-        assert prompt.ground_truth == answer
-    for sample in responses:
-        ended = sample.response_tokens[-1] == tokenizer.eos_token_id
-        assert ended == (sample.finish_reason == "stop")
-        assert ended or len(sample.response_tokens) == LIMIT
-        assert sample.text == tokenizer.decode(sample.response_tokens, skip_special_tokens=True)
-        assert len(sample.rollout_logprobs) == len(sample.response_tokens)
-    assert {sample.finish_reason for sample in responses} == {"stop", "length"}
+        assert tokenizer.decode(task.tokens) == task.text
+        assert task.ground_truth == answer
+    for one in trajectories:
+        ended = one.response_tokens[-1] == tokenizer.eos_token_id
+        assert ended == (one.finish_reason == "stop")
+        assert ended or one.response_length == LIMIT
+        assert one.text == tokenizer.decode(one.response_tokens, skip_special_tokens=True)
+        assert len(one.rollout_logprobs) == one.response_length
+    assert {one.finish_reason for one in trajectories} == {"stop", "length"}
 
 
 def test_rewards_are_the_weighted_sum(run: Run) -> None:
     for step in steps_of(run):
         for response in step.responses:
-            sample = response.sample
-            truth, text, length = sample.prompt.ground_truth, sample.text, len(sample.response_tokens)
-            assert sample.verifier_status == "ok"
-            assert sample.verifier_reward == first_digit_is_even(text, truth, {})
+            one, reward = response.trajectory, response.reward
+            truth, text, length = one.task.ground_truth, one.text, one.response_length
+            assert reward.status == "ok"
+            assert reward.verifier == first_digit_is_even(text, truth, {})
             assert "\\boxed" not in text, "math and format give nothing"
             punishment = min(max(length - (LIMIT - 8), 0) / 8, 1)
-            expected = sample.verifier_reward + boxed_as_it_is(text, truth, {}) - 0.5 * punishment
-            assert sample.reward == pytest.approx(expected)
+            expected = reward.verifier + boxed_as_it_is(text, truth, {}) - 0.5 * punishment
+            assert reward.value == pytest.approx(expected)
 
 
 def test_groups_all_alike_are_replaced_and_counted(run: Run) -> None:
     rows = run.metrics()
     assert sum(row["resampling/replaced_groups"] for row in rows) > 0
     for row, step in zip(rows, steps_of(run), strict=True):
-        groups = [step.responses[start : start + SAMPLES] for start in range(0, PROMPTS * SAMPLES, SAMPLES)]
-        alike = sum(len({response.sample.verifier_reward for response in group}) == 1 for group in groups)
+        groups = step.groups()
+        assert [len(group.trajectories) for group in groups] == [SAMPLES] * PROMPTS
+        alike = sum(len({reward.verifier for reward in group.rewards}) == 1 for group in groups)
         assert row["resampling/left_groups"] == alike
         assert row["resampling/rounds"] <= 2
         assert alike == 0 or row["resampling/rounds"] == 2
-        indices = [group[0].sample.prompt.index for group in groups]
+        indices = [group.task.index for group in groups]
         assert len(set(indices)) == PROMPTS
 
 
@@ -159,7 +159,7 @@ def test_a_resumed_run_takes_the_same_prompts_at_another_data_parallel_size(run:
 
 
 def asked(step: RecordedStep) -> list[tuple[int, int]]:
-    return [(response.sample.prompt.index, response.sample.sample_index) for response in step.responses]
+    return [(one.trajectory.task.index, one.trajectory.sample_index) for one in step.responses]
 
 
 def test_training_does_not_start_on_malformed_rows(

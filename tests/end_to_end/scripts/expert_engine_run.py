@@ -47,7 +47,7 @@ def main(directory: Path, tensor_parallel: int) -> None:
         publish(engine, plan, tensors, version, receivers=tensor_parallel)
         sent = checksums(tensors.items())
         seen[f"{name} weights"] = mismatches(sent, {"engine": engine.weight_pieces()})
-        seen[name] = plain(engine.generate(requests))
+        seen[name] = plain(requests, engine.generate(requests))
     changed = next(name for name in reversed(sent) if ".experts.3." in name)
     tensors[changed][1, 2] += 1.0
     seen["changed"] = changed
