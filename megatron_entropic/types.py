@@ -179,13 +179,10 @@ class Sequence:
         """Number of tokens after the prompt, R."""
         return self.tokens.numel() - self.prompt_length
 
-    def __getstate__(self) -> list[Any]:
-        """Fields as arrays, for the way between processes: pickling a small tensor takes a hundred times as long."""
-        return [_as_array(getattr(self, item.name)) for item in fields(self)]
-
-    def __setstate__(self, state: list[Any]) -> None:
-        for item, value in zip(fields(self), state, strict=True):
-            object.__setattr__(self, item.name, _as_tensor(value))
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes as arrays: pickling a small tensor takes a hundred times as long."""
+        # Not __getstate__: dataclasses of Python 3.11.2 replace it where a class is frozen and has slots.
+        return _rebuilt_sequence, tuple(_as_array(getattr(self, item.name)) for item in fields(self))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,13 +196,9 @@ class Scores:
     experts: list[torch.Tensor] = field(default_factory=list)
     """Experts of each sequence's tokens, as `Sequence.experts` holds them; empty without router replay."""
 
-    def __getstate__(self) -> list[Any]:
-        """Fields as arrays, for the way between processes, as `Sequence` does it."""
-        return [[_as_array(value) for value in getattr(self, item.name)] for item in fields(self)]
-
-    def __setstate__(self, state: list[Any]) -> None:
-        for item, values in zip(fields(self), state, strict=True):
-            object.__setattr__(self, item.name, [_as_tensor(value) for value in values])
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes as arrays, like `Sequence`."""
+        return _rebuilt_scores, tuple([_as_array(value) for value in getattr(self, item.name)] for item in fields(self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,6 +240,14 @@ class TrainingBatch:
 
 def _joined(parts: list[npt.NDArray[Any]], dtype: type) -> npt.NDArray[Any]:
     return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype), *parts])
+
+
+def _rebuilt_sequence(*values: Any) -> Sequence:
+    return Sequence(*map(_as_tensor, values))
+
+
+def _rebuilt_scores(*columns: list[Any]) -> Scores:
+    return Scores(*([_as_tensor(value) for value in values] for values in columns))
 
 
 def _as_array(value: Any) -> Any:

@@ -11,7 +11,9 @@ from megatron_entropic.types import Scores, Sequence
 
 def test_a_sequence_survives_pickling_bit_for_bit() -> None:
     sent = Sequence(torch.arange(5), 3, torch.tensor([0.1, -0.2]), torch.tensor([-1e-30, float("nan")]), None)
-    got = pickle.loads(pickle.dumps(sent))
+    pickled = pickle.dumps(sent)
+    assert b"torch" not in pickled, "tensors travel as arrays, under every Python"
+    got = pickle.loads(pickled)
     assert got.prompt_length == 3
     assert got.tokens.dtype == torch.int64
     for name in ("tokens", "advantages", "old_logprobs"):
@@ -23,7 +25,9 @@ def test_a_sequence_survives_pickling_bit_for_bit() -> None:
 
 def test_scores_survive_pickling_with_their_order_and_empty_responses() -> None:
     sent = Scores([torch.tensor([-0.5]), torch.zeros(0)], [torch.tensor([0.25]), torch.zeros(0)])
-    got = pickle.loads(pickle.dumps(sent))
+    pickled = pickle.dumps(sent)
+    assert b"torch" not in pickled
+    got = pickle.loads(pickled)
     assert [value.tolist() for value in got.logprobs] == [[-0.5], []]
     assert [value.tolist() for value in got.entropies] == [[0.25], []]
     assert got.logprobs[1].dtype == torch.float32
