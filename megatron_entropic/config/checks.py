@@ -24,7 +24,9 @@ from megatron_entropic.config.names import (
     unknown_name,
     verifier_entry,
 )
+from megatron_entropic.config.plugins import compile_pattern
 from megatron_entropic.config.run import Config, Device, RewardConfig
+from megatron_entropic.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,8 +250,7 @@ def reward_violations(config: Config) -> Iterator[Violation]:
         yield Violation(
             ("reward.added", "reward.verifier"), f"reward.added: {reward.verifier} is reward.verifier already"
         )
-    if problem := _pattern_problem(reward.format_pattern):
-        yield Violation(("reward.format_pattern",), f"reward.format_pattern: {problem}")
+    yield from _pattern_violation("reward.format_pattern", reward.format_pattern)
     yield from _answer_violations(reward)
     if reward.overlong_buffer_tokens > config.rollout.max_response_tokens:
         yield Violation(
@@ -272,22 +273,20 @@ def _answer_violations(reward: RewardConfig) -> Iterator[Violation]:
                 f"reward.answer={reward.answer} has no use: {' and '.join(verifiers)} looks at the response as it is; "
                 f"verifiers that read an answer are {readers}. Leave reward.answer away or choose one of these",
             )
-    if reward.answer == "regex":
-        problem = _pattern_problem(reward.answer_pattern) if reward.answer_pattern else "reward.answer=regex needs one"
-        if problem:
-            yield Violation(("reward.answer", "reward.answer_pattern"), f"reward.answer_pattern: {problem}")
+    keys = ("reward.answer", "reward.answer_pattern")
+    if reward.answer == "regex" and not reward.answer_pattern:
+        yield Violation(keys, "reward.answer_pattern: reward.answer=regex needs one")
+    elif reward.answer == "regex":
+        yield from _pattern_violation("reward.answer_pattern", reward.answer_pattern)
     elif reward.answer_pattern:
-        yield Violation(
-            ("reward.answer", "reward.answer_pattern"), "reward.answer_pattern has no use without reward.answer=regex"
-        )
+        yield Violation(keys, "reward.answer_pattern has no use without reward.answer=regex")
 
 
-def _pattern_problem(pattern: str) -> str | None:
+def _pattern_violation(key: str, pattern: str) -> Iterator[Violation]:
     try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        return f"not a regular expression: {error}"
-    return None
+        compile_pattern(key, pattern)
+    except UserError as error:
+        yield Violation((key,), str(error))
 
 
 def _placement(config: Config) -> Iterator[Violation]:

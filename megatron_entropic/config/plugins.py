@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 import sys
 import traceback
 from typing import Any
@@ -50,6 +51,18 @@ def find_attribute(key: str, name: str, *, arguments: int, kind: type | None = N
     except ValueError:
         return found  # written in C, without a signature to look at
     return found
+
+
+def compile_pattern(key: str, pattern: str, flags: int = 0) -> re.Pattern[str]:
+    """Compile the regular expression that is the value of `key`.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return re.compile(pattern, flags)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{key}: not a regular expression: {error}") from error
 
 
 def _look_into_the_current_directory() -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from megatron_entropic.config.data import RewardConfig
 from megatron_entropic.config.names import ANSWERS, VERIFIERS, VerifierEntry, unknown_name, verifier_entry
-from megatron_entropic.config.plugins import find_attribute
+from megatron_entropic.config.plugins import compile_pattern, find_attribute
 from megatron_entropic.errors import UserError
 
 Verifier = Callable[[str, Any, Mapping[str, Any]], float]
@@ -48,7 +48,7 @@ def build_verifier(name: str, reward: RewardConfig | None = None) -> Verifier | 
     function = find_attribute("verifier", entry.target, arguments=4 if entry.takes_pattern else 3)
     reward = reward or RewardConfig()
     if entry.takes_pattern:
-        return partial(function, re.compile(reward.format_pattern, re.DOTALL))
+        return partial(function, compile_pattern("reward.format_pattern", reward.format_pattern, re.DOTALL))
     if entry.answer is not None:
         return partial(_judge_answer, build_reading(entry, reward), function)
     verifier: Verifier | BatchVerifier = function
@@ -81,10 +81,7 @@ def build_reading(entry: VerifierEntry, reward: RewardConfig) -> Reader:
     if not way.takes_pattern:
         reading: Reader = function
         return reading
-    try:
-        return partial(function, re.compile(reward.answer_pattern, re.MULTILINE))
-    except re.error as error:
-        raise UserError(f"reward.answer_pattern: not a regular expression: {error}") from error
+    return partial(function, compile_pattern("reward.answer_pattern", reward.answer_pattern, re.MULTILINE))
 
 
 def answer_name(entry: VerifierEntry, reward: RewardConfig) -> str:
