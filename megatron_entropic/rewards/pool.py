@@ -199,8 +199,7 @@ class VerifierProcess:
 
     def __init__(self, config: RewardConfig, verifier: str):
         self._verifier, self._timeout_s, self._cpu_time_s = verifier, config.timeout_s, config.cpu_time_s
-        limits = (config.timeout_s, config.cpu_time_s, config.memory_limit_gb)
-        self._arguments = [verifier, *map(str, limits), config.model_dump_json()]
+        self._arguments = [verifier, config.model_dump_json()]
         self._process: subprocess.Popen[bytes] | None = None
         self._numbers: deque[int] = deque()
         self._outgoing = memoryview(b"")

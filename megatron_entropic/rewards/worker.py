@@ -1,4 +1,4 @@
-"""A verifier process: `python -m megatron_entropic.rewards.worker NAME TIMEOUT_S CPU_TIME_S MEMORY_GB REWARD`.
+"""A verifier process: `python -m megatron_entropic.rewards.worker NAME REWARD`.
 
 REWARD is the section `reward` of the configuration as JSON.
 
@@ -28,13 +28,12 @@ _ORPHAN_GRACE_S = 30
 
 def main() -> None:
     """Serve jobs until the input ends."""
-    name, reward = sys.argv[1], RewardConfig.model_validate_json(sys.argv[5])
-    timeout_s, cpu_time_s, memory_gb = map(float, sys.argv[2:5])
+    name, reward = sys.argv[1], RewardConfig.model_validate_json(sys.argv[2])
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     # A verifier that prints must not speak into the answers.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     if name in VERIFIERS:
-        limit = int(memory_gb * 2**30)
+        limit = int(reward.memory_limit_gb * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
         verifier = build_verifier(name, reward)
@@ -49,8 +48,8 @@ def main() -> None:
         except EOFError:
             return
         for jobs in [chunk] if batches else [[job] for job in chunk]:
-            signal.alarm(math.ceil(timeout_s) + _ORPHAN_GRACE_S)
-            signal.setitimer(signal.ITIMER_PROF, cpu_time_s)
+            signal.alarm(math.ceil(reward.timeout_s) + _ORPHAN_GRACE_S)
+            signal.setitimer(signal.ITIMER_PROF, reward.cpu_time_s)
             verdicts = judge(verifier, jobs)
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
