@@ -83,9 +83,7 @@ def compare_with_gguf(gguf_file: Path, hf_dir: Path) -> GgufDifference:
     expected, tokenizer = _load(gguf_file, found.dtype)
     ours, theirs = found.state_dict(), expected.state_dict()
     names = sorted(ours.keys() | theirs.keys())
-    differing = [
-        name for name in names if name not in ours or name not in theirs or not _same(ours[name], theirs[name])
-    ]
+    differing = [name for name in names if not _same(ours.get(name), theirs.get(name))]
     ids = [one.encode(_TEXT) for one in (tokenizer, found_tokenizer)]
     with torch.no_grad():
         logits = [model(torch.tensor(ids[:1])).logits for model in (expected, found)]

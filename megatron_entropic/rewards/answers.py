@@ -12,6 +12,7 @@ All but `regex`, whose pattern is somebody's own, take time linear in the length
 from __future__ import annotations
 
 import re
+from collections import deque
 
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _FRACTION = r"\\[dt]?frac\{[0-9]+\}\{[0-9]+\}"
@@ -42,9 +43,7 @@ def last_number(text: str) -> str | None:
 
     Currencies are left off, and of a mixed number (5 3/4) the fraction alone is read.
     """
-    found = None
-    for found in _NUMBER.finditer(text):  # noqa: B007  the last one is wanted
-        pass
+    found = _last_match(_NUMBER, text)
     if found is None:
         return None
     return ("-" if found.group(1) in ("-", "\N{MINUS SIGN}") else "") + found.group(2)
@@ -61,13 +60,16 @@ def by_pattern(pattern: re.Pattern[str], text: str) -> str | None:
 
     None where nothing matches, or what matches is empty.
     """
-    found = None
-    for found in pattern.finditer(text):  # noqa: B007  the last one is wanted
-        pass
+    found = _last_match(pattern, text)
     if found is None:
         return None
     groups = found.groups() if pattern.groups else (found.group(),)
     return next((group.strip() for group in groups if group is not None), None) or None
+
+
+def _last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    found = deque(pattern.finditer(text), maxlen=1)
+    return found[0] if found else None
 
 
 def whole_response(text: str) -> str | None:
