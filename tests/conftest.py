@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from modules import load_module
 
 from megatron_entropic.cluster.environment import prepare_ray_environment
 from megatron_entropic.config.run import ClusterConfig
@@ -28,12 +27,7 @@ def countdown_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     it starts, which for all 40,960 pairs takes 3 s.
     """
     script = Path(__file__).resolve().parents[1] / "examples/countdown/prepare.py"
-    specification = importlib.util.spec_from_file_location("countdown_files", script)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
+    module = load_module(script, "countdown_files")
     folder = tmp_path_factory.mktemp("countdown") / "assets"
     module.prepare(folder, sizes=module.Sizes(train=1536, heldout=256, warm_start=4096))
     return folder

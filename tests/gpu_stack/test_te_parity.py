@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from modules import load_module
 
 DISTRIBUTED = Path(__file__).resolve().parents[1] / "distributed"
 RUNNER = Path(__file__).with_name("emulated_ranks.py")
@@ -22,12 +22,7 @@ RUNNER = Path(__file__).with_name("emulated_ranks.py")
 def _load(name: str) -> ModuleType:
     """A module of tests/distributed, under a name that no other conftest has."""
     sys.path.insert(0, str(DISTRIBUTED))
-    spec = importlib.util.spec_from_file_location(f"distributed_{name}", DISTRIBUTED / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(DISTRIBUTED / f"{name}.py", f"distributed_{name}")
 
 
 ranks_of_tests, scores, updates = _load("conftest"), _load("test_score_parity"), _load("test_update_parity")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from modules import load_module
 from safetensors.torch import load_file, save_file
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools/checkpoint_convert"
@@ -48,12 +48,7 @@ def converted(hf_dir: Path) -> Path:
 
 def tool(name: str) -> ModuleType:
     """One of the scripts as a module."""
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(TOOLS / f"{name}.py", name)
 
 
 @pytest.fixture

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pyarrow.parquet
 import pytest
+from modules import load_module
 
 from megatron_entropic.config.load import load_config
 from megatron_entropic.config.run import RewardConfig
@@ -21,19 +19,7 @@ EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 EXPRESSION = re.compile(r"[0-9]+(?: [-+*] [0-9]+)+")
 
 
-def load_arithmetic() -> ModuleType:
-    """examples/arithmetic.py as a module."""
-    specification = importlib.util.spec_from_file_location("arithmetic", EXAMPLES / "arithmetic.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    # Its dataclasses look their module up by name.
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-arithmetic = load_arithmetic()
+arithmetic = load_module(EXAMPLES / "arithmetic.py", "arithmetic")
 SIZES = arithmetic.Sizes(train=300, search=50, heldout=50, solutions=300)
 
 

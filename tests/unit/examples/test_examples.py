@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pyarrow.parquet
 import pytest
 import torch
+from modules import load_module
 
 from megatron_entropic.config.load import load_config
 from megatron_entropic.config.run import Config
@@ -25,19 +23,7 @@ from megatron_entropic.training.machine import load_checked_config
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 
 
-def load_prepare() -> ModuleType:
-    """examples/countdown/prepare.py as a module."""
-    specification = importlib.util.spec_from_file_location("countdown_prepare", EXAMPLES / "countdown/prepare.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    # Its dataclasses look their module up by name.
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-prepare = load_prepare()
+prepare = load_module(EXAMPLES / "countdown/prepare.py", "countdown_prepare")
 
 
 @pytest.fixture(scope="module")
