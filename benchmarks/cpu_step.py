@@ -12,7 +12,6 @@ Everything is repeated in turn; the figure is the least CPU time of the process.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import cpu_model
 from benchmarks.markdown import markdown_table
-from benchmarks.policies import batch, policy, random_weights
+from benchmarks.policies import batch, policy, write_random_model
 from benchmarks.ranks import run_processes
 from megatron_entropic.policy.local_ranks import free_port
 
@@ -93,7 +92,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def write_model(directory: Path, layers: int) -> None:
     """A Hugging Face directory of that shape."""
-    directory.mkdir(parents=True)
     entries = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -109,8 +107,7 @@ def write_model(directory: Path, layers: int) -> None:
         "rope_theta": 1e5,
         "tie_word_embeddings": True,
     }
-    (directory / "config.json").write_text(json.dumps(entries))
-    random_weights(directory, torch.float32, torch.device("cpu"))
+    write_random_model(directory, entries)
 
 
 def _on_rank(

@@ -33,7 +33,6 @@ class ModelSize:
 
 def write_model(size: ModelSize, directory: Path) -> None:
     """A Hugging Face directory with weights of a normal distribution, which is all that speed and memory depend on."""
-    directory.mkdir(parents=True)
     entries = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -49,6 +48,12 @@ def write_model(size: ModelSize, directory: Path) -> None:
         "rope_theta": 1e6,
         "tie_word_embeddings": False,
     }
+    write_random_model(directory, entries)
+
+
+def write_random_model(directory: Path, entries: dict[str, Any]) -> None:
+    """A Hugging Face directory of a config.json's entries, with float32 weights as `random_weights` draws them."""
+    directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(entries))
     random_weights(directory, torch.float32, torch.device("cpu"))
 
