@@ -14,6 +14,24 @@ MEAN_RESPONSE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
+class Lengths:
+    """Lengths of the sequences of a training step, in tokens."""
+
+    prompt_mean: float
+    response_mean: float
+    response_deviation: float | None = None
+    """Standard deviation of the responses; None: not known."""
+
+
+def assumed_lengths(config: Config) -> Lengths:
+    """The lengths of a run of which nothing has been measured."""
+    return Lengths(
+        max(1.0, MEAN_PROMPT_SHARE * config.data.max_prompt_tokens),
+        max(1.0, MEAN_RESPONSE_SHARE * config.rollout.max_response_tokens),
+    )
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Parts of one training step, counted. Means are assumptions (this module's constants)."""
 
@@ -57,11 +75,10 @@ def bubble_fraction(stages: int, microbatches: int, chunks: int = 1) -> float:
     return (stages - 1) / (chunks * microbatches + stages - 1)
 
 
-def make_schedule(config: Config) -> Schedule:
-    """The schedule of a configuration."""
-    policy = config.policy
-    prompt = max(1.0, MEAN_PROMPT_SHARE * config.data.max_prompt_tokens)
-    response = max(1.0, MEAN_RESPONSE_SHARE * config.rollout.max_response_tokens)
+def make_schedule(config: Config, lengths: Lengths | None = None) -> Schedule:
+    """The schedule of a configuration; without `lengths` those of `assumed_lengths`."""
+    policy, lengths = config.policy, lengths or assumed_lengths(config)
+    prompt, response = lengths.prompt_mean, lengths.response_mean
     per_replica = -(-config.sequences_per_optimizer_step // policy.data_parallel)
     # Interleaved stages run them in groups of one for each stage.
     multiple = policy.pipeline_parallel if policy.virtual_pipeline_parallel > 1 else 1

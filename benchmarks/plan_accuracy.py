@@ -1,0 +1,189 @@
+"""The plan beside published measurements: `python -m benchmarks.plan_accuracy`, some seconds.
+
+`benchmarks/published/KIND.yaml` holds the measurements, each with its configuration and source; models that the planner
+does not ship are in `benchmarks/published/models`. A ratio is predicted / published.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.markdown import markdown_table
+from megatron_entropic.config.run import Config
+from megatron_entropic.planning.hardware import Hardware
+from megatron_entropic.planning.memory import GIB, rollout_memory, stage_memory
+from megatron_entropic.planning.parameters import KNOWN_MODELS, ParameterTable, read_model
+from megatron_entropic.planning.plan import publication, publication_time_s
+from megatron_entropic.planning.roofline import rollout_time_s, score_time_s, update_time_s
+from megatron_entropic.planning.schedule import Lengths, Schedule, make_schedule
+
+FOLDER = Path(__file__).parent / "published"
+KINDS = ("dense_training", "memory", "moe_training", "rl_step", "generation", "publication")
+GPU_MEMORY_GB = 80
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One published figure and the configuration that it is of."""
+
+    row: str
+    kind: str
+    name: str
+    unit: str
+    published: float
+    source: str
+    config: Config
+    table: ParameterTable
+    lengths: Lengths
+    gpu: str
+    stage: int
+    """Pipeline stage of a measurement of memory; -1: the last."""
+    outside: str
+    """Why the prediction may be outside its kind's bound; empty: it may not."""
+
+
+def measurements() -> Iterator[Measurement]:
+    """Yields all published measurements, kind by kind."""
+    for kind in KINDS:
+        content = yaml.safe_load((FOLDER / f"{kind}.yaml").read_text(encoding="utf-8"))
+        for row in content["rows"]:
+            yield _measurement(kind, content["unit"], row)
+
+
+def predicted(measurement: Measurement) -> float:
+    """What the plan says of a measurement, in its unit."""
+    schedule = make_schedule(measurement.config, measurement.lengths)
+    return _PREDICTIONS[measurement.kind](measurement, schedule, _hardware(measurement.gpu))
+
+
+def main() -> None:
+    """Print the table of each kind as Markdown, and median and worst ratio of the kinds."""
+    ratios: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for kind in KINDS:
+        rows = []
+        for measurement in (m for m in measurements() if m.kind == kind):
+            value = predicted(measurement)
+            ratios[kind].append(value / measurement.published)
+            rows.append(_cells(measurement, value))
+        print(f"## {kind}\n\n{markdown_table(('row', 'configuration', 'published', 'plan', 'ratio'), rows)}\n")
+    summary = ([kind, str(len(r)), f"{statistics.median(r):.2f}", f"{_worst(r):.2f}"] for kind, r in ratios.items())
+    print(markdown_table(("kind", "rows", "median ratio", "worst ratio"), summary))
+
+
+def _cells(measurement: Measurement, value: float) -> Sequence[str]:
+    unit, published = measurement.unit, measurement.published
+    note = " (*)" if measurement.outside else ""
+    return (
+        measurement.row,
+        measurement.name,
+        f"{published:.4g} {unit}",
+        f"{value:.4g} {unit}",
+        f"{value / published:.2f}{note}",
+    )
+
+
+def _worst(ratios: Sequence[float]) -> float:
+    """The ratio that is farthest from 1, up or down by a factor."""
+    return max(ratios, key=lambda ratio: max(ratio, 1 / ratio))
+
+
+def _measurement(kind: str, unit: str, row: dict[str, Any]) -> Measurement:
+    sections: dict[str, Any] = {name: dict(values) for name, values in row["configuration"].items()}
+    pretraining = kind not in ("rl_step", "generation")
+    sections["model"] = {"hf_dir": row["model"]}
+    sections["data"] = {"train_files": ["none"], "max_prompt_tokens": 1, **sections.get("data", {})}
+    sections["cluster"] = {"device": "cuda", **sections.get("cluster", {})}
+    # One response to each prompt, unless a row says otherwise; a pretraining sequence is a prompt of one token.
+    sections["rollout"] = {"samples_per_prompt": 1, **sections["rollout"]}
+    sections["policy"] = {"output_head": "logits" if pretraining else "auto", **sections.get("policy", {})}
+    sections["entropy_control"] = {"controller": "off"}
+    config = Config.model_validate(sections)
+    lengths = Lengths(float(config.data.max_prompt_tokens), float(config.rollout.max_response_tokens))
+    return Measurement(
+        row=row["row"],
+        kind=kind,
+        name=row["name"],
+        unit=unit,
+        published=float(row["published"]),
+        source=row["source"],
+        config=config,
+        table=_table(row["model"], row.get("layers")),
+        lengths=Lengths(**row["lengths"]) if "lengths" in row else lengths,
+        gpu=row.get("gpu", "H100"),
+        stage=row.get("stage", 0),
+        outside=row.get("outside", ""),
+    )
+
+
+@cache
+def _table(model: str, layers: int | None) -> ParameterTable:
+    """Parameters of a model, with another number of layers where a publication's stages are uneven."""
+    own = FOLDER / "models" / f"{model}.json"
+    path = own if own.is_file() else KNOWN_MODELS / f"{model}.json"
+    if layers is None:
+        return ParameterTable(read_model(path, model))
+    with tempfile.TemporaryDirectory() as folder:
+        changed = Path(folder) / "config.json"
+        changed.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"num_hidden_layers": layers}))
+        return ParameterTable(read_model(changed, model))
+
+
+def _hardware(gpu: str) -> Hardware:
+    if gpu == "H20":
+        return replace(Hardware(), bfloat16_flop_per_s=148e12, memory_bytes_per_s=4.0e12)
+    return Hardware()
+
+
+def _update_s(measurement: Measurement, schedule: Schedule, hardware: Hardware) -> float:
+    return update_time_s(measurement.config, measurement.table, schedule, hardware)
+
+
+def _memory_gb(measurement: Measurement, schedule: Schedule, hardware: Hardware) -> float:
+    stage = range(measurement.config.policy.pipeline_parallel)[measurement.stage]
+    memory = stage_memory(measurement.config, measurement.table, schedule, stage)
+    return (memory.total - memory.runtime) / 1e9
+
+
+def _step_s(measurement: Measurement, schedule: Schedule, hardware: Hardware) -> float:
+    config, table = measurement.config, measurement.table
+    return (
+        _generation_s(measurement, schedule, hardware)
+        + score_time_s(config, table, schedule, hardware)
+        + update_time_s(config, table, schedule, hardware)
+        + _publication_s(measurement, schedule, hardware)
+    )
+
+
+def _generation_s(measurement: Measurement, schedule: Schedule, hardware: Hardware) -> float:
+    config, table = measurement.config, measurement.table
+    memory = rollout_memory(config, table, GPU_MEMORY_GB * GIB)
+    return rollout_time_s(config, table, schedule, memory, hardware)
+
+
+def _publication_s(measurement: Measurement, schedule: Schedule, hardware: Hardware) -> float:
+    config, table = measurement.config, measurement.table
+    return publication_time_s(config, publication(config, table), hardware)
+
+
+_PREDICTIONS: dict[str, Callable[[Measurement, Schedule, Hardware], float]] = {
+    "dense_training": _update_s,
+    "moe_training": _update_s,
+    "memory": _memory_gb,
+    "rl_step": _step_s,
+    "generation": _generation_s,
+    "publication": _publication_s,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
