@@ -20,16 +20,17 @@ import yaml
 
 from benchmarks.markdown import markdown_table
 from megatron_entropic.config.run import Config
-from megatron_entropic.planning.hardware import Hardware
+from megatron_entropic.planning.generation import generation_time
+from megatron_entropic.planning.hardware import Machine, machine
 from megatron_entropic.planning.memory import GIB, rollout_memory, stage_memory
 from megatron_entropic.planning.parameters import KNOWN_MODELS, ParameterTable, read_model
 from megatron_entropic.planning.plan import publication, publication_time_s
-from megatron_entropic.planning.roofline import rollout_time_s, score_time_s, update_time_s
+from megatron_entropic.planning.roofline import score_time_s, switch_time_s, update_time_s
 from megatron_entropic.planning.schedule import Lengths, Schedule, make_schedule
 
+_STATE_BYTES = {"gradients": 4, "optimizer": 12}
 FOLDER = Path(__file__).parent / "published"
 KINDS = ("dense_training", "memory", "moe_training", "rl_step", "generation", "publication")
-GPU_MEMORY_GB = 80
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,10 @@ class Measurement:
     config: Config
     table: ParameterTable
     lengths: Lengths
-    gpu: str
+    machine: Machine
+    """GPUs, with what the publication's programs do otherwise than this project's."""
+    state_bytes: dict[str, float]
+    """Bytes of each element of gradients and optimizer state, by kind of memory, where they are not this project's."""
     stage: int
     """Pipeline stage of a measurement of memory; -1: the last."""
     outside: str
@@ -63,7 +67,7 @@ def measurements() -> Iterator[Measurement]:
 def predicted(measurement: Measurement) -> float:
     """What the plan says of a measurement, in its unit."""
     schedule = make_schedule(measurement.config, measurement.lengths)
-    return _PREDICTIONS[measurement.kind](measurement, schedule, _hardware(measurement.gpu))
+    return _PREDICTIONS[measurement.kind](measurement, schedule)
 
 
 def main() -> None:
@@ -107,8 +111,8 @@ def _measurement(kind: str, unit: str, row: dict[str, Any]) -> Measurement:
     sections["rollout"] = {"samples_per_prompt": 1, **sections["rollout"]}
     sections["policy"] = {"output_head": "logits" if pretraining else "auto", **sections.get("policy", {})}
     sections["entropy_control"] = {"controller": "off"}
-    config = Config.model_validate(sections)
-    lengths = Lengths(float(config.data.max_prompt_tokens), float(config.rollout.max_response_tokens))
+    config, gpus = Config.model_validate(sections), machine(row.get("gpu"))
+    lengths = Lengths(config.data.max_prompt_tokens, config.rollout.max_response_tokens, response_deviation=0)
     return Measurement(
         row=row["row"],
         kind=kind,
@@ -119,7 +123,8 @@ def _measurement(kind: str, unit: str, row: dict[str, Any]) -> Measurement:
         config=config,
         table=_table(row["model"], row.get("layers")),
         lengths=Lengths(**row["lengths"]) if "lengths" in row else lengths,
-        gpu=row.get("gpu", "H100"),
+        machine=replace(gpus, hardware=replace(gpus.hardware, **row.get("hardware", {}))),
+        state_bytes=row.get("state_bytes", {}),
         stage=row.get("stage", 0),
         outside=row.get("outside", ""),
     )
@@ -138,44 +143,42 @@ def _table(model: str, layers: int | None) -> ParameterTable:
         return ParameterTable(read_model(changed, model))
 
 
-def _hardware(gpu: str) -> Hardware:
-    if gpu == "H20":
-        return replace(Hardware(), bfloat16_flop_per_s=148e12, memory_bytes_per_s=4.0e12)
-    return Hardware()
+def _update_s(measurement: Measurement, schedule: Schedule) -> float:
+    return update_time_s(measurement.config, measurement.table, schedule, measurement.machine.hardware)
 
 
-def _update_s(measurement: Measurement, schedule: Schedule, hardware: Hardware) -> float:
-    return update_time_s(measurement.config, measurement.table, schedule, hardware)
-
-
-def _memory_gb(measurement: Measurement, schedule: Schedule, hardware: Hardware) -> float:
+def _memory_gb(measurement: Measurement, schedule: Schedule) -> float:
     stage = range(measurement.config.policy.pipeline_parallel)[measurement.stage]
     memory = stage_memory(measurement.config, measurement.table, schedule, stage)
-    return (memory.total - memory.runtime) / 1e9
+    used = memory.total - memory.runtime
+    for kind, item in measurement.state_bytes.items():
+        used += getattr(memory, kind) * (item / _STATE_BYTES[kind] - 1)
+    return used / 1e9
 
 
-def _step_s(measurement: Measurement, schedule: Schedule, hardware: Hardware) -> float:
+def _step_s(measurement: Measurement, schedule: Schedule) -> float:
     config, table = measurement.config, measurement.table
     return (
-        _generation_s(measurement, schedule, hardware)
-        + score_time_s(config, table, schedule, hardware)
-        + update_time_s(config, table, schedule, hardware)
-        + _publication_s(measurement, schedule, hardware)
+        _generation_s(measurement, schedule)
+        + score_time_s(config, table, schedule, measurement.machine.hardware)
+        + update_time_s(config, table, schedule, measurement.machine.hardware)
+        + _publication_s(measurement, schedule)
+        + switch_time_s(config, table, schedule, measurement.machine.hardware)
     )
 
 
-def _generation_s(measurement: Measurement, schedule: Schedule, hardware: Hardware) -> float:
+def _generation_s(measurement: Measurement, schedule: Schedule) -> float:
     config, table = measurement.config, measurement.table
-    memory = rollout_memory(config, table, GPU_MEMORY_GB * GIB)
-    return rollout_time_s(config, table, schedule, memory, hardware)
+    memory = rollout_memory(config, table, int(measurement.machine.gpu_memory_gb * GIB))
+    return generation_time(config, table, schedule, memory, measurement.machine.hardware).total_s
 
 
-def _publication_s(measurement: Measurement, schedule: Schedule, hardware: Hardware) -> float:
+def _publication_s(measurement: Measurement, schedule: Schedule) -> float:
     config, table = measurement.config, measurement.table
-    return publication_time_s(config, publication(config, table), hardware)
+    return publication_time_s(config, publication(config, table), measurement.machine.hardware)
 
 
-_PREDICTIONS: dict[str, Callable[[Measurement, Schedule, Hardware], float]] = {
+_PREDICTIONS: dict[str, Callable[[Measurement, Schedule], float]] = {
     "dense_training": _update_s,
     "moe_training": _update_s,
     "memory": _memory_gb,

@@ -135,6 +135,24 @@ def read_rollouts(path: Path) -> RecordedStep:
         return RecordedStep(step, metrics, [_response(row) for row in table.to_pylist()])
 
 
+def recorded_lengths(path: Path) -> tuple[list[int], list[int]]:
+    """(tokens of the prompt, tokens of the response) of every response of a recorded step.
+
+    Raises:
+        UserError: no such file, not one that `write_rollouts` wrote, or of a later version of the package.
+    """
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    with _reading(path):
+        table = pyarrow.parquet.read_table(path)
+        _content(table.schema, path)
+        prompts, responses = (
+            pyarrow.compute.list_value_length(table[name]).to_pylist() for name in ("prompt_tokens", "response_tokens")
+        )
+        return prompts, responses
+
+
 def recorded_metrics(path: Path) -> dict[str, Any]:
     """Read the metrics of a recorded step, without its responses.
 

@@ -138,6 +138,7 @@ def backward_bytes(model: PlannedModel, policy: PolicyConfig, tokens: int, *, dt
     """Bytes of gradients alive beside what is saved: of the widest activation, and of the largest matrix in `dtype`."""
     dimensions, item = model.dimensions, ITEM_BYTES[dtype]
     rows = rank_tokens(policy, tokens) * (model.experts.per_token if model.experts else 1)
+    rows = round(rows * expert_token_share(model, policy))
     width = 3 * model.feed_forward_width // feed_forward_ranks(model, policy)
     vocabulary = dimensions.padded_vocab_size(policy.tensor_parallel) // policy.tensor_parallel
     return item * (rows * width + vocabulary * dimensions.hidden_size)
@@ -146,6 +147,17 @@ def backward_bytes(model: PlannedModel, policy: PolicyConfig, tokens: int, *, dt
 def feed_forward_ranks(model: PlannedModel, policy: PolicyConfig) -> int:
     """Number of ranks that cut the matrices of a feed-forward part, or of an expert."""
     return policy.expert_tensor_size if model.experts else policy.tensor_parallel
+
+
+def expert_token_share(model: PlannedModel, policy: PolicyConfig) -> float:
+    """Share of its context-parallel rank's tokens that a rank's experts get copies of, with balanced experts.
+
+    Under sequence parallelism each tensor rank dispatches its own part of the tokens, and the ranks that cut an expert
+    gather theirs: TP ranks without expert tensor parallelism divide the tokens by TP.
+    """
+    if model.experts is None or not policy.sequence_parallel:
+        return 1.0
+    return policy.expert_tensor_size / policy.tensor_parallel
 
 
 def _widths(model: PlannedModel, policy: PolicyConfig, sparse: bool) -> _Widths:
@@ -234,10 +246,10 @@ def _feed_forward(
     if model.experts is None or not sparse:
         return item * products * width.ffn
     # Each token is copied for its experts: sorted before the exchange, received after it, and once in each product.
-    # With balanced experts every rank receives as many copies as it sends.
+    # With balanced experts every rank receives as many copies as all that share an expert's tokens send.
     copies, hidden = model.experts.per_token, model.dimensions.hidden_size
     sent = copies * width.hidden
-    received = copies * (hidden + products * width.ffn)
+    received = expert_token_share(model, policy) * copies * (hidden + products * width.ffn)
     shared = products * width.shared
     return item * (sent + received + shared) + 4 * model.experts.count / (
         policy.tensor_parallel if policy.sequence_parallel else 1

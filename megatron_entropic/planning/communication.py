@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_entropic.config.run import Config, PolicyConfig
-from megatron_entropic.planning.activations import rank_tokens
+from megatron_entropic.planning.activations import expert_token_share, rank_tokens
+from megatron_entropic.planning.compute import Direction
 from megatron_entropic.planning.hardware import Hardware
 from megatron_entropic.planning.memory import overlaps, repeats_feed_forward
 from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable
 
 Kind = Literal["tensor", "context", "expert", "pipeline", "data"]
-Direction = Literal["forward", "update"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Traffic:
     count: int
     """Number of collectives, or of messages."""
     sent_bytes: float
+    members_per_node: int = 1
+    """Ranks of the group on each node: a ring across nodes uses the ports of all of them."""
 
     def times(self, factor: int) -> Traffic:
         """The traffic of `factor` repetitions: count and bytes multiplied."""
@@ -39,7 +41,7 @@ class Traffic:
 
     def time_s(self, hardware: Hardware) -> float:
         """Seconds at the link's rate, without latency."""
-        return self.sent_bytes / hardware.link_bytes_per_s(self.across_nodes)
+        return self.sent_bytes / hardware.link_bytes_per_s(self.across_nodes, self.members_per_node)
 
 
 def microbatch_traffic(
@@ -62,7 +64,9 @@ def microbatch_traffic(
 def gradient_traffic(config: Config, table: ParameterTable, hardware: Hardware) -> list[Traffic]:
     """Traffic of one optimizer step, once for all its micro-batches: gradients, and parameters that others updated."""
     policy = config.policy
-    per_stage = [list(_gradients(config, table, hardware, stage)) for stage in range(policy.pipeline_parallel)]
+    # Stages between the second and the last are like the second.
+    stages = sorted({0, min(1, policy.pipeline_parallel - 1), policy.pipeline_parallel - 1})
+    per_stage = [list(_gradients(config, table, hardware, stage)) for stage in stages]
     found = max(per_stage, key=lambda rows: sum(row.sent_bytes for row in rows))
     if table.model.dimensions.tie_word_embeddings and policy.pipeline_parallel > 1:
         shard = next(s for s in table.stage(policy, 0).shards if s.part == "embedding")
@@ -99,7 +103,7 @@ def _tensor(
         count, share, operation = 2 * halves + again, 1, "all-gather and reduce-scatter of hidden states"
     else:
         count, share, operation = halves, 2, "all-reduce of hidden states"
-    sent = count * share * size * (ranks - 1) / ranks
+    sent = count * share * size * (ranks - 1) / ranks * (1 - hardware.hidden_tensor_share)
     yield Traffic("tensor", operation, ranks, _crosses(policy, hardware, "tensor"), count, sent)
 
 
@@ -120,21 +124,40 @@ def _context(
 def _expert(
     config: Config, table: ParameterTable, hardware: Hardware, tokens: float, direction: Direction
 ) -> Iterator[Traffic]:
-    """Traffic of each token's copies to its experts and back; over tensor ranks too, since these share every expert."""
+    """Traffic of each token's copies to its experts and back; over tensor ranks too, since these share every expert.
+
+    Experts are chosen evenly. megatron-core's all-to-all sends a copy for each of the k experts of a token, of which
+    the share that stays inside the node goes over its links. Dispatchers that send a token once to each node that needs
+    it (DeepEP, HybridEP) hand it on to ranks there: (n - 1) (1 - (1 - 1/n)^k) copies go to n - 1 other nodes.
+    """
     policy, model = config.policy, table.model
     if model.experts is None:
         return
     layers = model.dimensions.num_layers // policy.pipeline_parallel
     exchanges = 2 * layers * (1 if direction == "forward" else 3 if repeats_feed_forward(config) else 2)
-    copies = model.experts.per_token * _hidden_bytes(config, table, tokens)
-    own = copies / (policy.tensor_parallel if policy.sequence_parallel else 1)
-    groups: tuple[tuple[Kind, int, float, str], ...] = (
-        ("expert", policy.expert_parallel, own, "all-to-all of tokens to experts and back"),
-        ("tensor", policy.expert_tensor_size, copies, "all-gather and reduce-scatter of the experts' tokens"),
-    )
-    for kind, ranks, size, operation in groups:
-        crosses = _crosses(policy, hardware, kind)
-        yield Traffic(kind, operation, ranks, crosses, exchanges, exchanges * size * (ranks - 1) / ranks)
+    per_token, hidden = model.experts.per_token, _hidden_bytes(config, table, tokens)
+    own = hidden / (policy.tensor_parallel if policy.sequence_parallel else 1)
+    ranks = policy.expert_parallel
+    nodes = -(-ranks * policy.expert_tensor_size // hardware.gpus_per_node)
+    if hardware.sends_once_per_node:
+        outside, inside = _reached(nodes, per_token), _reached(ranks, per_token)
+    else:
+        outside, inside = per_token * (nodes - 1) / nodes, per_token * (1 / nodes - 1 / ranks)
+    shown = 1 - hardware.hidden_expert_share if direction == "update" else 1.0
+    for across_nodes, copies, where in ((True, outside, "other nodes"), (False, inside, "the node")):
+        if copies:
+            name = f"all-to-all of tokens to experts on {where} and back"
+            yield Traffic("expert", name, ranks, across_nodes, exchanges, shown * exchanges * copies * own)
+    size = policy.expert_tensor_size
+    gathered = per_token * hidden * expert_token_share(model, policy) * (size - 1) / size
+    crosses = _crosses(policy, hardware, "tensor")
+    operation = "all-gather and reduce-scatter of the experts' tokens"
+    yield Traffic("tensor", operation, size, crosses, exchanges, exchanges * gathered)
+
+
+def _reached(places: int, copies: int) -> float:
+    """Expected number of other places, of `places` alike, that at least one of `copies` copies goes to."""
+    return (places - 1) * (1 - (1 - 1 / places) ** copies)
 
 
 def _pipeline(
@@ -158,12 +181,16 @@ def _gradients(config: Config, table: ParameterTable, hardware: Hardware, stage:
         ranks, count = buffer.data_ranks, len(buffer.buckets)
         share = (ranks - 1) / ranks
         crosses = _crosses(policy, hardware, "data")
+        # Replicas of experts are farther apart: between two of them lie all ranks that share the experts out.
+        stride = policy.expert_tensor_size * policy.expert_parallel if buffer.expert else policy.tensor_parallel
+        members = max(1, hardware.gpus_per_node // stride)
         if policy.distributed_optimizer:
             gradients, parameters = 4 * buffer.padded_elements * share, item * buffer.padded_elements * share
-            yield Traffic("data", "reduce-scatter of gradients", ranks, crosses, count, gradients)
-            yield Traffic("data", "all-gather of parameters", ranks, crosses, count, parameters)
+            yield Traffic("data", "reduce-scatter of gradients", ranks, crosses, count, gradients, members)
+            yield Traffic("data", "all-gather of parameters", ranks, crosses, count, parameters, members)
         else:
-            yield Traffic("data", "all-reduce of gradients", ranks, crosses, count, 8 * buffer.elements * share)
+            sent = 8 * buffer.elements * share
+            yield Traffic("data", "all-reduce of gradients", ranks, crosses, count, sent, members)
 
 
 def _hidden_bytes(config: Config, table: ParameterTable, tokens: float) -> float:

@@ -144,6 +144,11 @@ def rollout_memory(config: Config, table: ParameterTable, gpu_memory_bytes: int)
     dimensions, ranks = table.model.dimensions, config.rollout.tensor_parallel
     item = ITEM_BYTES[config.model.dtype]
     weights = engine_weight_elements(table, ranks) * item
+    if config.rollout.quantization == "fp8":
+        # Embedding and output layer stay as they are; scales of the others are some parts in ten thousand.
+        copies = 1 if dimensions.tie_word_embeddings else 2
+        kept = copies * dimensions.vocab_size * dimensions.hidden_size // ranks
+        weights -= (item - 1) * max(0, engine_weight_elements(table, ranks) - kept)
     per_token = dimensions.cached_elements(ranks) * item
     if config.cluster.device == "cpu":
         cache = int(config.rollout.kv_cache_gb * GIB)

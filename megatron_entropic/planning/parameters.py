@@ -165,9 +165,9 @@ class StageParameters:
 class ParameterTable:
     """Parameters of every rank of one model under any layout; each part is worked out once."""
 
-    def __init__(self, model: PlannedModel) -> None:
+    def __init__(self, model: PlannedModel, parameter_map: ParameterMap | None = None) -> None:
         self.model = model
-        self.map = ParameterMap(model.dimensions)
+        self.map = ParameterMap(model.dimensions) if parameter_map is None else parameter_map
         self._stages: dict[tuple[int, ...], StageParameters] = {}
         self._buffers: dict[tuple[Any, ...], tuple[GradientBuffer, ...]] = {}
         self._publish_plans: dict[tuple[Any, ...], PublishPlan] = {}
@@ -308,6 +308,16 @@ class GradientBuffer:
         """Number of elements whose optimizer state a data-parallel rank keeps: its part of each bucket less padding."""
         if not self.distributed:
             return self.elements
+        if data_rank not in self._owned:
+            self._owned[data_rank] = self._count_owned(data_rank)
+        return self._owned[data_rank]
+
+    @cached_property
+    def _owned(self) -> dict[int, int]:
+        """What `owned_elements` has counted, by rank: a search asks for the same a thousand times."""
+        return {}
+
+    def _count_owned(self, data_rank: int) -> int:
         owned = 0
         for (begin, end), bucket in zip(self.ranges, self.bucket_of, strict=True):
             bucket_begin, bucket_end = self.buckets[bucket]

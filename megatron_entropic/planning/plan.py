@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_entropic.config.run import Config
+from megatron_entropic.config.run import Config, PolicyConfig
 from megatron_entropic.planning.communication import Traffic, gradient_traffic, microbatch_traffic
-from megatron_entropic.planning.hardware import Hardware, hardware_of
+from megatron_entropic.planning.generation import generation_time
+from megatron_entropic.planning.hardware import Hardware, Machine
 from megatron_entropic.planning.memory import (
     GIB,
     MEMORY_KINDS,
@@ -20,8 +21,8 @@ from megatron_entropic.planning.memory import (
     stage_memory,
 )
 from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable, PlannedModel, StageParameters
-from megatron_entropic.planning.roofline import StepTime, rollout_time_s, score_time_s, update_time_s
-from megatron_entropic.planning.schedule import Schedule, make_schedule
+from megatron_entropic.planning.roofline import StepTime, score_time_s, switch_time_s, update_time_s
+from megatron_entropic.planning.schedule import Lengths, Schedule, make_schedule
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,16 @@ class Plan:
     """Everything that is wrong; empty if the configuration can run."""
     numbers: Numbers | None
     """None if the layout does not divide the model."""
+    lengths_given: bool = False
+    """Whether the lengths of sequences are somebody's, not assumptions."""
 
 
 def make_plan(
     config: Config,
     table: ParameterTable,
+    machine: Machine,
     *,
-    gpu_memory_gb: float,
-    gpus: int | None = None,
+    lengths: Lengths | None = None,
     known_problems: Sequence[str] = (),
 ) -> Plan:
     """Work out the plan of a configuration.
@@ -68,18 +71,19 @@ def make_plan(
     Args:
         config: the configuration; it need not be able to run.
         table: the parameters of its model; plans of one model share it.
-        gpu_memory_gb: memory of each GPU, in units of 2**30 bytes; above 100 its bandwidth is an H200's too.
-        gpus: number of GPUs that there are; None: as many as the configuration asks for.
+        machine: the GPUs that there are.
+        lengths: lengths of prompts and responses; None: shares of their limits (`assumed_lengths`).
         known_problems: what the checks of the configuration alone have found.
     """
-    hardware = hardware_of(gpu_memory_gb)
-    gpus = gpus_in_use(config) if gpus is None else gpus
+    gpus = gpus_in_use(config) if machine.gpus is None else machine.gpus
     problems = [*known_problems, *layout_problems(config, table.model, gpus)]
     numbers = None
     if divides(config, table):
-        numbers = _numbers(config, table, hardware, gpu_memory_gb)
-        problems += memory_problems(config, numbers.memory, numbers.rollout, gpu_memory_gb)
-    return Plan(config, table, gpus, gpu_memory_gb, hardware, tuple(problems), numbers)
+        numbers = _numbers(config, table, machine, make_schedule(config, lengths))
+        problems += memory_problems(config, numbers.memory, numbers.rollout, machine.gpu_memory_gb)
+    return Plan(
+        config, table, gpus, machine.gpu_memory_gb, machine.hardware, tuple(problems), numbers, lengths is not None
+    )
 
 
 def divides(config: Config, table: ParameterTable) -> bool:
@@ -92,9 +96,10 @@ def publication_time_s(config: Config, published: Publication, hardware: Hardwar
     return published.time_s(hardware, across_nodes=gpus_in_use(config) > hardware.gpus_per_node)
 
 
-def _numbers(config: Config, table: ParameterTable, hardware: Hardware, gpu_memory_gb: float) -> Numbers:
-    schedule = make_schedule(config)
-    rollout = rollout_memory(config, table, int(gpu_memory_gb * GIB))
+def _numbers(config: Config, table: ParameterTable, machine: Machine, schedule: Schedule) -> Numbers:
+    hardware = machine.hardware
+    rollout = rollout_memory(config, table, int(machine.gpu_memory_gb * GIB))
+    generation = generation_time(config, table, schedule, rollout, hardware)
     published = publication(config, table)
     microbatch = microbatch_traffic(config, table, hardware, schedule.tokens, "update")
     return Numbers(
@@ -109,10 +114,12 @@ def _numbers(config: Config, table: ParameterTable, hardware: Hardware, gpu_memo
         ),
         publication=published,
         time=StepTime(
-            rollout_s=rollout_time_s(config, table, schedule, rollout, hardware),
+            rollout_s=generation.total_s,
             score_s=score_time_s(config, table, schedule, hardware),
             update_s=update_time_s(config, table, schedule, hardware),
             publish_s=publication_time_s(config, published, hardware),
+            switch_s=switch_time_s(config, table, schedule, hardware),
+            tail_s=generation.tail_s,
         ),
     )
 
@@ -167,7 +174,7 @@ def memory_problems(
         if stage.total > gpu_memory_gb * GIB:
             yield (
                 f"stage {stage.stage} needs {stage.total / GIB:.1f} GB of {gpu_memory_gb:g} GB on each GPU: "
-                f"{_kinds(stage)}"
+                f"{memory_kinds(stage)}"
             )
     if sequences_that_fit(rollout, config.max_sequence_tokens) < 1:
         yield (
@@ -178,7 +185,7 @@ def memory_problems(
         )
 
 
-def _kinds(stage: StageMemory) -> str:
+def memory_kinds(stage: StageMemory) -> str:
     """Names and GiB of the kinds of a stage's memory that are not 0, largest first."""
     sizes = sorted(((getattr(stage, kind), kind) for kind in MEMORY_KINDS), reverse=True)
     return ", ".join(f"{kind} {size / GIB:.1f}" for size, kind in sizes if size)
@@ -198,26 +205,49 @@ def checkpoint_host_bytes(config: Config, table: ParameterTable, ranks_per_node:
     A rank copies its part of the optimizer state, the first replica also the weights.
     """
     policy = config.policy
-    ranks = policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel * policy.data_parallel
-    of_rank = [_rank_bytes(config, table, *divmod(rank, ranks // policy.pipeline_parallel)) for rank in range(ranks)]
-    return max(sum(of_rank[first : first + ranks_per_node]) for first in range(0, ranks, ranks_per_node))
+    of_stage = [_stage_bytes(config, table, stage) for stage in range(policy.pipeline_parallel)]
+    of_rank = [
+        _rank_bytes(policy, of_stage[stage], place)
+        for stage in range(policy.pipeline_parallel)
+        for place in range(policy.stage_ranks)
+    ]
+    first_ranks = range(0, len(of_rank), ranks_per_node)
+    return max(sum(of_rank[first : first + ranks_per_node]) for first in first_ranks)
 
 
-def _rank_bytes(config: Config, table: ParameterTable, stage: int, place: int) -> int:
-    """Bytes that the rank at a place of its stage copies; tensor ranks lie next to each other, replicas do not."""
+@dataclass(frozen=True)
+class _StageBytes:
+    """Bytes that ranks of a stage copy."""
+
+    dense: int
+    """Bytes of the weights that are not experts'."""
+    experts: int
+    """Bytes of a rank's experts."""
+    optimizer: int
+    """Bytes of a rank's part of the optimizer state."""
+    optimizer_of_written: int | None
+    """Bytes of optimizer state for each byte of written weights, where every replica has all of it; else None."""
+
+
+def _stage_bytes(config: Config, table: ParameterTable, stage: int) -> _StageBytes:
     policy, dtype = config.policy, config.model.dtype
-    parameters = table.stage(policy, stage)
-    first_replica = place < policy.tensor_parallel
+    parameters, item = table.stage(policy, stage), ITEM_BYTES[dtype]
     if policy.distributed_optimizer and config.checkpoint.format == "fully_reshardable":
-        return WHOLE_BYTES_PER_PARAMETER * parameters.elements
-    experts = sum(shard.elements for shard in parameters.shards if shard.expert)
-    written = parameters.elements - experts if first_replica else 0
+        return _StageBytes(0, 0, WHOLE_BYTES_PER_PARAMETER * parameters.elements, None)
+    dense, experts = parameters.elements - parameters.expert_elements, parameters.expert_elements
+    state = optimizer_bytes_per_element(dtype)
+    if not policy.distributed_optimizer:
+        return _StageBytes(dense * item, experts * item, 0, state // item)
+    kept = sum(buffer.owned_elements(0) for buffer in table.buffers(policy, stage, overlap=overlaps(config)))
+    return _StageBytes(dense * item, experts * item, kept * state, None)
+
+
+def _rank_bytes(policy: PolicyConfig, of_stage: _StageBytes, place: int) -> int:
+    """Bytes that the rank at a place of its stage copies; tensor ranks lie next to each other, replicas do not."""
+    written = of_stage.dense if place < policy.tensor_parallel else 0
     if place < policy.expert_parallel * policy.expert_tensor_size:
-        written += experts
-    kept = written
-    if policy.distributed_optimizer:
-        kept = sum(buffer.owned_elements(0) for buffer in table.buffers(policy, stage, overlap=overlaps(config)))
-    return written * ITEM_BYTES[dtype] + kept * optimizer_bytes_per_element(dtype)
+        written += of_stage.experts
+    return written + of_stage.optimizer + written * (of_stage.optimizer_of_written or 0)
 
 
 # What one publication of weights to the engines moves: `weight_sync.plan` in numbers.
@@ -232,6 +262,8 @@ class Publication:
 
     engine_bytes: int
     """Bytes received by each engine."""
+    tensors: int
+    """Number of tensors that each engine loads."""
     buckets: int
     collectives: int
     """Number of gathers, sends and broadcasts."""
@@ -241,9 +273,15 @@ class Publication:
     """Bytes sent to the first stage by all others."""
 
     def time_s(self, hardware: Hardware, *, across_nodes: bool) -> float:
-        """Seconds of gather, forward and broadcast one after the other; the broadcast at the rate of rank 0's port."""
+        """Seconds of gathering a bucket while another is broadcast, and of what engines do with the weights.
+
+        The broadcast goes at the rate of rank 0's port, at the efficiency of published transports end to end.
+        """
         inside, outside = hardware.link_bytes_per_s(False), hardware.link_bytes_per_s(across_nodes)
-        return self.gathered_bytes / inside + self.forwarded_bytes / outside + self.engine_bytes / outside
+        moved_s = self.gathered_bytes / inside + self.forwarded_bytes / outside
+        sent_s = self.engine_bytes / (hardware.publish_efficiency * hardware.network_bytes_per_s)
+        loaded_s = self.tensors * hardware.publish_tensor_s + self.buckets * hardware.publish_bucket_s
+        return hardware.publish_s + max(moved_s, sent_s) + loaded_s
 
 
 def publication(config: Config, table: ParameterTable) -> Publication:
@@ -256,6 +294,7 @@ def publication(config: Config, table: ParameterTable) -> Publication:
     ]
     return Publication(
         engine_bytes=plan.bytes,
+        tensors=sum(len(item.entry.hf_names) for bucket in plan.buckets for item in bucket.items),
         buckets=len(plan.buckets),
         collectives=sum(len(plan.collectives(bucket)) for bucket in plan.buckets),
         gathered_bytes=max(per_stage),

@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_entropic.config.run import Config
 from megatron_entropic.planning.communication import Traffic
 from megatron_entropic.planning.memory import GIB, MEMORY_KINDS, sequences_that_fit
 from megatron_entropic.planning.plan import Numbers, Plan, gpus_in_use, gpus_of
+from megatron_entropic.planning.roofline import StepTime
 from megatron_entropic.planning.schedule import MEAN_PROMPT_SHARE, MEAN_RESPONSE_SHARE, Schedule, in_flight
 from megatron_entropic.planning.suggest import Suggestion, layout_name
 
@@ -45,8 +47,8 @@ def sections(plan: Plan) -> Iterator[Section]:
     yield _assumptions(plan)
 
 
-def suggestion_section(suggestions: Sequence[Suggestion], gpus: int) -> Section:
-    """The best layouts, with the overrides that select each."""
+def suggestion_section(suggestions: Sequence[Suggestion], gpus: int, reasons: Sequence[str] = ()) -> Section:
+    """The best layouts, with the overrides that select each; without any, the reasons."""
     rows = tuple(
         (
             str(place),
@@ -61,7 +63,7 @@ def suggestion_section(suggestions: Sequence[Suggestion], gpus: int) -> Section:
     notes = tuple(f"{place}: {' '.join(s.overrides)}" for place, s in enumerate(suggestions, start=1))
     header = ("", "policy", "engines", "recompute", "s per step", "GB on the fullest GPU")
     if not rows:
-        notes = ("none: no layout fits; more GPUs, or fewer policy.tokens_per_microbatch",)
+        notes = tuple(f"none: {reason}" for reason in reasons)
     return Section(f"fastest layouts that fit on {gpus} GPUs", header, rows, notes)
 
 
@@ -203,9 +205,15 @@ def _schedule(plan: Plan, schedule: Schedule) -> Section:
             f"({stages} - 1) / ({turns} + {stages} - 1) = {100 * schedule.bubble_fraction:.1f} %",
         ),
     )
+    lengths = (
+        f"{schedule.mean_prompt_tokens:,.0f} + {schedule.mean_response_tokens:,.0f} tokens on average, standard "
+        f"deviation of responses {schedule.response_deviation:,.0f}"
+    )
     note = (
-        f"assumed: prompts of {MEAN_PROMPT_SHARE:g} and responses of {MEAN_RESPONSE_SHARE:g} of their limits, "
-        f"{schedule.mean_prompt_tokens:,.0f} + {schedule.mean_response_tokens:,.0f} tokens on average"
+        f"given: {lengths}"
+        if plan.lengths_given
+        else f"assumed: prompts of {MEAN_PROMPT_SHARE:g} and responses of {MEAN_RESPONSE_SHARE:g} of their limits, "
+        f"{lengths}; --lengths gives others"
     )
     return Section("one training step", (), rows, (note,))
 
@@ -239,12 +247,15 @@ def _publication(numbers: Numbers) -> Section:
 
 def _time(plan: Plan, numbers: Numbers) -> Section:
     time = numbers.time
-    phases = (
+    phases = [
         ("rollout", time.rollout_s),
+        ("  its tail", time.tail_s),
         ("score", time.score_s),
         ("update", time.update_s),
         ("publish", time.publish_s),
-    )
+    ]
+    if time.switch_s:
+        phases.append(("switch", time.switch_s))
     rows = tuple((name, f"{seconds:,.1f}", f"{100 * seconds / time.total_s:.0f} %") for name, seconds in phases)
     total = ("total", f"{time.total_s:,.1f}", "")
     steps = plan.config.train.steps
@@ -257,9 +268,24 @@ def _time(plan: Plan, numbers: Numbers) -> Section:
         )
     if used > plan.gpus:
         notes.append(f"on {used} GPUs, as this layout needs them; --suggest lays it out on {plan.gpus}")
-    if plan.config.cluster.colocate:
-        notes.append("moving the policy's state off its GPUs and back, once a step, is not counted")
+    notes += _slow_phases(plan.config, time)
     return Section("expected seconds of one training step", ("", "s", "share"), (*rows, total), tuple(notes))
+
+
+def _slow_phases(config: Config, time: StepTime) -> list[str]:
+    """Sentences on phases that their limits would end, or that are so close that an estimate cannot tell."""
+    cluster = config.cluster
+    limits = (
+        ("rollout", time.rollout_s, "generate_timeout_s", cluster.generate_timeout_s),
+        ("score", time.score_s, "score_timeout_s", cluster.score_timeout_s),
+        ("update", time.update_s, "update_timeout_s", cluster.update_timeout_s),
+        ("publish", time.publish_s, "publish_timeout_s", cluster.publish_timeout_s),
+    )
+    return [
+        f"{phase}: {seconds:,.0f} s are more than half of cluster.{key}={limit:g}; raise it"
+        for phase, seconds, key, limit in limits
+        if seconds > limit / 2
+    ]
 
 
 def _assumptions(plan: Plan) -> Section:

@@ -13,6 +13,10 @@ MEAN_RESPONSE_SHARE = 0.5
 """Assumed mean response over rollout.max_response_tokens. Times scale with it; memory does not depend on it."""
 
 
+DEVIATION_SHARE = 0.5
+"""Assumed standard deviation of the responses over their mean: a guess. It makes the tail of a generation."""
+
+
 @dataclass(frozen=True)
 class Lengths:
     """Lengths of the sequences of a training step, in tokens."""
@@ -20,7 +24,7 @@ class Lengths:
     prompt_mean: float
     response_mean: float
     response_deviation: float | None = None
-    """Standard deviation of the responses; None: not known."""
+    """Standard deviation of the responses; None: half of their mean (`DEVIATION_SHARE`)."""
 
 
 def assumed_lengths(config: Config) -> Lengths:
@@ -40,6 +44,8 @@ class Schedule:
     optimizer_steps: int
     mean_prompt_tokens: float
     mean_response_tokens: float
+    response_deviation: float
+    """Standard deviation of the lengths of responses, in tokens."""
     microbatches: int
     """Expected number of micro-batches of an optimizer step on each data-parallel replica."""
     microbatches_at_most: int
@@ -79,6 +85,7 @@ def make_schedule(config: Config, lengths: Lengths | None = None) -> Schedule:
     """The schedule of a configuration; without `lengths` those of `assumed_lengths`."""
     policy, lengths = config.policy, lengths or assumed_lengths(config)
     prompt, response = lengths.prompt_mean, lengths.response_mean
+    deviation = lengths.response_deviation
     per_replica = -(-config.sequences_per_optimizer_step // policy.data_parallel)
     # Interleaved stages run them in groups of one for each stage.
     multiple = policy.pipeline_parallel if policy.virtual_pipeline_parallel > 1 else 1
@@ -91,6 +98,7 @@ def make_schedule(config: Config, lengths: Lengths | None = None) -> Schedule:
         optimizer_steps=config.algorithm.optimizer_steps_per_rollout,
         mean_prompt_tokens=prompt,
         mean_response_tokens=response,
+        response_deviation=DEVIATION_SHARE * response if deviation is None else deviation,
         microbatches=expected,
         microbatches_at_most=at_most,
         tokens=per_replica * (prompt + response) / expected,

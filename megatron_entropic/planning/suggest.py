@@ -1,34 +1,40 @@
 """Searches layouts of a model over a number of GPUs for those that fit, fastest first.
 
+    for each split of the GPUs: engines (fastest that fit)  x  policy layouts (fastest that fit)  -->  exact plans
+
 The policy's layout and the engines' are searched apart, because a step's phases add up: score, update and publish
-depend on the policy's GPUs, rollout on the rest.
+depend on the policy's GPUs, rollout on the rest. Layouts are compared by a sketch of their parameters; only those that
+are suggested get an exact plan. What keeps layouts out is noted, so that a search without result says why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 from megatron_entropic.config.run import Config, PolicyConfig
-from megatron_entropic.planning.hardware import Hardware, hardware_of
-from megatron_entropic.planning.memory import GIB, rollout_memory, stage_memory
+from megatron_entropic.planning.generation import generation_time
+from megatron_entropic.planning.hardware import Machine
+from megatron_entropic.planning.memory import GIB, StageMemory, rollout_memory, stage_memory
 from megatron_entropic.planning.parameters import ParameterTable
 from megatron_entropic.planning.plan import (
     Plan,
-    divides,
     gpus_in_use,
     layout_problems,
     make_plan,
+    memory_kinds,
     memory_problems,
-    publication,
     publication_time_s,
 )
-from megatron_entropic.planning.roofline import rollout_time_s, score_time_s, update_time_s
-from megatron_entropic.planning.schedule import make_schedule
+from megatron_entropic.planning.roofline import score_time_s, update_time_s
+from megatron_entropic.planning.schedule import Lengths, make_schedule
+from megatron_entropic.planning.sketch import SketchedTable, sketched_publication
 
 RECOMPUTE = ("none", "selective", "full")
+"""Kinds of recomputation, fastest first: the next is tried where the one before does not fit."""
 SPLITS = 16
 """Numbers of policy GPUs that are tried, at equal distances between none and all."""
 
@@ -37,12 +43,21 @@ MEMORY_SHARE = 0.9
 
 MAX_TENSOR_PARALLEL = 8
 """Most ranks of tensor parallelism that are tried: more would leave the node."""
+_MAX_PIPELINE_PARALLEL = 32
+"""Most pipeline stages that are tried: published layouts of 235 billion parameters have up to 32."""
+_MAX_EXPERT_PARALLEL = 64
+"""Most ranks that share the experts out: published layouts have up to 64."""
 
 _CONTEXT_SIZES = (1, 2, 4, 8)
 _CHUNKS = (1, 2, 4)
 """Numbers of chunks of a pipeline stage that are tried: more would send small pieces often."""
 _VIRTUAL = "virtual_pipeline_parallel"
-"""Key of the number of chunks; like recomputation, it is no reason to list a layout twice."""
+_SIZES = ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel", "expert_tensor_parallel")
+"""Keys in which suggestions differ: chunks, recomputation and replicas are no reason to list a layout twice."""
+_NEAR = 1.05
+"""Engines of fewer GPUs are taken if they are at most so much slower: the estimate is no better, and they fail less."""
+_KEPT = 24
+"""Fastest layouts of each split that are kept: some turn out not to fit by a hair, or the run's checks refuse them."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,40 @@ class Suggestion:
         return max(stage.total for stage in self.plan.numbers.memory)
 
 
+@dataclass
+class Rejections:
+    """Why layouts were left out."""
+
+    layouts: int = 0
+    """Number of policy layouts that divide the model and the GPUs."""
+    smallest: tuple[StageMemory, str] | None = None
+    """Fullest stage of the layout that needs least memory, with the layout's name, among those that do not fit."""
+    engines: tuple[int, str] | None = None
+    """GPUs of the largest engine that was tried, and why it does not fit."""
+    refused: list[str] = field(default_factory=list)
+    """What the run's own checks say against the fastest layout that fits."""
+
+    def too_large(self, memory: StageMemory, policy: PolicyConfig) -> None:
+        """Count a layout that does not fit."""
+        if self.smallest is None or memory.total < self.smallest[0].total:
+            self.smallest = memory, f"{layout_name(policy)}, recompute {policy.recompute}"
+
+    def reasons(self, gpus: int, gpu_memory_gb: float) -> Iterator[str]:
+        """Yields sentences that say why there is no suggestion."""
+        yield from self.refused
+        if self.engines is not None:
+            yield f"no engine fits: with rollout.tensor_parallel={self.engines[0]}, {self.engines[1]}"
+        elif not self.layouts:
+            yield f"no policy layout divides both the model and {gpus} GPUs, of which engines need some"
+        if self.smallest is not None and not self.refused:
+            memory, name = self.smallest
+            yield (
+                f"none of {self.layouts:,} policy layouts fits: {name} needs least, {memory.total / GIB:.1f} GB of the "
+                f"{MEMORY_SHARE * gpu_memory_gb:.1f} GB that a suggestion may fill, on stage {memory.stage}: "
+                f"{memory_kinds(memory)}"
+            )
+
+
 @dataclass(frozen=True)
 class _Half:
     """One side of a layout: a section's changed values, the GPUs it takes and the seconds of its phases."""
@@ -75,47 +124,61 @@ class _Half:
     time_s: float
 
 
+@dataclass(frozen=True)
+class _Search:
+    """What every part of a search needs."""
+
+    config: Config
+    table: SketchedTable
+    machine: Machine
+    lengths: Lengths | None
+    rejections: Rejections
+
+
 def suggest(
     config: Config,
     table: ParameterTable,
+    machine: Machine,
     *,
-    gpus: int,
-    gpu_memory_gb: float,
-    accepts: Callable[[Config], bool],
+    lengths: Lengths | None = None,
+    objections: Callable[[Config], Iterable[str]],
     count: int = 5,
-) -> list[Suggestion]:
-    """The `count` fastest layouts that fit on `gpus` GPUs, each with other sizes of the policy.
+) -> tuple[list[Suggestion], tuple[str, ...]]:
+    """(the `count` fastest layouts that fit, each with other sizes of the policy than replicas; why there is none).
 
     Args:
         config: everything but the layout is taken as it is.
         table: the parameters of its model.
-        gpus: number of GPUs of policy and engines together.
-        gpu_memory_gb: memory of each GPU, in units of 2**30 bytes.
-        accepts: whether the rest of the project runs a configuration.
+        machine: the GPUs of policy and engines together, with their number.
+        lengths: lengths of prompts and responses; None: shares of their limits.
+        objections: what the rest of the project says against running a configuration.
         count: how many layouts are wanted.
     """
-    hardware = hardware_of(gpu_memory_gb)
-    engines = _fastest_engines(config, table, gpus, gpu_memory_gb, hardware)
+    gpus = gpus_in_use(config) if machine.gpus is None else machine.gpus
+    search = _Search(config, SketchedTable(table), machine, lengths, Rejections())
     pairs: list[tuple[float, _Half, _Half]] = []
-    for policy_gpus, rollout in engines.items():
-        laid_out = _changed(config, {}, rollout.changes)
-        for policy in _policies(laid_out, table, policy_gpus, gpu_memory_gb, hardware, accepts):
+    for policy_gpus, rollout in _fastest_engines(search, gpus).items():
+        for policy in _policies(search, _changed(config, {}, rollout.changes), policy_gpus):
             pairs.append((policy.time_s + rollout.time_s, policy, rollout))
-    found: dict[tuple[int, ...], Suggestion] = {}
+    found: dict[tuple[int | None, ...], Suggestion] = {}
     for _, policy, rollout in sorted(pairs, key=lambda pair: pair[0]):
+        sizes = tuple(policy.changes.get(name) for name in _SIZES)
         changed = _changed(config, policy.changes, rollout.changes)
-        sizes = tuple(
-            value for name, value in policy.changes.items() if name.endswith("_parallel") and name != _VIRTUAL
-        )
         if sizes in found:
             continue
-        plan = make_plan(changed, table, gpu_memory_gb=gpu_memory_gb, gpus=gpus)
+        if refused := list(objections(changed)):
+            search.rejections.refused = search.rejections.refused or refused
+            continue
+        plan = make_plan(changed, table, machine, lengths=lengths)
         if plan.problems:
+            search.rejections.refused = search.rejections.refused or list(plan.problems)
             continue
         found[sizes] = Suggestion(_overrides(policy.changes, rollout.changes), plan)
         if len(found) == count:
             break
-    return sorted(found.values(), key=lambda suggestion: suggestion.time_s)
+    if found:
+        return sorted(found.values(), key=lambda suggestion: suggestion.time_s), ()
+    return [], tuple(search.rejections.reasons(gpus, machine.gpu_memory_gb))
 
 
 def _changed(config: Config, policy: dict[str, Any], rollout: dict[str, Any]) -> Config:
@@ -131,98 +194,147 @@ def _changed(config: Config, policy: dict[str, Any], rollout: dict[str, Any]) ->
 def _overrides(policy: dict[str, Any], rollout: dict[str, Any]) -> tuple[str, ...]:
     sections = (("policy", policy), ("rollout", rollout))
     return tuple(
-        f"{section}.{name}={str(value).lower()}" for section, values in sections for name, value in values.items()
+        f"{section}.{name}={'null' if value is None else str(value).lower()}"
+        for section, values in sections
+        for name, value in values.items()
     )
 
 
-def _fastest_engines(
-    config: Config, table: ParameterTable, gpus: int, gpu_memory_gb: float, hardware: Hardware
-) -> dict[int, _Half]:
+def _fastest_engines(search: _Search, gpus: int) -> dict[int, _Half]:
     """Fastest engines for each number of policy GPUs that is tried, on the others; colocated, one on each GPU."""
-    if config.cluster.colocate:
-        shared = _engines(config, table, gpus, 1, gpu_memory_gb, hardware)
+    if search.config.cluster.colocate:
+        shared = _engines(search, gpus, 1)
         return {} if shared is None else {gpus: shared}
     fastest: dict[int, _Half] = {}
     for policy_gpus in range(max(1, gpus // SPLITS), gpus, max(1, gpus // SPLITS)):
-        rest = gpus - policy_gpus
-        halves = (_engines(config, table, rest, size, gpu_memory_gb, hardware) for size in _tensor_sizes(table))
-        fitting = [half for half in halves if half is not None]
-        if fitting:
-            fastest[policy_gpus] = min(fitting, key=lambda half: half.time_s)
+        halves = [_engines(search, gpus - policy_gpus, size) for size in _tensor_sizes(search.table)]
+        if fitting := [half for half in halves if half is not None]:
+            best_s = min(half.time_s for half in fitting)
+            fastest[policy_gpus] = next(half for half in fitting if half.time_s <= _NEAR * best_s)
+    if fastest:
+        search.rejections.engines = None
     return fastest
 
 
-def _engines(
-    config: Config, table: ParameterTable, gpus: int, tensor: int, gpu_memory_gb: float, hardware: Hardware
-) -> _Half | None:
+def _engines(search: _Search, gpus: int, tensor: int) -> _Half | None:
     """Engines of `tensor` GPUs each; None unless the model and at least one long sequence fit."""
-    if gpus % tensor or table.model.dimensions.num_attention_heads % tensor:
+    if gpus % tensor or search.table.model.dimensions.num_attention_heads % tensor:
         return None
     changes = {"engines": gpus // tensor, "tensor_parallel": tensor}
-    changed = _changed(config, {}, changes)
-    memory = rollout_memory(changed, table, int(gpu_memory_gb * GIB))
-    if any(memory_problems(changed, (), memory, gpu_memory_gb)):
+    changed = _changed(search.config, {}, changes)
+    memory = rollout_memory(changed, search.table, int(search.machine.gpu_memory_gb * GIB))
+    if problems := list(memory_problems(changed, (), memory, search.machine.gpu_memory_gb)):
+        if search.rejections.engines is None or tensor >= search.rejections.engines[0]:
+            search.rejections.engines = tensor, problems[0]
         return None
-    return _Half(changes, gpus, rollout_time_s(changed, table, make_schedule(changed), memory, hardware))
+    schedule = make_schedule(changed, search.lengths)
+    time = generation_time(changed, search.table, schedule, memory, search.machine.hardware)
+    return _Half(changes, gpus, time.total_s)
 
 
-def _policies(
-    config: Config,
-    table: ParameterTable,
-    gpus: int,
-    gpu_memory_gb: float,
-    hardware: Hardware,
-    accepts: Callable[[Config], bool],
-) -> Iterator[_Half]:
-    """Every way of laying the policy out on exactly that many GPUs, with the fastest recomputation that fits."""
-    for sizes in _layouts(table, gpus):
-        fitting = []
-        for recompute in RECOMPUTE:
-            changes = sizes | {"distributed_optimizer": True, "recompute": recompute}
-            changed = _changed(config, changes, {})
-            if not divides(changed, table) or any(_own_problems(changed, table)) or not accepts(changed):
+def _policies(search: _Search, config: Config, gpus: int) -> Sequence[_Half]:
+    """The fastest ways of laying the policy out on exactly that many GPUs.
+
+    A layout gets the fastest recomputation that fits. Context parallelism is tried where without it nothing fits,
+    chunks of stages for what is fast without them.
+    """
+    halves: list[_Half] = []
+    for sizes in _layouts(search, gpus):
+        for context in _CONTEXT_SIZES:
+            half = _with_context(search, config, sizes, context)
+            if half is not None:
+                halves.append(half)
                 break
-            time_s = _policy_time_s(changed, table, gpu_memory_gb, hardware)
-            if time_s is not None:
-                fitting.append(_Half(changes, gpus, time_s))
-        if fitting:
-            yield min(fitting, key=lambda half: half.time_s)
+    fastest = heapq.nsmallest(_KEPT, halves, key=lambda half: half.time_s)
+    layers = search.table.model.dimensions.num_layers
+    chunked = []
+    for half in fastest:
+        tried = [half]
+        for chunks in _chunks(layers, half.changes["pipeline_parallel"]):
+            other = _laid_out(search, config, half.changes | {_VIRTUAL: chunks})
+            tried += [] if other is None else [other]
+        chunked.append(min(tried, key=lambda one: one.time_s))
+    return chunked
 
 
-def _layouts(table: ParameterTable, gpus: int) -> Iterator[dict[str, Any]]:
-    """Yields the sizes of all kinds of parallelism, where tensor x pipeline x context x data is the number of GPUs."""
-    layers = table.model.dimensions.num_layers
-    for tensor in _tensor_sizes(table):
-        for pipeline in (size for size in range(1, layers + 1) if layers % size == 0):
-            for virtual, context in product(_chunks(layers, pipeline), _CONTEXT_SIZES):
-                if gpus % (tensor * pipeline * context):
+def _with_context(search: _Search, config: Config, sizes: dict[str, Any], context: int) -> _Half | None:
+    """A layout with some of its data-parallel ranks used for context parallelism; None if it does not fit or divide."""
+    if sizes["data_parallel"] % context:
+        return None
+    return _laid_out(
+        search,
+        config,
+        sizes | {"context_parallel": context, "data_parallel": sizes["data_parallel"] // context},
+    )
+
+
+def _laid_out(search: _Search, config: Config, sizes: dict[str, Any]) -> _Half | None:
+    """A layout with the fastest recomputation that fits; None if none fits or the layout does not divide the model."""
+    if sizes["data_parallel"] > config.sequences_per_optimizer_step:
+        return None
+    hardware, limit = search.machine.hardware, MEMORY_SHARE * search.machine.gpu_memory_gb * GIB
+    largest: tuple[StageMemory, PolicyConfig] | None = None
+    for recompute in RECOMPUTE:
+        changes = sizes | {"distributed_optimizer": True, "recompute": recompute}
+        changed = _changed(config, changes, {})
+        if largest is None:
+            if any(_own_problems(changed, search.table)):
+                return None
+            search.rejections.layouts += 1
+        schedule, policy = make_schedule(changed, search.lengths), changed.policy
+        stages = sorted({0, min(1, policy.pipeline_parallel - 1), policy.pipeline_parallel - 1})
+        memories = (stage_memory(changed, search.table, schedule, stage) for stage in stages)
+        memory = next((stage for stage in memories if stage.total > limit), None)
+        if memory is None:
+            time_s = (
+                score_time_s(changed, search.table, schedule, hardware)
+                + update_time_s(changed, search.table, schedule, hardware)
+                + publication_time_s(changed, sketched_publication(changed, search.table), hardware)
+            )
+            return _Half(changes, policy.world_size, time_s)
+        largest = memory, policy
+    assert largest is not None
+    search.rejections.too_large(*largest)
+    return None
+
+
+def _layouts(search: _Search, gpus: int) -> Iterator[dict[str, Any]]:
+    """Yields the sizes of all kinds of parallelism but context, where their product is the number of GPUs."""
+    layers, experts = search.table.model.dimensions.num_layers, search.table.model.experts
+    for tensor in _tensor_sizes(search.table):
+        for pipeline in range(1, min(layers, _MAX_PIPELINE_PARALLEL) + 1):
+            if layers % pipeline or gpus % (tensor * pipeline):
+                continue
+            data = gpus // (tensor * pipeline)
+            # Experts are cut like the other matrices, or whole and shared out over the tensor ranks too.
+            expert_tensor = (None,) if experts is None or tensor == 1 else (None, 1)
+            for cut, expert in product(expert_tensor, _expert_sizes(search.table)):
+                if (tensor * data) % (expert * (cut or tensor)) or (cut and expert == 1):
                     continue
-                data = gpus // (tensor * pipeline * context)
-                for expert in _expert_sizes(table, data * context):
-                    yield {
-                        "tensor_parallel": tensor,
-                        "pipeline_parallel": pipeline,
-                        _VIRTUAL: virtual,
-                        "context_parallel": context,
-                        "data_parallel": data,
-                        "expert_parallel": expert,
-                        "sequence_parallel": tensor > 1,
-                    }
+                sizes = {
+                    "tensor_parallel": tensor,
+                    "pipeline_parallel": pipeline,
+                    _VIRTUAL: 1,
+                    "context_parallel": 1,
+                    "data_parallel": data,
+                    "sequence_parallel": tensor > 1,
+                }
+                yield sizes | ({} if experts is None else {"expert_parallel": expert, "expert_tensor_parallel": cut})
 
 
 def _chunks(layers: int, pipeline: int) -> list[int]:
-    return [size for size in _CHUNKS if size == 1 or (pipeline > 1 and layers % (pipeline * size) == 0)]
+    return [size for size in _CHUNKS[1:] if pipeline > 1 and layers % (pipeline * size) == 0]
 
 
 def _tensor_sizes(table: ParameterTable) -> list[int]:
     return [size for size in (1, 2, 4, MAX_TENSOR_PARALLEL) if table.model.dimensions.num_attention_heads % size == 0]
 
 
-def _expert_sizes(table: ParameterTable, replicas: int) -> list[int]:
+def _expert_sizes(table: ParameterTable) -> list[int]:
     if table.model.experts is None:
         return [1]
     count = table.model.experts.count
-    return [size for size in range(1, count + 1) if count % size == 0 and replicas % size == 0]
+    return [size for size in range(1, min(count, _MAX_EXPERT_PARALLEL) + 1) if count % size == 0]
 
 
 def _own_problems(config: Config, table: ParameterTable) -> Iterator[str]:
@@ -231,19 +343,6 @@ def _own_problems(config: Config, table: ParameterTable) -> Iterator[str]:
         problem
         for problem in layout_problems(config, table.model, gpus_in_use(config))
         if problem.startswith("policy.")
-    )
-
-
-def _policy_time_s(config: Config, table: ParameterTable, gpu_memory_gb: float, hardware: Hardware) -> float | None:
-    """Seconds of score, update and publish; None if some stage does not fit."""
-    schedule, policy = make_schedule(config), config.policy
-    for stage in sorted({0, min(1, policy.pipeline_parallel - 1), policy.pipeline_parallel - 1}):
-        if stage_memory(config, table, schedule, stage).total > MEMORY_SHARE * gpu_memory_gb * GIB:
-            return None
-    return (
-        score_time_s(config, table, schedule, hardware)
-        + update_time_s(config, table, schedule, hardware)
-        + publication_time_s(config, publication(config, table), hardware)
     )
 
 
@@ -257,4 +356,6 @@ def layout_name(policy: PolicyConfig) -> str:
         ("EP", policy.expert_parallel),
         ("DP", policy.data_parallel),
     )
-    return " ".join(f"{name}{size}" for name, size in sizes if size > 1) or "1 GPU"
+    name = " ".join(f"{name}{size}" for name, size in sizes if size > 1) or "1 GPU"
+    folded = policy.expert_parallel > 1 and policy.expert_tensor_size != policy.tensor_parallel
+    return f"{name} ETP{policy.expert_tensor_size}" if folded else name

@@ -11,7 +11,13 @@ from trajectories import task_of, trajectory_of
 
 from megatron_entropic.errors import UserError
 from megatron_entropic.files.formats import FileFormat
-from megatron_entropic.observability.records import read_rollouts, recorded_steps, rollouts_path, write_rollouts
+from megatron_entropic.observability.records import (
+    read_rollouts,
+    recorded_lengths,
+    recorded_steps,
+    rollouts_path,
+    write_rollouts,
+)
 from megatron_entropic.types import Group, Reward, Scores, Sequence, TrainingBatch
 
 
@@ -42,6 +48,10 @@ def test_everything_comes_back(reference: bool, tmp_path: Path) -> None:
     batch, scores = step_of(3, 0, 5, reference=reference)
     path = rollouts_path(tmp_path, 12)
     write_rollouts(path, 12, batch, scores, {"entropy/alpha": -0.25})
+    assert recorded_lengths(path) == (
+        [len(one.task.tokens) for one in batch.trajectories],
+        [one.response_length for one in batch.trajectories],
+    )
     read = read_rollouts(path)
     assert recorded_steps(tmp_path) == [12]
     assert (read.step, read.metrics) == (12, {"entropy/alpha": -0.25})

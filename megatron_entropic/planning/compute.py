@@ -1,0 +1,131 @@
+"""Seconds that a policy GPU computes on one micro-batch: products, tensors that pass through memory, Python.
+
+    device = products / their rate + attention / its rate + bytes through memory / its rate + output head
+    turn   = max(device, host)
+
+Floating point operations per token: 2 for each parameter of a matrix forward, twice that backward, once more forward
+where activations are recomputed; attention adds L q for scores and L v for their result in each layer for sequences of
+L tokens under the causal mask (Kaplan et al. 2020, table 1, for the matrices).
+
+Bytes: a tensor that is kept for backward is written and read forward, read again backward, and its gradient is written
+and read: 5 passes; a forward pass alone writes and reads it. The same kernels' products with short sums are slow for
+this reason: their results take longer to write than to compute. A parameter is read forward and backward, and its
+gradient in float32 read and written, once a micro-batch: many experts on a rank with few tokens each cost time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_entropic.config.run import Config
+from megatron_entropic.planning.activations import layer_bytes, rank_tokens
+from megatron_entropic.planning.hardware import Hardware
+from megatron_entropic.planning.memory import attention_kind, repeats_feed_forward
+from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable
+from megatron_entropic.planning.schedule import Schedule
+
+Direction = Literal["forward", "update"]
+
+_FORWARD_PASSES = 2
+_UPDATE_PASSES = 5
+_FORWARD_HOST_SHARE = 1 / 3
+"""Share of a layer's Python that a forward pass runs: guess, as backward has twice the products."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating point operations of a token's forward pass through the whole model."""
+
+    layers: float
+    """Operations of the layers' matrices."""
+    attention: float
+    head: float
+    feed_forward: float
+    """Operations of the feed-forward parts, which `layers` includes."""
+
+
+def work(table: ParameterTable, mean_tokens: float) -> Work:
+    """Operations of a token of a sequence of `mean_tokens` tokens."""
+    dimensions = table.model.dimensions
+    head = dimensions.vocab_size * dimensions.hidden_size
+    width = dimensions.size("query") + dimensions.size("attended")
+    return Work(
+        layers=2 * (table.active_elements - head),
+        attention=mean_tokens * width * dimensions.num_layers,
+        head=2 * head,
+        feed_forward=2 * _feed_forward_elements(table),
+    )
+
+
+def device_s(
+    config: Config, table: ParameterTable, schedule: Schedule, hardware: Hardware, direction: Direction
+) -> float:
+    """Seconds of the slowest stage's GPU on one micro-batch, communication not included."""
+    return _product_s(config, table, schedule, hardware, direction) + (
+        _memory_bytes(config, table, schedule, direction) / (hardware.memory_efficiency * hardware.memory_bytes_per_s)
+    )
+
+
+def host_s(config: Config, table: ParameterTable, hardware: Hardware, direction: Direction) -> float:
+    """Seconds of a rank's Python on one micro-batch, which a GPU cannot be faster than."""
+    if config.cluster.device == "cpu":
+        return 0.0
+    dimensions = table.model.dimensions
+    sparse = sum(dimensions.has_experts(layer) for layer in range(dimensions.num_layers))
+    seconds = sparse * hardware.expert_layer_host_s + (dimensions.num_layers - sparse) * hardware.layer_host_s
+    share = _FORWARD_HOST_SHARE
+    if direction == "update":
+        share = 1 + (_FORWARD_HOST_SHARE if config.policy.recompute == "full" else 0)
+    return share * seconds / config.policy.pipeline_parallel
+
+
+def _product_s(
+    config: Config, table: ParameterTable, schedule: Schedule, hardware: Hardware, direction: Direction
+) -> float:
+    policy, dtype = config.policy, config.model.dtype
+    done = work(table, schedule.mean_tokens)
+    layers, again, head = 1, 0.0, 1
+    if direction == "update":
+        layers = 4 if policy.recompute == "full" else 3
+        again = done.feed_forward if policy.recompute == "selective" and repeats_feed_forward(config) else 0.0
+        head = 4 if config.output_head == "recompute" else 3
+    wide = hardware.product_efficiency * hardware.flop_per_s(dtype)
+    narrow = hardware.product_efficiency * hardware.flop_per_s(dtype, float8=policy.fp8 != "off")
+    attention = hardware.attention_efficiency * hardware.flop_per_s(dtype)
+    # The last stage has the output layer besides its layers.
+    per_token = (
+        (layers * done.layers + again) / narrow + layers * done.attention / attention
+    ) / policy.pipeline_parallel + head * done.head / wide
+    return schedule.tokens * per_token / (policy.tensor_parallel * policy.context_parallel)
+
+
+def _memory_bytes(config: Config, table: ParameterTable, schedule: Schedule, direction: Direction) -> float:
+    """Bytes that the last stage reads and writes: activations, parameters with their gradients, logits."""
+    policy, model, item = config.policy, table.model, ITEM_BYTES[config.model.dtype]
+    dimensions, tokens = model.dimensions, round(schedule.tokens)
+    update, again = direction == "update", policy.recompute == "full"
+    passes = _FORWARD_PASSES if not update else _UPDATE_PASSES + (_FORWARD_PASSES if again else 0)
+    sparse = sum(dimensions.has_experts(layer) for layer in range(dimensions.num_layers))
+    kept = sum(
+        count
+        * layer_bytes(
+            model, policy, tokens, dtype=config.model.dtype, attention=attention_kind(config), experts=experts
+        ).complete
+        for experts, count in ((True, sparse), (False, dimensions.num_layers - sparse))
+        if count
+    )
+    parameters = table.stage(policy, policy.pipeline_parallel - 1).elements
+    touched = item if not update else (3 if again else 2) * item + 8
+    logits = rank_tokens(policy, tokens) * dimensions.padded_vocab_size(policy.tensor_parallel) / policy.tensor_parallel
+    return passes * (kept / policy.pipeline_parallel + item * logits) + touched * parameters
+
+
+def _feed_forward_elements(table: ParameterTable) -> float:
+    """Number of elements of the gated feed-forward parts' matrices, three in each part, that a token goes through."""
+    model, dimensions = table.model, table.model.dimensions
+    sparse = sum(dimensions.has_experts(layer) for layer in range(dimensions.num_layers))
+    width = (dimensions.num_layers - sparse) * dimensions.ffn_hidden_size
+    if model.experts is not None:
+        width += sparse * (model.experts.per_token * model.feed_forward_width + model.experts.shared_ffn_hidden_size)
+    return 3 * dimensions.hidden_size * width

@@ -1,0 +1,175 @@
+"""Seconds in which engines answer all prompts of a training step, simulated from one end of a response to the next.
+
+    step = max(weights read, products) + cache read + all-reduces + what vLLM's Python does
+
+A step reads the weights once, of experts those that some running sequence needs, and the cache of every sequence.
+Engines share the responses equally. Lengths are quantiles of a log-normal distribution, in random order; the slowest
+engine has the longest of all. Sequences wait until the cache has room for another of mean length.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from megatron_entropic.config.run import Config
+from megatron_entropic.planning.hardware import Hardware
+from megatron_entropic.planning.memory import RolloutMemory
+from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable
+from megatron_entropic.planning.schedule import Schedule
+
+MOST_SIMULATED = 512
+"""Number of sequences of an engine that are simulated; of more, each stands for several of its length."""
+
+_ACROSS_NODES = 3
+"""Latency of a small all-reduce that leaves the node, as a multiple of one within: guess."""
+
+TAIL_SHARE = 0.25
+"""The tail of a generation begins when no sequence waits and less than this share of the most that ran is left."""
+
+
+@dataclass(frozen=True)
+class GenerationTime:
+    """Seconds of one rollout."""
+
+    total_s: float
+    tail_s: float
+    """Seconds of `total_s` in which the last and longest responses are alone."""
+
+
+@dataclass(frozen=True)
+class StepRates:
+    """What a decoding step of one engine costs."""
+
+    weights_s: float
+    """Seconds of reading everything but the experts."""
+    experts_s: float
+    """Seconds of reading all experts."""
+    expert_share: float
+    """Share of the experts that one token goes through."""
+    product_s: float
+    """Seconds of a token's products."""
+    cache_s: float
+    """Seconds of reading a token of the cache."""
+    fixed_s: float
+    sequence_s: float
+    """Seconds of everything else for each sequence: scheduling, sampling, text."""
+
+    def step_s(self, running: float, context: float) -> float:
+        """Seconds of a step of `running` sequences with `context` tokens in the cache together."""
+        touched = 1 - (1 - self.expert_share) ** running
+        weights_s = self.weights_s + touched * self.experts_s
+        return (
+            max(weights_s, running * self.product_s) + context * self.cache_s + self.fixed_s + running * self.sequence_s
+        )
+
+
+def generation_time(
+    config: Config, table: ParameterTable, schedule: Schedule, memory: RolloutMemory, hardware: Hardware
+) -> GenerationTime:
+    """Time in which the engines generate all responses of a training step."""
+    rollout = config.rollout
+    per_engine = max(1, math.ceil(schedule.responses / rollout.engines))
+    lengths = _lengths(config, schedule, min(per_engine, MOST_SIMULATED))
+    weight = per_engine / len(lengths)
+    room = memory.tokens / (schedule.mean_prompt_tokens + schedule.mean_response_tokens / 2)
+    at_once = max(1, int(min(rollout.max_concurrent_sequences, room) / weight))
+    prefill_s = schedule.mean_prompt_tokens * _product_s(config, table, hardware, hardware.prefill_efficiency)
+    rates = step_rates(config, table, memory, hardware)
+    return _simulate(lengths, weight, at_once, rates, (schedule.mean_prompt_tokens, prefill_s))
+
+
+def step_rates(config: Config, table: ParameterTable, memory: RolloutMemory, hardware: Hardware) -> StepRates:
+    """Costs of a decoding step of one engine."""
+    ranks, dimensions, experts = config.rollout.tensor_parallel, table.model.dimensions, table.model.experts
+    read_rate = hardware.decode_efficiency * hardware.memory_bytes_per_s
+    sparse = sum(dimensions.has_experts(layer) for layer in range(dimensions.num_layers))
+    share = 0.0
+    expert_bytes = 0.0
+    if experts is not None:
+        elements = 3 * dimensions.hidden_size * experts.ffn_hidden_size * experts.count * sparse
+        item = 1 if config.rollout.quantization == "fp8" else ITEM_BYTES[config.model.dtype]
+        expert_bytes, share = elements * item / ranks, experts.per_token / experts.count
+    fixed_s, sequence_s = hardware.decode_overhead_s + sparse * hardware.expert_decode_s, hardware.decode_sequence_s
+    if ranks > 1:
+        crosses = ranks > hardware.gpus_per_node
+        reduced = 2 * 2 * dimensions.hidden_size * ITEM_BYTES[config.model.dtype] * (ranks - 1) / ranks
+        fixed_s += 2 * dimensions.num_layers * hardware.all_reduce_latency_s * (_ACROSS_NODES if crosses else 1)
+        sequence_s += dimensions.num_layers * reduced / hardware.link_bytes_per_s(crosses, hardware.gpus_per_node)
+    if config.rollout.enforce_eager:
+        fixed_s += dimensions.num_layers * hardware.eager_layer_s
+    # The embedding is looked up, not read, unless it is the output layer too.
+    embedding = 0 if dimensions.tie_word_embeddings else dimensions.vocab_size * dimensions.hidden_size
+    others = memory.weights - expert_bytes - embedding * ITEM_BYTES[config.model.dtype] / ranks
+    return StepRates(
+        weights_s=max(0.0, others) / read_rate,
+        experts_s=expert_bytes / read_rate,
+        expert_share=share,
+        product_s=_product_s(config, table, hardware, hardware.product_efficiency),
+        cache_s=memory.kv_bytes_per_token / read_rate,
+        fixed_s=fixed_s,
+        sequence_s=sequence_s,
+    )
+
+
+def _product_s(config: Config, table: ParameterTable, hardware: Hardware, efficiency: float) -> float:
+    """Seconds of one token's products on an engine's GPUs."""
+    rate = hardware.flop_per_s(config.model.dtype, float8=config.rollout.quantization == "fp8")
+    return 2 * table.active_elements / config.rollout.tensor_parallel / (efficiency * rate)
+
+
+def _simulate(
+    lengths: list[int], weight: float, at_once: int, rates: StepRates, prompt: tuple[float, float]
+) -> GenerationTime:
+    """Run sequences, each standing for `weight` of them, with at most `at_once` running.
+
+    Args:
+        lengths: tokens of each response, in the order in which they start.
+        weight: number of sequences that each stands for.
+        at_once: most that run together.
+        rates: what a step costs.
+        prompt: tokens of a prompt, and seconds of its prefill.
+    """
+    prompt_tokens, prefill_s = prompt
+    waiting = list(reversed(lengths))
+    running: list[tuple[int, int]] = []
+    step, started, now_s, tail_from_s = 0, 0, 0.0, None
+    most = min(at_once, len(lengths))
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            heapq.heappush(running, (step + waiting.pop(), step))
+            started += step
+            now_s += weight * prefill_s
+        if tail_from_s is None and not waiting and len(running) <= TAIL_SHARE * most:
+            tail_from_s = now_s
+        steps = running[0][0] - step
+        # Contexts grow by a token a step: their mean over these steps.
+        context = len(running) * (prompt_tokens + step + steps / 2) - started
+        now_s += steps * rates.step_s(weight * len(running), weight * context)
+        step += steps
+        while running and running[0][0] == step:
+            started -= heapq.heappop(running)[1]
+    return GenerationTime(now_s, now_s - (now_s if tail_from_s is None else tail_from_s))
+
+
+def _lengths(config: Config, schedule: Schedule, count: int) -> list[int]:
+    """Response lengths of the slowest engine: quantiles of the distribution, the last one that of all responses."""
+    limit, mean = config.rollout.max_response_tokens, schedule.mean_response_tokens
+    places = [(index + 0.5) / count for index in range(count - 1)] + [1 - 0.5 / max(1, schedule.responses)]
+    if schedule.response_deviation == 0 or mean >= limit:
+        return [max(1, round(min(mean, limit)))] * count
+    width = math.sqrt(math.log1p((schedule.response_deviation / mean) ** 2))
+    normal = NormalDist()
+    shape = [math.exp(width * normal.inv_cdf(place)) for place in places]
+    low, high = 0.0, 1e3 * limit
+    # What the limit cuts off is missing from the mean: the distribution before the cut has a larger one.
+    for _ in range(60):
+        scale = (low + high) / 2
+        found = sum(min(limit, scale * factor) for factor in shape) / count
+        low, high = (scale, high) if found < mean else (low, scale)
+    lengths = [max(1, round(min(limit, low * factor))) for factor in shape]
+    random.Random(0).shuffle(lengths)
+    return lengths
