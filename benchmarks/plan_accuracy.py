@@ -52,6 +52,10 @@ class Measurement:
     """Bytes of each element of gradients and optimizer state, by kind of memory, where they are not this project's."""
     stage: int
     """Pipeline stage of a measurement of memory; -1: the last."""
+    padded: bool
+    """Whether every micro-batch is padded to the most tokens that it may have, as NeMo-RL does for pipelines."""
+    held_out: bool
+    """Whether the row was added after the constants were fixed: none was read off it or tuned on it."""
     outside: str
     """Why the prediction may be outside its kind's bound; empty: it may not."""
 
@@ -67,6 +71,8 @@ def measurements() -> Iterator[Measurement]:
 def predicted(measurement: Measurement) -> float:
     """What the plan says of a measurement, in its unit."""
     schedule = make_schedule(measurement.config, measurement.lengths)
+    if measurement.padded:
+        schedule = replace(schedule, tokens=measurement.config.policy.tokens_per_microbatch)
     return _PREDICTIONS[measurement.kind](measurement, schedule)
 
 
@@ -86,7 +92,7 @@ def main() -> None:
 
 def _cells(measurement: Measurement, value: float) -> Sequence[str]:
     unit, published = measurement.unit, measurement.published
-    note = " (*)" if measurement.outside else ""
+    note = " (*)" if measurement.outside else " (held out)" if measurement.held_out else ""
     return (
         measurement.row,
         measurement.name,
@@ -126,6 +132,8 @@ def _measurement(kind: str, unit: str, row: dict[str, Any]) -> Measurement:
         machine=replace(gpus, hardware=replace(gpus.hardware, **row.get("hardware", {}))),
         state_bytes=row.get("state_bytes", {}),
         stage=row.get("stage", 0),
+        padded=row.get("padded", False),
+        held_out=row.get("held_out", False),
         outside=row.get("outside", ""),
     )
 

@@ -93,7 +93,8 @@ def divides(config: Config, table: ParameterTable) -> bool:
 
 def publication_time_s(config: Config, published: Publication, hardware: Hardware) -> float:
     """Seconds of a publication, over the network if the GPUs are more than a node's."""
-    return published.time_s(hardware, across_nodes=gpus_in_use(config) > hardware.gpus_per_node)
+    across_nodes = gpus_in_use(config) > hardware.gpus_per_node
+    return published.time_s(hardware, across_nodes=across_nodes, colocated=config.cluster.colocate)
 
 
 def _numbers(config: Config, table: ParameterTable, machine: Machine, schedule: Schedule) -> Numbers:
@@ -272,14 +273,16 @@ class Publication:
     forwarded_bytes: int
     """Bytes sent to the first stage by all others."""
 
-    def time_s(self, hardware: Hardware, *, across_nodes: bool) -> float:
+    def time_s(self, hardware: Hardware, *, across_nodes: bool, colocated: bool = False) -> float:
         """Seconds of gathering a bucket while another is broadcast, and of what engines do with the weights.
 
         The broadcast goes at the rate of rank 0's port, at the efficiency of published transports end to end.
+        Colocated, it is a collective of the policy's ranks like any other, and an engine finds the bucket on its GPU.
         """
         inside, outside = hardware.link_bytes_per_s(False), hardware.link_bytes_per_s(across_nodes)
         moved_s = self.gathered_bytes / inside + self.forwarded_bytes / outside
-        sent_s = self.engine_bytes / (hardware.publish_efficiency * hardware.network_bytes_per_s)
+        rate = outside if colocated else hardware.publish_efficiency * hardware.network_bytes_per_s
+        sent_s = self.engine_bytes / rate
         loaded_s = self.tensors * hardware.publish_tensor_s + self.buckets * hardware.publish_bucket_s
         return hardware.publish_s + max(moved_s, sent_s) + loaded_s
 

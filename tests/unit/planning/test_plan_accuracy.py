@@ -58,9 +58,14 @@ def test_layouts_of_a_model_with_experts_are_in_the_published_order() -> None:
             continue
         assert predicted(slower) > predicted(faster), (slower.name, faster.name)
         compared += 1
-    assert compared == 9
+    assert compared == 12
 
 
-def _work(measurement: Measurement) -> tuple[str, int, int]:
+def _work(measurement: Measurement) -> tuple[str, int, int, str]:
     config = measurement.config
-    return measurement.table.model.name, config.policy.world_size, config.rollout.samples_per_step
+    return (
+        measurement.table.model.name,
+        config.policy.world_size,
+        config.rollout.samples_per_step,
+        config.policy.fp8,
+    )
