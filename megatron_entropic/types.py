@@ -9,6 +9,7 @@ Shapes: P tokens of a prompt, L tokens of a sequence, R of them after the prompt
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
@@ -45,9 +46,26 @@ class GenerationRequest:
     """One continuation that an engine shall sample."""
 
     tokens: Tokens
-    """Token ids that are continued, [P] int32."""
+    """Token ids that are continued, [P + done] int32: the prompt, and what the response has already."""
     seed: int
     """Seed of this response alone, so that it depends neither on its neighbours in the batch nor on restarts."""
+    done: int = 0
+    """Number of the last of `tokens` that belong to the response; they count towards its length."""
+
+    @property
+    def own_seed(self) -> int:
+        """Seed of the tokens still to come, a function of the response's seed and of the tokens done."""
+        return derived_seed(self.seed, "from", self.done) if self.done else self.seed
+
+    def continued(self, tokens: Tokens) -> GenerationRequest:
+        """The request for what comes after `tokens`, which were sampled for this one."""
+        return GenerationRequest(np.concatenate([self.tokens, tokens]), self.seed, self.done + tokens.size)
+
+
+def derived_seed(*names: str | int) -> int:
+    """Seed of one response, 31 bits, made from `names`, which identify it; neighbouring names give unrelated seeds."""
+    key = "/".join(map(str, names)).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little") >> 1
 
 
 class Origin(Enum):
@@ -68,10 +86,27 @@ class Segment:
     weights_version: int
     """Version of the weights that sampled the tokens; -1 where the environment wrote them."""
     origin: Origin = Origin.POLICY
+    policy_logprobs: Logprobs | None = None
+    """Log-probs of the same tokens as the policy itself computes them with those weights, [n] float32.
+
+    None where nobody has asked the policy: it has those weights still, or rollouts do not run ahead.
+    """
 
     def copied(self) -> Segment:
         """The same segment with arrays of its own: those that came through shared memory keep it occupied."""
         return replace(self, tokens=self.tokens.copy(), logprobs=self.logprobs.copy())
+
+
+def joined(segments: list[Segment]) -> Segment:
+    """One segment of consecutive ones that the policy wrote under one version of the weights."""
+    first, *others = segments
+    assert all(one.weights_version == first.weights_version for one in others), "one version"
+    tokens, logprobs = (one.tokens for one in segments), (one.logprobs for one in segments)
+    return replace(first, tokens=np.concatenate([*tokens]), logprobs=np.concatenate([*logprobs]))
+
+
+CUT = "cut"
+"""The finish reason of a response that is not at its end: new weights came, or the engine had to stop."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,7 +115,7 @@ class Response:
 
     segment: Segment
     finish_reason: str
-    """Reason why generation ended: stop, length or abort, as vLLM says it."""
+    """Reason why generation ended: stop or length, as vLLM says it; CUT where it goes on later."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,6 +140,18 @@ class Trajectory:
     def rollout_logprobs(self) -> Logprobs:
         """Log pi_engine(token) at the rollout temperature, [number of tokens that the policy wrote] float32."""
         return _joined([s.logprobs for s in self.segments if s.origin is Origin.POLICY], np.float32)
+
+    @property
+    def sampling_logprobs(self) -> Logprobs | None:
+        """Log-probs by the policy with the weights that sampled each token, as far as it was asked for them.
+
+        Shape [number of tokens that the policy wrote] float32, NaN where it was not; None if it was nowhere.
+        """
+        written = [segment for segment in self.segments if segment.origin is Origin.POLICY]
+        if all(segment.policy_logprobs is None for segment in written):
+            return None
+        parts = [np.full(s.tokens.size, np.nan) if s.policy_logprobs is None else s.policy_logprobs for s in written]
+        return _joined(parts, np.float32).astype(np.float32, copy=False)
 
     @property
     def response_length(self) -> int:
@@ -166,6 +213,11 @@ class Sequence:
     """Log-probs of the policy that is about to be updated (score pass), [R] float32."""
     rollout_logprobs: torch.Tensor | None = None
     """Log-probs as the engine reported them, [R] float32."""
+    sampling_logprobs: torch.Tensor | None = None
+    """Log-probs of the policy with the weights that sampled each token, [R] float32.
+
+    NaN where those are the weights of the score pass, until it has come; None where all tokens are of such weights.
+    """
     reference_logprobs: torch.Tensor | None = None
     """Log-probs of the frozen reference, [R] float32; None without a KL penalty."""
     experts: torch.Tensor | None = None
@@ -223,7 +275,7 @@ class TrainingBatch:
         """The same batch with the score pass's log-probs, and the experts it chose."""
         experts: list[torch.Tensor] | list[None] = scores.experts or [None] * len(self.sequences)
         return self._with(
-            replace(sequence, old_logprobs=logprobs, experts=chosen)
+            replace(sequence, old_logprobs=logprobs, sampling_logprobs=_filled(sequence, logprobs), experts=chosen)
             for sequence, logprobs, chosen in zip(self.sequences, scores.logprobs, experts, strict=True)
         )
 
@@ -236,6 +288,12 @@ class TrainingBatch:
 
     def _with(self, sequences: Iterable[Sequence]) -> TrainingBatch:
         return TrainingBatch(self.groups, tuple(sequences))
+
+
+def _filled(sequence: Sequence, scored: torch.Tensor) -> torch.Tensor | None:
+    """The sampling log-probs of a sequence, those that were missing being of the weights that have scored it now."""
+    sampling = sequence.sampling_logprobs
+    return None if sampling is None else sampling.where(~sampling.isnan(), scored)
 
 
 def _joined(parts: list[npt.NDArray[Any]], dtype: type) -> npt.NDArray[Any]:

@@ -33,6 +33,8 @@ _MESSAGE_EVERY_S = 0.1
 if TYPE_CHECKING:
     from megatron_entropic.policy.policy import Policy
     from megatron_entropic.rollout.engine import RolloutEngine
+    from megatron_entropic.rollout.in_flight import InFlight, Report
+    from megatron_entropic.rollout.schedule import Admission, Moment
 
 
 def engine_environment(config: Config, device: Device) -> dict[str, str]:
@@ -138,6 +140,7 @@ class EngineWorker:
         self._config = config
         self._device = device
         self._engine: RolloutEngine
+        self._in_flight: InFlight | None = None
         offer_stacks()
         _join_network(config.cluster)
 
@@ -165,8 +168,32 @@ class EngineWorker:
             load_weights=self._config.model.megatron_dir is None,
         )
 
+    def begin_in_flight(self, number: int, start: Moment) -> None:
+        """Work from now on on requests that stay while weights change; `number` is that of this engine."""
+        from megatron_entropic.rollout.in_flight import InFlight
+        from megatron_entropic.rollout.schedule import open_schedule
+
+        run, replayed = self._config.run.output_dir, self._config.rollout.schedule_of
+        self._in_flight = InFlight(self._engine, open_schedule(run, number, replayed, start), start)
+
+    def advance(self, admissions: list[Admission], seconds: float) -> Report:
+        """Take requests up and work on all unfinished ones for about so long; see `InFlight.advance`."""
+        assert self._in_flight is not None, "begin_in_flight comes first"
+        return self._in_flight.advance(admissions, seconds)
+
+    def report(self) -> Report:
+        """What there is to report, without doing anything; see `InFlight.report`."""
+        assert self._in_flight is not None, "begin_in_flight comes first"
+        return self._in_flight.report()
+
+    def cut(self) -> None:
+        """Cut everything that runs; the next report has what was sampled."""
+        if self._in_flight is not None:
+            self._in_flight.cut()
+
     def sleep(self) -> None:
-        """Give the engine's device memory back."""
+        """Give the engine's device memory back; what runs is cut and goes on afterwards."""
+        self.cut()
         self._engine.sleep()
 
     def wake(self, parts: list[str]) -> None:
@@ -178,8 +205,13 @@ class EngineWorker:
         self._engine.connect(senders, rank_offset)
 
     def receive(self, plan: PublishPlan, version: int) -> None:
-        """Take in the weights that the policy publishes, as weights `version`."""
+        """Take in the weights that the policy publishes, as weights `version`; what runs is cut before."""
+        if self._in_flight is None:
+            self._engine.receive(plan, version)
+            return
+        self._in_flight.before_swap()
         self._engine.receive(plan, version)
+        self._in_flight.swapped(version)
 
     def weight_pieces(self) -> list[Piece]:
         """Checksums of the weights in this engine."""

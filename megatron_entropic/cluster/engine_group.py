@@ -14,6 +14,7 @@ from megatron_entropic.cluster.processes import ActorProcess, kill_processes, wr
 from megatron_entropic.cluster.waiting import answered, dead_peers, gather, receive_streams, require_raylet
 from megatron_entropic.config.run import Config, Sampling
 from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError
+from megatron_entropic.rollout.schedule import Admission, Moment
 from megatron_entropic.types import GenerationRequest, Response
 from megatron_entropic.weight_sync.plan import PublishPlan
 
@@ -83,6 +84,31 @@ class EngineGroup:
             timeout_s=self._config.cluster.generate_timeout_s,
             while_waiting=while_waiting,
         )
+
+    def actor(self, name: str) -> ray.actor.ActorHandle:
+        """The process in the place of an engine; another one after it was replaced."""
+        return self._actors[name]
+
+    def begin_in_flight(self, starts: dict[str, Moment]) -> None:
+        """Let the named engines keep requests while weights change, each counting from its moment."""
+        numbers = {name: number for number, name in enumerate(self._actors)}
+        calls = {n: self._actors[n].begin_in_flight.remote(numbers[n], start) for n, start in starts.items()}
+        gather(calls, phase="engines begin", timeout_s=self._config.cluster.startup_timeout_s)
+
+    def advance(self, actor: ray.actor.ActorHandle, admissions: list[Admission], seconds: float) -> ray.ObjectRef:
+        """Pending call in which an engine works for about so long; its result is a `Report`."""
+        reference: ray.ObjectRef = actor.advance.remote(admissions, seconds)
+        return reference
+
+    def report(self, actor: ray.actor.ActorHandle) -> ray.ObjectRef:
+        """Pending call for what an engine has to report, without more work."""
+        reference: ray.ObjectRef = actor.report.remote()
+        return reference
+
+    def cut(self) -> None:
+        """Cut everything that runs in any engine."""
+        calls = {name: actor.cut.remote() for name, actor in self._actors.items()}
+        gather(calls, phase="engines cut", timeout_s=self._config.cluster.generate_timeout_s)
 
     def find_lost(self, error: RunError) -> dict[str, RunError]:
         """Find engines whose process is gone; each name with `error`, in which the loss showed."""

@@ -67,9 +67,23 @@ class PolicyGroup:
     def score(self, sequences: list[Sequence], *, reference: bool = False) -> Scores:
         """Log-probs and entropies of the response tokens under the current (or the reference) weights, in nats."""
         shards = self._deal(sequences)
-        answers = self._on_replicas(Policy.score, sequences, shards, self._limits.score_timeout_s, reference=reference)
-        logprobs: list[Any] = [None] * len(sequences)
-        entropies: list[Any] = [None] * len(sequences)
+        timeout_s = self._limits.score_timeout_s
+        answers = self._on_replicas(Policy.score, sequences, shards, timeout_s, reference=reference)
+        return self._in_callers_order(answers, shards, len(sequences))
+
+    def keep_weights(self) -> None:
+        """Let ranks keep a copy of the weights in host memory, for `score_kept`."""
+        self._on_all(Policy.keep_weights, self._limits.update_timeout_s)
+
+    def score_kept(self, sequences: list[Sequence]) -> Scores:
+        """Score with the weights of the last `keep_weights`, or the current ones; alpha knows nothing of it."""
+        shards = self._deal(sequences)
+        answers = self._on_replicas(Policy.score_kept, sequences, shards, self._limits.score_timeout_s)
+        return self._in_callers_order(answers, shards, len(sequences))
+
+    def _in_callers_order(self, answers: list[Scores | None], shards: list[list[int]], count: int) -> Scores:
+        logprobs: list[Any] = [None] * count
+        entropies: list[Any] = [None] * count
         experts: dict[int, Any] = {}
         for rank, scores in enumerate(answers):
             if scores is None:

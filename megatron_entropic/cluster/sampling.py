@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 from megatron_entropic.cluster.cluster import Cluster
 from megatron_entropic.config.run import Config, Sampling
 from megatron_entropic.data.tokenizer import Tokenizer
-from megatron_entropic.types import GenerationRequest, Response, Task, Trajectory
+from megatron_entropic.types import GenerationRequest, Response, Task, Trajectory, derived_seed
 
 Take = Callable[[int, Trajectory], None]
 """Function that takes a position and its trajectory, as it comes; which come first depends on the clock."""
@@ -18,73 +18,10 @@ _SeedOf = Callable[[int, int], int]
 """Function: (position of the task, number of the sample) -> seed."""
 
 
-class Sampler:
-    """Lets the engines of a cluster answer tasks; whole groups are dealt out in turn.
+class Answerer(Protocol):
+    """What lets engines answer requests: each once, whatever becomes of engines."""
 
-    An engine that is lost is replaced in place, up to `cluster.max_engine_restarts` times in all: the new one gets the
-    current weights and the tasks that the lost one had. It samples the same responses, because each has a seed of its
-    own.
-    """
-
-    def __init__(self, config: Config, cluster: Cluster, tokenizer: Tokenizer) -> None:
-        """Sample as `rollout` and `evaluation` say; `tokenizer` gives responses their text."""
-        self._config = config
-        self._cluster = cluster
-        self._tokenizer = tokenizer
-
-    def generate(
-        self,
-        tasks: Sequence[Task],
-        step: int,
-        take: Take = lambda position, trajectory: None,
-        *,
-        first_place: int = 0,
-        while_waiting: Callable[[], None] = lambda: None,
-    ) -> list[Trajectory]:
-        """Sample `samples_per_prompt` attempts at each task, grouped by task, in the caller's order.
-
-        Every attempt has a seed of its own, made from run, step, the task's place in the step, and sample: what is
-        sampled depends neither on the number of engines nor on restarts, and a task that comes twice is sampled anew.
-
-        Args:
-            tasks: tasks of the step.
-            step: number of the step, counted from 1.
-            take: gets every attempt once, with its position in what is returned, as it comes.
-            first_place: place of the first task among all that the step asks, replacements included.
-            while_waiting: called at least about once a second; may raise.
-        """
-        seed, rollout = self._config.run.seed, self._config.rollout
-        attempts = _Attempts(tasks, rollout.samples_per_prompt, self._tokenizer, take)
-        self._sample(
-            attempts.requests(lambda place, sample: sample_seed(seed, step, first_place + place, sample)),
-            rollout.sampling,
-            attempts.arrived,
-            phase=f"generate (step {step})",
-            while_waiting=while_waiting,
-        )
-        return attempts.all()
-
-    def answer_benchmark(
-        self, name: str, problems: Sequence[Task], take: Take = lambda position, trajectory: None
-    ) -> list[Trajectory]:
-        """Sample the attempts of an evaluation, grouped by problem: `evaluation.samples(name)` at each.
-
-        Their seeds are functions of evaluation.seed, benchmark, problem and sample, whatever was generated before.
-        `take` as in `generate`.
-        """
-        evaluation = self._config.evaluation
-        attempts = _Attempts(problems, evaluation.samples(name), self._tokenizer, take)
-        self._sample(
-            attempts.requests(
-                lambda place, sample: sample_seed("evaluation", evaluation.seed, name, problems[place].index, sample)
-            ),
-            self._config.evaluation_sampling,
-            attempts.arrived,
-            phase=f"evaluate ({name})",
-        )
-        return attempts.all()
-
-    def _sample(
+    def answer(
         self,
         groups: list[list[GenerationRequest]],
         sampling: Sampling,
@@ -93,7 +30,38 @@ class Sampler:
         phase: str,
         while_waiting: Callable[[], None] = lambda: None,
     ) -> None:
-        """Ask for every group once, and again for all requests of a lost engine.
+        """Return when every request is answered.
+
+        Args:
+            groups: requests, group after group; their positions count through all groups.
+            sampling: temperature, limits.
+            arrived: gets responses with the positions of their requests, as they come.
+            phase: name of what is going on, for errors.
+            while_waiting: called at least about once a second; may raise.
+        """
+
+
+class DealtOut:
+    """An `Answerer` that deals whole groups out to the engines in turn, so that each has the same ones every time.
+
+    An engine that is lost is replaced in place, up to `cluster.max_engine_restarts` times in all: the new one gets the
+    current weights and the tasks that the lost one had. It samples the same responses, because each has a seed of its
+    own.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    def answer(
+        self,
+        groups: list[list[GenerationRequest]],
+        sampling: Sampling,
+        arrived: Callable[[list[tuple[int, Response]]], None],
+        *,
+        phase: str,
+        while_waiting: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Ask for every group once, and again for all requests of a lost engine; see `Answerer`.
 
         In another batch the last bits of log-probs could differ, so its successor gets the same requests; what had
         come from the lost one already is the same and goes to `arrived` no second time.
@@ -121,6 +89,68 @@ class Sampler:
                 engines.replace(lost)
                 self._cluster.renew_weights()
             requests = {name: asked for name, asked in requests.items() if name in lost}
+
+
+class Sampler:
+    """Makes trajectories of tasks: requests with seeds of their own, answered by engines, with their text."""
+
+    def __init__(self, config: Config, answerer: Answerer, tokenizer: Tokenizer) -> None:
+        """Sample as `rollout` and `evaluation` say; `tokenizer` gives responses their text."""
+        self._config = config
+        self._answerer = answerer
+        self._tokenizer = tokenizer
+
+    def generate(
+        self,
+        tasks: Sequence[Task],
+        step: int,
+        take: Take = lambda position, trajectory: None,
+        *,
+        first_place: int = 0,
+        while_waiting: Callable[[], None] = lambda: None,
+    ) -> list[Trajectory]:
+        """Sample `samples_per_prompt` attempts at each task, grouped by task, in the caller's order.
+
+        Every attempt has a seed of its own, made from run, step, the task's place in the step, and sample: what is
+        sampled depends neither on the number of engines nor on restarts, and a task that comes twice is sampled anew.
+
+        Args:
+            tasks: tasks of the step.
+            step: number of the step, counted from 1.
+            take: gets every attempt once, with its position in what is returned, as it comes.
+            first_place: place of the first task among all that the step asks, replacements included.
+            while_waiting: called at least about once a second; may raise.
+        """
+        seed, rollout = self._config.run.seed, self._config.rollout
+        attempts = _Attempts(tasks, rollout.samples_per_prompt, self._tokenizer, take)
+        self._answerer.answer(
+            attempts.requests(lambda place, sample: derived_seed(seed, step, first_place + place, sample)),
+            rollout.sampling,
+            attempts.arrived,
+            phase=f"generate (step {step})",
+            while_waiting=while_waiting,
+        )
+        return attempts.all()
+
+    def answer_benchmark(
+        self, name: str, problems: Sequence[Task], take: Take = lambda position, trajectory: None
+    ) -> list[Trajectory]:
+        """Sample the attempts of an evaluation, grouped by problem: `evaluation.samples(name)` at each.
+
+        Their seeds are functions of evaluation.seed, benchmark, problem and sample, whatever was generated before.
+        `take` as in `generate`.
+        """
+        evaluation = self._config.evaluation
+        attempts = _Attempts(problems, evaluation.samples(name), self._tokenizer, take)
+        self._answerer.answer(
+            attempts.requests(
+                lambda place, sample: derived_seed("evaluation", evaluation.seed, name, problems[place].index, sample)
+            ),
+            self._config.evaluation_sampling,
+            attempts.arrived,
+            phase=f"evaluate ({name})",
+        )
+        return attempts.all()
 
 
 class _Attempts:
@@ -153,9 +183,3 @@ class _Attempts:
         found = [trajectory for trajectory in self._found if trajectory is not None]
         assert len(found) == len(self._found), "every response must have come"
         return found
-
-
-def sample_seed(*names: str | int) -> int:
-    """Seed of one response, 31 bits, made from `names`, which identify it; neighbouring names give unrelated seeds."""
-    key = "/".join(map(str, names)).encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little") >> 1

@@ -60,7 +60,7 @@ def gather(
 
     for reference in _as_they_end(pending, timeout_s, watch):
         try:
-            results[peer_of[reference]] = _result(reference, peer_of[reference], phase)
+            results[peer_of[reference]] = result_of(reference, peer_of[reference], phase)
         except RunError as error:
             if not _is_death_of_the_peer_itself(error):
                 _look_for_deaths({other: peer_of[other] for other in pending}, phase)
@@ -107,7 +107,7 @@ def receive_streams(
                 pending.remove(stream)
                 continue
             try:
-                take(peer, _result(item, peer, phase))
+                take(peer, result_of(item, peer, phase))
             except PeerDied as error:
                 if not _is_death_of_the_peer_itself(error):
                     raise
@@ -177,13 +177,14 @@ def _look_for_deaths(pending: dict[ray.ObjectRef, str], phase: str) -> None:
         ready, waiting = ray.wait(waiting, num_returns=1, timeout=left_s)
         for reference in ready:
             try:
-                _result(reference, pending[reference], phase)
+                result_of(reference, pending[reference], phase)
             except RunError as error:
                 if _is_death_of_the_peer_itself(error):
                     raise
 
 
-def _result(reference: ray.ObjectRef, peer: str, phase: str) -> Any:
+def result_of(reference: ray.ObjectRef, peer: str, phase: str) -> Any:
+    """Result of a remote call that has ended; errors are raised as `gather` raises them."""
     try:
         return ray.get(reference, timeout=60)
     except RayTaskError as error:

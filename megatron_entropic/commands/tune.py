@@ -90,10 +90,16 @@ def tune_run(run_dir: Path, settling_steps: float, target: float | None = None, 
         raise UserError(f"--last {last}: expected a number of steps, at least 1")
     try:
         plant, entropy = identify_run(run, last)
-        proposal = propose_gains(plant, entropy, aim, settling_steps * _updates(run))
+        proposal = propose_gains(plant, entropy, aim, settling_steps * _updates(run), _delay(run))
     except ValueError as error:  # what `algorithms` says about numbers is here about the user's run
         raise UserError(f"{run_dir}: {error}") from error
     return Tuned(plant, proposal, aim)
+
+
+def _delay(run: Run) -> int:
+    """Optimizer steps by which the entropy that drives alpha is old: none, unless that of sampling is fed back."""
+    old = run.setting("entropy_control.feedback") == "sampling"
+    return int(run.number("rollout.lag", 0)) * _updates(run) if old else 0
 
 
 def _updates(run: Run) -> int:

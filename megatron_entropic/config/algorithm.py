@@ -137,9 +137,10 @@ class EntropyControlConfig(Section):
     tau: float = Field(0.95, ge=0, lt=1, description="A token is high-probability if its current probability > tau.")
     denominator: Literal["all_tokens", "high_prob_tokens"] = "all_tokens"
     ratio_clip: Literal["none", "ppo"] = "none"
-    feedback: Literal["auto", "score_pass", "previous_step", "microbatch_local"] = Field(
+    feedback: Literal["auto", "score_pass", "previous_step", "sampling", "microbatch_local"] = Field(
         "auto",
         description="Where H comes from. auto: score_pass with one optimizer step a scoring pass, else previous_step. "
+        "sampling: minus the mean log-prob of the tokens as they were sampled, which with rollout.lag is old news. "
         "microbatch_local reproduces the published code: alpha per rank and micro-batch, nothing reduced.",
     )
     anti_windup: Literal["conditional", "clamp", "none"] = Field(

@@ -41,7 +41,7 @@ class Violation:
 def violations(config: Config) -> Iterator[Violation]:
     """Yields combinations that cannot work on any machine."""
     checks = (
-        *(_batch, _parallelism, _optimizer, _data, reward_violations, _policy_loss),
+        *(_batch, _lag, _parallelism, _optimizer, _data, reward_violations, _policy_loss),
         *(_entropy_control, _placement, _colocation, _transport, _publish, benchmark_violations),
     )
     for check in checks:
@@ -74,6 +74,21 @@ def _batch(config: Config) -> Iterator[Violation]:
             ("warm_start.sequences_per_step", "policy.data_parallel"),
             f"warm_start.sequences_per_step={config.warm_start.sequences_per_step} is fewer than "
             f"policy.data_parallel={policy.data_parallel}",
+        )
+
+
+def _lag(config: Config) -> Iterator[Violation]:
+    rollout = config.rollout
+    if rollout.staleness_correction != "none" and not (rollout.lag and rollout.split_staleness):
+        yield Violation(
+            ("rollout.staleness_correction", "rollout.lag", "rollout.split_staleness"),
+            f"rollout.staleness_correction={rollout.staleness_correction} needs rollout.lag > 0 and "
+            "rollout.split_staleness=true: without them no token is stale, or nobody knows by how much",
+        )
+    if rollout.schedule_of is not None and not rollout.lag:
+        yield Violation(
+            ("rollout.schedule_of", "rollout.lag"),
+            f"rollout.schedule_of={rollout.schedule_of} needs the rollout.lag of that run: with lag 0 there is none",
         )
 
 
@@ -396,6 +411,11 @@ def config_warnings(config: Config) -> list[str]:
         found.append(
             "algorithm.proximal_logprobs=each_epoch without rollout.importance_correction: nothing accounts for the "
             "distance between the policy that sampled and the one before each epoch"
+        )
+    if rollout.lag and rollout.importance_correction == rollout.staleness_correction == "none":
+        found.append(
+            f"rollout.lag={rollout.lag} without rollout.importance_correction or staleness_correction: nothing "
+            "accounts for the distance between the policy and the older ones that sampled"
         )
     if rollout.quantization != "off" and rollout.importance_correction == "none":
         found.append(

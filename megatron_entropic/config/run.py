@@ -181,6 +181,28 @@ class RolloutConfig(Section):
     tensor_parallel: Ranks = Field(1, description="vLLM tensor parallel size of each engine.")
     prompts_per_step: Count = Field(512, ge=1)
     samples_per_prompt: Count = Field(8, ge=1)
+    lag: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Weight versions by which a token may be older than the policy that learns from it. 0: engines "
+        "wait while the policy learns. L: they work on the L steps after it meanwhile; see docs/asynchronous.md.",
+    )
+    split_staleness: bool = Field(
+        True,
+        description="With lag: the policy computes log-probs of tokens with the weights that sampled them too, from a "
+        "copy in host memory. staleness/* and mismatch/* are then apart, each can be corrected by itself, and the "
+        "entropy that drives alpha is weighted to the current policy's states. Costs a second pass over old tokens.",
+    )
+    staleness_correction: Literal["none", "tis", "mis"] = Field(
+        "none",
+        description="With split_staleness: weight of the policy loss from w = pi_old / pi_v, v being the version that "
+        "sampled a token; importance_correction is then that of pi_v / pi_rollout. Methods and cap as there.",
+    )
+    schedule_of: Path | None = Field(
+        None,
+        description="Directory of a run with lag whose recorded schedule is followed, so that its tokens come again.",
+    )
     max_resamples: int = Field(
         0,
         ge=0,
@@ -314,6 +336,9 @@ class LoggingConfig(Section):
     )
     wandb_project: str = "megatron_entropic"
     samples_per_step: int = Field(4, ge=0, description="Responses written to samples.jsonl each step.")
+    timeline_steps: Count = Field(
+        20, ge=0, description="Steps of which timeline.json shows who worked when, the newest; 0: never."
+    )
     rollouts_every_steps: Count = Field(
         20, ge=0, description="Keep all rollouts of every so many steps in rollouts/, token by token; 0: never."
     )

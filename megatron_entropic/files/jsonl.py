@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,13 @@ class JsonLinesWriter:
 
     def truncate_after(self, step: int) -> None:
         """Drop every row from the first whose `step` is greater than `step`."""
+        self.truncate_from(lambda row: row["step"] > step)
+
+    def truncate_from(self, dropped: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the first row that `dropped` is true of, and every row after it."""
         offset = 0
         for line in _lines(self.path.read_bytes()):
-            if json.loads(line)["step"] > step:
+            if dropped(json.loads(line)):
                 break
             offset += len(line) + 1
         _cut(self.path, offset)

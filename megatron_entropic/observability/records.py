@@ -107,6 +107,8 @@ def write_rollouts(path: Path, step: int, batch: TrainingBatch, scores: Scores, 
         "response_tokens": _lists([one.response_tokens for one in trajectories], np.int32),
         "finish_reason": pa.array([one.finish_reason for one in trajectories], pa.string()),
         "weights_version": pa.array([one.weights_version for one in trajectories], pa.int64()),
+        "segment_versions": _lists([[s.weights_version for s in one.segments] for one in trajectories], np.int64),
+        "segment_tokens": _lists([[s.tokens.size for s in one.segments] for one in trajectories], np.int64),
         "reward": pa.array([reward.value for reward in batch.rewards], pa.float64()),
         "verifier_reward": pa.array([reward.verifier for reward in batch.rewards], pa.float64()),
         "verifier_status": pa.array([reward.status for reward in batch.rewards], pa.string()),
@@ -115,6 +117,7 @@ def write_rollouts(path: Path, step: int, batch: TrainingBatch, scores: Scores, 
         "old_logprobs": _lists([_array(values) for values in scores.logprobs], np.float32),
         "entropies": _lists([_array(values) for values in scores.entropies], np.float32),
         "reference_logprobs": _lists([_array(sequence.reference_logprobs) for sequence in sequences], np.float32),
+        "sampling_logprobs": _lists([_array(sequence.sampling_logprobs) for sequence in sequences], np.float32),
     }
     content = ROLLOUTS.stamp({"step": step, "metrics": dict(metrics)})
     table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(content).encode()})
@@ -197,19 +200,28 @@ def _response(row: dict[str, Any]) -> RecordedResponse:
         data_source=row["data_source"],
         extra_info=json.loads(row["extra_info"]),
     )
-    segment = Segment(
-        tokens=np.array(row["response_tokens"], np.int32),
-        logprobs=np.array(row["rollout_logprobs"], np.float32),
-        weights_version=row["weights_version"],
-    )
     reference = row["reference_logprobs"]
     return RecordedResponse(
-        trajectory=Trajectory(task, row["sample_index"], (segment,), row["finish_reason"], row["response"]),
+        trajectory=Trajectory(task, row["sample_index"], _segments(row), row["finish_reason"], row["response"]),
         reward=Reward(float(row["reward"]), float(row["verifier_reward"]), str(row["verifier_status"])),
         advantages=np.array(row["advantages"], np.float32),
         old_logprobs=np.array(row["old_logprobs"], np.float32),
         entropies=np.array(row["entropies"], np.float32),
         reference_logprobs=None if reference is None else np.array(reference, np.float32),
+    )
+
+
+def _segments(row: dict[str, Any]) -> tuple[Segment, ...]:
+    """Segments of a response; one, where an older version of the package wrote the row."""
+    tokens, logprobs = np.array(row["response_tokens"], np.int32), np.array(row["rollout_logprobs"], np.float32)
+    sampling = row.get("sampling_logprobs")
+    scored = None if sampling is None else np.array(sampling, np.float32)
+    versions = row.get("segment_versions") or [row["weights_version"]]
+    ends = np.cumsum(row.get("segment_tokens") or [tokens.size])
+    pieces = [slice(end - size, end) for end, size in zip(ends, np.diff(ends, prepend=0), strict=True)]
+    return tuple(
+        Segment(tokens[piece], logprobs[piece], version, policy_logprobs=None if scored is None else scored[piece])
+        for version, piece in zip(versions, pieces, strict=True)
     )
 
 

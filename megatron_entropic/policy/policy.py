@@ -25,17 +25,20 @@ from megatron_entropic.policy.megatron.parallel import (
 )
 from megatron_entropic.policy.megatron.platform import Device, Rendezvous, select_platform
 from megatron_entropic.policy.model.load import load_weights
+from megatron_entropic.policy.model.routing import Routing
 from megatron_entropic.policy.model.transformer_config import DTYPES
 from megatron_entropic.policy.publish.publisher import BUCKET_BYTES, Published, Publisher, SenderType
 from megatron_entropic.policy.state import checkpoint
 from megatron_entropic.policy.state.checkpoint_writer import CheckpointWriter
 from megatron_entropic.policy.state.export import BackgroundExport, export_hf
+from megatron_entropic.policy.state.kept_weights import KeptWeights
 from megatron_entropic.policy.state.offload import DeviceMemory
 from megatron_entropic.policy.step.control import (
     EntropyControl,
     EntropyMeasurement,
     build_control,
     collect_control_state,
+    measured_entropy,
     restore_control_state,
 )
 from megatron_entropic.policy.step.gradient_step import GradientStep
@@ -88,6 +91,7 @@ class Policy:
             overlap=self.platform.backend == "nccl",
         )
         self._memory = DeviceMemory(self.platform, self._wrapped, self._reference or ())
+        self._kept = KeptWeights(self.model, self.platform)
         self._machinery = GradientStep(
             self._wrapped,
             self.parallel,
@@ -126,6 +130,23 @@ class Policy:
         self._warming_up = config.warm_start.steps > 0
         self.optimizer = self._build_optimizer()
 
+    def keep_weights(self) -> None:
+        """Keep a copy of the parameters in host memory, in the place of the one before, for `score`."""
+        self._memory.restore(["parameters"])
+        self.synchronize_parameters()
+        self._kept.keep()
+
+    def score_kept(self, sequences: list[Sequence]) -> Scores | None:
+        """Score as `score` does, measuring nothing for alpha, with the weights of the last `keep_weights`.
+
+        Where none were kept, with the current ones.
+        """
+        self._memory.restore(["parameters"])
+        self.synchronize_parameters()  # or the forward pass would gather the new ones
+        with self._kept.in_place():
+            scores = self._scores(self._machinery.model, sequences)
+        return scores if self.parallel.reports else None
+
     def score(self, sequences: list[Sequence], *, reference: bool = False) -> Scores | None:
         """Log-probs and entropies of this replica's response tokens at the rollout temperature, without gradients.
 
@@ -145,16 +166,10 @@ class Policy:
         model = self._reference if reference else self._machinery.model
         if model is None:
             raise ValueError("no reference model: algorithm.kl.coefficient is 0")
-        scores = score_sequences(
-            model,
-            sequences,
-            self.parallel,
-            temperature=self.config.rollout.temperature,
-            tokens_per_microbatch=self.config.policy.tokens_per_microbatch,
-            record=None if reference or self.config.policy.moe_router_replay == "off" else self._machinery.routing,
-        )
+        replays = not reference and self.config.policy.moe_router_replay != "off"
+        scores = self._scores(model, sequences, record=self._machinery.routing if replays else None)
         if not reference:
-            self._measure(scores)
+            self._measure(sequences, scores)
         return scores if self.parallel.reports else None
 
     def update(self, minibatch: list[Sequence]) -> dict[str, float]:
@@ -355,11 +370,22 @@ class Policy:
             dtype=DTYPES[config.model.dtype],
         )
 
-    def _measure(self, scores: Scores | None) -> None:
+    def _scores(
+        self, model: torch.nn.ModuleList, sequences: list[Sequence], record: Routing | None = None
+    ) -> Scores | None:
+        return score_sequences(
+            model,
+            sequences,
+            self.parallel,
+            temperature=self.config.rollout.temperature,
+            tokens_per_microbatch=self.config.policy.tokens_per_microbatch,
+            record=record,
+        )
+
+    def _measure(self, sequences: list[Sequence], scores: Scores | None) -> None:
         local = torch.zeros(2, dtype=torch.float64, device=self.platform.device)
         if scores is not None:
-            local[0] = sum(float(entropies.double().sum()) for entropies in scores.entropies)
-            local[1] = sum(entropies.numel() for entropies in scores.entropies)
+            local += measured_entropy(sequences, scores, self.config.feedback, self.config.rollout.importance_cap)
         self._scored = EntropyMeasurement(*sum_of_token_statistics(local, self.parallel).tolist())
         self._freshly_scored = True
         if isinstance(self._control, EntropyControl):

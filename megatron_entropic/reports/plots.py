@@ -203,6 +203,25 @@ def _reward(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     return drawn
 
 
+def _staleness(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
+    """Draw the age of tokens in weight versions."""
+    drawn = _lines(axes, runs, "staleness/versions_max", theme, label="oldest")
+    drawn |= _lines(axes, runs, "staleness/versions_mean", theme, label="mean", dashed=True)
+    axes.set_ylabel("versions")
+    _finish(axes, floor=0.0)
+    _legend(axes)
+    return drawn
+
+
+def _engines(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
+    """Draw the share of the time in which engines worked."""
+    drawn = _lines(axes, runs, "rollout/busy_fraction", theme)
+    axes.set_ylim(0, 1.05)
+    _finish(axes)
+    _legend(axes)
+    return drawn
+
+
 def _mismatch(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     """Draw the largest (solid) and mean (dashed) difference of every run; a log scale has no zeros."""
     drawn = _lines(axes, runs, "mismatch/logprob_abs_max", theme, positive=True, label="largest")
@@ -401,6 +420,22 @@ PLOTS = (
         "the largest of a step (solid) and the mean (dashed).",
         False,
         _mismatch,
+    ),
+    Plot(
+        "staleness",
+        "Staleness",
+        "Weight versions by which a step's tokens are older than the policy that learns from them: the oldest (solid) "
+        "and the mean (dashed). rollout.lag bounds it.",
+        False,
+        _staleness,
+    ),
+    Plot(
+        "engines",
+        "Engines at work",
+        "Share of the time in which an engine ran forward passes, mean over engines. What is missing is waiting for "
+        "tasks, that is for the policy: a larger rollout.lag fills it.",
+        False,
+        _engines,
     ),
     Plot("response_length", "Response length", "Mean number of tokens of a response.", False, _length),
     Plot("gradient_norm", "Gradient norm", "Over all parameters, before clipping.", False, _gradient),

@@ -119,6 +119,11 @@ class Judging:
             members = self._jobs[call * self._size : (call + 1) * self._size]
             self._calls[call] = self._submitted([member for member in members if member is not None])
 
+    @property
+    def ready(self) -> bool:
+        """Whether all jobs have come and are judged."""
+        return not any(self._missing) and all(future.done() for future in self._calls.values())
+
     def verdicts(self, *, warn: bool = False) -> list[Verdict]:
         """Wait for the verdicts on all jobs, in the order of their positions.
 

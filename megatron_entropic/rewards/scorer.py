@@ -102,6 +102,11 @@ class Scoring:
         for judging in self._judgings.values():
             judging.add(position, job_of(trajectory))
 
+    @property
+    def ready(self) -> bool:
+        """Whether all trajectories have come and are judged, so that `finish` need not wait."""
+        return all(judging.ready for judging in self._judgings.values())
+
     def finish(self) -> tuple[list[Reward], dict[str, float]]:
         """Wait for the last verdicts; returns the rewards in the order of positions, and metrics.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from megatron_entropic.errors import UserError
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.rollout.vllm_setup import Device, prepare_environment, silence_known_noise
-from megatron_entropic.types import GenerationRequest, Response, Segment
+from megatron_entropic.types import CUT, GenerationRequest, Response, Segment
 from megatron_entropic.weight_sync.checksums import Piece
 from megatron_entropic.weight_sync.gloo import FlatContents
 from megatron_entropic.weight_sync.plan import PublishPlan
@@ -145,27 +146,64 @@ class RolloutEngine:
             UserError: a prompt that leaves no room for max_response_tokens.
             RuntimeError: the weights are incomplete.
         """
+        names = self.begin(requests, sampling or self._config.sampling)
+        position_of = {name: position for position, name in enumerate(names)}
+        try:
+            while self.busy:
+                yield [(position_of[name], response) for name, response in self.step()]
+        except GeneratorExit:
+            # The caller stopped asking. A running request would keep the prefix cache from being emptied.
+            self._llm.llm_engine.abort_request(names)
+            raise
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request that was begun has not come to its end."""
+        return bool(self._llm.llm_engine.has_unfinished_requests())
+
+    def begin(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[str]:
+        """Take requests up, after those that are running; returns a name for each, unique in this process.
+
+        Raises:
+            UserError: a prompt that leaves no room for max_response_tokens; nothing is taken up.
+            RuntimeError: the weights are incomplete.
+        """
         from vllm import TokensPrompt
 
-        version = self.weights_version
-        sampling = sampling or self._config.sampling
+        _ = self.weights_version  # refuses incomplete weights
         self._check_lengths(requests, sampling.max_response_tokens)
         if not requests:
-            return
+            return []
         prompts = [TokensPrompt(prompt_token_ids=request.tokens.tolist()) for request in requests]
         names = self._llm.enqueue(prompts, self._parameters(requests, sampling), use_tqdm=False)
         # An output has vLLM's number of its request alone; inside, random characters follow it.
-        position_of = {name.partition("-")[0]: position for position, name in enumerate(names)}
-        engine = self._llm.llm_engine
-        try:
-            while engine.has_unfinished_requests():
-                outputs = [output for output in engine.step() if output.finished]
-                positions = [position_of[output.request_id] for output in outputs]
-                yield [(i, _response(output, version)) for i, output in zip(positions, outputs, strict=True)]
-        except GeneratorExit:
-            # The caller stopped asking. A running request would keep the prefix cache from being emptied.
-            engine.abort_request(names, internal=True)
-            raise
+        return [name.partition("-")[0] for name in names]
+
+    def step(self) -> list[tuple[str, Response]]:
+        """Run one forward pass over what was begun; returns the responses that ended in it, by name."""
+        version = self.weights_version
+        outputs = [output for output in self._llm.llm_engine.step() if output.finished]
+        return [(output.request_id, _response(output, version)) for output in outputs]
+
+    def cut(self, names: Sequence[str]) -> list[Response]:
+        """End running requests before their end; returns what each has so far, which may be nothing.
+
+        No cached key or value is left of them, so new weights can come.
+        """
+        from vllm.v1.engine import FinishReason
+
+        if not names:
+            return []
+        version, engine = self.weights_version, self._llm.llm_engine
+        processor = engine.output_processor
+        responses = []
+        for name in names:
+            (inside,) = processor.external_req_ids[name]
+            # As vLLM makes the last output of an aborted request for its server.
+            output = processor.request_states[inside].make_request_output([], None, FinishReason.ABORT, None)
+            responses.append(replace(_response(output, version), finish_reason=CUT))
+        engine.abort_request(list(names))
+        return responses
 
     def score_tokens(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[list[float]]:
         """Log-probs at temperature 1 of the tokens after each prompt.
@@ -261,8 +299,8 @@ class RolloutEngine:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
-                seed=request.seed,
-                max_tokens=sampling.max_response_tokens,
+                seed=request.own_seed,
+                max_tokens=sampling.max_response_tokens - request.done,
                 stop_token_ids=self._stop_token_ids,
                 logprobs=0,
                 flat_logprobs=True,
@@ -283,7 +321,7 @@ class RolloutEngine:
 
     def _check_lengths(self, requests: Sequence[GenerationRequest], response_tokens: int) -> None:
         room = self._max_model_tokens - response_tokens
-        lengths = [request.tokens.size for request in requests]
+        lengths = [request.tokens.size - request.done for request in requests]
         if too_long := [length for length in lengths if length > room]:
             raise UserError(
                 f"{len(too_long)} prompts are longer than the {room} tokens that max_response_tokens="
@@ -360,11 +398,12 @@ def _response(output: Any, weights_version: int) -> Response:
     """Response of this package for vLLM's request output."""
     (completion,) = output.outputs
     tokens, logprobs = list(completion.token_ids), completion.logprobs
-    assert list(logprobs.token_ids) == tokens, "one log-prob for each sampled token"
+    # A request that was cut before its first token has no log-probs at all.
+    assert not tokens or list(logprobs.token_ids) == tokens, "one log-prob for each sampled token"
     return Response(
         Segment(
             tokens=np.array(tokens, np.int32),
-            logprobs=np.array(list(logprobs.logprobs), np.float32),
+            logprobs=np.array(list(logprobs.logprobs) if tokens else [], np.float32),
             weights_version=weights_version,
         ),
         finish_reason=str(completion.finish_reason),

@@ -8,11 +8,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_entropic.checkpoints.run_checkpoints import CheckpointError, checkpoint_path, intact_checkpoint
+from megatron_entropic.checkpoints.run_checkpoints import (
+    CheckpointError,
+    checkpoint_path,
+    complete_checkpoints,
+    intact_checkpoint,
+    read_state,
+    step_of,
+)
 from megatron_entropic.cluster.cluster import Cluster
 from megatron_entropic.config.run import Config
 from megatron_entropic.errors import RunError
+from megatron_entropic.rollout.schedule import Moment
+from megatron_entropic.training.in_flight import (
+    SavedAttempt,
+    in_flight_path,
+    load_in_flight,
+    prune_in_flight,
+    save_in_flight,
+)
 from megatron_entropic.training.journal import Journal
+from megatron_entropic.training.rollouts import Rollouts
 
 
 class Checkpoints:
@@ -20,6 +36,7 @@ class Checkpoints:
 
     def __init__(self, config: Config, journal: Journal) -> None:
         self.path = config.run.output_dir / "checkpoints"
+        self._run_dir = config.run.output_dir
         self._exports = config.run.output_dir / "exports"
         self._config = config.checkpoint
         self._train = config.train
@@ -43,13 +60,36 @@ class Checkpoints:
         every, train = self._config.every_steps, self._train
         return step == train.steps or (every > 0 and step % every == 0) or step + 1 in train.record_steps
 
-    def save(self, cluster: Cluster, step: int) -> None:
+    def save(self, cluster: Cluster, step: int, rollouts: Rollouts | None = None) -> None:
         """Save everything that step + 1 depends on; the oldest checkpoints beyond `keep_last` are removed.
 
         With `checkpoint.asynchronous` it is written while the run goes on; see `check`.
         """
-        with self._journal.phase("checkpoint"), cluster.training() as policy:
-            policy.save_checkpoint(checkpoint_path(self.path, step), {"step": step})
+        with self._journal.phase("checkpoint"):
+            moment, attempts = (Moment(step, 0, 0), []) if rollouts is None else rollouts.in_flight(step)
+            if attempts:
+                save_in_flight(in_flight_path(self._run_dir, step), attempts)
+            with cluster.training() as policy:
+                state = {"step": step, "moment": list(moment), "attempts": len(attempts)}
+                policy.save_checkpoint(checkpoint_path(self.path, step), state)
+            prune_in_flight(self._run_dir, [step, *map(step_of, complete_checkpoints(self.path))])
+
+    def in_flight(self, step: int) -> tuple[Moment, list[SavedAttempt]]:
+        """What was in flight when the checkpoint of `step` was written; nothing where there is none."""
+        moment, path = Moment(step, 0, 0), in_flight_path(self._run_dir, step)
+        directory = checkpoint_path(self.path, step)
+        if directory not in complete_checkpoints(self.path):
+            return moment, []
+        state = read_state(directory)["state"]["driver"]
+        moment = Moment(*state.get("moment", moment))
+        if not state.get("attempts"):
+            return moment, []
+        try:
+            attempts = load_in_flight(path)
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            self._journal.progress.log(f"warning: {path} cannot be read ({error}); what was in flight is sampled again")
+            return moment, []
+        return moment, attempts
 
     def check(self, cluster: Cluster, *, wait: bool) -> None:
         """Raise the error of the last checkpoint, if it failed; `wait`, for a run about to end, waits for it first."""
@@ -80,7 +120,7 @@ class Checkpoints:
             cluster.policy.check_export(wait=True)
 
     @contextmanager
-    def preserving(self, cluster: Cluster, step: int) -> Iterator[None]:
+    def preserving(self, cluster: Cluster, step: int, rollouts: Rollouts | None = None) -> Iterator[None]:
         """If the block fails, save the policy as of `step` before the error goes on: the step is not lost.
 
         For blocks during which the policy stands still, such as generation. Where it cannot be saved any more, as when
@@ -92,7 +132,7 @@ class Checkpoints:
             try:
                 self.check(cluster, wait=True)
                 if not checkpoint_path(self.path, step).exists():
-                    self.save(cluster, step)
+                    self.save(cluster, step, rollouts)
                     self.check(cluster, wait=True)
             except RunError as refusal:
                 raise type(refusal)(f"{error}\nstep {step} could not be saved: {refusal}") from error

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from megatron_entropic.checkpoints.hf import HfReader
 from megatron_entropic.cluster.launch import launch_engines
-from megatron_entropic.cluster.sampling import Sampler
+from megatron_entropic.cluster.sampling import DealtOut, Sampler
 from megatron_entropic.config.run import Config
 from megatron_entropic.data import load_checked_tokenizer
 from megatron_entropic.evaluation.summary import BenchmarkSummary
@@ -44,7 +44,7 @@ def evaluate(config: Config, directory: Path, label: str) -> list[BenchmarkSumma
         if pending:
             make_directory(directory)
             with RewardScorer(config.reward) as scorer, launch_engines(config, phases.begin) as cluster:
-                sampler = Sampler(config, cluster, tokenizer)
+                sampler = Sampler(config, DealtOut(cluster), tokenizer)
                 for name in pending:
                     responses = len(evaluator.problems[name]) * config.evaluation.samples(name)
                     phases.begin(f"answering {name}: responses", total=responses)

@@ -18,6 +18,7 @@ from megatron_entropic.observability.metrics import MetricsWriter
 from megatron_entropic.observability.progress import Progress
 from megatron_entropic.observability.records import SampleLog
 from megatron_entropic.observability.rollout_log import RolloutLog
+from megatron_entropic.observability.timeline import Timeline
 from megatron_entropic.observability.timing import PhaseClock
 from megatron_entropic.observability.yardsticks import mismatch_yardstick
 from megatron_entropic.types import Scores, TrainingBatch
@@ -34,6 +35,7 @@ class Journal:
         self._config = config
         self._clock = PhaseClock()
         self._rollouts = RolloutLog(self._path, config.logging, config.train.record_steps)
+        self.timeline = Timeline(self._path, config.logging.timeline_steps)
         self._open_files = ExitStack()
         self._began: float | None = time.time()
 
@@ -59,7 +61,8 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open_files.close()
+        with self._open_files:
+            self.timeline.write()
 
     def continue_after(self, step: int | None) -> None:
         """Forget the steps after `step`, which will be computed again; with None supervised steps, too."""
@@ -81,8 +84,10 @@ class Journal:
     def phase(self, name: str) -> Iterator[None]:
         """Time the block and show its name."""
         self.progress.phase(name)
+        began_s = time.time()
         with self._clock.phase(name):
             yield
+        self.timeline.span("driver", name, began_s, time.time())
 
     def step_time(self, tokens: int) -> dict[str, float]:
         """Metrics time/* of the step that ends now, and its throughput: prompt and response tokens over wall time.
@@ -100,6 +105,7 @@ class Journal:
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         """Write one step's metrics and show them; after an attempt's first step also show the time to get there."""
         self._metrics.write(step, metrics)
+        self.timeline.finish_step()
         self.progress.update(step, metrics)
         if self._began is not None:
             waited = f"first step of this start after {time.time() - self._began:.0f} s"

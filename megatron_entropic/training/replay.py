@@ -107,7 +107,7 @@ class _OneRank:
 
 def _compare(recorded: RecordedStep, config: Config, policy: _OneRank, *, state: str) -> Replay:
     batch = training_batch(recorded.groups(), config.algorithm.advantage)
-    batch, scores, measured = score_batch(policy, batch, config)
+    batch, scores, measured = score_batch(policy, batch, config, version=recorded.step - 1)
     updated = update_policy(policy, batch, config.algorithm, seed=config.run.seed, step=recorded.step)
     computed = {**measured, **updated}
     advantages = [sequence.advantages for sequence in batch.sequences if sequence.advantages is not None]

@@ -11,21 +11,100 @@ group-relative advantages are 0, so they would take part in the step without tea
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Protocol
 
+from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.cluster.sampling import Sampler
 from megatron_entropic.config.run import RolloutConfig
 from megatron_entropic.data import TaskDataset
 from megatron_entropic.rewards import RewardScorer
+from megatron_entropic.rollout.schedule import Moment
+from megatron_entropic.training.in_flight import SavedAttempt
 from megatron_entropic.training.journal import Journal
 from megatron_entropic.training.lifecycle import StopRequest
-from megatron_entropic.types import Group, Task
+from megatron_entropic.types import Group, Reward, Task, Trajectory
+
+
+class Rollouts(Protocol):
+    """A source of judged groups, step by step."""
+
+    def of_step(self, step: int) -> tuple[list[Group], dict[str, float]]:
+        """Judged groups of a step, in the order of its tasks, and the metrics reward/verifier_* and resampling/*."""
+
+    def before_update(self, policy: PolicyGroup) -> None:
+        """Take from the policy what only its weights as they are now can tell."""
+
+    def publishing(self, step: int) -> AbstractContextManager[None]:
+        """Let the weights of `step` come in the block, and go on with them after it."""
+
+    def in_flight(self, step: int) -> tuple[Moment, list[SavedAttempt]]:
+        """What a checkpoint of `step` has to keep of the steps after it, and the moment it goes on with."""
+
+
+class Rounds:
+    """The rounds of one step: its own tasks, then replacements of groups that are all alike.
+
+    A function of (seed, step) and of the verdicts, like everything else: replacements come from an order of their own.
+    A replacement takes the place of the group it replaces. What is still all alike after the last round stays.
+    """
+
+    def __init__(self, config: RolloutConfig, tasks: TaskDataset, step: int) -> None:
+        self._config, self._tasks, self._step = config, tasks, step
+        self._groups: list[Group] = []
+        self._judged: list[Group] = []
+        self._alike: list[int] = []
+        self._of_rounds: list[tuple[int, dict[str, float]]] = []
+        self._seen: set[int] = set()
+        self._asked = 0
+
+    def next_tasks(self) -> list[Task]:
+        """Tasks of the next round, after all of the one before were judged; none when the step is complete."""
+        rounds = len(self._of_rounds)
+        if not rounds:
+            tasks = self._tasks.at_step(self._step, self._config.prompts_per_step)
+        elif rounds > self._config.max_resamples or not self._alike:
+            return []
+        else:
+            tasks = self._tasks.replacements(self._step, rounds - 1, len(self._alike), self._seen)
+        self._seen |= {task.index for task in tasks}
+        return tasks
+
+    @property
+    def first_place(self) -> int:
+        """Place of the first task of the coming round; places count on, so that no seed comes twice."""
+        return self._asked
+
+    def judged(self, groups: list[Group], metrics: dict[str, float]) -> None:
+        """Take the groups of the round's tasks, in their order, and the metrics of judging them."""
+        if not self._of_rounds:
+            self._groups = list(groups)
+        for place, group in zip(self._alike, groups, strict=False):
+            self._groups[place] = group
+        self._asked += len(groups)
+        self._judged += groups
+        self._of_rounds.append((len(groups), metrics))
+        self._alike = [place for place, group in enumerate(self._groups) if group.alike]
+
+    def result(self) -> tuple[list[Group], dict[str, float]]:
+        """Groups of the step, and the metrics reward/verifier_* and resampling/*."""
+        merged = _merged(self._of_rounds)
+        if self._config.max_resamples:
+            rewards = [reward for group in self._judged for reward in group.rewards]
+            merged |= {
+                "resampling/rounds": float(len(self._of_rounds) - 1),
+                "resampling/replaced_groups": float(len(self._judged) - len(self._groups)),
+                "resampling/left_groups": float(len(self._alike)),
+                "resampling/verifier_reward_mean": fmean(reward.verifier for reward in rewards),
+            }
+        return self._groups, merged
 
 
 @dataclass
 class JudgedRollouts:
-    """Generator and judge of the groups of a step, which counts what it did."""
+    """Generator and judge of the groups of a step; engines wait while the policy learns from them."""
 
     config: RolloutConfig
     tasks: TaskDataset
@@ -35,38 +114,22 @@ class JudgedRollouts:
     stop: StopRequest
 
     def of_step(self, step: int) -> tuple[list[Group], dict[str, float]]:
-        """Generate and judge the groups of a step; returns them and the metrics reward/verifier_* and resampling/*.
+        """Generate and judge the groups of a step; returns them and the metrics reward/verifier_* and resampling/*."""
+        rounds = Rounds(self.config, self.tasks, step)
+        while tasks := rounds.next_tasks():
+            rounds.judged(*self._answered(step, tasks, first_place=rounds.first_place))
+        return rounds.result()
 
-        A function of (seed, step) and the weights, like everything else: replacements come from an order of their own.
-        A replacement takes the place of the group it replaces. What is still all alike after the last round stays.
-        """
-        asked = self.tasks.at_step(step, self.config.prompts_per_step)
-        groups, metrics = self._answered(step, asked, first_place=0)
-        judged, of_rounds = list(groups), [(len(groups), metrics)]
-        seen = {task.index for task in asked}
-        replaced = 0
-        while len(of_rounds) <= self.config.max_resamples and (
-            alike := [i for i, one in enumerate(groups) if one.alike]
-        ):
-            fresh = self.tasks.replacements(step, len(of_rounds) - 1, len(alike), seen)
-            if not fresh:
-                break
-            answered, metrics = self._answered(step, fresh, first_place=len(asked) + replaced)
-            of_rounds.append((len(answered), metrics))
-            judged += answered
-            replaced += len(fresh)
-            seen |= {task.index for task in fresh}
-            for place, group in zip(alike, answered, strict=False):
-                groups[place] = group
-        merged = _merged(of_rounds)
-        if self.config.max_resamples:
-            merged |= {
-                "resampling/rounds": float(len(of_rounds) - 1),
-                "resampling/replaced_groups": float(replaced),
-                "resampling/left_groups": float(sum(group.alike for group in groups)),
-                "resampling/verifier_reward_mean": fmean(one.verifier for group in judged for one in group.rewards),
-            }
-        return groups, merged
+    def before_update(self, policy: PolicyGroup) -> None:
+        """Nothing: all that these weights sampled has been scored."""
+
+    def publishing(self, step: int) -> AbstractContextManager[None]:
+        """Nothing is in flight that would have to go on."""
+        return nullcontext()
+
+    def in_flight(self, step: int) -> tuple[Moment, list[SavedAttempt]]:
+        """Nothing; see `Rollouts`."""
+        return Moment(step, 0, 0), []
 
     def _answered(self, step: int, tasks: list[Task], *, first_place: int) -> tuple[list[Group], dict[str, float]]:
         """Generate and judge one round of tasks; places count on from round to round, so that no seed comes twice."""
@@ -78,9 +141,13 @@ class JudgedRollouts:
                 )
             with self.journal.phase("reward"):
                 rewards, metrics = scoring.finish()
-        starts = range(0, len(trajectories), size)
-        groups = [Group(tuple(trajectories[i : i + size]), tuple(rewards[i : i + size])) for i in starts]
-        return groups, metrics
+        return grouped(trajectories, rewards, size), metrics
+
+
+def grouped(trajectories: list[Trajectory], rewards: list[Reward], size: int) -> list[Group]:
+    """Groups of `size` neighbouring trajectories with their rewards."""
+    starts = range(0, len(trajectories), size)
+    return [Group(tuple(trajectories[i : i + size]), tuple(rewards[i : i + size])) for i in starts]
 
 
 def _merged(rounds: list[tuple[int, dict[str, float]]]) -> dict[str, float]:

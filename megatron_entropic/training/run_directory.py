@@ -8,6 +8,9 @@ output_dir/
     warm_start.jsonl     one object a supervised step
     restarts.jsonl       why processes were started anew (cluster.max_restarts, cluster.max_engine_restarts)
     stacks/              what every process was doing when one did not answer in time
+    timeline.json        who worked when in the newest steps, for Perfetto, see logging.timeline_steps
+    schedule/            when requests and weights reached each engine, with rollout.lag
+    in_flight/           what was in flight at each checkpoint, with rollout.lag
     samples.jsonl        some responses of each step
     rollouts/            all responses of some steps, token by token, see logging.rollouts_every_steps
     checkpoints/         resumable state, see checkpoints/run_checkpoints.py

@@ -10,6 +10,7 @@ from itertools import chain
 from statistics import fmean
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from megatron_entropic.algorithms import advantages, importance_metrics, importance_ratios, mismatch_metrics
@@ -43,7 +44,7 @@ def training_batch(groups: list[Group], advantage: str) -> TrainingBatch:
 
 
 def score_batch(
-    policy: Learner, batch: TrainingBatch, config: Config
+    policy: Learner, batch: TrainingBatch, config: Config, *, version: int
 ) -> tuple[TrainingBatch, Scores, dict[str, float]]:
     """Score a batch; returns it with old and reference log-probs, the scores they are from, and metrics of these.
 
@@ -51,12 +52,14 @@ def score_batch(
         policy: the policy before the step's first update.
         batch: a batch of `training_batch`.
         config: configuration of the run.
+        version: version of the policy's weights.
     """
     if config.algorithm.kl.coefficient:
         batch = batch.with_reference(policy.score(list(batch.sequences), reference=True))
     scores = policy.score(list(batch.sequences))
     batch = batch.scored(scores)
-    return batch, scores, {**entropy_profile(batch, scores), **mismatch(batch), **importance(batch, config.rollout)}
+    measured = {**entropy_profile(batch, scores), **mismatch(batch), **importance(batch, config.rollout)}
+    return batch, scores, measured | (staleness(batch, version) if config.rollout.lag else {})
 
 
 def update_policy(
@@ -108,22 +111,77 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
 
 
 def mismatch(batch: TrainingBatch) -> dict[str, float]:
-    """Metrics of the distance between the engines' log-probs and the policy's own, before any update of this step."""
-    policy = torch.cat([s.old_logprobs for s in batch.sequences if s.old_logprobs is not None])
+    """Metrics mismatch/* of the distance between the engines' log-probs and the policy's for the same weights.
+
+    Where the policy was not asked for those of the weights that sampled, staleness is in them.
+    """
+    sampling = torch.cat([_sampling_logprobs(s) for s in batch.sequences])
     rollout = torch.cat([s.rollout_logprobs for s in batch.sequences if s.rollout_logprobs is not None])
-    return mismatch_metrics(policy, rollout)
+    return mismatch_metrics(sampling, rollout)
+
+
+def staleness(batch: TrainingBatch, version: int) -> dict[str, float]:
+    """Metrics staleness/* of tokens that older weights sampled than the policy's, whose version is `version`.
+
+    staleness/versions_mean, versions_max   by how many versions a token is older
+    staleness/stale_fraction                share of the tokens that are older at all
+    staleness/mixed_fraction                share of the responses that several versions sampled
+    staleness/logprob_abs_mean, k3 and the like, as mismatch/*, of log pi_old - log pi_sampled-it over all tokens, where
+        the policy was asked for the latter
+    """
+    trajectories = batch.trajectories
+    segments = [segment for one in trajectories for segment in one.segments]
+    ages = np.repeat([version - s.weights_version for s in segments], [s.tokens.size for s in segments])
+    found = {
+        "staleness/versions_mean": float(ages.mean()),
+        "staleness/versions_max": float(ages.max()),
+        "staleness/stale_fraction": float((ages > 0).mean()),
+        "staleness/mixed_fraction": fmean(len({s.weights_version for s in one.segments}) > 1 for one in trajectories),
+    }
+    if any(s.sampling_logprobs is not None for s in batch.sequences):
+        old = torch.cat([s.old_logprobs for s in batch.sequences if s.old_logprobs is not None])
+        distance = mismatch_metrics(old, torch.cat([_sampling_logprobs(s) for s in batch.sequences]))
+        found |= {name.replace("mismatch/", "staleness/"): value for name, value in distance.items()}
+    return found
 
 
 def importance(batch: TrainingBatch, rollout: RolloutConfig) -> dict[str, float]:
-    """Metrics importance/* of the rollout correction, before truncation; none without a correction."""
-    if rollout.importance_correction == "none":
-        return {}
-    ratios = [
-        importance_ratios(s.old_logprobs, s.rollout_logprobs, rollout.importance_level)
-        for s in batch.sequences
-        if s.old_logprobs is not None and s.rollout_logprobs is not None
-    ]
-    return importance_metrics(ratios, rollout.importance_correction, rollout.importance_cap)
+    """Metrics importance/* of the rollout correction, before truncation; none without a correction.
+
+    With `rollout.staleness_correction` those of pi_old / pi_sampled-it follow as importance/staleness_*.
+    """
+    found: dict[str, float] = {}
+    if rollout.importance_correction != "none":
+        ratios = [
+            importance_ratios(_corrected(s, rollout), s.rollout_logprobs, rollout.importance_level)
+            for s in batch.sequences
+            if s.rollout_logprobs is not None
+        ]
+        found |= importance_metrics(ratios, rollout.importance_correction, rollout.importance_cap)
+    if rollout.staleness_correction != "none":
+        ratios = [
+            importance_ratios(s.old_logprobs, _sampling_logprobs(s), rollout.importance_level)
+            for s in batch.sequences
+            if s.old_logprobs is not None
+        ]
+        metrics = importance_metrics(ratios, rollout.staleness_correction, rollout.importance_cap)
+        found |= {name.replace("importance/", "importance/staleness_"): value for name, value in metrics.items()}
+    return found
+
+
+def _sampling_logprobs(sequence: Sequence) -> torch.Tensor:
+    """Log-probs of the policy with the weights that sampled, or, where nobody asked for them, of the score pass."""
+    chosen = sequence.old_logprobs if sequence.sampling_logprobs is None else sequence.sampling_logprobs
+    assert chosen is not None, "scored"
+    return chosen
+
+
+def _corrected(sequence: Sequence, rollout: RolloutConfig) -> torch.Tensor:
+    """What the engine's log-probs are corrected to: the sampling weights' if staleness is corrected for by itself."""
+    if rollout.staleness_correction != "none":
+        return _sampling_logprobs(sequence)
+    assert sequence.old_logprobs is not None, "scored"
+    return sequence.old_logprobs
 
 
 def entropy_profile(batch: TrainingBatch, scores: Scores) -> dict[str, float]:
@@ -154,10 +212,12 @@ def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _sequence(trajectory: Trajectory, advantage: torch.Tensor) -> Sequence:
+    sampling = trajectory.sampling_logprobs
     prompt, response = torch.from_numpy(trajectory.task.tokens), torch.from_numpy(trajectory.response_tokens)
     return Sequence(
         tokens=torch.cat([prompt, response]).long(),
         prompt_length=prompt.numel(),
         advantages=advantage.expand(response.numel()).clone(),
         rollout_logprobs=torch.from_numpy(trajectory.rollout_logprobs),
+        sampling_logprobs=None if sampling is None else torch.from_numpy(sampling),
     )

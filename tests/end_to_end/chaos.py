@@ -232,6 +232,15 @@ class Chaos:
             self.violations += [f"step {step}: {key} is trained {n} times" for key, n in keys.items() if n > 1]
 
 
+def _tasks(run: Run) -> dict[int, list[tuple[int, int]]]:
+    """Task and number of every attempt that each step was trained on, in order."""
+    return {
+        step: [(one.trajectory.task.index, one.trajectory.sample_index) for one in read_rollouts(path).responses]
+        for step in recorded_steps(run.directory)
+        if (path := rollouts_path(run.directory, step))
+    }
+
+
 def _half_visible(root: Path) -> list[str]:
     """Checkpoints that count and are not whole. One that is being deleted loses its manifest first."""
     found = []
@@ -288,6 +297,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="One training under random faults.")
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--lag", type=int, default=0, help="rollout.lag of the run; engines are then always at work")
     parser.add_argument("--output-dir", type=Path, required=True)
     options = parser.parse_args()
     draw = random.Random(options.seed)
@@ -296,14 +307,20 @@ def main() -> int:
     prepare = [sys.executable, str(ROOT / "examples/countdown/prepare.py"), "--output", str(assets)]
     subprocess.run(prepare, check=True, timeout=300)
     # A step takes a second or two, a fault waits for one; what is left over is done in peace.
-    steps = f"train.steps={4 * options.faults}"
-    calm = Run(folder / "calm", [*countdown_settings(folder / "calm", assets), *SETTINGS, steps])
+    settings = [*SETTINGS, f"train.steps={4 * options.faults}"]
+    calm = Run(folder / "calm", [*countdown_settings(folder / "calm", assets), *settings])
     calm.finish()
-    run = Run(folder / "run", [*countdown_settings(folder / "run", assets), *SETTINGS, steps], inside=OWN_NETWORK)
-    chaos = Chaos(run, random_faults(KINDS, options.faults, draw), draw)
+    if options.lag:
+        # With longer responses some are in flight whenever a fault comes.
+        settings += [f"rollout.lag={options.lag}", "rollout.max_response_tokens=40", "rollout.engines=2"]
+    run = Run(folder / "run", [*countdown_settings(folder / "run", assets), *settings], inside=OWN_NETWORK)
+    chaos = Chaos(run, random_faults(options.kinds, options.faults, draw), draw)
     with own_disk(run.directory):
         chaos.go()
-        if run.reproducible_metrics() != calm.reproducible_metrics():
+        if _tasks(run) != _tasks(calm):
+            chaos.violations.append("steps were trained on other tasks than those of the undisturbed run")
+        # The clock decides which version samples a token, so no two runs with a lag are alike.
+        if not options.lag and run.reproducible_metrics() != calm.reproducible_metrics():
             chaos.violations.append("metrics differ from those of the undisturbed run")
         lasted = len(run.metrics())
     console = Console(highlight=False)

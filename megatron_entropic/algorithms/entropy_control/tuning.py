@@ -31,8 +31,9 @@ MIN_SIGNIFICANCE = 3.0
 """Number of standard errors that g must be above 0; else the run says nothing about it."""
 USABLE_ALPHA = 0.9
 """Largest |alpha| that may be needed just to hold the target."""
-LARGEST_POLE = 0.5
-"""Largest pole p: a faster loop would chase the noise of single measurements."""
+DELAY_MARGIN = 0.5
+"""Largest g K_p as a share of `delay_bound`: a loop nearer to it rings, and without delay chases the noise of single
+measurements."""
 NOISE_WIDTH = 1.5
 """Standard deviations of noise that alpha has room for: about 7 % of the measurements are further out on one side."""
 START_SATURATES = "alpha would saturate"
@@ -63,6 +64,18 @@ class Proposal:
     settling_steps: float
     """Optimizer steps in which entropy settles; more than wanted where alpha would saturate."""
     reasoning: tuple[str, ...]
+
+
+def delay_bound(delay: int) -> float:
+    """Value of g K_p from which on control by P oscillates when it answers to entropy that is `delay` steps old.
+
+    With alpha[k] = K_p e[k - d] the error obeys z^(d + 1) - z^d + g K_p = 0, whose roots are inside the unit circle
+    for 0 < g K_p < 2 sin(pi / (2 (2 d + 1))): 2, 1, 0.62, 0.45, 0.35 for d = 0 .. 4.
+
+    Args:
+        delay: optimizer steps by which the entropy that is fed back is older than the policy.
+    """
+    return 2.0 * math.sin(math.pi / (2.0 * (2.0 * delay + 1.0)))
 
 
 def identify_plant(entropies: Seq[float], alphas: Seq[float], updates_per_row: int = 1) -> Plant:
@@ -105,12 +118,19 @@ def identify_plant(entropies: Seq[float], alphas: Seq[float], updates_per_row: i
     return Plant(gain, drift, error, noise)
 
 
-def propose_gains(plant: Plant, entropy: float, target: float, settling_steps: float) -> Proposal:
+def propose_gains(plant: Plant, entropy: float, target: float, settling_steps: float, delay: int = 0) -> Proposal:
     """Propose K_p and K_i that bring `entropy` to `target` within `settling_steps` optimizer steps without saturating
     alpha.
 
     Where the wanted time needs |alpha| > 1 at the start, or lets noise take alpha there, the shortest time that does
     not is taken, and said.
+
+    Args:
+        plant: response of entropy to alpha.
+        entropy: entropy now, nats.
+        target: where it is to go, nats.
+        settling_steps: optimizer steps to get there.
+        delay: optimizer steps by which the entropy that is fed back is old.
 
     Raises:
         ValueError: settling_steps < 1, or holding the target needs more than alpha can do.
@@ -130,7 +150,7 @@ def propose_gains(plant: Plant, entropy: float, target: float, settling_steps: f
         )
     error = entropy - target
     wanted = SETTLING_POLE_STEPS / settling_steps
-    limits = _pole_limits(plant, error, holding)
+    limits = _pole_limits(plant, error, holding, delay)
     reason = min(limits, key=lambda name: limits[name])
     pole = min(wanted, limits[reason])
     says.append(
@@ -149,7 +169,7 @@ def propose_gains(plant: Plant, entropy: float, target: float, settling_steps: f
     return Proposal(kp, ki, holding, SETTLING_POLE_STEPS / pole, tuple(says))
 
 
-def _pole_limits(plant: Plant, error: float, holding: float) -> dict[str, float]:
+def _pole_limits(plant: Plant, error: float, holding: float, delay: int) -> dict[str, float]:
     """Largest p before each thing that goes wrong beyond it, by its name."""
     # The first alpha is b / g + K_p e = b / g + 2 p e / g, and has to stay within 1 on the side of e.
     room = 1.0 - math.copysign(holding, holding * error)
@@ -160,7 +180,10 @@ def _pole_limits(plant: Plant, error: float, holding: float) -> dict[str, float]
         "noise would saturate alpha": spare * plant.gain / (2.0 * NOISE_WIDTH * plant.noise)
         if plant.noise
         else math.inf,
-        "the loop would chase noise": LARGEST_POLE,
+        # g K_p = 2 p.
+        f"entropy that is {delay} steps old would make the loop ring"
+        if delay
+        else "the loop would chase noise": DELAY_MARGIN * delay_bound(delay) / 2.0,
     }
 
 

@@ -19,6 +19,7 @@ from megatron_entropic.algorithms import MicrobatchLocalController, Steering, bu
 from megatron_entropic.config.algorithm import EntropyControlConfig
 from megatron_entropic.config.run import Config
 from megatron_entropic.policy.megatron.parallel import ParallelState, verify_equal
+from megatron_entropic.types import Scores, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +41,47 @@ class EntropyMeasurement:
         return self.token_count > 0 and math.isfinite(self.entropy_sum)
 
 
+def measured_entropy(sequences: list[Sequence], scores: Scores, feedback: str, cap: float) -> torch.Tensor:
+    """Sum of this replica's token entropies, nats, and number of its tokens, [2] float64.
+
+    Where older weights sampled tokens (`Sequence.sampling_logprobs`), each token counts by the weight of its state: how
+    much more often the policy that is scored now would come there than those that did,
+
+        w_t = clip(prod over the response's tokens s < t of pi_now(s) / pi_sampled-it(s), 1 / cap, cap)
+
+    so that the mean is an estimate for the states of the current policy, of bounded variance. With feedback "sampling"
+    the entropy of a token is minus its log-prob as the engine reported it, and the weights are 1.
+
+    Args:
+        sequences: scored sequences of this replica.
+        scores: their scores.
+        feedback: name of the feedback.
+        cap: `rollout.importance_cap`.
+    """
+    total = torch.zeros(2, dtype=torch.float64)
+    for sequence, logprobs, entropies in zip(sequences, scores.logprobs, scores.entropies, strict=True):
+        if feedback == "sampling":
+            assert sequence.rollout_logprobs is not None, "rollouts have log-probs"
+            total += torch.tensor([-float(sequence.rollout_logprobs.double().sum()), entropies.numel()])
+            continue
+        if sequence.sampling_logprobs is None:
+            total += torch.tensor([float(entropies.double().sum()), entropies.numel()], dtype=torch.float64)
+            continue
+        steps = (logprobs - sequence.sampling_logprobs).double().nan_to_num(nan=0.0)
+        before = steps.cumsum(0) - steps
+        weights = before.clamp(-math.log(cap), math.log(cap)).exp()
+        total += torch.stack([(weights * entropies.double()).sum(), weights.sum()])
+    return total
+
+
 class EntropyControl:
     """One rank's replica of the controller with the feedback that the configuration asks for.
 
     Args:
         config: the `entropy_control` section, enabled.
-        feedback: "score_pass" (the latest scoring pass) or "previous_step" (the entropy measured during the previous
-            optimizer step; the first step uses the scoring pass).
+        feedback: "score_pass" (the latest scoring pass), "sampling" (the log-probs that the engines reported) or
+            "previous_step" (the entropy measured during the previous optimizer step; the first step uses the scoring
+            pass).
         parallel: this rank's place.
         device: device of the policy.
     """
@@ -54,7 +89,7 @@ class EntropyControl:
     def __init__(
         self, config: EntropyControlConfig, feedback: str, parallel: ParallelState, device: torch.device
     ) -> None:
-        assert feedback in ("score_pass", "previous_step"), feedback
+        assert feedback in ("score_pass", "previous_step", "sampling"), feedback
         self.controller = build_controller(config)
         self.measures_updates = feedback == "previous_step"
         self._parallel = parallel

@@ -25,6 +25,8 @@ class LossSettings:
     max_response_tokens: int
     correction: str
     """Correction for the rollout: none, tis or mis."""
+    staleness_correction: str
+    """Correction for weights that are older than the policy's: none, tis or mis."""
     correction_level: str
     correction_cap: float
     tau: float
@@ -56,6 +58,7 @@ class LossSettings:
             loss=loss,
             max_response_tokens=config.rollout.max_response_tokens,
             correction=config.rollout.importance_correction,
+            staleness_correction=config.rollout.staleness_correction,
             correction_level=config.rollout.importance_level,
             correction_cap=config.rollout.importance_cap,
             tau=control.tau,
@@ -111,7 +114,7 @@ def token_fields(
         lengths=to_device(torch.tensor([s.response_length for s in sequences], dtype=torch.int64), device),
         old_logprobs=_column(sequences, "old_logprobs", device),
         advantages=_column(sequences, "advantages", device),
-        correction=None if settings.correction == "none" else _correction(sequences, settings, device),
+        correction=_correction(sequences, settings, device),
         reference_logprobs=(
             _column(sequences, "reference_logprobs", device) if settings.algorithm.kl.coefficient > 0 else None
         ),
@@ -119,15 +122,36 @@ def token_fields(
     )
 
 
-def _correction(sequences: Seq[Sequence], settings: LossSettings, device: torch.device) -> Tensor:
-    _column(sequences, "rollout_logprobs", device)
+def _correction(sequences: Seq[Sequence], settings: LossSettings, device: torch.device) -> Tensor | None:
+    """Product of the weights for engine numerics, pi_v / pi_engine, and for staleness, pi_old / pi_v; None without.
+
+    Where staleness has no correction of its own, the first is that of both: pi_old / pi_engine.
+    """
+    split = settings.staleness_correction != "none"
+    weights = None
+    if settings.correction != "none":
+        _column(sequences, "rollout_logprobs", device)
+        weights = _weights(sequences, settings, settings.correction, "sampling" if split else "old", "rollout")
+    if split:
+        of_staleness = _weights(sequences, settings, settings.staleness_correction, "old", "sampling")
+        weights = of_staleness if weights is None else weights * of_staleness
+    return None if weights is None else to_device(weights, device)
+
+
+def _weights(sequences: Seq[Sequence], settings: LossSettings, method: str, above: str, below: str) -> Tensor:
     ratios = [
-        importance_ratios(s.old_logprobs.float(), s.rollout_logprobs.float(), settings.correction_level)
+        importance_ratios(_logprobs(s, above).float(), _logprobs(s, below).float(), settings.correction_level)
         for s in sequences
-        if s.old_logprobs is not None and s.rollout_logprobs is not None
     ]
-    weights = importance_weights(torch.cat(ratios), settings.correction, settings.correction_cap)
-    return to_device(weights, device)
+    return importance_weights(torch.cat(ratios), method, settings.correction_cap)
+
+
+def _logprobs(sequence: Sequence, name: str) -> Tensor:
+    # Without older tokens the weights that sampled are those that scored.
+    if name == "sampling" and sequence.sampling_logprobs is None:
+        name = "old"
+    found: Tensor = getattr(sequence, f"{name}_logprobs")
+    return found
 
 
 def _column(sequences: Seq[Sequence], name: str, device: torch.device) -> Tensor:

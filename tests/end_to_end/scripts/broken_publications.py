@@ -52,11 +52,11 @@ def broken_publication(cluster: Any, version: int, actor: Any, config: Config) -
 def broken_start(config: Config, victim: str) -> dict[str, Any]:
     """Publishes and generates, then publishes while `victim` (policy or engine) is lost; one engine may be replaced."""
     from megatron_entropic.cluster.launch import launch
-    from megatron_entropic.cluster.sampling import Sampler
+    from megatron_entropic.cluster.sampling import DealtOut, Sampler
 
     tasks = [Task(index, np.array([3, 4, 5], np.int32), "", None) for index in range(2)]
     with launch(config) as cluster:
-        sampler = Sampler(config, cluster, load_tokenizer(config.model.hf_dir))
+        sampler = Sampler(config, DealtOut(cluster), load_tokenizer(config.model.hf_dir))
         cluster.publish(version=1)
         seen: dict[str, Any] = {"versions": [one.weights_version for one in sampler.generate(tasks, 1)]}
         if victim == "engine":

@@ -37,14 +37,14 @@ def main(folder: Path) -> None:
     )
     prepare_ray_environment(config.cluster)
     from megatron_entropic.cluster.launch import launch_engines
-    from megatron_entropic.cluster.sampling import Sampler
+    from megatron_entropic.cluster.sampling import DealtOut, Sampler
 
     tasks = [Task(index, np.arange(5 + index, 15 + index, dtype=np.int32), "", None) for index in range(7)]
     positions: list[int] = []
     seen_at_s: list[float] = []
     partly: list[list[Any]] = []
     with launch_engines(config) as cluster:
-        sampler = Sampler(config, cluster, load_tokenizer(config.model.hf_dir))
+        sampler = Sampler(config, DealtOut(cluster), load_tokenizer(config.model.hf_dir))
         whole = sampler.generate(tasks, 1)
 
         def take(position: int, one: Trajectory) -> None:

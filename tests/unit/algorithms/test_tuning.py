@@ -12,7 +12,13 @@ import pytest
 
 from megatron_entropic.algorithms import EntropyController, build_controller
 from megatron_entropic.algorithms.entropy_control import Controller
-from megatron_entropic.algorithms.entropy_control.tuning import Plant, identify_plant, propose_gains, settled_after
+from megatron_entropic.algorithms.entropy_control.tuning import (
+    Plant,
+    delay_bound,
+    identify_plant,
+    propose_gains,
+    settled_after,
+)
 from megatron_entropic.cli import main
 from megatron_entropic.config.algorithm import EntropyControlConfig
 
@@ -163,3 +169,21 @@ def test_the_command_prints_overrides(tmp_path: Path, capsys: pytest.CaptureFixt
     assert re.search(r"entropy_control.initial_alpha=-0\.2\d+ entropy_control.target=0.5$", printed, re.MULTILINE)
     assert main(["tune", str(tmp_path), "--last", "5"]) == 2
     assert "at least 10 steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("delay", "bound"), [(0, 2.0), (1, 1.0), (2, 0.618), (4, 0.347), (8, 0.185)])
+def test_a_loop_with_old_entropy_oscillates_beyond_its_bound(delay: int, bound: float) -> None:
+    assert delay_bound(delay) == pytest.approx(bound, abs=1e-3)
+    for gain, grows in ((0.97 * delay_bound(delay), False), (1.03 * delay_bound(delay), True)):
+        errors = [1.0] * (delay + 1)
+        for _ in range(3000):
+            errors.append(errors[-1] - gain * errors[-1 - delay])
+        assert (max(map(abs, errors[-50:])) > 1.0) == grows
+
+
+def test_gains_for_old_entropy_stay_within_half_of_the_bound() -> None:
+    plant = Plant(gain=0.05, drift=0.0, gain_error=0.001, noise=0.0)
+    for delay in (0, 1, 4):
+        proposal = propose_gains(plant, 0.501, 0.5, settling_steps=1, delay=delay)
+        assert proposal.kp * plant.gain == pytest.approx(0.5 * delay_bound(delay))
+    assert any("4 steps old would make the loop ring" in line for line in proposal.reasoning)

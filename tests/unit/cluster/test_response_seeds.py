@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from trajectories import reward_of, task_of
 
-from megatron_entropic.cluster.sampling import Sampler, sample_seed
+from megatron_entropic.cluster.sampling import DealtOut, Sampler
 from megatron_entropic.config.run import Config
 from megatron_entropic.training.rollouts import JudgedRollouts
-from megatron_entropic.types import GenerationRequest, Response, Segment, Task, Trajectory
+from megatron_entropic.types import GenerationRequest, Response, Segment, Task, Trajectory, derived_seed
 
 
 def _config(engines: int = 1, **rollout: object) -> Config:
@@ -68,7 +68,7 @@ def _sampler(config: Config) -> Sampler:
 
     cluster: Any = SimpleNamespace(engines=engines, rollout=rollout)
     tokenizer: Any = Tokenizer()
-    return Sampler(config, cluster, tokenizer)
+    return Sampler(config, DealtOut(cluster), tokenizer)
 
 
 def _plain(trajectories: list[Trajectory]) -> list[tuple[int, int, str]]:
@@ -143,7 +143,7 @@ def test_no_seed_comes_twice_over_all_rounds_of_dynamic_sampling() -> None:
 
 
 def test_every_response_has_a_seed_of_its_own() -> None:
-    seeds = [sample_seed(1, step, prompt, sample) for step in range(20) for prompt in range(20) for sample in range(8)]
+    seeds = [derived_seed(1, step, prompt, sample) for step in range(20) for prompt in range(20) for sample in range(8)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**31 for seed in seeds)
-    assert sample_seed(1, 2, 3, 4) == sample_seed(1, 2, 3, 4) != sample_seed(2, 2, 3, 4)
+    assert derived_seed(1, 2, 3, 4) == derived_seed(1, 2, 3, 4) != derived_seed(2, 2, 3, 4)
