@@ -76,6 +76,14 @@ class PolicyConfig(Section):
         1,
         description="Chunks of layers on each stage (interleaved 1F1B): a smaller bubble, more traffic.",
     )
+    first_stage_layers: Annotated[Count, Field(ge=1)] | None = Field(
+        None,
+        description="Layers of the first pipeline stage, for numbers of layers that pipeline_parallel does not divide; "
+        "the stages without a number of their own share the rest. None: as many as the others.",
+    )
+    last_stage_layers: Annotated[Count, Field(ge=1)] | None = Field(
+        None, description="Layers of the last pipeline stage, which has the output layer besides. None: as the others."
+    )
     data_parallel: Ranks = 1
     context_parallel: Ranks = Field(
         1,

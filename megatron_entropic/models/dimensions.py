@@ -19,6 +19,7 @@ from megatron_entropic.models.read_config import (
     read_latent,
     read_rope,
 )
+from megatron_entropic.models.stages import PipelineStages, StageSizes
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,8 @@ class ModelDimensions:
     def parallel_problems(
         self,
         tensor_parallel: int,
-        pipeline_parallel: int = 1,
+        stages: StageSizes | None = None,
         *,
-        virtual_pipeline_parallel: int = 1,
         expert_parallel: int = 1,
         expert_tensor_parallel: int | None = None,
     ) -> list[str]:
@@ -129,13 +129,7 @@ class ModelDimensions:
         for name, size in divided:
             if size % tensor_parallel:
                 problems.append(f"tensor_parallel={tensor_parallel} does not divide the {name} ({size})")
-        if self.num_layers % pipeline_parallel:
-            problems.append(f"pipeline_parallel={pipeline_parallel} does not divide the {self.num_layers} layers")
-        elif self.num_layers % (pipeline_parallel * virtual_pipeline_parallel):
-            problems.append(
-                f"virtual_pipeline_parallel={virtual_pipeline_parallel} x pipeline_parallel={pipeline_parallel} does "
-                f"not divide the {self.num_layers} layers"
-            )
+        problems += (stages or StageSizes()).problems(self.num_layers)
         if self.experts is not None:
             problems += self.experts.parallel_problems(expert_parallel, expert_tensor_parallel or tensor_parallel)
         else:
@@ -147,8 +141,7 @@ class ModelDimensions:
         """Reasons why this model cannot be laid out as configured, each beginning with a key of `policy`."""
         problems = self.parallel_problems(
             policy.tensor_parallel,
-            policy.pipeline_parallel,
-            virtual_pipeline_parallel=policy.virtual_pipeline_parallel,
+            StageSizes.of(policy),
             expert_parallel=policy.expert_parallel,
             expert_tensor_parallel=policy.expert_tensor_parallel,
         )
@@ -172,12 +165,19 @@ class ModelDimensions:
             )
         return problems
 
+    def pipeline_stages(self, policy: PolicyConfig) -> PipelineStages:
+        """Layers of every stage under a layout.
+
+        Raises:
+            UserError: the layout does not share out the layers.
+        """
+        return StageSizes.of(policy).of_layers(self.num_layers)
+
     def check_parallel(
         self,
         tensor_parallel: int,
-        pipeline_parallel: int = 1,
+        stages: StageSizes | None = None,
         *,
-        virtual_pipeline_parallel: int = 1,
         expert_parallel: int = 1,
         expert_tensor_parallel: int | None = None,
     ) -> None:
@@ -188,8 +188,7 @@ class ModelDimensions:
         """
         problems = self.parallel_problems(
             tensor_parallel,
-            pipeline_parallel,
-            virtual_pipeline_parallel=virtual_pipeline_parallel,
+            stages,
             expert_parallel=expert_parallel,
             expert_tensor_parallel=expert_tensor_parallel,
         )

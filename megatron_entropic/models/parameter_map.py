@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_entropic.models.dimensions import ModelDimensions
 from megatron_entropic.models.families import ARCHITECTURES, Row
 from megatron_entropic.models.layouts import Layout, Shape, slice_for_rank, write_slice
+from megatron_entropic.models.stages import PipelineStages
 
 # Transformer Engine's layer specs fuse a norm into the linear layer behind it.
 _FUSED_NORMS = {
@@ -104,46 +105,29 @@ class ParameterMap:
         """Whether a global Megatron name is that of a buffer whose values the checkpoint holds."""
         return name in self._by_name and self._by_name[name].buffer
 
-    def stage_of(self, entry: Entry, pipeline_parallel: int, virtual_pipeline_parallel: int = 1) -> int:
-        """Pipeline stage that owns a parameter: equal runs of layers, embedding first, final norm and output last.
-
-        With `virtual_pipeline_parallel` chunks on each stage, stages take runs in turn.
-        """
-        layers = self._layers_of_chunk(pipeline_parallel, virtual_pipeline_parallel)
+    def stage_of(self, entry: Entry, stages: PipelineStages) -> int:
+        """Pipeline stage that owns a parameter: that of its layer, embedding first, final norm and output last."""
         if entry.layer is not None:
-            return entry.layer // layers % pipeline_parallel
-        return 0 if entry.megatron_name == self.entries[0].megatron_name else pipeline_parallel - 1
+            return stages.place(entry.layer)[0]
+        return 0 if entry.megatron_name == self.entries[0].megatron_name else stages.count - 1
 
-    def chunk_of(self, entry: Entry, pipeline_parallel: int, virtual_pipeline_parallel: int) -> int:
+    def chunk_of(self, entry: Entry, stages: PipelineStages) -> int:
         """Index of the chunk, among its stage's, that a parameter belongs to; see `stage_of`."""
-        layers = self._layers_of_chunk(pipeline_parallel, virtual_pipeline_parallel)
         if entry.layer is not None:
-            return entry.layer // layers // pipeline_parallel
-        return 0 if entry.megatron_name == self.entries[0].megatron_name else virtual_pipeline_parallel - 1
+            return stages.place(entry.layer)[1]
+        return 0 if entry.megatron_name == self.entries[0].megatron_name else stages.chunks - 1
 
-    def first_layer(
-        self, stage: int, pipeline_parallel: int, chunk: int = 0, virtual_pipeline_parallel: int = 1
-    ) -> int:
-        """Global number of layer 0 of a pipeline stage's chunk."""
-        layers = self._layers_of_chunk(pipeline_parallel, virtual_pipeline_parallel)
-        return (chunk * pipeline_parallel + stage) * layers
-
-    def _layers_of_chunk(self, pipeline_parallel: int, virtual_pipeline_parallel: int) -> int:
-        self.dimensions.check_parallel(1, pipeline_parallel, virtual_pipeline_parallel=virtual_pipeline_parallel)
-        return self.dimensions.num_layers // (pipeline_parallel * virtual_pipeline_parallel)
-
-    def entries_of_stage(
-        self, stage: int, pipeline_parallel: int, virtual_pipeline_parallel: int = 1
-    ) -> tuple[Entry, ...]:
+    def entries_of_stage(self, stage: int, stages: PipelineStages) -> tuple[Entry, ...]:
         """Parameters that a stage's GPTModels hold.
 
         With tied embeddings the output layer is a parameter of its own only where the last stage is not the first.
         """
+        layers = set(stages.of_stage(stage))
         return tuple(
             entry
             for entry in self.entries
-            if self.stage_of(entry, pipeline_parallel, virtual_pipeline_parallel) == stage
-            and (entry.exported or pipeline_parallel > 1)
+            if (entry.layer in layers if entry.layer is not None else self.stage_of(entry, stages) == stage)
+            and (entry.exported or stages.count > 1)
         )
 
     def expert_rank(self, entry: Entry, expert_parallel: int) -> int:

@@ -16,7 +16,7 @@ from megatron_entropic.planning.activations import expert_token_share, rank_toke
 from megatron_entropic.planning.compute import Direction
 from megatron_entropic.planning.hardware import Hardware
 from megatron_entropic.planning.memory import overlaps, repeats_feed_forward
-from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable
+from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable, PlannedModel
 
 Kind = Literal["tensor", "context", "expert", "pipeline", "data"]
 
@@ -87,7 +87,7 @@ def _tensor(
     inputs gathered once more for the gradients of the weights.
     """
     policy, model = config.policy, table.model
-    ranks, layers = policy.tensor_parallel, model.dimensions.num_layers // policy.pipeline_parallel
+    ranks, layers = policy.tensor_parallel, _most_layers(model, policy)
     size = _hidden_bytes(config, table, tokens)
     # Shared experts gather and scatter as a dense feed-forward part does.
     shared = model.experts is not None and model.experts.shared_ffn_hidden_size > 0
@@ -112,7 +112,7 @@ def _context(
 ) -> Iterator[Traffic]:
     """Traffic of the keys and values of the other ranks' tokens in every layer, and of their gradients back."""
     policy, dimensions = config.policy, table.model.dimensions
-    ranks, layers = policy.context_parallel, dimensions.num_layers // policy.pipeline_parallel
+    ranks, layers = policy.context_parallel, _most_layers(table.model, policy)
     heads = dimensions.num_query_groups / policy.tensor_parallel
     width = heads * (dimensions.head_dim + dimensions.value_head_dim)
     size = tokens / ranks * width * ITEM_BYTES[config.model.dtype]
@@ -133,7 +133,7 @@ def _expert(
     policy, model = config.policy, table.model
     if model.experts is None:
         return
-    layers = model.dimensions.num_layers // policy.pipeline_parallel
+    layers = _most_layers(model, policy)
     exchanges = 2 * layers * (1 if direction == "forward" else 3 if repeats_feed_forward(config) else 2)
     per_token, hidden = model.experts.per_token, _hidden_bytes(config, table, tokens)
     own = hidden / (policy.tensor_parallel if policy.sequence_parallel else 1)
@@ -191,6 +191,11 @@ def _gradients(config: Config, table: ParameterTable, hardware: Hardware, stage:
         else:
             sent = 8 * buffer.elements * share
             yield Traffic("data", "all-reduce of gradients", ranks, crosses, count, sent, members)
+
+
+def _most_layers(model: PlannedModel, policy: PolicyConfig) -> int:
+    """Number of layers of the stage that has most."""
+    return max(model.dimensions.pipeline_stages(policy).layers)
 
 
 def _hidden_bytes(config: Config, table: ParameterTable, tokens: float) -> float:

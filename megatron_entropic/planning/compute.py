@@ -62,9 +62,10 @@ def device_s(
     config: Config, table: ParameterTable, schedule: Schedule, hardware: Hardware, direction: Direction
 ) -> float:
     """Seconds of the slowest stage's GPU on one micro-batch, communication not included."""
-    return _product_s(config, table, schedule, hardware, direction) + (
-        _memory_bytes(config, table, schedule, direction) / (hardware.memory_efficiency * hardware.memory_bytes_per_s)
-    )
+    turn = _Turn(config, table, schedule, hardware, direction)
+    last = config.policy.pipeline_parallel - 1
+    # Stages between the second and the last are like the second.
+    return max(turn.device_s(stage) for stage in sorted({0, min(1, last), last}))
 
 
 def host_s(config: Config, table: ParameterTable, hardware: Hardware, direction: Direction) -> float:
@@ -77,48 +78,65 @@ def host_s(config: Config, table: ParameterTable, hardware: Hardware, direction:
     share = _FORWARD_HOST_SHARE
     if direction == "update":
         share = 1 + (_FORWARD_HOST_SHARE if config.policy.recompute == "full" else 0)
-    return share * seconds / config.policy.pipeline_parallel
+    most = max(dimensions.pipeline_stages(config.policy).layers)
+    return share * seconds * most / dimensions.num_layers
 
 
-def _product_s(
-    config: Config, table: ParameterTable, schedule: Schedule, hardware: Hardware, direction: Direction
-) -> float:
-    policy, dtype = config.policy, config.model.dtype
-    done = work(table, schedule.mean_tokens)
-    layers, again, head = 1, 0.0, 1
-    if direction == "update":
-        layers = 4 if policy.recompute == "full" else 3
-        again = done.feed_forward if policy.recompute == "selective" and repeats_feed_forward(config) else 0.0
-        head = 4 if config.output_head == "recompute" else 3
-    wide = hardware.product_efficiency * hardware.flop_per_s(dtype)
-    narrow = hardware.product_efficiency * hardware.flop_per_s(dtype, float8=policy.fp8 != "off")
-    attention = hardware.attention_efficiency * hardware.flop_per_s(dtype)
-    # The last stage has the output layer besides its layers.
-    per_token = (
-        (layers * done.layers + again) / narrow + layers * done.attention / attention
-    ) / policy.pipeline_parallel + head * done.head / wide
-    return schedule.tokens * per_token / (policy.tensor_parallel * policy.context_parallel)
+@dataclass(frozen=True)
+class _Turn:
+    """One micro-batch on the GPUs of the policy."""
 
+    config: Config
+    table: ParameterTable
+    schedule: Schedule
+    hardware: Hardware
+    direction: Direction
 
-def _memory_bytes(config: Config, table: ParameterTable, schedule: Schedule, direction: Direction) -> float:
-    """Bytes that the last stage reads and writes: activations, parameters with their gradients, logits."""
-    policy, model, item = config.policy, table.model, ITEM_BYTES[config.model.dtype]
-    dimensions, tokens = model.dimensions, round(schedule.tokens)
-    update, again = direction == "update", policy.recompute == "full"
-    passes = _FORWARD_PASSES if not update else _UPDATE_PASSES + (_FORWARD_PASSES if again else 0)
-    sparse = sum(dimensions.has_experts(layer) for layer in range(dimensions.num_layers))
-    kept = sum(
-        count
-        * layer_bytes(
-            model, policy, tokens, dtype=config.model.dtype, attention=attention_kind(config), experts=experts
-        ).complete
-        for experts, count in ((True, sparse), (False, dimensions.num_layers - sparse))
-        if count
-    )
-    parameters = table.stage(policy, policy.pipeline_parallel - 1).elements
-    touched = item if not update else (3 if again else 2) * item + 8
-    logits = rank_tokens(policy, tokens) * dimensions.padded_vocab_size(policy.tensor_parallel) / policy.tensor_parallel
-    return passes * (kept / policy.pipeline_parallel + item * logits) + touched * parameters
+    def device_s(self, stage: int) -> float:
+        """Seconds of a GPU of one stage."""
+        hardware, policy = self.hardware, self.config.policy
+        layers = self.table.model.dimensions.pipeline_stages(policy).layers[stage]
+        share = layers / self.table.model.dimensions.num_layers
+        is_last = stage == policy.pipeline_parallel - 1
+        memory_rate = hardware.memory_efficiency * hardware.memory_bytes_per_s
+        return self._product_s(share, is_last) + self._memory_bytes(stage, share, is_last) / memory_rate
+
+    def _product_s(self, share: float, is_last: bool) -> float:
+        """Seconds of the products of a share of the layers, and of the output layer."""
+        config, hardware, policy = self.config, self.hardware, self.config.policy
+        done = work(self.table, self.schedule.mean_tokens)
+        layers, again, head = 1, 0.0, 1
+        if self.direction == "update":
+            layers = 4 if policy.recompute == "full" else 3
+            again = done.feed_forward if policy.recompute == "selective" and repeats_feed_forward(config) else 0.0
+            head = 4 if config.output_head == "recompute" else 3
+        wide = hardware.product_efficiency * hardware.flop_per_s(config.model.dtype)
+        narrow = hardware.product_efficiency * hardware.flop_per_s(config.model.dtype, float8=policy.fp8 != "off")
+        attention = hardware.attention_efficiency * hardware.flop_per_s(config.model.dtype)
+        per_token = share * ((layers * done.layers + again) / narrow + layers * done.attention / attention)
+        if is_last:
+            per_token += head * done.head / wide
+        return self.schedule.tokens * per_token / (policy.tensor_parallel * policy.context_parallel)
+
+    def _memory_bytes(self, stage: int, share: float, is_last: bool) -> float:
+        """Bytes that a stage reads and writes: activations, parameters with their gradients, logits."""
+        policy, model, dtype = self.config.policy, self.table.model, self.config.model.dtype
+        dimensions, tokens, item = model.dimensions, round(self.schedule.tokens), ITEM_BYTES[dtype]
+        update, again = self.direction == "update", policy.recompute == "full"
+        passes = _FORWARD_PASSES if not update else _UPDATE_PASSES + (_FORWARD_PASSES if again else 0)
+        sparse = sum(dimensions.has_experts(layer) for layer in range(dimensions.num_layers))
+        attention = attention_kind(self.config)
+        kept = sum(
+            count * layer_bytes(model, policy, tokens, dtype=dtype, attention=attention, experts=experts).complete
+            for experts, count in ((True, sparse), (False, dimensions.num_layers - sparse))
+            if count
+        )
+        logits = 0.0
+        if is_last:
+            columns = dimensions.padded_vocab_size(policy.tensor_parallel) / policy.tensor_parallel
+            logits = item * rank_tokens(policy, tokens) * columns
+        touched = item if not update else (3 if again else 2) * item + 8
+        return passes * (share * kept + logits) + touched * self.table.stage(policy, stage).elements
 
 
 def _feed_forward_elements(table: ParameterTable) -> float:

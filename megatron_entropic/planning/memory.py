@@ -120,9 +120,8 @@ def _activation_bytes(config: Config, model: PlannedModel, schedule: Schedule, s
     """Bytes that a stage holds when its first backward pass begins: micro-batches of its chunks (`in_flight`)."""
     policy, tokens = config.policy, schedule.largest_tokens
     chunks = policy.virtual_pipeline_parallel
-    count = model.dimensions.num_layers // (policy.pipeline_parallel * chunks)
-    first_layers = [(chunk * policy.pipeline_parallel + stage) * count for chunk in range(chunks)]
-    sparse = [model.dimensions.has_experts(first + index) for first in first_layers for index in range(count)]
+    layers = model.dimensions.pipeline_stages(policy).of_stage(stage)
+    sparse = [model.dimensions.has_experts(layer) for layer in layers]
     kinds = {
         experts: layer_bytes(
             model, policy, tokens, dtype=config.model.dtype, attention=attention_kind(config), experts=experts

@@ -177,7 +177,7 @@ class ParameterTable:
         key = self._key(policy, stage)
         if key not in self._stages:
             self._stages[key] = StageParameters(
-                stage, self.model.dimensions.num_layers // policy.pipeline_parallel, tuple(self._shards(policy, stage))
+                stage, self.model.dimensions.pipeline_stages(policy).layers[stage], tuple(self._shards(policy, stage))
             )
         return self._stages[key]
 
@@ -245,14 +245,16 @@ class ParameterTable:
         return self._publish_plans[key]
 
     def _key(self, policy: PolicyConfig, stage: int) -> tuple[int, ...]:
-        pipeline = policy.pipeline_parallel, policy.virtual_pipeline_parallel
+        ends = policy.first_stage_layers or 0, policy.last_stage_layers or 0
+        pipeline = policy.pipeline_parallel, policy.virtual_pipeline_parallel, *ends
         return policy.tensor_parallel, *pipeline, policy.expert_parallel, policy.expert_tensor_size, stage
 
     def _shards(self, policy: PolicyConfig, stage: int) -> Iterator[ParameterShard]:
         """Yields the parameters of a stage's first expert-parallel rank: the others hold as much, in the same order."""
+        stages = self.model.dimensions.pipeline_stages(policy)
         held = [
             entry
-            for entry in self.map.entries_of_stage(stage, policy.pipeline_parallel, policy.virtual_pipeline_parallel)
+            for entry in self.map.entries_of_stage(stage, stages)
             # Buffers have neither gradients nor optimizer state, and a few KiB.
             if not entry.buffer and (entry.expert is None or self.map.expert_rank(entry, policy.expert_parallel) == 0)
         ]
@@ -267,7 +269,7 @@ class ParameterTable:
                 prod(self.map.shard_shape(entry, ranks)),
                 expert=expert,
                 shared_embedding=tied and entry.megatron_name in (first, last),
-                chunk=self.map.chunk_of(entry, policy.pipeline_parallel, policy.virtual_pipeline_parallel),
+                chunk=self.map.chunk_of(entry, stages),
             )
 
 

@@ -47,15 +47,14 @@ class SketchedTable(ParameterTable):
 
     def _shards(self, policy: PolicyConfig, stage: int) -> Iterator[ParameterShard]:
         dimensions, chunks, stages = self.model.dimensions, policy.virtual_pipeline_parallel, policy.pipeline_parallel
-        count = dimensions.num_layers // (stages * chunks)
+        placed = dimensions.pipeline_stages(policy)
         vocabulary = dimensions.padded_vocab_size(policy.tensor_parallel) // policy.tensor_parallel
         embedding = vocabulary * dimensions.hidden_size
         tied = dimensions.tie_word_embeddings
         if stage == 0:
             yield ParameterShard("embedding", "embedding", embedding, shared_embedding=tied and stages > 1)
         for chunk in range(chunks):
-            first = (chunk * stages + stage) * count
-            for layer in range(first, first + count):
+            for layer in placed.of_chunk(stage, chunk):
                 dense, experts = self.layer_elements(dimensions.has_experts(layer), policy)
                 yield ParameterShard(f"{layer}", "layers", dense, chunk=chunk)
                 if experts:

@@ -303,7 +303,8 @@ def _layouts(search: _Search, gpus: int) -> Iterator[dict[str, Any]]:
     layers, experts = search.table.model.dimensions.num_layers, search.table.model.experts
     for tensor in _tensor_sizes(search.table):
         for pipeline in range(1, min(layers, _MAX_PIPELINE_PARALLEL) + 1):
-            if layers % pipeline or gpus % (tensor * pipeline):
+            ends = _ends(layers, pipeline)
+            if ends is None or gpus % (tensor * pipeline):
                 continue
             data = gpus // (tensor * pipeline)
             # Experts are cut like the other matrices, or whole and shared out over the tensor ranks too.
@@ -318,8 +319,23 @@ def _layouts(search: _Search, gpus: int) -> Iterator[dict[str, Any]]:
                     "context_parallel": 1,
                     "data_parallel": data,
                     "sequence_parallel": tensor > 1,
-                }
+                } | ends
                 yield sizes | ({} if experts is None else {"expert_parallel": expert, "expert_tensor_parallel": cut})
+
+
+def _ends(layers: int, pipeline: int) -> dict[str, int] | None:
+    """Numbers of layers of the first and the last stage where the layers cannot be shared equally; None: not at all.
+
+    The stages between have as many each, the first and the last fewer: they have embedding and output layer besides.
+    Only powers of two are laid out like this, as published layouts are: other numbers of stages leave GPUs over.
+    """
+    if layers % pipeline == 0:
+        return {}
+    each = -(-layers // pipeline)
+    rest = layers - each * (pipeline - 2)
+    if pipeline & (pipeline - 1) or rest < 2:
+        return None
+    return {"first_stage_layers": -(-rest // 2), "last_stage_layers": rest // 2}
 
 
 def _chunks(layers: int, pipeline: int) -> list[int]:

@@ -36,6 +36,8 @@ ONE_RANK = {
     "tensor_parallel": 1,
     "pipeline_parallel": 1,
     "virtual_pipeline_parallel": 1,
+    "first_stage_layers": None,
+    "last_stage_layers": None,
     "data_parallel": 1,
     "context_parallel": 1,
     "expert_parallel": 1,

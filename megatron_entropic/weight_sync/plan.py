@@ -20,6 +20,7 @@ from math import prod
 from megatron_entropic.config.run import Dtype, PolicyConfig
 from megatron_entropic.models.layouts import Shape
 from megatron_entropic.models.parameter_map import Entry, ParameterMap
+from megatron_entropic.models.stages import StageSizes
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _MIB = 2**20
@@ -183,19 +184,18 @@ def publish_plan(parameter_map: ParameterMap, layout: PolicyConfig, *, bucket_by
     """
     tensor_parallel, pipeline_parallel = layout.tensor_parallel, layout.pipeline_parallel
     expert_parallel, expert_tensor = layout.expert_parallel, layout.expert_tensor_size
-    virtual_parallel = layout.virtual_pipeline_parallel
     parameter_map.dimensions.check_parallel(
         tensor_parallel,
-        pipeline_parallel,
-        virtual_pipeline_parallel=virtual_parallel,
+        StageSizes.of(layout),
         expert_parallel=expert_parallel,
         expert_tensor_parallel=layout.expert_tensor_parallel,
     )
+    stages = parameter_map.dimensions.pipeline_stages(layout)
     if bucket_bytes < 1:
         raise ValueError(f"bucket_bytes must be positive, not {bucket_bytes}")
     buckets: list[Bucket] = []
     for stage in range(pipeline_parallel):
-        held = parameter_map.entries_of_stage(stage, pipeline_parallel, virtual_parallel)
+        held = parameter_map.entries_of_stage(stage, stages)
         entries = [entry for entry in held if entry.exported]
         contents: tuple[tuple[list[tuple[BucketItem, ...]], Dtype], ...] = (
             (_whole_units(parameter_map, entries, tensor_parallel, of_buffers=False), dtype),

@@ -34,6 +34,7 @@ SAVED = {
     ),
     "dp2 local": _run("dp2 local", "from_dp2_local", control=LOCAL),
     "pp2 vpp2": _run("pp2 vpp2", "from_pp2_vpp2", {"pipeline_parallel": 2, "virtual_pipeline_parallel": 2}),
+    "pp2 of 3 and 1": _run("pp2 of 3 and 1", "from_pp2_uneven", {"pipeline_parallel": 2, "first_stage_layers": 3}),
 }
 RESHARDED = {
     2: {
@@ -42,6 +43,7 @@ RESHARDED = {
         "dp2 to pp2 vpp2": _run(
             "dp2 to pp2 vpp2", "from_dp2", {"pipeline_parallel": 2, "virtual_pipeline_parallel": 2}
         ),
+        "pp2 of 3 and 1 to pp2": _run("pp2 of 3 and 1 to pp2", "from_pp2_uneven", {"pipeline_parallel": 2}),
         "pp2 vpp2 to cp2": _run("pp2 vpp2 to cp2", "from_pp2_vpp2", {"context_parallel": 2}),
         "dp2 to tp2 sp": _run("dp2 to tp2 sp", "from_dp2", {"tensor_parallel": 2, "sequence_parallel": True}),
         "ep2 to pp2": _run("ep2 to pp2", "from_ep2", {"pipeline_parallel": 2}, **EXPERTS),

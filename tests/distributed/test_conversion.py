@@ -31,6 +31,7 @@ EXPERT_LAYOUTS = {
     "ep2": {"expert_parallel": 2},
     "ep2 tp2": {"expert_parallel": 2, "tensor_parallel": 2, "sequence_parallel": True},
     "ep2 pp2": {"expert_parallel": 2, "pipeline_parallel": 2},
+    "ep2 pp2 of 3 and 1 layers": {"expert_parallel": 2, "pipeline_parallel": 2, "first_stage_layers": 3},
     "ep2 pp2 vpp2": {"expert_parallel": 2, "pipeline_parallel": 2, "virtual_pipeline_parallel": 2},
     "tp2 pp2 sp": {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True},
     "ep2 tp2 pp2 etp1": {
@@ -53,6 +54,7 @@ SAVED = {
     "qwen3_moe ep2 pp2 vpp2": "plain",
     "qwen3_moe ep2 tp2 pp2 etp1": "single",
     "mixtral ep4": "run",
+    "qwen3_moe ep2 pp2 of 3 and 1 layers": "run",
     "deepseek_v3 ep2 tp2": "run",
     "mixtral ep2 pp2": "prefixed",
 }

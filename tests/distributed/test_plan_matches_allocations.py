@@ -38,6 +38,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "tp2": _case(tensor_parallel=2),
         "tp2 bf16": _case(dtype="bfloat16", tensor_parallel=2, distributed_optimizer=False),
         "pp2": _case(pipeline_parallel=2),
+        "pp2 of 3 and 1 layers": _case("mixtral", pipeline_parallel=2, last_stage_layers=1),
         "pp2 vpp2 tied": _case("qwen2", pipeline_parallel=2, virtual_pipeline_parallel=2),
         "cp2": _case(context_parallel=2),
         "pp2 tied": _case("qwen2", "bfloat16", pipeline_parallel=2),

@@ -26,6 +26,12 @@ EXPERT_LAYOUTS = {
     "tp2 ep2": {"tensor_parallel": 2, "data_parallel": 2, "expert_parallel": 2, "sequence_parallel": True},
     "dp4 ep2": {"data_parallel": 4, "expert_parallel": 2},
     "pp2 ep2": {"pipeline_parallel": 2, "data_parallel": 2, "expert_parallel": 2},
+    "pp2 ep2 of 3 and 1 layers": {
+        "pipeline_parallel": 2,
+        "first_stage_layers": 3,
+        "data_parallel": 2,
+        "expert_parallel": 2,
+    },
 }
 CASES = {**dict.fromkeys(FAMILIES, LAYOUTS), **dict.fromkeys(("qwen3_moe", "mixtral", "deepseek_v3"), EXPERT_LAYOUTS)}
 

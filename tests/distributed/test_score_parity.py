@@ -48,6 +48,12 @@ LAYOUTS = {
         "context_parallel": 2,
         "tokens_per_microbatch": 60,
     },
+    "pp2 of 3 and 1 layers": {
+        "pipeline_parallel": 2,
+        "first_stage_layers": 3,
+        "data_parallel": 2,
+        "tokens_per_microbatch": 60,
+    },
     "cp2 pp2": {"context_parallel": 2, "pipeline_parallel": 2, "tokens_per_microbatch": 60},
 }
 EXPERT_FAMILIES = ("qwen3_moe", "mixtral")
@@ -57,6 +63,14 @@ EXPERT_LAYOUTS = {
     "tp2 pp2 sp": LAYOUTS["tp2 pp2 sp"],
     "ep2": {"data_parallel": 4, "expert_parallel": 2, "tokens_per_microbatch": 60},
     "ep2 pp2": {"pipeline_parallel": 2, "data_parallel": 2, "expert_parallel": 2, "tokens_per_microbatch": 60},
+    "ep2 pp2 of 1 and 3 layers": {
+        "pipeline_parallel": 2,
+        "first_stage_layers": 1,
+        "last_stage_layers": 3,
+        "data_parallel": 2,
+        "expert_parallel": 2,
+        "tokens_per_microbatch": 60,
+    },
     "ep2 tp2 sp": {**LAYOUTS["tp2 sp"], "expert_parallel": 2},
     "ep2 tp2 sp, experts whole": {**LAYOUTS["tp2 sp"], "expert_parallel": 2, "expert_tensor_parallel": 1},
 }

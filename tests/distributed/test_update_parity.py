@@ -130,6 +130,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     4: {
         "tp2 pp2 sp": _layout(tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True),
         "pp2 dp2": _layout(pipeline_parallel=2),
+        "pp2 of 3 and 1 layers, dp2": _layout(FEWER[:1], pipeline_parallel=2, last_stage_layers=1),
         "pp4": _layout(pipeline_parallel=4, train=()),
         "tp2 pp2 vpp2 sp": _layout(
             tensor_parallel=2, pipeline_parallel=2, virtual_pipeline_parallel=2, sequence_parallel=True
@@ -147,6 +148,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
             ("distributed",), tensor_parallel=2, sequence_parallel=True, expert_parallel=2, expert_tensor_parallel=1
         ),
         "pp2 ep2": _experts(pipeline_parallel=2, expert_parallel=2),
+        "pp2 ep2 of 1 and 3 layers": _experts(pipeline_parallel=2, expert_parallel=2, first_stage_layers=1),
         "dp4 ep2": _experts(("distributed",), expert_parallel=2),
     },
 }

@@ -161,7 +161,9 @@ def _compare_with_map(model: Any, dimensions: Any, state: Any) -> dict[str, Any]
             shapes.append((entry.megatron_name, tuple(parameter.shape), tuple(wanted)))
     expected = {
         entry.megatron_name
-        for entry in parameter_map.entries_of_stage(state.pipeline_rank, state.pipeline_size, state.virtual_size)
+        for entry in parameter_map.entries_of_stage(
+            state.pipeline_rank, state.stage_sizes.of_layers(parameter_map.dimensions.num_layers)
+        )
         if entry.expert is None or parameter_map.expert_rank(entry, state.expert_size) == state.expert_rank
     }
     return {

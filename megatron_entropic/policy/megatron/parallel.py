@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_entropic.config.run import PolicyConfig
 from megatron_entropic.errors import UserError
+from megatron_entropic.models.stages import StageSizes
 from megatron_entropic.policy.batch.microbatch import PackingRules
 from megatron_entropic.policy.batch.segments import ContextCut
 
@@ -31,6 +32,8 @@ class ParallelState:
     context_size: int
     virtual_size: int
     """Number of chunks of the model on each pipeline stage."""
+    stage_sizes: StageSizes
+    """What the layout says of pipeline stages; with the model's number of layers, where each layer is."""
     expert_rank: int
     expert_size: int
     expert_tensor_rank: int
@@ -163,6 +166,7 @@ def _current_state(policy: PolicyConfig) -> ParallelState:
         context_rank=parallel_state.get_context_parallel_rank(),
         context_size=policy.context_parallel,
         virtual_size=policy.virtual_pipeline_parallel,
+        stage_sizes=StageSizes.of(policy),
         expert_rank=parallel_state.get_expert_model_parallel_rank(),
         expert_size=policy.expert_parallel,
         expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),

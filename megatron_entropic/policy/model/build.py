@@ -156,9 +156,7 @@ def _enable_replay(chunk: PolicyModel) -> None:
 
 def _layers_of_chunk(dimensions: ModelDimensions, state: ParallelState, chunk: int) -> range:
     """Global numbers of the layers of this stage's chunk."""
-    count = dimensions.num_layers // (state.pipeline_size * state.virtual_size)
-    first = (chunk * state.pipeline_size + state.pipeline_rank) * count
-    return range(first, first + count)
+    return state.stage_sizes.of_layers(dimensions.num_layers).of_chunk(state.pipeline_rank, chunk)
 
 
 def _transformer_engine_spec(config: Any, has_experts: list[bool]) -> TransformerBlockSubmodules:

@@ -30,8 +30,9 @@ def named_entries(
         KeyError: a parameter that the map does not know.
     """
     first_expert = parameter_map.first_expert(state.expert_rank, state.expert_size)
+    stages = state.stage_sizes.of_layers(parameter_map.dimensions.num_layers)
     for index, chunk in enumerate(model):
-        first_layer = parameter_map.first_layer(state.pipeline_rank, state.pipeline_size, index, state.virtual_size)
+        first_layer = stages.of_chunk(state.pipeline_rank, index).start
         for name, parameter in chunk.named_parameters():
             yield parameter_map.by_megatron_name(to_global_name(name, first_layer, first_expert)), parameter
         for name, buffer in chunk.named_buffers():

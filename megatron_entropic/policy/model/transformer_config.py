@@ -45,6 +45,8 @@ def build_transformer_config(
         tensor_model_parallel_size=state.tensor_size,
         pipeline_model_parallel_size=state.pipeline_size,
         virtual_pipeline_model_parallel_size=state.virtual_size if state.virtual_size > 1 else None,
+        num_layers_in_first_pipeline_stage=policy.first_stage_layers,
+        num_layers_in_last_pipeline_stage=policy.last_stage_layers,
         context_parallel_size=state.context_size,
         sequence_parallel=state.sequence_parallel,
         params_dtype=params_dtype,

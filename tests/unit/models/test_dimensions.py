@@ -14,6 +14,7 @@ from megatron_entropic.config.run import PolicyConfig
 from megatron_entropic.models.dimensions import ModelDimensions, read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.models.read_config import ExpertDimensions, LatentAttention, SigmoidRouting
+from megatron_entropic.models.stages import StageSizes
 
 # As published with Qwen3-8B by transformers 4 (shortened to what describes the model).
 QWEN3_8B = {
@@ -279,7 +280,7 @@ def test_unsupported_experts_are_refused(
 
 def test_spreading_experts_is_refused_with_every_reason(tmp_path: Path):
     qwen, dense = read(tmp_path, QWEN3_30B_A3B), read(tmp_path, QWEN3_8B)
-    assert qwen.parallel_problems(4, 3, expert_parallel=32, expert_tensor_parallel=1) == []
+    assert qwen.parallel_problems(4, StageSizes(3), expert_parallel=32, expert_tensor_parallel=1) == []
     assert qwen.parallel_problems(4, expert_parallel=5, expert_tensor_parallel=9) == [
         "expert_parallel=5 does not divide the 128 experts",
         "expert_tensor_parallel=9 does not divide the width of an expert (768)",

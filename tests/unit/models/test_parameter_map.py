@@ -11,8 +11,14 @@ from transformers import PreTrainedModel
 
 from megatron_entropic.models.dimensions import ModelDimensions, read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap, to_global_name, to_local_name
+from megatron_entropic.models.stages import PipelineStages, StageSizes
 
 Tiny = tuple[PreTrainedModel, Path]
+
+
+def of(mapping: ParameterMap, stages: int) -> PipelineStages:
+    """Equal stages of a map's model."""
+    return StageSizes(stages).of_layers(mapping.dimensions.num_layers)
 
 
 def state_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -156,8 +162,8 @@ def test_tied_output_layer_comes_from_the_embedding_and_is_not_exported(tiny: Ti
     assert output.exported is not tied
     assert output.hf_names == (("model.embed_tokens.weight",) if tied else ("lm_head.weight",))
     # A tied GPTModel has an output weight of its own only on a last stage that has no embedding.
-    assert (output in mapping.entries_of_stage(0, 1)) is not tied
-    assert output in mapping.entries_of_stage(1, 2)
+    assert (output in mapping.entries_of_stage(0, of(mapping, 1))) is not tied
+    assert output in mapping.entries_of_stage(1, of(mapping, 2))
 
 
 def test_fused_norm_names_are_aliases(tiny: Tiny):
@@ -177,7 +183,7 @@ def test_fused_norm_names_are_aliases(tiny: Tiny):
 
 def test_stages_share_out_the_parameters(tiny: Tiny):
     mapping = ParameterMap(read_dimensions(tiny[1]))
-    stages = [mapping.entries_of_stage(stage, 2) for stage in range(2)]
+    stages = [mapping.entries_of_stage(stage, of(mapping, 2)) for stage in range(2)]
     assert stages[0] + stages[1] == mapping.entries
     assert stages[0][0].megatron_name == "embedding.word_embeddings.weight"
     assert [entry.megatron_name for entry in stages[1][-2:]] == [
@@ -185,7 +191,7 @@ def test_stages_share_out_the_parameters(tiny: Tiny):
         "output_layer.weight",
     ]
     assert {entry.layer for entry in stages[1][:-2]} == {1}
-    assert [mapping.first_layer(stage, 2) for stage in range(2)] == [0, 1]
+    assert [of(mapping, 2).of_chunk(stage).start for stage in range(2)] == [0, 1]
 
 
 def test_layouts_that_the_model_does_not_allow_are_refused(tiny: Tiny):
@@ -196,7 +202,7 @@ def test_layouts_that_the_model_does_not_allow_are_refused(tiny: Tiny):
     with pytest.raises(ValueError, match="tensor_parallel=16 exceeds"):
         mapping.to_megatron_shard(mapping.entries[0], {}, 0, 16)
     with pytest.raises(ValueError, match="pipeline_parallel=3 does not divide the 2 layers"):
-        mapping.entries_of_stage(0, 3)
+        mapping.entries_of_stage(0, of(mapping, 3))
 
 
 def test_stage_names_and_model_names():

@@ -187,20 +187,42 @@ def test_the_search_folds_experts_over_tensor_ranks() -> None:
     assert any("policy.expert_tensor_parallel=1" in suggestion.overrides for suggestion in found)
 
 
-def test_the_sketch_of_a_search_agrees_with_the_exact_plan() -> None:
-    for name, model in (("qwen3_30b_a3b", "Qwen3-30B-A3B"), ("qwen3_8b", "Qwen3-8B")):
-        config, table = example(name), known(model)
-        sketch = SketchedTable(table)
-        for stage in range(config.policy.pipeline_parallel):
-            exact, sketched = table.stage(config.policy, stage), sketch.stage(config.policy, stage)
-            assert sketched.elements == exact.elements
-            assert sketched.expert_elements == exact.expert_elements
-        close = sketched_publication(config, sketch)
-        published = publication(config, table)
-        assert close.engine_bytes == published.engine_bytes
-        assert close.tensors == published.tensors
-        assert close.gathered_bytes == pytest.approx(published.gathered_bytes, rel=0.01)
-        assert close.forwarded_bytes == pytest.approx(published.forwarded_bytes, rel=0.1)
+def test_a_pipeline_of_eight_stages_has_94_layers() -> None:
+    """Of Qwen3-235B's 94 layers only pipelines of 1, 2, 47 and 94 stages could be planned."""
+    table = known("Qwen3-235B-A22B")
+    layout = [*("policy.pipeline_parallel=8", "policy.first_stage_layers=11", "policy.last_stage_layers=11")]
+    numbers = make_plan(example("qwen3_235b_a22b", *layout), table, machine()).numbers
+    assert numbers is not None
+    assert [stage.layers for stage in numbers.stages] == [11, *[12] * 6, 11]
+    assert sum(stage.elements_of("embedding") for stage in numbers.stages) == numbers.stages[0].elements_of("embedding")
+    found, _ = suggest(example("qwen3_235b_a22b"), table, machine("H200", gpus=128), objections=objections, count=1)
+    assert any("policy.first_stage_layers=23" in suggestion.overrides for suggestion in found)
+
+
+UNEVEN = ("policy.pipeline_parallel=5", "policy.first_stage_layers=9", "policy.last_stage_layers=3")
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "overrides"),
+    [
+        ("qwen3_30b_a3b", "Qwen3-30B-A3B", ()),
+        ("qwen3_30b_a3b", "Qwen3-30B-A3B", UNEVEN),
+        ("qwen3_8b", "Qwen3-8B", ()),
+    ],
+)
+def test_the_sketch_of_a_search_agrees_with_the_exact_plan(name: str, model: str, overrides: tuple[str, ...]) -> None:
+    config, table = example(name, *overrides), known(model)
+    sketch = SketchedTable(table)
+    for stage in range(config.policy.pipeline_parallel):
+        exact, sketched = table.stage(config.policy, stage), sketch.stage(config.policy, stage)
+        assert sketched.elements == exact.elements
+        assert sketched.expert_elements == exact.expert_elements
+    close = sketched_publication(config, sketch)
+    published = publication(config, table)
+    assert close.engine_bytes == published.engine_bytes
+    assert close.tensors == published.tensors
+    assert close.gathered_bytes == pytest.approx(published.gathered_bytes, rel=0.01)
+    assert close.forwarded_bytes == pytest.approx(published.forwarded_bytes, rel=0.1)
 
 
 def test_given_lengths_replace_the_assumed_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

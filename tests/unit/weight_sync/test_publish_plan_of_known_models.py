@@ -9,6 +9,7 @@ import pytest
 
 from megatron_entropic.config.run import PolicyConfig
 from megatron_entropic.models.parameter_map import ParameterMap
+from megatron_entropic.models.stages import StageSizes
 from megatron_entropic.planning.parameters import KNOWN_MODELS, read_model
 from megatron_entropic.weight_sync.plan import Bucket, publish_plan
 
@@ -45,8 +46,9 @@ def test_every_element_once_bytes_of_each_rank_and_collectives_of_each_bucket(
     assert set(sent.values()) == {1}
     assert dict(sent.keys()) == found.hf_tensors
     assert plan.bytes == 2 * sum(prod(shape) for shape in found.hf_tensors.values())
+    placed = StageSizes(stages).of_layers(found.dimensions.num_layers)
     for stage in range(stages):
-        entries = [entry for entry in found.entries_of_stage(stage, stages) if entry.exported]
+        entries = [entry for entry in found.entries_of_stage(stage, placed) if entry.exported]
         buckets = [bucket for bucket in plan.buckets if bucket.owner_stage == stage]
         dense = sum(prod(found.shard_shape(entry, tensor)) for entry in entries if entry.expert is None)
         assert sum(bucket.shard_bytes for bucket in buckets if not bucket.of_experts) == 2 * dense
