@@ -23,6 +23,8 @@ def add_parser(commands: Any) -> None:
     score.add_argument("--backend", choices=["megatron", "vllm", "transformers"], default="megatron")
     for name in ("tensor", "pipeline", "data", "context", "expert"):
         score.add_argument(f"--{name}-parallel", type=whole(1), default=1, metavar="N")
+    for name in ("first", "last"):
+        score.add_argument(f"--{name}-stage-layers", type=whole(1), metavar="N", help=f"layers of the {name} stage")
     score.add_argument("--sequence-parallel", action="store_true")
     score.add_argument("--temperature", type=number(above=0), default=1.0)
     score.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -35,6 +37,8 @@ def _score(options: argparse.Namespace) -> None:
     layout = PolicyConfig(
         tensor_parallel=options.tensor_parallel,
         pipeline_parallel=options.pipeline_parallel,
+        first_stage_layers=options.first_stage_layers,
+        last_stage_layers=options.last_stage_layers,
         data_parallel=options.data_parallel,
         context_parallel=options.context_parallel,
         expert_parallel=options.expert_parallel,

@@ -94,7 +94,10 @@ def _model_directory(config: Config) -> Iterator[Violation]:
                 f"cluster.device=cpu: vLLM's kernel for latent attention on a CPU knows kv_lora_rank, qk_rope_head_dim "
                 f"= {CPU_LATENT_SIZES} only, the model has {sizes}",
             )
-    layout_keys = (key, "policy.tensor_parallel", "policy.pipeline_parallel")
+    layout_keys = (
+        *(key, "policy.tensor_parallel", "policy.pipeline_parallel"),
+        *("policy.first_stage_layers", "policy.last_stage_layers"),
+    )
     for problem in dimensions.layout_problems(policy):
         yield Violation(layout_keys, f"policy.{problem}")
     if dimensions.num_attention_heads % rollout.tensor_parallel:
