@@ -121,6 +121,7 @@ def _numbers(config: Config, table: ParameterTable, machine: Machine, schedule: 
             publish_s=publication_time_s(config, published, hardware),
             switch_s=switch_time_s(config, table, schedule, hardware),
             tail_s=generation.tail_s,
+            runs_ahead=config.rollout.lag > 0,
         ),
     )
 

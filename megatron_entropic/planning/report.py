@@ -257,7 +257,7 @@ def _time(plan: Plan, numbers: Numbers) -> Section:
     if time.switch_s:
         phases.append(("switch", time.switch_s))
     rows = tuple((name, f"{seconds:,.1f}", f"{100 * seconds / time.total_s:.0f} %") for name, seconds in phases)
-    total = ("total", f"{time.total_s:,.1f}", "")
+    total = ("total, lagging" if time.runs_ahead else "total", f"{time.total_s:,.1f}", "")
     steps = plan.config.train.steps
     hours, used = time.total_s * steps / 3600, gpus_in_use(plan.config)
     notes = [f"{steps:,} steps: {hours:,.0f} hours, {hours * used:,.0f} GPU-hours, without evaluations and checkpoints"]

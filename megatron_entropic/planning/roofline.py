@@ -1,6 +1,7 @@
 """Expected time of one training step.
 
-    step = rollout + score + update + publish + switch      one after the other, as the loop runs them
+    step = rollout + score + update + publish + switch         one after the other, as the loop runs them
+    step = max(rollout, score + update) + publish              with rollout.lag
 
 Policy phases: a pipeline of p stages needs m + p - 1 turns of its slowest stage for m micro-batches, m + (p - 1) / v
 with v chunks on each stage. A turn is what `compute` and `communication` say of it. Where engines share the policy's
@@ -36,11 +37,15 @@ class StepTime:
     """Seconds in which GPUs that policy and engines share go from one to the other."""
     tail_s: float = 0.0
     """Seconds of `rollout_s` in which only the longest responses still run."""
+    runs_ahead: bool = False
+    """Whether engines work on later steps while the policy learns (rollout.lag)."""
 
     @property
     def total_s(self) -> float:
-        """Sum of the phases, which run one after the other."""
-        return self.rollout_s + self.score_s + self.update_s + self.publish_s + self.switch_s
+        """Seconds from one step to the next: the phases' sum, or with engines that run ahead the slower side's."""
+        learning_s = self.score_s + self.update_s
+        both_s = max(self.rollout_s, learning_s) if self.runs_ahead else self.rollout_s + learning_s
+        return both_s + self.publish_s + self.switch_s
 
 
 def score_time_s(config: Config, table: ParameterTable, schedule: Schedule, hardware: Hardware) -> float:

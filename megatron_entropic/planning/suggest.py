@@ -13,6 +13,7 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from operator import add
 from typing import Any
 
 from megatron_entropic.config.run import Config, PolicyConfig
@@ -159,7 +160,9 @@ def suggest(
     pairs: list[tuple[float, _Half, _Half]] = []
     for policy_gpus, rollout in _fastest_engines(search, gpus).items():
         for policy in _policies(search, _changed(config, {}, rollout.changes), policy_gpus):
-            pairs.append((policy.time_s + rollout.time_s, policy, rollout))
+            # Engines that run ahead work while the policy learns.
+            together = max if config.rollout.lag else add
+            pairs.append((together(policy.time_s, rollout.time_s), policy, rollout))
     found: dict[tuple[int | None, ...], Suggestion] = {}
     for _, policy, rollout in sorted(pairs, key=lambda pair: pair[0]):
         sizes = tuple(policy.changes.get(name) for name in _SIZES)

@@ -260,6 +260,8 @@ def test_what_makes_a_run_faster_is_in_the_plan() -> None:
     assert time_of("rollout.enforce_eager=true").rollout_s > plain.rollout_s
     assert time_of("cluster.colocate=true").switch_s < time_of(*COLOCATED).switch_s
     assert plain.switch_s == 0
+    ahead = time_of("rollout.lag=1")
+    assert ahead.total_s == pytest.approx(max(plain.rollout_s, plain.score_s + plain.update_s) + plain.publish_s)
 
 
 def test_phases_that_their_timeouts_would_end_are_named(capsys: pytest.CaptureFixture[str]) -> None:
