@@ -36,6 +36,9 @@ def add_parser(commands: Any) -> None:
         help="mean and standard deviation of the responses in tokens, as MEAN or MEAN,DEVIATION; or a step's rollouts, "
         "RUN/rollouts/step_NNNNNN.parquet, for the lengths of its prompts and responses",
     )
+    plan.add_argument(
+        "--lag", type=whole(0), nargs="+", default=[], metavar="L", help="also simulate the step at these rollout.lag"
+    )
     plan.add_argument("--model-config", type=Path, metavar="FILE.json", help="a config.json in place of model.hf_dir's")
     plan.add_argument("--suggest", action="store_true", help="search layouts for these GPUs and print the fastest")
     plan.add_argument("--buckets", action="store_true", help="list every bucket in which weights reach the engines")
@@ -81,7 +84,7 @@ def _plan(options: argparse.Namespace) -> None:
     asked = machine(options.gpu, options.gpu_memory_gb, options.gpus)
     lengths = None if options.lengths is None else options.lengths(assumed_lengths(config))
     plan = make_plan(config, table, asked, lengths=lengths, known_problems=problems)
-    parts = list(sections(plan))
+    parts = list(sections(plan, options.lag))
     found: list[Suggestion] = []
     if options.suggest:
         found, reasons = suggest(config, table, asked, lengths=lengths, objections=objections)

@@ -67,19 +67,48 @@ class StepRates:
         )
 
 
+@dataclass(frozen=True)
+class EngineLoad:
+    """Responses that an engine has to sample in a training step, and what that costs."""
+
+    lengths: list[int]
+    """Tokens of responses, each standing for `weight` of them, in the order in which they start."""
+    weight: float
+    at_once: int
+    """Most of `lengths` that run together."""
+    rates: StepRates
+    prompt_tokens: float
+    prefill_token_s: float
+    """Seconds of one token of a prompt."""
+
+
 def generation_time(
     config: Config, table: ParameterTable, schedule: Schedule, memory: RolloutMemory, hardware: Hardware
 ) -> GenerationTime:
     """Time in which the engines generate all responses of a training step."""
+    load = engine_load(config, table, schedule, memory, hardware)
+    prompt = (load.prompt_tokens, load.prompt_tokens * load.prefill_token_s)
+    return _simulate(load.lengths, load.weight, load.at_once, load.rates, prompt)
+
+
+def engine_load(
+    config: Config, table: ParameterTable, schedule: Schedule, memory: RolloutMemory, hardware: Hardware
+) -> EngineLoad:
+    """What the slowest engine does in a training step."""
     rollout = config.rollout
     per_engine = max(1, math.ceil(schedule.responses / rollout.engines))
     lengths = _lengths(config, schedule, min(per_engine, MOST_SIMULATED))
     weight = per_engine / len(lengths)
     room = memory.tokens / (schedule.mean_prompt_tokens + schedule.mean_response_tokens / 2)
     at_once = max(1, int(min(rollout.max_concurrent_sequences, room) / weight))
-    prefill_s = schedule.mean_prompt_tokens * _product_s(config, table, hardware, hardware.prefill_efficiency)
-    rates = step_rates(config, table, memory, hardware)
-    return _simulate(lengths, weight, at_once, rates, (schedule.mean_prompt_tokens, prefill_s))
+    return EngineLoad(
+        lengths,
+        weight,
+        at_once,
+        step_rates(config, table, memory, hardware),
+        prompt_tokens=schedule.mean_prompt_tokens,
+        prefill_token_s=_product_s(config, table, hardware, hardware.prefill_efficiency),
+    )
 
 
 def step_rates(config: Config, table: ParameterTable, memory: RolloutMemory, hardware: Hardware) -> StepRates:

@@ -11,7 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_entropic.config.run import Config
+from megatron_entropic.planning.ahead import Learning, ahead_time
 from megatron_entropic.planning.communication import Traffic
+from megatron_entropic.planning.generation import engine_load
 from megatron_entropic.planning.memory import GIB, MEMORY_KINDS, sequences_that_fit
 from megatron_entropic.planning.plan import Numbers, Plan, gpus_in_use, gpus_of
 from megatron_entropic.planning.roofline import StepTime
@@ -32,8 +34,8 @@ class Section:
     notes: tuple[str, ...] = ()
 
 
-def sections(plan: Plan) -> Iterator[Section]:
-    """All tables of a plan, in the order in which a reader needs them."""
+def sections(plan: Plan, lags: Sequence[int] = ()) -> Iterator[Section]:
+    """All tables of a plan, in the order in which a reader needs them; with the step at each of some `lags`."""
     yield _subject(plan)
     if plan.numbers is None:
         return
@@ -44,6 +46,8 @@ def sections(plan: Plan) -> Iterator[Section]:
     yield _traffic(plan.numbers.traffic)
     yield _publication(plan.numbers)
     yield _time(plan, plan.numbers)
+    if plan.config.rollout.lag or lags:
+        yield _ahead(plan, plan.numbers, lags or (0, plan.config.rollout.lag))
     yield _assumptions(plan)
 
 
@@ -286,6 +290,26 @@ def _slow_phases(config: Config, time: StepTime) -> list[str]:
         for phase, seconds, key, limit in limits
         if seconds > limit / 2
     ]
+
+
+def _ahead(plan: Plan, numbers: Numbers, lags: Sequence[int]) -> Section:
+    config, time = plan.config, numbers.time
+    load = engine_load(config, plan.table, numbers.schedule, numbers.rollout, plan.hardware)
+    rows = []
+    for lag in lags:
+        learning = Learning(
+            learn_s=time.score_s + time.update_s,
+            publish_s=time.publish_s,
+            rescore_s=time.score_s if lag and config.rollout.split_staleness else 0.0,
+            switch_s=time.switch_s,
+            colocated=config.cluster.colocate,
+        )
+        found = ahead_time(load, learning, lag)
+        shares = (f"{found.engines_busy:.0%}", f"{found.policy_busy:.0%}")
+        rows.append((str(lag), f"{found.step_s:,.0f}", *shares, f"{found.mean_age:.2f}", str(found.oldest)))
+    header = ("rollout.lag", "s per step", "engines at work", "policy at work", "mean age of a token", "oldest")
+    notes = ("ages in weight versions; simulated with the lengths and times above",)
+    return Section("rollouts that run ahead", header, tuple(rows), notes)
 
 
 def _assumptions(plan: Plan) -> Section:
