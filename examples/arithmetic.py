@@ -1,6 +1,6 @@
 """Arithmetic for pretrained language models: two skills, five levels, three forms, with solutions; generated.
 
-    python examples/arithmetic.py --output data/arithmetic [--seed 1] [--levels 1 2 3]
+    python examples/arithmetic.py --output data/arithmetic [--seed 1] [--levels 1 2 3] [--shots 4]
 
 | skill | asked                                                        | solution                      |
 |-------|--------------------------------------------------------------|-------------------------------|
@@ -11,7 +11,7 @@ A sum has one right answer in one writing; a word problem leaves the way to the 
 worded in several ways. A policy for the first can be certain, one for the second need not.
 
     OUTPUT/completion/SKILL_FILE.parquet   for a base model: what it goes on from
-    OUTPUT/few_shot/SKILL_FILE.parquet     the same behind four solved examples of the same level
+    OUTPUT/few_shot/SKILL_FILE.parquet     the same behind solved examples of the same level, --shots of them
     OUTPUT/chat/SKILL_FILE.parquet         messages, for data.apply_chat_template
 
 FILE is train, search, heldout or solutions (columns prompt and response, for a warm start; FORM/solutions.parquet has
@@ -33,7 +33,7 @@ from typing import Any
 
 SKILLS = ("sums", "words")
 FORMS = ("completion", "few_shot", "chat")
-# Of a hundred expressions; the four solved examples of a few-shot prompt come from those of the solutions.
+# Of a hundred expressions; the solved examples of a few-shot prompt come from those of the solutions.
 SHARES = {"heldout": 10, "search": 10, "solutions": 20, "train": 60}
 SHOTS = 4
 NAMES = ("Ada", "Ben", "Carla", "Daniel", "Ella", "Finn", "Grace", "Hugo", "Iris", "Jonas", "Mia", "Noah")
@@ -62,12 +62,13 @@ _TRIES_PER_ROW = 5
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows of each file of a skill, as many of each level; fewer where a level has no more expressions."""
+    """Rows of each file of a skill, as many of each level (fewer where a level has no more expressions), and examples."""
 
     train: int = 2000
     search: int = 120
     heldout: int = 120
     solutions: int = 2000
+    shots: int = SHOTS
 
 
 @dataclass(frozen=True)
@@ -179,10 +180,10 @@ def problems(generator: random.Random, skill: str, file: str, count: int, levels
     return generator.sample(list(found.values()), len(found))
 
 
-def shots(generator: random.Random, one: Problem) -> list[Problem]:
-    """Four solved problems of the same skill and level."""
+def shots(generator: random.Random, one: Problem, count: int) -> list[Problem]:
+    """Solved problems of the same skill and level."""
     stream = expressions(generator, one.expression.level, "solutions")
-    return [problem(generator, one.skill, next(stream)) for _ in range(SHOTS)]
+    return [problem(generator, one.skill, next(stream)) for _ in range(count)]
 
 
 def prompt_row(one: Problem, prompt: Any, file: str, index: int) -> dict[str, Any]:
@@ -224,7 +225,7 @@ def prepare(output: Path, seed: int = 1, levels: Sequence[int] = ALL_LEVELS, siz
             # Each file has a stream of its own: another size of one leaves the others as they are.
             generator = random.Random(f"{seed} {skill} {file}")
             chosen = problems(generator, skill, file, getattr(sizes, file), levels)
-            with_shots = [(one, shots(generator, one)) for one in chosen]
+            with_shots = [(one, shots(generator, one, sizes.shots)) for one in chosen]
             total += len(chosen)
             for form in FORMS:
                 made = rows(with_shots, form, file)
@@ -250,8 +251,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("data/arithmetic"))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--levels", type=int, nargs="+", choices=ALL_LEVELS, default=ALL_LEVELS, metavar="LEVEL")
+    parser.add_argument("--shots", type=int, default=SHOTS, help="solved examples before a problem of few_shot/")
     options = parser.parse_args()
-    count = prepare(options.output, options.seed, sorted(set(options.levels)))
+    count = prepare(options.output, options.seed, sorted(set(options.levels)), Sizes(shots=options.shots))
     sys.stdout.write(f"{count:,} problems, each in {len(FORMS)} forms, are written to {options.output}\n")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -21,6 +23,8 @@ from megatron_entropic.reports.run import Run
 _WIDE, _HALF = (10.8, 3.6), (5.3, 3.1)
 _DPI = 160
 _LABEL_CHARACTERS = 40
+_BENCHMARK_METRIC = re.compile(r"evaluation/(.+)/avg")
+_MARKERS = "os^Dv"
 _PHASES = ("generate", "reward", "score", "update", "publish", "checkpoint")
 
 
@@ -222,6 +226,29 @@ def _engines(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     return drawn
 
 
+def _benchmarks(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
+    """Draw avg@N (solid) and pass@N (dashed) of every benchmark that was answered during training.
+
+    One run: a colour for each benchmark. Several: a colour for each run, a marker for each benchmark.
+    """
+    found = (_BENCHMARK_METRIC.fullmatch(key) for run in runs for row in run.rows for key in row)
+    names = list(dict.fromkeys(match[1] for match in found if match))
+    for run, run_colour in zip(runs, _colours(theme, len(runs)), strict=True):
+        for name, benchmark_colour, marker in zip(names, _colours(theme, len(names)), cycle(_MARKERS), strict=False):
+            label = name if len(runs) == 1 else run.name if len(names) == 1 else f"{run.name}: {name}"
+            colour = benchmark_colour if len(runs) == 1 else run_colour
+            for metric, style in (("avg", {"label": label}), ("pass", {"linestyle": (0, (4, 2)), "linewidth": 1.3})):
+                # Most steps have none: only what was measured is joined.
+                values = zip(run.steps, run.series(f"evaluation/{name}/{metric}"), strict=True)
+                points = [(step, value) for step, value in values if math.isfinite(value)]
+                if points:
+                    axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, **style)
+    axes.set_ylabel("share of responses or problems")
+    _finish(axes, floor=0.0)
+    _legend(axes)
+    return bool(names)
+
+
 def _mismatch(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     """Draw the largest (solid) and mean (dashed) difference of every run; a log scale has no zeros."""
     drawn = _lines(axes, runs, "mismatch/logprob_abs_max", theme, positive=True, label="largest")
@@ -413,6 +440,13 @@ PLOTS = (
         _outcome,
     ),
     Plot("reward", "Reward", "Mean reward of a step's responses, and its rolling mean.", False, _reward),
+    Plot(
+        "benchmarks",
+        "Held-out problems",
+        "Answers to the benchmarks that were right (avg@N, solid), and problems with a right answer among N (dashed).",
+        False,
+        _benchmarks,
+    ),
     Plot(
         "mismatch",
         "Training against rollout",

@@ -12,9 +12,11 @@ from typing import Any
 import matplotlib.image
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from trajectories import reward_of, task_of, trajectory_of
 
 from megatron_entropic.observability.records import SampleLog
+from megatron_entropic.reports import plots
 from megatron_entropic.reports.report import write_report
 from megatron_entropic.reports.run import load_run, summarise
 from megatron_entropic.types import Group, Reward, TrainingBatch
@@ -120,6 +122,34 @@ def test_several_runs_overlaid(tmp_path: Path) -> None:
         assert part in page.text, part
     assert "entropy_control.controller" in page.text.split("What differs")[1].split("Metrics of the last step")[0]
     assert "run.output_dir" not in page.text.split("What differs")[1].split("Metrics of the last step")[0]
+
+
+def test_held_out_problems_are_drawn_where_they_were_answered(tmp_path: Path) -> None:
+    (plot,) = [plot for plot in plots.PLOTS if plot.slug == "benchmarks"]
+    for count in (1, 2):
+        runs = []
+        for index in range(count):
+            run = make_run(tmp_path / f"{count} {index}", f"run {index}", steps=20)
+            rows = [metrics(step, controlled=True) for step in range(1, 21)]
+            for row in rows[9::10]:
+                row |= {f"evaluation/{name}/avg": row["step"] / 100 for name in ("sums", "words")}
+                row |= {"evaluation/sums/pass": 0.5}
+            (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            runs.append(run)
+        axes = Figure().add_subplot()
+        assert plot.draw(axes, [load_run(run) for run in runs], plots.LIGHT)
+        lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()]
+        average = ([10, 20], [0.1, 0.2])
+        assert lines == [average, ([10, 20], [0.5, 0.5]), average] * count
+        labels = axes.get_legend_handles_labels()[1]
+        assert labels == (
+            ["sums", "words"]
+            if count == 1
+            else [f"run {index}: {name}" for index in (0, 1) for name in ("sums", "words")]
+        )
+        write_report(runs, tmp_path / f"out {count}")
+        assert (tmp_path / f"out {count}" / "benchmarks.png").is_file()
+    assert not plot.draw(Figure().add_subplot(), [load_run(make_run(tmp_path / "none", "none"))], plots.LIGHT)
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
