@@ -62,7 +62,7 @@ _TRIES_PER_ROW = 5
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows of each file of a skill, as many of each level (fewer where a level has no more expressions), and examples."""
+    """Rows of a skill's files, as many of each level (fewer where one has no more expressions), and solved examples."""
 
     train: int = 2000
     search: int = 120

