@@ -2,6 +2,7 @@
 
     python examples/study/tracking.py                                     targets, offset, disturbances, tuning
     python examples/study/tracking.py examples/study/sensitivity.yaml     tau, denominator, feedback
+    python examples/study/tracking.py examples/study/lag.yaml             rollouts that run ahead
     python examples/study/tracking.py --report-only                       tables and figures of what there is
 
 A call continues where an earlier one ended, as run.py's does; what the runs are stands in the YAML file, see cases.py.
