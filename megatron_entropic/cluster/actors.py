@@ -168,13 +168,17 @@ class EngineWorker:
             load_weights=self._config.model.megatron_dir is None,
         )
 
-    def begin_in_flight(self, number: int, start: Moment) -> None:
-        """Work from now on on requests that stay while weights change; `number` is that of this engine."""
+    def begin_in_flight(self, number: int, start: Moment, *, replaces: bool) -> None:
+        """Work from now on on requests that stay while weights change; `number` is that of this engine.
+
+        `replaces`: whether another process was in its place before.
+        """
         from megatron_entropic.rollout.in_flight import InFlight
         from megatron_entropic.rollout.schedule import open_schedule
 
         run, replayed = self._config.run.output_dir, self._config.rollout.schedule_of
-        self._in_flight = InFlight(self._engine, open_schedule(run, number, replayed, start), start)
+        schedule = open_schedule(run, number, replayed, start, replaces=replaces)
+        self._in_flight = InFlight(self._engine, schedule, start)
 
     def advance(self, admissions: list[Admission], seconds: float) -> Report:
         """Take requests up and work on all unfinished ones for about so long; see `InFlight.advance`."""

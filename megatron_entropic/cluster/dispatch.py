@@ -17,20 +17,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import ray
 
 from megatron_entropic.cluster.cluster import Cluster
+from megatron_entropic.cluster.followed import Followed
 from megatron_entropic.cluster.waiting import HeadWatch, result_of
 from megatron_entropic.config.run import Config, Sampling
 from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError
 from megatron_entropic.rollout.in_flight import Report
-from megatron_entropic.rollout.schedule import Admission, Moment, read_assignments
-from megatron_entropic.types import CUT, GenerationRequest, Response, Segment, joined
+from megatron_entropic.rollout.schedule import Admission, Moment
+from megatron_entropic.types import CUT, GenerationRequest, Response
 
 _CALLS_IN_FLIGHT = 2
 """Calls that each engine has: it works on one while the driver takes in the result of the other."""
@@ -67,6 +66,9 @@ class _Attempt:
     request: GenerationRequest
     since: tuple[int, int] | None = None
     """Version and part in which the engine took it up; None: it has not said so yet."""
+    until: int | None = None
+    """Of a replay: number of tokens with which it moves on to another engine, this one being lost; None: never."""
+    moved: bool = False
 
 
 @dataclass(slots=True)
@@ -94,7 +96,8 @@ class Dispatcher:
         self._colocated = config.cluster.colocate
         self._limit = rollout.max_concurrent_sequences
         self._timeout_s = config.cluster.generate_timeout_s
-        self._replayed = None if rollout.schedule_of is None else _assignments(rollout.schedule_of, self._engines.names)
+        followed = rollout.schedule_of
+        self._followed = None if followed is None else Followed(followed, self._engines.names)
         self._working: dict[str, _Engine] = {}
         self._ended: list[_Engine] = []
         self._queue: list[tuple[tuple[int, ...], int, Ask]] = []
@@ -124,7 +127,7 @@ class Dispatcher:
 
     def begin(self, start: Moment) -> None:
         """Let engines work, whose weights are those of `start`; also after some were replaced."""
-        fresh = {}
+        fresh: dict[str, tuple[_Engine, bool]] = {}
         with self._changed:
             self.version = start.version
             for name in self._engines.names:
@@ -135,12 +138,12 @@ class Dispatcher:
                 moment = start if known is None else Moment(start.version, known.moment.part + 1, 0)
                 if known is not None:
                     self._give_back(known)
-                fresh[name] = _Engine(name, actor, moment)
+                fresh[name] = _Engine(name, actor, moment), known is not None
         if not fresh:
             return
-        self._engines.begin_in_flight({name: engine.moment for name, engine in fresh.items()})
+        self._engines.begin_in_flight({name: (engine.moment, known) for name, (engine, known) in fresh.items()})
         with self._changed:
-            self._working |= fresh
+            self._working |= {name: engine for name, (engine, _) in fresh.items()}
             self._ended = [engine for engine in self._ended if engine.calls]
             self._hand_out()
             self._changed.notify_all()
@@ -237,7 +240,7 @@ class Dispatcher:
 
     def before_swap(self, phase: str, while_waiting: Callable[[], None] = lambda: None) -> None:
         """Wait until new weights may come: at once, unless a recorded schedule says when."""
-        if self._replayed is not None:
+        if self._followed is not None:
 
             def due() -> bool:
                 # What a report says that is older than the weights is about their own arrival.
@@ -294,12 +297,12 @@ class Dispatcher:
         Raises:
             RunError: no engine has moved for `_REPLAY_STANDS_S`.
         """
-        if self._replayed is None or not self._busy or time.monotonic() - self._moved_at < _REPLAY_STANDS_S:
+        if self._followed is None or not self._busy or time.monotonic() - self._moved_at < _REPLAY_STANDS_S:
             return
         places = ", ".join(f"{one.name} at {tuple(one.moment)}" for one in self._working.values())
         raise RunError(
             f"{phase}: nothing has moved for {_REPLAY_STANDS_S:g} s ({places}; version, part, forward pass): the "
-            "recorded schedule is not of a run with these settings, or that run lost an engine"
+            "recorded schedule is not of a run with these settings"
         )
 
     def _push(self, ask: Ask) -> None:
@@ -318,6 +321,10 @@ class Dispatcher:
                 continue
             attempts = {next(self._tickets): _Attempt(ask, sample, one) for sample, one in ask.requests.items()}
             engine.attempts |= attempts
+            if self._followed is not None and ask.engine is None:
+                for attempt in attempts.values():
+                    attempt.until = self._followed.handed_out(ask.group, attempt.sample)
+                    self._move_on(attempt)
             engine.outbox.append(
                 Admission(
                     ask.group,
@@ -326,6 +333,7 @@ class Dispatcher:
                     requests=tuple(ask.requests.values()),
                     sampling=ask.sampling,
                     restored=ask.engine is not None,
+                    doomed=tuple(attempt.until is not None for attempt in attempts.values()),
                 )
             )
         for item in left:
@@ -338,7 +346,7 @@ class Dispatcher:
         working = {name: one for name, one in self._working.items() if one.lost is None}
         if ask.engine is not None:
             return working.get(ask.engine)
-        if self._replayed is not None and (name := self._replayed.get((ask.group, tuple(ask.requests)))):
+        if self._followed is not None and (name := self._followed.engine(ask.group, next(iter(ask.requests)))):
             return working.get(name)
         engine = min(working.values(), key=lambda one: len(one.attempts), default=None)
         # One group more than the engine can work on at a time: the next one is there when there is room.
@@ -392,6 +400,8 @@ class Dispatcher:
                 self._reports.append((engine.name, report))
                 if report.passes or report.taken_up or report.responses:
                     self._moved_at = time.monotonic()
+                for ticket in report.dropped:
+                    engine.attempts.pop(ticket, None)
                 for ticket, version, part in report.taken_up:
                     engine.attempts[ticket].since = (version, part)
                 for ticket, response in report.responses:
@@ -405,7 +415,18 @@ class Dispatcher:
             attempt.request = attempt.request.continued(response.segment.tokens)
         else:
             del engine.attempts[ticket]
-        attempt.ask.arrived(attempt.sample, response)
+        if attempt.until is None or (not attempt.moved and attempt.request.done <= attempt.until):
+            attempt.ask.arrived(attempt.sample, response)
+            self._move_on(attempt)
+
+    def _move_on(self, attempt: _Attempt) -> None:
+        """Let another engine take an attempt whose own is lost in the run that is followed, once it has all of it."""
+        if attempt.until is None or attempt.moved or attempt.request.done < attempt.until:
+            return
+        assert self._followed is not None, "nothing else has an end"
+        attempt.moved, ask = True, attempt.ask
+        if together := self._followed.move(ask.group, attempt.sample, attempt.request):
+            self._push(Ask(ask.group, ask.order, together, ask.sampling, ask.arrived))
 
     def _look_for_silence(self) -> None:
         now = time.monotonic()
@@ -433,50 +454,3 @@ class Dispatcher:
         if engine not in self._ended:
             self._ended.append(engine)
         self._hand_out()
-
-
-class Queued:
-    """An `Answerer` that works beside what is in flight already, for evaluations: the first in the queue."""
-
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self._dispatcher = dispatcher
-
-    def answer(
-        self,
-        groups: list[list[GenerationRequest]],
-        sampling: Sampling,
-        arrived: Callable[[list[tuple[int, Response]]], None],
-        *,
-        phase: str,
-        while_waiting: Callable[[], None] = lambda: None,
-    ) -> None:
-        """See `Answerer`."""
-        left = sum(map(len, groups))
-        parts: dict[int, list[Segment]] = {}
-
-        def arrive(position: int, response: Response) -> None:
-            nonlocal left
-            parts.setdefault(position, []).append(response.segment.copied())
-            if response.finish_reason != CUT:
-                left -= 1
-                whole = joined(parts.pop(position))
-                arrived([(position, Response(whole, response.finish_reason))])
-
-        asks, first = [], 0
-        for place, group in enumerate(groups):
-            taking = partial(_shifted, arrive, first)
-            name = f"{phase}, version {self._dispatcher.version}/{place}"
-            asks.append(Ask(name, (-1, place), dict(enumerate(group)), sampling, taking))
-            first += len(group)
-        with self._dispatcher.turn(while_waiting):
-            self._dispatcher.ask(asks)
-            self._dispatcher.wait(lambda: left == 0, phase=phase, while_waiting=while_waiting)
-
-
-def _shifted(arrive: Arrived, first: int, sample: int, response: Response) -> None:
-    arrive(first + sample, response)
-
-
-def _assignments(run_dir: Path, names: list[str]) -> dict[tuple[str, tuple[int, ...]], str]:
-    """Engine that took up each group, as a run recorded it."""
-    return {key: name for number, name in enumerate(names) for key in read_assignments(run_dir, number)}

@@ -89,10 +89,16 @@ class EngineGroup:
         """The process in the place of an engine; another one after it was replaced."""
         return self._actors[name]
 
-    def begin_in_flight(self, starts: dict[str, Moment]) -> None:
-        """Let the named engines keep requests while weights change, each counting from its moment."""
-        numbers = {name: number for number, name in enumerate(self._actors)}
-        calls = {n: self._actors[n].begin_in_flight.remote(numbers[n], start) for n, start in starts.items()}
+    def begin_in_flight(self, starts: dict[str, tuple[Moment, bool]]) -> None:
+        """Let the named engines keep requests while weights change, each counting from its moment.
+
+        The other value says whether another process was in its place before.
+        """
+        calls = {
+            name: actor.begin_in_flight.remote(number, starts[name][0], replaces=starts[name][1])
+            for number, (name, actor) in enumerate(self._actors.items())
+            if name in starts
+        }
         gather(calls, phase="engines begin", timeout_s=self._config.cluster.startup_timeout_s)
 
     def advance(self, actor: ray.actor.ActorHandle, admissions: list[Admission], seconds: float) -> ray.ObjectRef:

@@ -7,9 +7,19 @@ from functools import partial
 from typing import Protocol
 
 from megatron_entropic.cluster.cluster import Cluster
+from megatron_entropic.cluster.dispatch import Arrived, Ask, Dispatcher
 from megatron_entropic.config.run import Config, Sampling
 from megatron_entropic.data.tokenizer import Tokenizer
-from megatron_entropic.types import GenerationRequest, Response, Task, Trajectory, derived_seed
+from megatron_entropic.types import (
+    CUT,
+    GenerationRequest,
+    Response,
+    Segment,
+    Task,
+    Trajectory,
+    derived_seed,
+    joined,
+)
 
 Take = Callable[[int, Trajectory], None]
 """Function that takes a position and its trajectory, as it comes; which come first depends on the clock."""
@@ -89,6 +99,48 @@ class DealtOut:
                 engines.replace(lost)
                 self._cluster.renew_weights()
             requests = {name: asked for name, asked in requests.items() if name in lost}
+
+
+class Queued:
+    """An `Answerer` that works beside what is in flight already, for evaluations: the first in the queue."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    def answer(
+        self,
+        groups: list[list[GenerationRequest]],
+        sampling: Sampling,
+        arrived: Callable[[list[tuple[int, Response]]], None],
+        *,
+        phase: str,
+        while_waiting: Callable[[], None] = lambda: None,
+    ) -> None:
+        """See `Answerer`."""
+        left = sum(map(len, groups))
+        parts: dict[int, list[Segment]] = {}
+
+        def arrive(position: int, response: Response) -> None:
+            nonlocal left
+            parts.setdefault(position, []).append(response.segment.copied())
+            if response.finish_reason != CUT:
+                left -= 1
+                whole = joined(parts.pop(position))
+                arrived([(position, Response(whole, response.finish_reason))])
+
+        asks, first = [], 0
+        for place, group in enumerate(groups):
+            taking = partial(_shifted, arrive, first)
+            name = f"{phase}, version {self._dispatcher.version}/{place}"
+            asks.append(Ask(name, (-1, place), dict(enumerate(group)), sampling, taking))
+            first += len(group)
+        with self._dispatcher.turn(while_waiting):
+            self._dispatcher.ask(asks)
+            self._dispatcher.wait(lambda: left == 0, phase=phase, while_waiting=while_waiting)
+
+
+def _shifted(arrive: Arrived, first: int, sample: int, response: Response) -> None:
+    arrive(first + sample, response)
 
 
 class Sampler:

@@ -34,6 +34,8 @@ class Report:
     moment: Moment
     taken_up: list[tuple[int, int, int]]
     """Requests that were taken up, each with the version and the part in which it was."""
+    dropped: list[int]
+    """Numbers of requests that a replay lets go where the process that it follows was lost."""
     unfinished: int
     """Number of requests that are not at their end."""
     tokens: int
@@ -55,6 +57,8 @@ class _Work:
     sampling: Sampling
     name: str | None = None
     """Its name in vLLM, while it runs."""
+    doomed: bool = False
+    """Whether the process that is followed was lost before its end."""
 
 
 class InFlight:
@@ -70,6 +74,7 @@ class InFlight:
         self._numbers: dict[str, int] = {}
         self._responses: list[tuple[int, Response]] = []
         self._taken_up: list[tuple[int, int, int]] = []
+        self._dropped: list[int] = []
 
     @property
     def moment(self) -> Moment:
@@ -95,6 +100,11 @@ class InFlight:
             if self._schedule.cuts_now(self.moment):
                 self._cut("cut")
                 continue
+            if self._schedule.ends_here() and all(work.doomed for work in self._work.values()):
+                self._drop()
+            if not self._work and (start := self._schedule.restart(self.moment)):
+                self._version, self._part, self._engine_step = start
+                continue
             if not self._work or time.time() - began >= seconds:
                 break
             if not self._schedule.may_step(self.moment):
@@ -106,11 +116,13 @@ class InFlight:
     def report(self, began_s: float | None = None, passes: int = 0) -> Report:
         """What has come to its end or a cut since the last report; nothing is done for it."""
         (responses, self._responses), (taken_up, self._taken_up) = (self._responses, []), (self._taken_up, [])
+        dropped, self._dropped = self._dropped, []
         ended_s = time.time()
         return Report(
             responses,
             moment=self.moment,
             taken_up=taken_up,
+            dropped=dropped,
             unfinished=len(self._work),
             tokens=sum(response.segment.tokens.size for _, response in responses),
             passes=passes,
@@ -149,8 +161,16 @@ class InFlight:
         for admission in self._schedule.due(handed, self.moment):
             version, part, _ = self.moment
             self._taken_up += [(number, version, part) for number in admission.numbers]
-            for number, request in zip(admission.numbers, admission.requests, strict=True):
-                self._work[number] = _Work(request, admission.sampling)
+            doomed = admission.doomed or (False,) * len(admission.numbers)
+            for number, request, lost in zip(admission.numbers, admission.requests, doomed, strict=True):
+                self._work[number] = _Work(request, admission.sampling, doomed=lost)
+
+    def _drop(self) -> None:
+        """Let go of all there is."""
+        self._engine.cut([work.name for work in self._work.values() if work.name is not None])
+        self._dropped += self._work
+        self._work.clear()
+        self._numbers.clear()
 
     def _begin_waiting(self) -> None:
         """Let run what was taken up or cut, in the order of admission."""

@@ -49,6 +49,8 @@ class Admission:
     sampling: Sampling
     restored: bool = False
     """Whether they were in flight when the checkpoint was written that the run continues from."""
+    doomed: tuple[bool, ...] = ()
+    """Of a replay: whether each was lost with its engine, by which time another had it; empty: none was."""
 
 
 class Schedule(Protocol):
@@ -59,6 +61,12 @@ class Schedule(Protocol):
 
     def cuts_now(self, now: Moment) -> bool:
         """Whether such a cut comes now."""
+
+    def ends_here(self) -> bool:
+        """Whether the process that is followed was lost after the last event, with all it still had."""
+
+    def restart(self, now: Moment) -> Moment | None:
+        """The moment at which the next process in its place began, if that is what comes now."""
 
     def due(self, handed: Sequence[Admission], now: Moment) -> list[Admission]:
         """Admissions, of those handed over now or earlier, that take effect before the next forward pass."""
@@ -78,15 +86,21 @@ class RecordedSchedule:
 
     cuts_itself = False
 
-    def __init__(self, path: Path, start: Moment) -> None:
-        """Record into `path`; what stands there for `start` or later did not count."""
+    def __init__(self, path: Path, start: Moment, *, replaces: bool = False) -> None:
+        """Record into `path`; what stands there for `start` or later did not count. `replaces`: `open_schedule`."""
         self._record = JsonLinesWriter(path)
         self._record.truncate_from(lambda row: _moment(row) >= start)
+        if replaces:
+            self._record.append(_row(start, "start"))
 
     def due(self, handed: Sequence[Admission], now: Moment) -> list[Admission]:
         """All that were handed over; see `Schedule`."""
         # What was in flight at a checkpoint is part of the state that the run continues from.
-        rows = [_row(now, "admit", group=one.group, samples=one.samples) for one in handed if not one.restored]
+        rows = [
+            _row(now, "admit", group=one.group, samples=one.samples, done=[request.done for request in one.requests])
+            for one in handed
+            if not one.restored
+        ]
         if rows:
             self._record.append_all(rows)
         return list(handed)
@@ -98,6 +112,14 @@ class RecordedSchedule:
     def cuts_now(self, now: Moment) -> bool:
         """Never."""
         return False
+
+    def ends_here(self) -> bool:
+        """Never: who is lost does not ask."""
+        return False
+
+    def restart(self, now: Moment) -> Moment | None:
+        """Never."""
+        return None
 
     def cut_due(self, now: Moment) -> bool:
         """Always."""
@@ -157,14 +179,28 @@ class ReplayedSchedule:
         row = self._row
         return row is not None and _moment(row) == now and row["event"] == "cut"
 
-    def cut_due(self, now: Moment) -> bool:
-        """At the moment of a recorded swap, and after the end of the record."""
+    def ends_here(self) -> bool:
+        """Where the record of a process ends; see `Schedule`."""
+        return self._row is None or self._row["event"] == "start"
+
+    def restart(self, now: Moment) -> Moment | None:
+        """Where the next process in the same place began with the version of now."""
         row = self._row
+        if row is None or row["event"] != "start" or row["version"] != now.version:
+            return None
+        self._next += 1
+        return _moment(row)
+
+    def cut_due(self, now: Moment) -> bool:
+        """At the moment of a recorded swap, after the end of the record, and where a process was lost before it."""
+        row = self._row
+        if row is not None and row["event"] == "start":
+            return bool(row["version"] > now.version)
         return row is None or (_moment(row) == now and row["event"] == "swap")
 
     def cut(self, now: Moment, event: CutEvent) -> None:
         """At its recorded moment; see `Schedule`."""
-        self._next += self._row is not None
+        self._next += self._row is not None and self._row["event"] != "start"
         self._record.cut(now, event)
 
     @property
@@ -177,7 +213,9 @@ def schedule_path(run_dir: Path, engine: int) -> Path:
     return run_dir / "schedule" / f"engine_{engine}.jsonl"
 
 
-def open_schedule(run_dir: Path, engine: int, replayed: Path | None, start: Moment) -> Schedule:
+def open_schedule(
+    run_dir: Path, engine: int, replayed: Path | None, start: Moment, *, replaces: bool = False
+) -> Schedule:
     """Schedule of an engine that begins at `start`.
 
     Args:
@@ -185,11 +223,12 @@ def open_schedule(run_dir: Path, engine: int, replayed: Path | None, start: Mome
         engine: number of the engine.
         replayed: directory of the run whose schedule is followed; None: none.
         start: first moment; what was recorded for earlier ones stays, for later ones did not count.
+        replaces: whether the engine's process is new in the place of one that was lost.
 
     Raises:
         UserError: `replayed` has no schedule for this engine.
     """
-    record = RecordedSchedule(schedule_path(run_dir, engine), start)
+    record = RecordedSchedule(schedule_path(run_dir, engine), start, replaces=replaces)
     if replayed is None:
         return record
     rows = read_schedule(replayed, engine)
@@ -208,10 +247,28 @@ def read_schedule(run_dir: Path, engine: int) -> list[dict[str, Any]]:
     return read_json_lines(path)
 
 
-def read_assignments(run_dir: Path, engine: int) -> list[tuple[str, tuple[int, ...]]]:
-    """Groups that an engine of a recorded run took up, with the numbers of their attempts."""
-    rows = read_schedule(run_dir, engine)
-    return [(row["group"], tuple(row["samples"])) for row in rows if row["event"] == "admit"]
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """One time that an engine of a recorded run took up an attempt."""
+
+    engine: int
+    moment: Moment
+    samples: tuple[int, ...]
+    """Attempts of the group that it took up together."""
+    done: int
+    """Number of tokens that the attempt had."""
+
+
+def read_assignments(run_dir: Path, engines: int) -> dict[tuple[str, int], list[Taken]]:
+    """Who took up each attempt of a recorded run, by group and number: more than one, where the first was lost."""
+    found: dict[tuple[str, int], list[Taken]] = {}
+    for engine in range(engines):
+        for row in read_schedule(run_dir, engine):
+            if row["event"] == "admit":
+                for sample, done in zip(row["samples"], row["done"], strict=True):
+                    taken = Taken(engine, _moment(row), tuple(row["samples"]), done)
+                    found.setdefault((row["group"], sample), []).append(taken)
+    return {key: sorted(taken, key=lambda one: one.moment) for key, taken in found.items()}
 
 
 def _by_itself(row: dict[str, Any], following: dict[str, Any] | None) -> dict[str, Any]:

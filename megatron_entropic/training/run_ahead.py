@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from megatron_entropic.cluster.cluster import Cluster
-from megatron_entropic.cluster.dispatch import Ask, Dispatcher, Queued
+from megatron_entropic.cluster.dispatch import Ask, Dispatcher
 from megatron_entropic.cluster.policy_group import PolicyGroup
-from megatron_entropic.cluster.sampling import DealtOut, Sampler
+from megatron_entropic.cluster.sampling import DealtOut, Queued, Sampler
 from megatron_entropic.config.run import Config
 from megatron_entropic.data import TaskDataset
 from megatron_entropic.data.tokenizer import Tokenizer

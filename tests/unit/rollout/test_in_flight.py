@@ -9,7 +9,14 @@ import numpy as np
 
 from megatron_entropic.config.run import Sampling
 from megatron_entropic.rollout.in_flight import InFlight
-from megatron_entropic.rollout.schedule import Admission, Moment, RecordedSchedule, read_schedule, schedule_path
+from megatron_entropic.rollout.schedule import (
+    Admission,
+    Moment,
+    RecordedSchedule,
+    ReplayedSchedule,
+    read_schedule,
+    schedule_path,
+)
 from megatron_entropic.types import CUT, GenerationRequest, Response, Segment
 
 SAMPLING = Sampling(1.0, 1.0, -1, 5)
@@ -42,9 +49,9 @@ class CountingEngine:
         return Response(Segment(tokens, np.zeros(count, np.float32), self.weights_version), reason)
 
 
-def _admission(number: int) -> Admission:
-    request = GenerationRequest(np.array([7, 7], np.int32), number)
-    return Admission(f"1/{number}", (0,), (number,), (request,), SAMPLING)
+def _admission(number: int, *, done: int = 0, doomed: bool = False) -> Admission:
+    request = GenerationRequest(np.arange(2 + done, dtype=np.int32), number, done)
+    return Admission(f"1/{number}", (0,), (number,), (request,), SAMPLING, doomed=(doomed,))
 
 
 def _steps(in_flight: InFlight, engine: Any, count: int) -> None:
@@ -100,3 +107,19 @@ def test_the_rest_of_a_response_has_a_seed_of_its_own() -> None:
     assert (second.seed, second.done) == (11, 3)
     assert request.own_seed == 11
     assert len({request.own_seed, first.own_seed, second.own_seed}) == 3
+
+
+def test_a_replay_lets_go_of_what_was_lost_when_the_rest_is_answered(tmp_path: Path) -> None:
+    start, path = Moment(0, 0, 0), schedule_path(tmp_path, 0)
+    RecordedSchedule(path, start).due([_admission(1), _admission(2, done=3)], start)
+    RecordedSchedule(path, Moment(0, 1, 0), replaces=True).due([_admission(3)], Moment(0, 1, 0))
+    engine: Any = CountingEngine()
+    followed = ReplayedSchedule(read_schedule(tmp_path, 0), RecordedSchedule(tmp_path / "now.jsonl", start))
+    in_flight = InFlight(engine, followed, start)
+    # The second had two tokens to go when the first, with five, was lost with its engine.
+    handed = [_admission(1, doomed=True), _admission(2, done=3), _admission(3)]
+    report = in_flight.advance(handed, seconds=10)
+    assert [(number, response.finish_reason) for number, response in report.responses] == [(2, "stop"), (3, "stop")]
+    assert report.dropped == [1]
+    assert report.moment == Moment(0, 1, 5)
+    assert report.unfinished == 0

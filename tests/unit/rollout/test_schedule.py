@@ -14,6 +14,7 @@ from megatron_entropic.rollout.schedule import (
     Moment,
     RecordedSchedule,
     ReplayedSchedule,
+    Taken,
     open_schedule,
     read_assignments,
     read_schedule,
@@ -51,7 +52,9 @@ def test_what_happens_is_on_disk_with_its_moment(tmp_path: Path) -> None:
         (1, 0, 3, "cut"),
         (1, 1, 2, "swap"),
     ]
-    assert read_assignments(tmp_path, 0) == [("1/0", (0, 1)), ("1/1", (0, 1)), ("2/0", (0, 1))]
+    taken = read_assignments(tmp_path, 1)
+    assert list(taken) == [(group, sample) for group in ("1/0", "1/1", "2/0") for sample in (0, 1)]
+    assert taken["1/1", 1] == [Taken(0, Moment(0, 0, 4), (0, 1), 0)]
 
 
 def test_a_run_that_continues_forgets_what_did_not_count(tmp_path: Path) -> None:
@@ -100,3 +103,32 @@ def test_a_schedule_of_another_run_is_refused(tmp_path: Path) -> None:
         replayed.may_step(Moment(0, 0, 2))
     with pytest.raises(UserError, match=r"no schedule of engine 1 was recorded, was rollout\.lag 0"):
         read_schedule(tmp_path, 1)
+
+
+def test_the_record_of_a_lost_engine_ends_where_its_successor_began(tmp_path: Path) -> None:
+    path = schedule_path(tmp_path, 0)
+    lost = RecordedSchedule(path, Moment(0, 0, 0))
+    lost.due([_admission("1/0")], Moment(0, 0, 0))
+    lost.cut(Moment(0, 0, 5), "swap")
+    RecordedSchedule(path, Moment(1, 1, 0), replaces=True).due([_admission("2/0")], Moment(1, 1, 0))
+    replayed = ReplayedSchedule(read_schedule(tmp_path, 0), RecordedSchedule(tmp_path / "now.jsonl", Moment(0, 0, 0)))
+    replayed.due([_admission("1/0"), _admission("2/0")], Moment(0, 0, 0))
+    assert not replayed.ends_here()
+    assert replayed.cut_due(Moment(0, 0, 5))
+    replayed.cut(Moment(0, 0, 5), "swap")
+    assert replayed.ends_here()
+    assert replayed.may_step(Moment(1, 0, 30)), "what it still answered is answered again"
+    assert not replayed.cut_due(Moment(1, 0, 30))
+    assert replayed.restart(Moment(1, 0, 30)) == Moment(1, 1, 0)
+    assert [one.group for one in replayed.due([], Moment(1, 1, 0))] == ["2/0"]
+
+
+def test_an_update_that_came_twice_is_one_swap_and_one_cut(tmp_path: Path) -> None:
+    schedule = RecordedSchedule(schedule_path(tmp_path, 0), Moment(0, 0, 0))
+    schedule.cut(Moment(0, 0, 5), "swap")  # broke off, since another engine died
+    schedule.cut(Moment(0, 1, 0), "swap")
+    schedule.cut(Moment(1, 0, 2), "swap")
+    replayed = ReplayedSchedule(read_schedule(tmp_path, 0), RecordedSchedule(tmp_path / "now.jsonl", Moment(0, 0, 0)))
+    assert replayed.cuts_now(Moment(0, 0, 5))
+    replayed.cut(Moment(0, 0, 5), "cut")
+    assert replayed.cut_due(Moment(0, 1, 0))
