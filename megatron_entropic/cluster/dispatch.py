@@ -400,12 +400,12 @@ class Dispatcher:
                 self._reports.append((engine.name, report))
                 if report.passes or report.taken_up or report.responses:
                     self._moved_at = time.monotonic()
-                for ticket in report.dropped:
-                    engine.attempts.pop(ticket, None)
                 for ticket, version, part in report.taken_up:
                     engine.attempts[ticket].since = (version, part)
                 for ticket, response in report.responses:
                     self._arrived(engine, ticket, response)
+                for ticket in report.dropped:
+                    del engine.attempts[ticket]
                 self._hand_out()
             self._changed.notify_all()
 
