@@ -6,9 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from training_run import ROOT, Run
 
@@ -35,8 +37,21 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def ahead(countdown_run: Callable[..., Run]) -> Run:
+    """A run that loses an engine after four of its six steps."""
     run = countdown_run("ahead", *SETTINGS)
-    run.finish()
+    process = run.start()
+    try:
+        deadline = time.monotonic() + 400
+        while len(run.metrics()) < 4:
+            assert process.poll() is None, run.log.read_text(encoding="utf-8")
+            assert time.monotonic() < deadline, "step 4 was not reached"
+            time.sleep(0.05)
+        family = psutil.Process(process.pid).children(recursive=True)
+        engine = next(child for child in family if "EngineWorker" in " ".join(child.cmdline()))
+        engine.kill()
+        assert process.wait(timeout=400) == 0, run.log.read_text(encoding="utf-8")
+    finally:
+        process.kill()
     return run
 
 
@@ -73,6 +88,7 @@ def test_no_token_is_older_than_the_lag_and_every_one_has_a_policy(ahead: Run) -
     assert max(row["mismatch/logprob_abs_max"] for row in rows) < 1e-5
     assert max(row["staleness/logprob_abs_max"] for row in rows[1:]) > 0.01
     assert max(row["staleness/mixed_fraction"] for row in rows) > 0
+    assert sum(row["cluster/engine_restarts"] for row in rows) == 1
     assert (ahead.directory / "timeline.json").is_file()
 
 
