@@ -18,13 +18,15 @@ from megatron_entropic.observability.records import RecordedStep, read_rollouts,
 from megatron_entropic.training.in_flight import in_flight_path, load_in_flight
 
 LAG = 2
-# Answers are long and of very different lengths, and engines have room for a few: there is always something in flight.
+# Responses of an untrained model are long and of very different lengths, and engines have room for a few of them: they
+# are the slower side, and something is in flight whenever weights come.
 SETTINGS = (
     f"rollout.lag={LAG}",
     "rollout.engines=2",
-    "rollout.samples_per_prompt=4",
+    "warm_start.steps=0",
+    "rollout.samples_per_prompt=8",
     "rollout.max_response_tokens=40",
-    "rollout.max_concurrent_sequences=16",
+    "rollout.max_concurrent_sequences=4",
     "rollout.max_resamples=1",
     "rollout.importance_correction=tis",
     "rollout.staleness_correction=tis",
