@@ -150,8 +150,8 @@ class EntropyControlConfig(Section):
     )
     start: Literal["immediately", "integral_at_crossing", "at_crossing"] = Field(
         "immediately",
-        description="at_crossing: alpha is 0 until H first crosses its target. integral_at_crossing: only the "
-        "integral waits for it.",
+        description="at_crossing: alpha is initial_alpha until H first crosses its target. integral_at_crossing: "
+        "only the integral waits for it.",
     )
     integral_limit: float | None = Field(None, gt=0, description="Limit of |sum of errors|, in nats.")
     integral_leak: float = Field(0.0, ge=0, lt=1, description="Fraction of the integral forgotten per optimizer step.")

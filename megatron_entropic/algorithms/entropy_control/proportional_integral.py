@@ -32,7 +32,7 @@ class EntropyController(Controller):
         ki: K_i, per nat and optimizer step.
         gain: factor on both gains.
         anti_windup, integral_limit, integral_leak: see `IntegralRule`.
-        start: "immediately"; "at_crossing" (alpha is 0 and the integral stands still until H first crosses the target);
+        start: "immediately"; "at_crossing" (alpha is `initial_alpha` until H first crosses the target);
             or "integral_at_crossing" (only the integral waits).
         dead_band: an error with |e| < dead_band counts as 0, nats.
         initial_alpha: K_i sum(e) at the start: what holding the target is known to need. Unused with ki = 0.
