@@ -213,7 +213,8 @@ class RunAhead:
             sequences = [attempt.up_to(number) for attempt, number in places]
         if not sequences:
             return
-        scores = policy.score_kept(sequences)
+        with self._journal.phase("score"):
+            scores = policy.score_kept(sequences)
         with self._dispatcher.standing():
             for (attempt, number), logprobs in zip(places, scores.logprobs, strict=True):
                 attempt.segments[number] = replace(attempt.segments[number], policy_logprobs=logprobs.numpy())

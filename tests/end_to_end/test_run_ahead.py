@@ -83,7 +83,8 @@ def test_no_token_is_older_than_the_lag_and_every_one_has_a_policy(ahead: Run) -
             versions = [segment.weights_version for segment in response.trajectory.segments]
             assert versions == sorted(versions)
             ages += [step - 1 - version for version in versions]
-    assert max(ages) == LAG
+    # How old within the limit is for the clock to say.
+    assert 0 < max(ages) <= LAG
     assert min(ages) >= 0
     rows = ahead.metrics()
     # What an engine reported is what the policy computes with the weights of the same version, for each token.
