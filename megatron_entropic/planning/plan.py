@@ -204,12 +204,15 @@ Measured with benchmarks/checkpoint_memory.py: 3,143 MB on each of four ranks th
 def checkpoint_host_bytes(config: Config, table: ParameterTable, ranks_per_node: int) -> int:
     """Host bytes of a checkpoint on the fullest node, nodes being filled with policy ranks one after the other.
 
-    A rank copies its part of the optimizer state, the first replica also the weights.
+    A rank copies its part of the optimizer state, the first replica also the weights. With rollouts that run ahead each
+    rank has two more copies of its weights beside it (`policy/state/kept_weights.py`).
     """
     policy = config.policy
+    keeps = config.rollout.lag > 0 and config.rollout.split_staleness and not config.cluster.colocate
+    copies_bytes = 2 * ITEM_BYTES[config.model.dtype] if keeps else 0
     of_stage = [_stage_bytes(config, table, stage) for stage in range(policy.pipeline_parallel)]
     of_rank = [
-        _rank_bytes(policy, of_stage[stage], place)
+        _rank_bytes(policy, of_stage[stage], place) + copies_bytes * table.stage(policy, stage).elements
         for stage in range(policy.pipeline_parallel)
         for place in range(policy.stage_ranks)
     ]

@@ -58,6 +58,10 @@ def test_host_memory_of_a_checkpoint() -> None:
     assert shards == pytest.approx((12 + 2) * table.elements, rel=1e-5)
     alone = checkpoint_host_bytes(example("nemotron_1_5b"), table, 1)
     assert alone == pytest.approx((12 / 4 + 2) * table.elements, rel=1e-5)
+    ahead = checkpoint_host_bytes(example("nemotron_1_5b", "rollout.lag=1"), table, 8)
+    policy = example("nemotron_1_5b").policy
+    ranks = min(8, policy.world_size)
+    assert ahead - shards == ranks * 2 * 2 * table.stage(policy, 0).elements
     whole = checkpoint_host_bytes(example("nemotron_1_5b", "checkpoint.format=fully_reshardable"), table, 8)
     assert whole == 4 * 27 * table.elements
     plain = checkpoint_host_bytes(example("nemotron_1_5b", "policy.distributed_optimizer=false"), table, 8)
