@@ -145,14 +145,14 @@ class RunAhead:
         self._dispatcher.before_swap(f"publish (weights version {step})")
         yield
         self._dispatcher.begin(Moment(step, 0, 0))
+        following = step + 1 + self._config.rollout.lag
+        if following <= self._config.train.steps:
+            self._open(following, [])  # before anything else, so that no engine waits for it
         if self._splits and not self._config.cluster.colocate:
             self._dispatcher.settle(f"publish (weights version {step})")
             with self._cluster.training() as policy:
                 self._score_overwritten(policy)
         self._version = step
-        following = step + 1 + self._config.rollout.lag
-        if following <= self._config.train.steps:
-            self._open(following, [])
 
     def in_flight(self, step: int) -> tuple[Moment, list[SavedAttempt]]:
         """Cut what runs; returns all that is in flight beside the weights of `step`, and the moment it goes on with.
