@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -233,7 +233,7 @@ class Dispatcher:
             }
 
     def take_reports(self) -> list[tuple[str, Report]]:
-        """Reports since the last call, with the names of their engines."""
+        """Reports since the last call, without their responses, with the names of their engines."""
         with self._changed:
             reports, self._reports = self._reports, []
         return reports
@@ -397,7 +397,8 @@ class Dispatcher:
             del engine.calls[reference]
             engine.moment, engine.cut_due = report.moment, report.cut_due
             if engine.lost is None:
-                self._reports.append((engine.name, report))
+                # Without the responses, whose arrays would keep the object store occupied until the step ends.
+                self._reports.append((engine.name, replace(report, responses=[])))
                 if report.passes or report.taken_up or report.responses:
                     self._moved_at = time.monotonic()
                 for ticket, version, part in report.taken_up:
