@@ -92,6 +92,12 @@ class Segment:
     None where nobody has asked the policy: it has those weights still, or rollouts do not run ahead.
     """
 
+    @property
+    def sampling_logprobs(self) -> Logprobs:
+        """`policy_logprobs`, with NaN where nobody has asked the policy, [n] float32."""
+        missing = np.full(self.tokens.size, np.nan, np.float32)
+        return missing if self.policy_logprobs is None else self.policy_logprobs
+
     def copied(self) -> Segment:
         """The same segment with arrays of its own: those that came through shared memory keep it occupied."""
         return replace(self, tokens=self.tokens.copy(), logprobs=self.logprobs.copy())
@@ -150,8 +156,7 @@ class Trajectory:
         written = [segment for segment in self.segments if segment.origin is Origin.POLICY]
         if all(segment.policy_logprobs is None for segment in written):
             return None
-        parts = [np.full(s.tokens.size, np.nan) if s.policy_logprobs is None else s.policy_logprobs for s in written]
-        return _joined(parts, np.float32).astype(np.float32, copy=False)
+        return _joined([segment.sampling_logprobs for segment in written], np.float32)
 
     @property
     def response_length(self) -> int:
@@ -230,6 +235,11 @@ class Sequence:
     def response_length(self) -> int:
         """Number of tokens after the prompt, R."""
         return self.tokens.numel() - self.prompt_length
+
+    @property
+    def own_logprobs(self) -> torch.Tensor | None:
+        """`sampling_logprobs`, or `old_logprobs` where no token is older than the weights of the score pass."""
+        return self.old_logprobs if self.sampling_logprobs is None else self.sampling_logprobs
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel between processes as arrays: pickling a small tensor takes a hundred times as long."""

@@ -10,6 +10,7 @@ from megatron_entropic.algorithms.entropy_control import (
     build_controller,
 )
 from megatron_entropic.algorithms.importance import (
+    corrections,
     importance_metrics,
     importance_ratios,
     importance_weights,
@@ -28,6 +29,7 @@ __all__ = [
     "Steering",
     "advantages",
     "build_controller",
+    "corrections",
     "entropic_term",
     "find_policy_loss",
     "high_prob_token_weights",

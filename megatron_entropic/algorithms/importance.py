@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -64,8 +65,37 @@ def importance_weights(ratios: Tensor, method: str, cap: float) -> Tensor:
     raise ValueError(f"unknown importance correction {method!r}: tis or mis")
 
 
-def importance_metrics(ratios: Seq[Tensor], method: str, cap: float) -> dict[str, float]:
-    """Metrics of the rollout correction, from the ratios of all responses before truncation.
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """One ratio that is corrected for, above / below, both fields of a scored `types.Sequence`."""
+
+    method: str
+    """Name of the method, tis or mis."""
+    above: str
+    below: str
+    prefix: str
+    """Beginning of the names of its metrics."""
+
+
+def corrections(importance: str, staleness: str) -> list[Correction]:
+    """The ratios that `rollout.importance_correction` and `staleness_correction` ask to correct for.
+
+    pi_old / pi_rollout is pi_old / pi_v x pi_v / pi_rollout, v being the weights that sampled a token. Where the first,
+    staleness, has a correction of its own, `importance` is that of the second alone, else of both.
+    """
+    split = staleness != "none"
+    found = []
+    if importance != "none":
+        found.append(
+            Correction(importance, "own_logprobs" if split else "old_logprobs", "rollout_logprobs", "importance/")
+        )
+    if split:
+        found.append(Correction(staleness, "old_logprobs", "own_logprobs", "importance/staleness_"))
+    return found
+
+
+def importance_metrics(ratios: Seq[Tensor], method: str, cap: float, prefix: str = "importance/") -> dict[str, float]:
+    """Metrics of the rollout correction, from the ratios of all responses before truncation; names begin by `prefix`.
 
     importance/ratio_mean, importance/ratio_max   of w; the mean is 1 when both policies agree
     importance/cut_fraction                       share of tokens whose w was truncated or masked
@@ -76,17 +106,17 @@ def importance_metrics(ratios: Seq[Tensor], method: str, cap: float) -> dict[str
         raw = torch.ones(1, dtype=torch.float64)
     cut = importance_weights(raw, method, cap) != raw
     return {
-        "importance/ratio_mean": float(raw.mean()),
-        "importance/ratio_max": float(raw.max()),
-        "importance/cut_fraction": float(cut.double().mean()),
-        "importance/effective_fraction": float(raw.sum().square() / (raw.numel() * raw.square().sum())),
+        f"{prefix}ratio_mean": float(raw.mean()),
+        f"{prefix}ratio_max": float(raw.max()),
+        f"{prefix}cut_fraction": float(cut.double().mean()),
+        f"{prefix}effective_fraction": float(raw.sum().square() / (raw.numel() * raw.square().sum())),
     }
 
 
 # How far the engine's log-probabilities are from the policy's, on the same tokens and weights.
 
 
-def mismatch_metrics(policy_logprobs: Tensor, rollout_logprobs: Tensor) -> dict[str, float]:
+def mismatch_metrics(policy_logprobs: Tensor, rollout_logprobs: Tensor, prefix: str = "mismatch/") -> dict[str, float]:
     """Metrics of the mismatch over T tokens sampled by the engine, with d = logp_policy - logp_rollout.
 
         mismatch/logprob_abs_mean               mean |d|, nats
@@ -98,6 +128,7 @@ def mismatch_metrics(policy_logprobs: Tensor, rollout_logprobs: Tensor) -> dict[
     Args:
         policy_logprobs: [T] from the policy's score pass at the rollout temperature.
         rollout_logprobs: [T] as the engine reported them.
+        prefix: beginning of the names.
 
     Returns:
         Four floats (float64 arithmetic); the values of equality for T = 0. |d| is bounded at 20 inside exp.
@@ -112,8 +143,8 @@ def mismatch_metrics(policy_logprobs: Tensor, rollout_logprobs: Tensor) -> dict[
         d = torch.zeros(1, dtype=torch.float64)
     bounded = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return {
-        "mismatch/logprob_abs_mean": float(d.abs().mean()),
-        "mismatch/logprob_abs_max": float(d.abs().max()),
-        "mismatch/k3": float((torch.expm1(bounded) - d).mean()),
-        "mismatch/token_probability_error_ratio": float(bounded.abs().exp().mean()),
+        f"{prefix}logprob_abs_mean": float(d.abs().mean()),
+        f"{prefix}logprob_abs_max": float(d.abs().max()),
+        f"{prefix}k3": float((torch.expm1(bounded) - d).mean()),
+        f"{prefix}token_probability_error_ratio": float(bounded.abs().exp().mean()),
     }

@@ -60,7 +60,7 @@ def save_in_flight(path: Path, attempts: Sequence[SavedAttempt]) -> None:
             segments=np.array([(n, s.weights_version, s.tokens.size) for n, s in segments], np.int64).reshape(-1, 3),
             tokens=_joined((segment.tokens for _, segment in segments), np.int32),
             logprobs=_joined((segment.logprobs for _, segment in segments), np.float32),
-            policy_logprobs=_joined((_policy_logprobs(segment) for _, segment in segments), np.float32),
+            policy_logprobs=_joined((segment.sampling_logprobs for _, segment in segments), np.float32),
         )
 
 
@@ -94,12 +94,6 @@ def prune_in_flight(run_dir: Path, steps: Iterable[int]) -> None:
     for path in (run_dir / "in_flight").glob("step_*.npz"):
         if path not in kept:
             path.unlink()
-
-
-def _policy_logprobs(segment: Segment) -> npt.NDArray[np.float32]:
-    """Log-probs by the policy, [n]; NaN where it was not asked."""
-    missing = np.full(segment.tokens.size, np.nan, np.float32)
-    return missing if segment.policy_logprobs is None else segment.policy_logprobs
 
 
 def _joined(parts: Iterable[npt.NDArray[Any]], dtype: type) -> npt.NDArray[Any]:

@@ -13,7 +13,13 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from megatron_entropic.algorithms import advantages, importance_metrics, importance_ratios, mismatch_metrics
+from megatron_entropic.algorithms import (
+    advantages,
+    corrections,
+    importance_metrics,
+    importance_ratios,
+    mismatch_metrics,
+)
 from megatron_entropic.config.algorithm import AlgorithmConfig
 from megatron_entropic.config.run import Config, RolloutConfig
 from megatron_entropic.types import Group, Scores, Sequence, TrainingBatch, Trajectory
@@ -115,9 +121,7 @@ def mismatch(batch: TrainingBatch) -> dict[str, float]:
 
     Where the policy was not asked for those of the weights that sampled, staleness is in them.
     """
-    sampling = torch.cat([_sampling_logprobs(s) for s in batch.sequences])
-    rollout = torch.cat([s.rollout_logprobs for s in batch.sequences if s.rollout_logprobs is not None])
-    return mismatch_metrics(sampling, rollout)
+    return mismatch_metrics(_column(batch, "own_logprobs"), _column(batch, "rollout_logprobs"))
 
 
 def staleness(batch: TrainingBatch, version: int) -> dict[str, float]:
@@ -139,49 +143,26 @@ def staleness(batch: TrainingBatch, version: int) -> dict[str, float]:
         "staleness/mixed_fraction": fmean(len({s.weights_version for s in one.segments}) > 1 for one in trajectories),
     }
     if any(s.sampling_logprobs is not None for s in batch.sequences):
-        old = torch.cat([s.old_logprobs for s in batch.sequences if s.old_logprobs is not None])
-        distance = mismatch_metrics(old, torch.cat([_sampling_logprobs(s) for s in batch.sequences]))
-        found |= {name.replace("mismatch/", "staleness/"): value for name, value in distance.items()}
+        old, own = _column(batch, "old_logprobs"), _column(batch, "own_logprobs")
+        found |= mismatch_metrics(old, own, prefix="staleness/")
     return found
 
 
 def importance(batch: TrainingBatch, rollout: RolloutConfig) -> dict[str, float]:
-    """Metrics importance/* of the rollout correction, before truncation; none without a correction.
-
-    With `rollout.staleness_correction` those of pi_old / pi_sampled-it follow as importance/staleness_*.
-    """
+    """Metrics importance/* of each of the rollout's `corrections`, before truncation; none without a correction."""
     found: dict[str, float] = {}
-    if rollout.importance_correction != "none":
+    for one in corrections(rollout.importance_correction, rollout.staleness_correction):
         ratios = [
-            importance_ratios(_corrected(s, rollout), s.rollout_logprobs, rollout.importance_level)
+            importance_ratios(getattr(s, one.above), getattr(s, one.below), rollout.importance_level)
             for s in batch.sequences
-            if s.rollout_logprobs is not None
         ]
-        found |= importance_metrics(ratios, rollout.importance_correction, rollout.importance_cap)
-    if rollout.staleness_correction != "none":
-        ratios = [
-            importance_ratios(s.old_logprobs, _sampling_logprobs(s), rollout.importance_level)
-            for s in batch.sequences
-            if s.old_logprobs is not None
-        ]
-        metrics = importance_metrics(ratios, rollout.staleness_correction, rollout.importance_cap)
-        found |= {name.replace("importance/", "importance/staleness_"): value for name, value in metrics.items()}
+        found |= importance_metrics(ratios, one.method, rollout.importance_cap, one.prefix)
     return found
 
 
-def _sampling_logprobs(sequence: Sequence) -> torch.Tensor:
-    """Log-probs of the policy with the weights that sampled, or, where nobody asked for them, of the score pass."""
-    chosen = sequence.old_logprobs if sequence.sampling_logprobs is None else sequence.sampling_logprobs
-    assert chosen is not None, "scored"
-    return chosen
-
-
-def _corrected(sequence: Sequence, rollout: RolloutConfig) -> torch.Tensor:
-    """What the engine's log-probs are corrected to: the sampling weights' if staleness is corrected for by itself."""
-    if rollout.staleness_correction != "none":
-        return _sampling_logprobs(sequence)
-    assert sequence.old_logprobs is not None, "scored"
-    return sequence.old_logprobs
+def _column(batch: TrainingBatch, name: str) -> torch.Tensor:
+    """Log-probs of all tokens of a scored batch, [T]."""
+    return torch.cat([getattr(sequence, name) for sequence in batch.sequences])
 
 
 def entropy_profile(batch: TrainingBatch, scores: Scores) -> dict[str, float]:

@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_entropic.algorithms import PolicyLoss, find_policy_loss, importance_ratios, importance_weights
+from megatron_entropic.algorithms import (
+    PolicyLoss,
+    corrections,
+    find_policy_loss,
+    importance_ratios,
+    importance_weights,
+)
 from megatron_entropic.config.algorithm import AlgorithmConfig
 from megatron_entropic.config.run import Config
 from megatron_entropic.errors import UserError
@@ -123,35 +129,17 @@ def token_fields(
 
 
 def _correction(sequences: Seq[Sequence], settings: LossSettings, device: torch.device) -> Tensor | None:
-    """Product of the weights for engine numerics, pi_v / pi_engine, and for staleness, pi_old / pi_v; None without.
-
-    Where staleness has no correction of its own, the first is that of both: pi_old / pi_engine.
-    """
-    split = settings.staleness_correction != "none"
+    """Product of the weights of all `corrections`, [T] float32; None without any."""
     weights = None
-    if settings.correction != "none":
-        _column(sequences, "rollout_logprobs", device)
-        weights = _weights(sequences, settings, settings.correction, "sampling" if split else "old", "rollout")
-    if split:
-        of_staleness = _weights(sequences, settings, settings.staleness_correction, "old", "sampling")
-        weights = of_staleness if weights is None else weights * of_staleness
+    for one in corrections(settings.correction, settings.staleness_correction):
+        _column(sequences, one.below, device)
+        ratios = [
+            importance_ratios(getattr(s, one.above).float(), getattr(s, one.below).float(), settings.correction_level)
+            for s in sequences
+        ]
+        factor = importance_weights(torch.cat(ratios), one.method, settings.correction_cap)
+        weights = factor if weights is None else weights * factor
     return None if weights is None else to_device(weights, device)
-
-
-def _weights(sequences: Seq[Sequence], settings: LossSettings, method: str, above: str, below: str) -> Tensor:
-    ratios = [
-        importance_ratios(_logprobs(s, above).float(), _logprobs(s, below).float(), settings.correction_level)
-        for s in sequences
-    ]
-    return importance_weights(torch.cat(ratios), method, settings.correction_cap)
-
-
-def _logprobs(sequence: Sequence, name: str) -> Tensor:
-    # Without older tokens the weights that sampled are those that scored.
-    if name == "sampling" and sequence.sampling_logprobs is None:
-        name = "old"
-    found: Tensor = getattr(sequence, f"{name}_logprobs")
-    return found
 
 
 def _column(sequences: Seq[Sequence], name: str, device: torch.device) -> Tensor:
