@@ -38,7 +38,7 @@ class Verdict:
 def verdicts(run: Run) -> list[Verdict]:
     """Everything that can be said of a run's last steps under the same settings."""
     run = run.stretches[-1]
-    of_samples = [*_mismatch(run), *_importance(run), *_staleness(run)]
+    of_samples = [*_mismatch(run), *_importance(run)]
     if len(run.finite("entropy/mean")) < 2:
         return of_samples
     controller = str(run.setting("entropy_control.controller", "pi"))
@@ -134,23 +134,12 @@ def _mismatch(run: Run) -> Iterator[Verdict]:
 
 
 def _importance(run: Run) -> Iterator[Verdict]:
-    effective = run.finite("importance/effective_fraction")[-WINDOW:]
-    if effective and fmean(effective) < LEAST_EFFECTIVE:
-        yield Verdict(
-            "warn",
-            f"importance weights leave {fmean(effective):.0%} of the sample: the policy is far from the one that "
-            "sampled",
-        )
-
-
-def _staleness(run: Run) -> Iterator[Verdict]:
-    effective = run.finite("importance/staleness_effective_fraction")[-WINDOW:]
-    if effective and fmean(effective) < LEAST_EFFECTIVE:
-        yield Verdict(
-            "warn",
-            f"staleness weights leave {fmean(effective):.0%} of the sample: tokens are too old for this learning rate, "
-            "lower rollout.lag",
-        )
+    far = "importance weights", "the policy is far from the one that sampled"
+    old = "staleness weights", "tokens are too old for this learning rate, lower rollout.lag"
+    for metric, (weights, meaning) in {"effective_fraction": far, "staleness_effective_fraction": old}.items():
+        effective = run.finite(f"importance/{metric}")[-WINDOW:]
+        if effective and fmean(effective) < LEAST_EFFECTIVE:
+            yield Verdict("warn", f"{weights} leave {fmean(effective):.0%} of the sample: {meaning}")
 
 
 def _errors(run: Run) -> list[float]:

@@ -90,8 +90,6 @@ class RunAhead:
         self._stop = stop
         self._ahead: dict[int, _StepAhead] = {}
         self._splits = config.rollout.split_staleness
-        self._version = 0
-        """Version of the weights that engines have."""
         self._measured_s = time.time()
 
     def begin(self, step: int, moment: Moment, saved: Iterable[SavedAttempt] = ()) -> None:
@@ -103,14 +101,13 @@ class RunAhead:
             saved: what was in flight when the checkpoint of `step` was written.
         """
         self._dispatcher.begin(moment)
-        self._version = moment.version
         by_step: dict[int, list[SavedAttempt]] = {}
         lag = self._config.rollout.lag
         for attempt in saved:
             if any(attempt.step - 1 - one.weights_version > lag for one in attempt.segments):
                 continue  # the lag was larger before
             by_step.setdefault(attempt.step, []).append(attempt)
-        last = min(step + 1 + self._config.rollout.lag, self._config.train.steps)
+        last = min(step + 1 + lag, self._config.train.steps)
         for number in range(step + 1, last + 1):
             self._open(number, by_step.get(number, []))
 
@@ -132,7 +129,7 @@ class RunAhead:
         """
         if self._splits and self._config.cluster.colocate:
             self._dispatcher.settle("score: what was in flight")
-            self._score_overwritten(policy)
+            self._score_sampled_by(self._dispatcher.version, policy)
         elif self._splits:
             policy.keep_weights()
 
@@ -151,8 +148,7 @@ class RunAhead:
         if self._splits and not self._config.cluster.colocate:
             self._dispatcher.settle(f"publish (weights version {step})")
             with self._cluster.training() as policy:
-                self._score_overwritten(policy)
-        self._version = step
+                self._score_sampled_by(step - 1, policy)
 
     def in_flight(self, step: int) -> tuple[Moment, list[SavedAttempt]]:
         """Cut what runs; returns all that is in flight beside the weights of `step`, and the moment it goes on with.
@@ -206,10 +202,10 @@ class RunAhead:
             "rollout/waiting": float(waiting),
         }
 
-    def _score_overwritten(self, policy: PolicyGroup) -> None:
-        """Score what the version that is or was overwritten has sampled, with that version's weights."""
+    def _score_sampled_by(self, version: int, policy: PolicyGroup) -> None:
+        """Score what a version has sampled, which the policy has kept or still has."""
         with self._dispatcher.standing():
-            places = [place for ahead in self._ahead.values() for place in ahead.sampled_by(self._version)]
+            places = [place for ahead in self._ahead.values() for place in ahead.sampled_by(version)]
             sequences = [attempt.up_to(number) for attempt, number in places]
         if not sequences:
             return
