@@ -9,6 +9,7 @@ from typing import Any
 
 SCRIPT = Path(__file__).parent / "scripts" / "vocab_parallel_ranks.py"
 FUSED_SCRIPT = SCRIPT.with_name("fused_head_ranks.py")
+REVERSE_KL_SCRIPT = SCRIPT.with_name("reverse_kl_ranks.py")
 DOCUMENTED_SCRIPT = SCRIPT.with_name("documented_gradient.py")
 
 
@@ -38,6 +39,21 @@ def test_fused_heads_over_tensor_parallel_sizes(run_ranks: Callable[..., list[st
             # bfloat16: dL/dhidden is rounded on each rank and in their sum, dL/dweight once.
             assert max(dhidden, dweight) <= (1e-5 if report["dtype"] == "float32" else 5e-3), report
             assert report["collectives"] == _expected_collectives(report), report
+
+
+def test_reverse_kl_over_tensor_parallel_sizes(run_ranks: Callable[..., list[str]]) -> None:
+    """Values and gradients at TP = 1, 2, 4 with padding and a temperature, and what is communicated."""
+    for output in run_ranks(REVERSE_KL_SCRIPT, 4, timeout_s=240):
+        reports = json.loads(output.splitlines()[-1])
+        assert len(reports) == 3 * 2 * 3 * 3
+        for report in reports:
+            divergence, dhidden, dweight = report["errors"]
+            exact = report["dtype"] == "float64"
+            assert divergence <= (1e-12 if exact else 5e-6), report
+            limit = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 5e-3}[report["dtype"]]
+            assert max(dhidden, dweight) <= limit, report
+            gather = int(report["sequence_parallel"])
+            assert report["collectives"] == ([0, 0] if report["ranks"] == 1 else [gather + 1, gather + 1]), report
 
 
 def test_who_adds_up_the_gradient_of_hidden_states(run_ranks: Callable[..., list[str]]) -> None:

@@ -26,7 +26,7 @@ def run_blocks(page: str) -> tuple[int, dict[str, Any]]:
 
 def test_examples_run() -> None:
     count, names = run_blocks("output_head.md")
-    assert count == 3
+    assert count == 4
     assert names["hidden"].grad.isfinite().all()
 
 
