@@ -200,6 +200,11 @@ class Group:
         return self.trajectories[0].task
 
     @property
+    def success(self) -> float:
+        """Share of the trajectories that are right."""
+        return sum(reward.correct for reward in self.rewards) / len(self.rewards)
+
+    @property
     def alike(self) -> bool:
         """Whether the verifier said the same of every trajectory it could judge; added rewards do not count."""
         return len({reward.verifier for reward in self.rewards if reward.status == "ok"}) < 2
@@ -230,6 +235,8 @@ class Sequence:
 
     None without router replay.
     """
+    success: float | None = None
+    """Share of right responses in the prompt's whole group, 0 to 1; None where nothing was judged."""
 
     @property
     def response_length(self) -> int:
@@ -319,7 +326,7 @@ def _rebuilt_scores(*columns: list[Any]) -> Scores:
 
 
 def _as_array(value: Any) -> Any:
-    return value if value is None or isinstance(value, int) else value.detach().cpu().numpy()
+    return value if value is None or isinstance(value, int | float) else value.detach().cpu().numpy()
 
 
 def _as_tensor(value: Any) -> Any:

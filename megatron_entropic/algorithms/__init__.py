@@ -5,7 +5,9 @@ from megatron_entropic.algorithms.aggregation import high_prob_token_weights, to
 from megatron_entropic.algorithms.entropy_control import (
     Controller,
     EntropyController,
+    Guard,
     MicrobatchLocalController,
+    PromptAlpha,
     Steering,
     build_controller,
 )
@@ -23,9 +25,11 @@ __all__ = [
     "POLICY_LOSSES",
     "Controller",
     "EntropyController",
+    "Guard",
     "MicrobatchLocalController",
     "PolicyLoss",
     "PolicyLossTerms",
+    "PromptAlpha",
     "Steering",
     "advantages",
     "build_controller",

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from megatron_entropic.config.base import Count, Section, off_is_a_word
-from megatron_entropic.config.names import ADVANTAGES, CONTROLLERS, OFF, POLICY_LOSSES, controller_entry
+from megatron_entropic.config.names import ADVANTAGES, CONTROLLERS, GUARDS, OFF, POLICY_LOSSES, controller_entry
 
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
@@ -103,6 +103,16 @@ class RivalsConfig(Section):
     alpha: float = Field(0.0, ge=-1, le=1, description="constant: the alpha that never changes; probe: its mean.")
     probe_amplitude: float = Field(0.7, gt=0, le=1, description="probe: how far alpha goes to either side of `alpha`.")
     probe_half_period: Count = Field(10, ge=1, description="probe: optimizer steps on one side.")
+    unsolved_gain: float = Field(
+        2.0, ge=0, description="unsolved: alpha of a prompt is -min(limit, gain x wrong share)."
+    )
+    unsolved_limit: float | None = Field(
+        None, gt=0, description="unsolved: largest |alpha|; null: 1 with denominator all_tokens, else 1.5."
+    )
+    cascade_alpha: float = Field(-1.0, ge=-1, lt=0, description="cascade: the alpha that never changes.")
+    cascade_kp: float = Field(0.5, ge=0, description="cascade: K_p of tau, per relative error (H - target) / first H.")
+    cascade_ki: float = Field(0.01, ge=0, description="cascade: K_i of tau, per relative error and optimizer step.")
+    cascade_tau: tuple[float, float] = Field((0.5, 0.98), description="cascade: bounds of tau, which begins at `tau`.")
     bonus: float = Field(0.001, description="entropy_bonus: coefficient c of -c H in the loss.")
     aec_step: float = Field(1e-4, ge=0, description="aec: how far the coefficient moves each optimizer step.")
     aec_limit: float = Field(0.005, ge=0, description="aec: largest coefficient.")
@@ -115,6 +125,29 @@ class RivalsConfig(Section):
     entrocraft_steps: Count = Field(1000, ge=1, description="entrocraft: optimizer steps of the linear anneal.")
     dmmpt_probability: float = Field(
         0.99, gt=0, le=1, description="dmmpt: positive tokens at least this likely are dropped while H < target."
+    )
+
+
+class GuardsConfig(Section):
+    """Numbers of entropy_control.guard and reanchor; x is the smoothed H as a multiple of the first steps' H."""
+
+    top: float | None = Field(
+        None,
+        gt=0,
+        description="x above which alpha is raised. null: 1.12 for a ceiling, 1 for one over unsolved, 1.2 for a band.",
+    )
+    bottom: float | None = Field(None, ge=0, description="x below which a band lowers alpha. null: 0.4.")
+    gain: float | None = Field(
+        None, ge=0, description="Of alpha per unit of x outside. null: 10 for a ceiling, else 8."
+    )
+    integral_gain: float | None = Field(
+        None, ge=0, description="The same per optimizer step. null: 0.5 for a ceiling, else 0."
+    )
+    jump: float = Field(
+        0.35,
+        gt=0,
+        description="A change of H between two measurements beyond this share of the anchor is put down to the data, "
+        "and the anchor moves with it. Raise it where single steps move entropy that far.",
     )
 
 
@@ -159,6 +192,23 @@ class EntropyControlConfig(Section):
     initial_alpha: float = Field(
         0.0, ge=-1, le=1, description="pi: where the integral's part of alpha begins, such as the b / g of `tune`."
     )
+    guard: Annotated[str, BeforeValidator(off_is_a_word)] = Field(
+        OFF,
+        description=f"Override of alpha where entropy leaves what the run began with: {OFF}, {', '.join(GUARDS)}, or "
+        "module:Class.",
+    )
+    guards: GuardsConfig = GuardsConfig()
+    reanchor: Annotated[Literal["off", "detected"], BeforeValidator(off_is_a_word)] = Field(
+        "off",
+        description="detected: a target such as 0.7x follows jumps of the data, a multiple of the first entropy as it "
+        "would have been on the new data.",
+    )
+    weight_limit: float | None = Field(
+        None,
+        gt=0,
+        description="Bound of a token's |alpha| N / N_high, by which its weight differs from 1; 1 keeps weights from "
+        "becoming negative with denominator high_prob_tokens. null: none.",
+    )
     rivals: RivalsConfig = RivalsConfig()
 
     @property
@@ -170,6 +220,19 @@ class EntropyControlConfig(Section):
     def steers_alpha(self) -> bool:
         """Whether the loss may have EntroPIC's term."""
         return controller_entry(self.controller).steers_alpha
+
+    @property
+    def guard_numbers(self) -> tuple[float, float, float, float]:
+        """Numbers of the guard: top, bottom, gain, integral gain; those of a band for one of somebody's own."""
+        own, entry = self.guards, GUARDS.get(self.guard, GUARDS["band"])
+        # Unsolved prompts raise entropy by as much as they are unsolved, so the tighter ceiling costs less there.
+        top = 1.0 if (self.guard, self.controller) == ("ceiling", "unsolved") else entry.top
+        return (
+            top if own.top is None else own.top,
+            entry.bottom if own.bottom is None else own.bottom,
+            entry.gain if own.gain is None else own.gain,
+            entry.integral_gain if own.integral_gain is None else own.integral_gain,
+        )
 
     @property
     def fixed_target(self) -> float | None:

@@ -14,6 +14,7 @@ from megatron_entropic.config.names import (
     ADVANTAGES,
     ANSWERS,
     CONTROLLERS,
+    GUARDS,
     OFF,
     POLICY_LOSSES,
     TRANSPORTS,
@@ -217,6 +218,14 @@ def _entropy_control(config: Config) -> Iterator[Violation]:
             "entropy_control.feedback=microbatch_local needs a fixed target in nats, constant gains and "
             "start=immediately: the published code has nothing else",
         )
+    if control.guard != OFF or control.reanchor != OFF:
+        yield from _guard(config)
+    if control.controller == "cascade" and not rivals.cascade_tau[0] <= control.tau <= rivals.cascade_tau[1] < 1:
+        yield Violation(
+            ("entropy_control.tau", "entropy_control.rivals.cascade_tau"),
+            f"entropy_control.tau={control.tau:g} must lie within rivals.cascade_tau={list(rivals.cascade_tau)}, which "
+            "ends below 1: cascade begins there",
+        )
     if control.controller == "probe" and abs(rivals.alpha) + rivals.probe_amplitude > 1:
         yield Violation(
             ("entropy_control.rivals.alpha", "entropy_control.rivals.probe_amplitude"),
@@ -229,6 +238,28 @@ def _entropy_control(config: Config) -> Iterator[Violation]:
                 ("entropy_control.rivals.entrocraft_lower", "entropy_control.rivals.entrocraft_upper"),
                 f"entropy_control.rivals: the {place} entrocraft_lower={low:g} is above entrocraft_upper={high:g}",
             )
+
+
+def _guard(config: Config) -> Iterator[Violation]:
+    control = config.entropy_control
+    top, bottom, *_ = control.guard_numbers
+    if problem := unknown_name(control.guard, (OFF, *GUARDS), own="module:Class"):
+        yield Violation(("entropy_control.guard",), f"entropy_control.guard={control.guard!r}: {problem}")
+    elif control.guard != OFF and not (control.enabled and control.steers_alpha):
+        yield Violation(
+            ("entropy_control.guard", "entropy_control.controller"),
+            f"entropy_control.guard={control.guard} overrides alpha, and controller={control.controller} has none",
+        )
+    if config.feedback == "microbatch_local":
+        yield Violation(
+            ("entropy_control.guard", "entropy_control.reanchor", "entropy_control.feedback"),
+            "entropy_control.guard and reanchor need one alpha for all ranks: not feedback=microbatch_local",
+        )
+    if not bottom < top:
+        yield Violation(
+            ("entropy_control.guards.top", "entropy_control.guards.bottom"),
+            f"entropy_control.guards: bottom={bottom:g} is not below top={top:g}",
+        )
 
 
 def _data(config: Config) -> Iterator[Violation]:

@@ -57,6 +57,8 @@ CONTROLLERS = {
     "p": ControllerEntry(f"{_CONTROLLERS}.factories:entropic", answers_error=True),
     "pi": ControllerEntry(f"{_CONTROLLERS}.factories:entropic", answers_error=True),
     "constant": ControllerEntry(f"{_CONTROLLERS}.factories:constant"),
+    "unsolved": ControllerEntry(f"{_CONTROLLERS}.factories:unsolved"),
+    "cascade": ControllerEntry(f"{_CONTROLLERS}.factories:cascade"),
     "probe": ControllerEntry(f"{_CONTROLLERS}.factories:probe"),
     "entropy_bonus": ControllerEntry(f"{_CONTROLLERS}.factories:entropy_bonus", steers_alpha=False),
     "aec": ControllerEntry(f"{_CONTROLLERS}.factories:aec", steers_alpha=False),
@@ -64,7 +66,24 @@ CONTROLLERS = {
     "dmmpt": ControllerEntry(f"{_CONTROLLERS}.factories:dmmpt", steers_alpha=False),
 }
 OFF = "off"
-"""The value of entropy_control.controller that leaves the loss as it is."""
+"""The value of entropy_control.controller that leaves the loss as it is, and of its guard."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuardEntry:
+    """Where the class of a value of entropy_control.guard is, and its numbers where the configuration has none."""
+
+    target: str
+    top: float
+    bottom: float
+    gain: float
+    integral_gain: float
+
+
+GUARDS = {
+    "ceiling": GuardEntry(f"{_CONTROLLERS}.guards:Ceiling", top=1.12, bottom=0.0, gain=10.0, integral_gain=0.5),
+    "band": GuardEntry(f"{_CONTROLLERS}.guards:Band", top=1.2, bottom=0.4, gain=8.0, integral_gain=0.0),
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,8 @@ LEAST_ADVANTAGE = 0.2
 """Share of tokens with A != 0 below which the prompts are at fault."""
 OSCILLATION = 1 / 3
 """Share of steps on which the error may change its sign while it leaves the band."""
+JUMP = 0.35
+"""Change of entropy from one step to the next, as a share of the first entropy, that training alone does not make."""
 LEAST_EFFECTIVE = 0.5
 """Share of the sample that importance correction may leave."""
 
@@ -69,7 +71,15 @@ def _feedback(run: Run, controller: str) -> Iterator[Verdict]:
     target, mean = run.finite("entropy/target")[-1], fmean(errors)
     band = ENTROPY_BAND * target
     swings = sum(one * other < 0 for one, other in pairwise(errors))
-    if stuck >= SATURATED_STEPS:
+    jump = _jump(run)
+    if stuck >= SATURATED_STEPS and jump and run.setting("entropy_control.reanchor", OFF) == OFF:
+        yield Verdict(
+            "warn",
+            f"entropy jumped from {jump[0]:.3g} to {jump[1]:.3g} nats with the data and alpha has been at "
+            f"{run.series('entropy/alpha')[-1]:+.0f} for {stuck} steps since: the target is stale, take a new one, "
+            "entropy_control.reanchor=detected with a target such as 0.7x, or a one-sided guard=ceiling",
+        )
+    elif stuck >= SATURATED_STEPS:
         yield _stuck(stuck, run.series("entropy/alpha")[-1], errors[-1], band)
     elif swings > OSCILLATION * len(errors) and max(map(abs, errors)) > 2 * band:
         yield Verdict(
@@ -91,6 +101,21 @@ def _feedback(run: Run, controller: str) -> Iterator[Verdict]:
             f"entropy is {abs(mean):.2g} nats {_side(mean)} its target on average and alpha is not at its limit: give "
             "the integral time, or raise K_p and K_i (megatron-entropic tune proposes gains)",
         )
+
+
+def _jump(run: Run) -> tuple[float, float] | None:
+    """Entropies before and after the last jump that alpha has been stuck since, nats; None where there is none."""
+    entropies, alphas = run.series("entropy/mean"), run.series("entropy/alpha")
+    found = None
+    for step, (before, after) in enumerate(pairwise(entropies), start=1):
+        pushes_back = (after - before) * alphas[-1] > 0
+        if (
+            abs(after - before) > JUMP * entropies[0]
+            and pushes_back
+            and saturated_steps(alphas[step:]) == len(alphas[step:])
+        ):
+            found = before, after
+    return found
 
 
 def _stuck(steps: int, alpha: float, error: float, band: float) -> Verdict:

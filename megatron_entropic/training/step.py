@@ -38,14 +38,18 @@ class Learner(Protocol):
 def training_batch(groups: list[Group], advantage: str) -> TrainingBatch:
     """Make one sequence of each trajectory, in order; the advantage of a trajectory holds for each of its tokens.
 
+    Each sequence carries the success of its whole group, wherever the group's sequences are trained.
+
     Args:
         groups: judged groups, all of the same size.
         advantage: `algorithm.advantage`.
     """
     rewards = torch.tensor([[reward.value for reward in group.rewards] for group in groups], dtype=torch.float32)
     values = advantages(advantage, rewards).flatten()
-    trajectories = chain.from_iterable(group.trajectories for group in groups)
-    sequences = tuple(_sequence(one, value) for one, value in zip(trajectories, values, strict=True))
+    judged = [(trajectory, group.success) for group in groups for trajectory in group.trajectories]
+    sequences = tuple(
+        _sequence(trajectory, value, success) for (trajectory, success), value in zip(judged, values, strict=True)
+    )
     return TrainingBatch(tuple(groups), sequences)
 
 
@@ -101,8 +105,10 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     """Metrics reward/* and response/* of one rollout.
 
     solved_none and solved_all are the shares of tasks of which no or every trajectory is correct: such groups teach
-    nothing to a group-relative advantage of the verifier's reward.
+    nothing to a group-relative advantage of the verifier's reward. solved_share_1 to _5 are the shares of tasks of
+    which [0, 20 %), .. [80, 100 %] of the trajectories are correct.
     """
+    fifths = [min(int(5 * group.success), 4) for group in groups]
     solved = [[reward.correct for reward in group.rewards] for group in groups]
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     lengths = [trajectory.response_length for trajectory in trajectories]
@@ -110,6 +116,7 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
         "reward/mean": fmean(reward.value for group in groups for reward in group.rewards),
         "reward/solved_none": fmean(not any(group) for group in solved),
         "reward/solved_all": fmean(all(group) for group in solved),
+        **{f"reward/solved_share_{fifth + 1}": fifths.count(fifth) / len(fifths) for fifth in range(5)},
         "response/length_mean": fmean(lengths),
         "response/length_max": float(max(lengths)),
         "response/truncated_fraction": fmean(one.finish_reason == "length" for one in trajectories),
@@ -192,7 +199,7 @@ def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def _sequence(trajectory: Trajectory, advantage: torch.Tensor) -> Sequence:
+def _sequence(trajectory: Trajectory, advantage: torch.Tensor, success: float) -> Sequence:
     sampling = trajectory.sampling_logprobs
     prompt, response = torch.from_numpy(trajectory.task.tokens), torch.from_numpy(trajectory.response_tokens)
     return Sequence(
@@ -201,4 +208,5 @@ def _sequence(trajectory: Trajectory, advantage: torch.Tensor) -> Sequence:
         advantages=advantage.expand(response.numel()).clone(),
         rollout_logprobs=torch.from_numpy(trajectory.rollout_logprobs),
         sampling_logprobs=None if sampling is None else torch.from_numpy(sampling),
+        success=success,
     )

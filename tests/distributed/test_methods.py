@@ -35,6 +35,8 @@ def _cases(entropy: float, tau: float) -> dict[str, dict[str, Any]]:
         "p": {"kp": 0.1, "target": "0.8x", "target_schedule": {"kind": "cosine", "end": 0.1, "steps": 2}},
         "pi": {"kp": 0.1, "ki": 0.05, "target": below, "gain_schedule": {"kind": "linear", "end": 0.5, "steps": 2}},
         "constant": {"rivals": {"alpha": -0.7}},
+        "unsolved": {"denominator": "high_prob_tokens"},
+        "cascade": {"target": "0.9x", "rivals": {"cascade_tau": [0.5 * tau, 0.9], "cascade_kp": tau}},
         "probe": {"rivals": {"probe_amplitude": 0.4, "probe_half_period": 1}},
         "entropy_bonus": {"rivals": {"bonus": 0.3}},
         "aec": {"target": above, "rivals": {"aec_step": 0.2, "aec_limit": 0.3}},
@@ -44,6 +46,12 @@ def _cases(entropy: float, tau: float) -> dict[str, dict[str, Any]]:
     cases |= {
         name: {"entropy_control": {"controller": name, "tau": tau, **section}} for name, section in control.items()
     }
+    # A low top, so that the ceiling has something to take back, and a limit that some weights exceed.
+    cases["unsolved guarded"] = {
+        "entropy_control": {
+            "controller": "unsolved", "tau": tau, "guard": "ceiling", "guards": {"top": 0.98}, "weight_limit": 0.3
+        }
+    }  # fmt: skip
     for head in ("logits", "recompute"):
         cases[f"entropy_bonus {head}"] = {**cases["entropy_bonus"], "policy": {"output_head": head}}
     for method, level in (("tis", "sequence"), ("mis", "token")):
@@ -69,6 +77,7 @@ def trained(run_ranks_once, tmp_path_factory) -> tuple[list[dict[str, Any]], dic
                 "advantages": torch.randn(1, generator=generator).expand(len(logprobs)).clone(),
                 "old_logprobs": (logprobs + 0.4 * noise[0]).float(),
                 "rollout_logprobs": (logprobs + 0.4 * noise[1]).float(),
+                "success": len(batch) % 5 / 4,
             }
         )
     torch.save(batch, directory / "sequences.pt")
@@ -138,6 +147,14 @@ def test_methods_show_in_their_metrics(trained) -> None:
     assert last("aec")["entropy/coefficient"] == pytest.approx(0.3)
     assert last("aec")["loss/entropy"] < 0
     assert last("constant")["entropy/alpha"] == -0.7
+    assert -1.5 <= last("unsolved")["entropy/alpha_p10"] < last("unsolved")["entropy/alpha"] < 0
+    assert last("unsolved")["entropy/alpha_p90"] == 0.0
+    assert last("unsolved")["entropy/weight_max"] > 2.0
+    assert last("unsolved")["entropy/negative_weight_fraction"] > 0
+    assert last("unsolved guarded")["entropy/weight_max"] <= 1.3
+    assert last("unsolved guarded")["entropy/negative_weight_fraction"] == 0
+    assert last("unsolved guarded")["entropy/band_action"] > 0
+    assert last("cascade")["entropy/alpha"] == -1.0
     assert 0 < last("entrocraft")["entropy/kept_fraction"] < 1
     assert 0 < last("dmmpt")["entropy/kept_fraction"] < 1
     assert last("clipped")["entropy/kept_fraction"] == 1.0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_entropic.algorithms.entropy_control.controller import Controller, Schedule, Setpoint, Steering
+from megatron_entropic.algorithms.entropy_control.controller import Controller, Schedule, Setpoint
+from megatron_entropic.algorithms.entropy_control.steering import Steering
 
 
 class ConstantAlpha(Controller):

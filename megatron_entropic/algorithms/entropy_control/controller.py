@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from megatron_entropic.algorithms.entropy_control.steering import Steering
 
 if TYPE_CHECKING:
     from megatron_entropic.config.algorithm import EntropyControlConfig, GainScheduleConfig
@@ -30,6 +29,7 @@ class Controller(ABC):
     Attributes (0 before the first measurement; entropies and errors in nats):
         entropy, target, error: last measured H, the set point then, and e = H - target.
         steering: the steering asked for last.
+        initial_entropy: the first measured H, which relative targets are multiples of.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class Controller(ABC):
         self.entropy = 0.0
         self.error = 0.0
         self.steering = Steering()
-        self._initial_entropy = 0.0
+        self.initial_entropy = 0.0
         self._observations = 0
         self._steps = 0
         self._observed = False
@@ -86,10 +86,10 @@ class Controller(ABC):
         if not math.isfinite(entropy):
             raise ValueError(f"entropy control: measured entropy {entropy}: the policy's logits are not finite")
         if self._observations == 0:
-            self._initial_entropy = entropy
+            self.initial_entropy = entropy
         self._observations += 1
         self.entropy = entropy
-        self.target = self._setpoint.at(self._steps, self._initial_entropy)
+        self.target = self._setpoint.at(self._steps, self.initial_entropy)
         self.error = entropy - self.target
         self._observed = True
         self.steering = self._steer()
@@ -124,7 +124,7 @@ class Controller(ABC):
         """State as plain numbers: `H`, `H_initial`, `observations`, `step`, and the attributes in `state_names`."""
         return {
             "H": self.entropy,
-            "H_initial": self._initial_entropy,
+            "H_initial": self.initial_entropy,
             "observations": self._observations,
             "step": self._steps,
             **{name: getattr(self, name) for name in self.state_names},
@@ -138,7 +138,7 @@ class Controller(ABC):
         """
         check_state(state, (*_BASE_STATE, *self.state_names))
         self.entropy = float(state["H"])
-        self._initial_entropy = float(state["H_initial"])
+        self.initial_entropy = float(state["H_initial"])
         self._observations = int(state["observations"])
         self._steps = int(state["step"])
         for name in self.state_names:
@@ -166,46 +166,6 @@ def check_gains(kp: float, ki: float) -> None:
     for name, value in (("kp", kp), ("ki", ki)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"entropy control: {name} must be a finite number >= 0, not {value}")
-
-
-# What a controller can ask of the loss of one optimizer step.
-
-
-@dataclass(frozen=True, slots=True)
-class Steering:
-    """Wishes of a controller for one optimizer step; the default wishes nothing, and leaves exactly the base loss.
-
-    L = sum_t w_t k_t l_t  +  alpha * sum_t w'_t a_t  -  c * sum_t w_t H_t        k_t from `kept`
-    """
-
-    alpha: float = 0.0
-    """Coefficient of EntroPIC's term."""
-    entropy_coefficient: float = 0.0
-    """Coefficient c of the entropy, which needs the entropy's gradient; 0 computes none."""
-    samples: Literal["all", "positive", "negative"] = "all"
-    """Sign of the advantage of the samples whose policy loss counts."""
-    drop_positive_above: float | None = None
-    """Current probability from which on tokens with A > 0 have no policy loss; None drops none."""
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether every token's policy loss counts."""
-        return self.samples == "all" and self.drop_positive_above is None
-
-    def kept(self, logprobs: Tensor, advantages: Tensor) -> Tensor:
-        """Mask of the tokens whose policy loss counts, [T] bool. The others still count in every denominator.
-
-        Args:
-            logprobs: [T] under the current weights; read as constants.
-            advantages: [T].
-        """
-        keep = torch.ones_like(advantages, dtype=torch.bool)
-        if self.samples != "all":
-            keep = advantages > 0 if self.samples == "positive" else advantages < 0
-        if self.drop_positive_above is not None:
-            confident = logprobs.detach() >= math.log(self.drop_positive_above)
-            keep = keep & ~(confident & (advantages > 0))
-        return keep
 
 
 # Set points and gains that move over a run, as functions of the number of optimizer steps.

@@ -13,8 +13,10 @@ from megatron_entropic.algorithms.entropy_control.baselines import (
     Probe,
 )
 from megatron_entropic.algorithms.entropy_control.controller import Controller, Schedule, Setpoint
+from megatron_entropic.algorithms.entropy_control.guards import Guard, Guarded
 from megatron_entropic.algorithms.entropy_control.proportional_integral import EntropyController
-from megatron_entropic.config.names import CONTROLLERS, controller_entry, unknown_name
+from megatron_entropic.algorithms.entropy_control.sources import Cascade, Unsolved
+from megatron_entropic.config.names import CONTROLLERS, GUARDS, OFF, controller_entry, unknown_name
 from megatron_entropic.config.plugins import find_attribute
 from megatron_entropic.errors import UserError
 
@@ -23,12 +25,21 @@ if TYPE_CHECKING:
 
 
 def build_controller(config: EntropyControlConfig) -> Controller:
-    """Build the controller that the `entropy_control` section asks for: a row of the table, or `module:Class`.
+    """Build the controller that the `entropy_control` section asks for, under the guard that it asks for.
 
     Raises:
-        UserError: there is no such controller, or it is none.
+        UserError: there is no such controller or guard, or it is none.
         ValueError: the controller is off.
     """
+    source = _build_source(config)
+    guard = _build_guard(config)
+    if guard is None and config.reanchor == OFF:
+        return source
+    return Guarded(source, guard, jump=config.guards.jump, reanchors=config.reanchor != OFF)
+
+
+def _build_source(config: EntropyControlConfig) -> Controller:
+    """Build a row of the table of controllers, or `module:Class`."""
     if not config.enabled:
         raise ValueError("entropy_control.controller is off: there is no controller to build")
     key, name = "entropy_control.controller", config.controller
@@ -42,6 +53,20 @@ def build_controller(config: EntropyControlConfig) -> Controller:
     if not issubclass(make, Controller):
         raise UserError(f"{key}={name}: {make.__name__} is no subclass of megatron_entropic.algorithms.Controller")
     return make.from_config(target, config)
+
+
+def _build_guard(config: EntropyControlConfig) -> Guard | None:
+    """Build a row of the table of guards, or `module:Class`; None without one."""
+    key, name = "entropy_control.guard", config.guard
+    if name == OFF:
+        return None
+    if problem := unknown_name(name, GUARDS, own="module:Class"):
+        raise UserError(f"{key}={name!r}: {problem}")
+    entry = GUARDS.get(name)
+    make = find_attribute(key, entry.target if entry else name, arguments=4, kind=type)
+    if not (isinstance(make, type) and issubclass(make, Guard)):
+        raise UserError(f"{key}={name}: {make.__name__} is no subclass of {Guard.__module__}.Guard")
+    return make(*config.guard_numbers)
 
 
 def entropic(target: Setpoint, config: EntropyControlConfig) -> Controller:
@@ -63,6 +88,27 @@ def entropic(target: Setpoint, config: EntropyControlConfig) -> Controller:
 def constant(target: Setpoint, config: EntropyControlConfig) -> Controller:
     """Make a controller of EntroPIC's term with an alpha that never changes."""
     return ConstantAlpha(target, config.rivals.alpha)
+
+
+def unsolved(target: Setpoint, config: EntropyControlConfig) -> Controller:
+    """Make a controller of an alpha of each prompt by its failures."""
+    rivals = config.rivals
+    limit = rivals.unsolved_limit
+    if limit is None:
+        limit = 1.0 if config.denominator == "all_tokens" else 1.5
+    return Unsolved(target, rivals.unsolved_gain, limit)
+
+
+def cascade(target: Setpoint, config: EntropyControlConfig) -> Controller:
+    """Make a controller of a fixed alpha and a threshold tau that moves."""
+    rivals = config.rivals
+    return Cascade(
+        target,
+        alpha=rivals.cascade_alpha,
+        tau=config.tau,
+        gains=(rivals.cascade_kp, rivals.cascade_ki),
+        bounds=rivals.cascade_tau,
+    )
 
 
 def probe(target: Setpoint, config: EntropyControlConfig) -> Controller:

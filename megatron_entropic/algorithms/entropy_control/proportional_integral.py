@@ -15,9 +15,9 @@ from megatron_entropic.algorithms.entropy_control.controller import (
     Controller,
     Schedule,
     Setpoint,
-    Steering,
     check_gains,
 )
+from megatron_entropic.algorithms.entropy_control.steering import Steering
 
 
 class EntropyController(Controller):

@@ -92,6 +92,7 @@ class EntropyControl:
         assert feedback in ("score_pass", "previous_step", "sampling"), feedback
         self.controller = build_controller(config)
         self.measures_updates = feedback == "previous_step"
+        self.steers_alpha = config.steers_alpha
         self._parallel = parallel
         self._device = device
         self._feedback: EntropyMeasurement | None = None

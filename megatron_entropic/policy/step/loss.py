@@ -1,10 +1,11 @@
 """The loss of one micro-batch, as its share of ONE loss over the whole optimizer step.
 
-    L = sum_t w_t * l_t  +  alpha * sum_t w'_t * a_t  +  beta * sum_t w_t * k_t  -  c * sum_t w_t * H_t
+    L = sum_t w_t * l_t  +  sum_t alpha_t w'_t * a_t  +  beta * sum_t w_t * k_t  -  c * sum_t w_t * H_t
 
     l   policy loss (algorithms/losses), times rollout-correction weights if configured; 0 where the controller drops
         the token (algorithms/entropy_control/steering)
-    a   -|A| * ratio on tokens with pi > tau (EntroPIC), times the same correction weights iff l has them
+    a   -|A| * ratio on tokens with pi > tau (EntroPIC), times the same correction weights iff l has them; alpha_t is
+        the same for all tokens, or for those of a prompt (algorithms/entropy_control/steering)
     k   KL estimate towards the reference
     H   entropy, with gradient, for controllers that give it a coefficient c
     w   from GLOBAL counts (algorithms/aggregation); w' = w, or over high-probability tokens only
@@ -38,6 +39,7 @@ from megatron_entropic.algorithms import (
 )
 from megatron_entropic.algorithms.losses import LossInputs
 from megatron_entropic.policy.megatron.parallel import ParallelState
+from megatron_entropic.policy.step.alphas import SOLVED_BINS, solved_bins, term_factors
 from megatron_entropic.policy.step.loss_fields import LossSettings, TokenFields
 from megatron_entropic.types import Sequence
 
@@ -54,6 +56,8 @@ SUMS = (
     "nonzero_advantage",
     "tokens",
     "entropy",
+    "negative_weight",
+    *(f"{name}_solved_{number}" for name in ("tokens", "actuated") for number in range(1, SOLVED_BINS + 1)),
 )
 """Names of what `MicrobatchLoss.share` measures, in its vector's order; each adds up over micro-batches and ranks."""
 
@@ -71,10 +75,10 @@ def local_normalizers(fields: TokenFields, minibatch_sequences: int, data_parall
     return Normalizers(tokens=fields.advantages.numel(), sequences=sequences, scale=scale)
 
 
-def count_high_prob(logprobs: Tensor, settings: LossSettings) -> Tensor:
+def count_high_prob(logprobs: Tensor, tau: float) -> Tensor:
     """Number [] of tokens with pi > tau, by the same comparison as the loss, among those with log-probs [T]."""
     ones = torch.ones_like(logprobs)
-    _, high_prob = entropic_term(logprobs, ones, ones, tau=settings.tau, clip_low=0.5, clip_high=0.5)
+    _, high_prob = entropic_term(logprobs, ones, ones, tau=tau, clip_low=0.5, clip_high=0.5)
     return high_prob.sum()
 
 
@@ -149,8 +153,12 @@ class MicrobatchLoss:
             torch.zeros_like(logprobs) if entropies is None else entropies,
         )
         sums = [parts.policy, parts.entropic, parts.kl, parts.entropy]
-        sums += [column.detach().double().sum() for column in per_token]
-        return parts.total, torch.stack([value.detach().double() for value in sums])
+        sums += [column.detach().double().sum() for column in (*per_token, self._against_advantage(terms))]
+        by_success = [torch.zeros(SOLVED_BINS, dtype=torch.float64, device=logprobs.device)] * 2
+        if fields.success is not None:
+            marks = (ones.bool(), terms.high_prob & has_advantage)
+            by_success = [solved_bins(fields.success, mark) for mark in marks]
+        return parts.total, torch.cat([torch.stack([value.detach().double() for value in sums]), *by_success])
 
     def of_tokens(self, logprobs: Tensor, entropies: Tensor | None, tokens: slice | Tensor) -> Tensor:
         """Share of some tokens; these add up to `share`. It exists where `LossSettings.adds_up_over_tokens`.
@@ -179,7 +187,7 @@ class MicrobatchLoss:
             logprobs,
             policy.ratio,
             fields.advantages,
-            tau=settings.tau,
+            tau=settings.tau if self._steering.tau is None else self._steering.tau,
             ratio_clip=settings.ratio_clip,
             clip_low=algorithm.clip_low,
             clip_high=algorithm.clip_high,
@@ -194,11 +202,13 @@ class MicrobatchLoss:
         settings, steering = self._settings, self._steering
         policy = (weights * terms.policy.loss).sum()
         entropic, kl, bonus = (torch.zeros_like(policy) for _ in range(3))
-        if steering.alpha:
-            adjusted = weights
-            if settings.high_prob_denominator:
-                adjusted = _high_prob_weights(terms.high_prob, fields, settings, self._normalizers)
-            entropic = steering.alpha * (adjusted * terms.adjustment).sum()
+        if steering.has_term:
+            adjusted = self._term_weights(terms, fields, weights)
+            if steering.prompt_alpha is None and settings.weight_limit is None:
+                entropic = steering.alpha * (adjusted * terms.adjustment).sum()
+            else:
+                factors = term_factors(steering, fields.success, adjusted, weights, settings.weight_limit)
+                entropic = (factors * terms.adjustment).sum()
         if fields.reference_logprobs is not None:
             penalty = kl_penalty(logprobs, fields.reference_logprobs, settings.algorithm.kl.estimator)
             kl = settings.algorithm.kl.coefficient * (weights * penalty).sum()
@@ -206,6 +216,20 @@ class MicrobatchLoss:
             assert entropies is not None
             bonus = -steering.entropy_coefficient * (weights * entropies).sum()
         return _Parts(policy, entropic, kl, bonus)
+
+    def _term_weights(self, terms: _TokenTerms, fields: TokenFields, weights: Tensor) -> Tensor:
+        if self._settings.high_prob_denominator:
+            return _high_prob_weights(terms.high_prob, fields, self._settings, self._normalizers)
+        return weights
+
+    def _against_advantage(self, terms: _TokenTerms) -> Tensor:
+        """Marks [T] of tokens that loss and term together push against their advantage: 1 +- alpha w' / w < 0."""
+        if not self._steering.has_term:
+            return torch.zeros_like(terms.high_prob)
+        fields, weights = self._fields, self._weights
+        adjusted = self._term_weights(terms, fields, weights)
+        factors = term_factors(self._steering, fields.success, adjusted, weights, self._settings.weight_limit)
+        return terms.high_prob & (weights + fields.advantages.sign() * factors < 0)
 
 
 def _weights(fields: TokenFields, settings: LossSettings, normalizers: Normalizers) -> Tensor:

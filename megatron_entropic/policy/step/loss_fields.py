@@ -38,6 +38,8 @@ class LossSettings:
     tau: float
     ratio_clip: str
     high_prob_denominator: bool
+    weight_limit: float | None = None
+    """Bound of |alpha| times a token's weight in EntroPIC's term, as a multiple of its own in the policy loss."""
 
     @property
     def adds_up_over_tokens(self) -> bool:
@@ -70,6 +72,7 @@ class LossSettings:
             tau=control.tau,
             ratio_clip=control.ratio_clip,
             high_prob_denominator=control.steers_alpha and control.denominator == "high_prob_tokens",
+            weight_limit=control.weight_limit,
         )
 
 
@@ -89,6 +92,8 @@ class TokenFields:
     """Log-probs of the frozen reference, [T] float32; None without KL penalty."""
     marks: Tensor | None = None
     """Marks from the policy loss's plan, [T] float32; None for a loss without one."""
+    success: Tensor | None = None
+    """Share of right responses of each token's prompt, [T] float32; None where a sequence carries none."""
 
     def select(self, tokens: slice | Tensor) -> TokenFields:
         """The constants of some of the tokens; `lengths` remain those of the whole micro-batch."""
@@ -99,6 +104,7 @@ class TokenFields:
             correction=None if self.correction is None else self.correction[tokens],
             reference_logprobs=None if self.reference_logprobs is None else self.reference_logprobs[tokens],
             marks=None if self.marks is None else self.marks[tokens],
+            success=None if self.success is None else self.success[tokens],
         )
 
 
@@ -125,6 +131,7 @@ def token_fields(
             _column(sequences, "reference_logprobs", device) if settings.algorithm.kl.coefficient > 0 else None
         ),
         marks=None if marks is None else to_device(torch.cat(list(marks)), device),
+        success=_success(sequences, device),
     )
 
 
@@ -140,6 +147,15 @@ def _correction(sequences: Seq[Sequence], settings: LossSettings, device: torch.
         factor = importance_weights(torch.cat(ratios), one.method, settings.correction_cap)
         weights = factor if weights is None else weights * factor
     return None if weights is None else to_device(weights, device)
+
+
+def _success(sequences: Seq[Sequence], device: torch.device) -> Tensor | None:
+    """Success of each token's prompt, [T] float32."""
+    known = [sequence.success for sequence in sequences if sequence.success is not None]
+    if len(known) < len(sequences):
+        return None
+    lengths = torch.tensor([sequence.response_length for sequence in sequences])
+    return to_device(torch.tensor(known, dtype=torch.float32).repeat_interleave(lengths), device)
 
 
 def _column(sequences: Seq[Sequence], name: str, device: torch.device) -> Tensor:

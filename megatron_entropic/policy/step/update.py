@@ -7,11 +7,14 @@ What the controller asks for is fixed before the first backward pass and the sam
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from megatron_entropic.algorithms import Steering
 from megatron_entropic.policy.batch.microbatch import MicroBatch
 from megatron_entropic.policy.model.outputs import HeadName, OutputOptions, TokenStatistics
+from megatron_entropic.policy.step.alphas import SOLVED_BINS, prompt_alpha_metrics
 from megatron_entropic.policy.step.batch_plan import Marks, plan_marks
 from megatron_entropic.policy.step.control import EntropyControl, EntropyMeasurement, MicrobatchLocalControl
 from megatron_entropic.policy.step.gradient_step import GradientStep
@@ -78,7 +81,10 @@ class PolicyUpdate:
             Metrics, equal on all ranks: loss/policy, loss/entropic, loss/kl, loss/entropy, ratio/clip_fraction,
             ratio/mean, grad_norm, learning_rate, optimizer/skipped, response/tokens, entropy/high_prob_fraction,
             entropy/actuated_fraction (pi > tau and A != 0), entropy/nonzero_advantage_fraction, entropy/kept_fraction
-            (tokens whose policy loss the controller left in), those of the controller and batch/*.
+            (tokens whose policy loss the controller left in), entropy/negative_weight_fraction (tokens that are pushed
+            against their advantage), entropy/weight_max (largest 1 + |alpha| N / N_high), entropy/actuated_solved_1 to
+            _5 (actuated_fraction among tokens of prompts of which [0, 20 %) .. [80, 100 %] of the responses are right),
+            those of the controller and batch/*.
 
         Raises:
             ValueError: a sequence lacks what the loss reads, or entropy control has no usable measurement.
@@ -87,9 +93,12 @@ class PolicyUpdate:
         for sequence in sequences:
             token_fields([sequence], self._settings, torch.device("cpu"))
         batch = self._machinery.align(sequences, replay=self._replay)
-        counts = self._counts(sequences, batch, freshly_scored)
-        marks = self._marks(sequences, batch, optimizer)
         steering = self._replicated.steering_for_step() if self._replicated else Steering()
+        if steering.prompt_alpha and any(sequence.success is None for sequence in sequences):
+            raise ValueError("the controller asks for an alpha of each prompt, and sequences carry no success")
+        tau = self._settings.tau if steering.tau is None else steering.tau
+        counts = self._counts(sequences, batch, tau, freshly_scored)
+        marks = self._marks(sequences, batch, optimizer)
         bonus = steering.entropy_coefficient != 0.0
         measures = self._local is not None or (self._replicated is not None and self._replicated.measures_updates)
         width = len(SUMS) + (len(LOCAL_SUMS) if self._local else 0)
@@ -113,7 +122,9 @@ class PolicyUpdate:
             measurement = EntropyMeasurement(measured["entropy"], measured["tokens"]) if measures else None
             has_advantage = measured["nonzero_advantage"] > 0
             self._replicated.commit(measurement, stepped=outcome.stepped, has_advantage=has_advantage)
-        return self._metrics(measured, outcome, optimizer) | self._machinery.batch_metrics(batch)
+        metrics = self._metrics(measured, outcome, optimizer)
+        metrics |= self._alpha_metrics(sequences, steering, counts, measured)
+        return metrics | self._machinery.batch_metrics(batch)
 
     def _fields(self, micro_batch: MicroBatch, marks: Marks | None) -> TokenFields:
         own = None if marks is None else [marks[index] for index in micro_batch.indices]
@@ -131,18 +142,40 @@ class PolicyUpdate:
             optimizer.steps_taken,
         )
 
-    def _counts(self, sequences: list[Sequence], batch: list[MicroBatch], freshly_scored: bool) -> Normalizers:
+    def _counts(
+        self, sequences: list[Sequence], batch: list[MicroBatch], tau: float, freshly_scored: bool
+    ) -> Normalizers:
         machinery, settings = self._machinery, self._settings
         if not settings.high_prob_denominator or self._local:
             return global_counts(sequences, machinery.parallel, machinery.device)
         if freshly_scored:
             scored = [sequence.old_logprobs for sequence in sequences if sequence.old_logprobs is not None]
-            own = float(sum(count_high_prob(logprobs, settings) for logprobs in scored))
+            own = float(sum(count_high_prob(logprobs, tau) for logprobs in scored))
             return global_counts(sequences, machinery.parallel, machinery.device, own)
         options = OutputOptions(self._temperature, entropy=False, head=self._head)
-        everywhere = machinery.measure(batch, lambda logprobs: count_high_prob(logprobs, settings), options)
+        everywhere = machinery.measure(batch, lambda logprobs: count_high_prob(logprobs, tau), options)
         counts = global_counts(sequences, machinery.parallel, machinery.device)
         return Normalizers(counts.tokens, counts.sequences, everywhere)
+
+    def _alpha_metrics(
+        self, sequences: list[Sequence], steering: Steering, counts: Normalizers, measured: dict[str, float]
+    ) -> dict[str, float]:
+        """Metrics of what alpha does to the weights of tokens, and of alpha where prompts have their own."""
+        metrics = {
+            f"entropy/actuated_solved_{number}": measured[f"actuated_solved_{number}"] / tokens
+            for number in range(1, SOLVED_BINS + 1)
+            if (tokens := measured[f"tokens_solved_{number}"])
+        }
+        if not self._replicated or not self._replicated.steers_alpha:
+            return metrics
+        metrics["entropy/negative_weight_fraction"] = measured["negative_weight"] / measured["tokens"]
+        own = {}
+        if steering.prompt_alpha:
+            own = prompt_alpha_metrics(sequences, steering, self._machinery.parallel, self._machinery.device)
+        largest = max(abs(value) for value in (own.values() if own else [steering.alpha]))
+        spread = counts.tokens / max(counts.high_prob_tokens, 1.0) if self._settings.high_prob_denominator else 1.0
+        change = min(largest * spread, self._settings.weight_limit or math.inf)
+        return metrics | own | {"entropy/weight_max": 1.0 + change}
 
     def _local_share(
         self,

@@ -8,7 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_entropic.algorithms import MicrobatchLocalController, Steering, kl_penalty, policy_loss, token_weights
+from megatron_entropic.algorithms import (
+    MicrobatchLocalController,
+    PromptAlpha,
+    Steering,
+    kl_penalty,
+    policy_loss,
+    token_weights,
+)
 from megatron_entropic.config.run import Config
 from megatron_entropic.policy.step.loss import SUMS, MicrobatchLoss, Normalizers, count_high_prob, local_normalizers
 from megatron_entropic.policy.step.loss_fields import LossSettings, TokenFields, token_fields
@@ -64,7 +71,7 @@ def normalizers(high: float) -> Normalizers:
 def test_shares_add_up_to_the_loss_of_one_microbatch(mode, high_prob_denominator):
     chosen = settings(aggregation=mode, high_prob_denominator=high_prob_denominator)
     whole, parts = logprobs(), logprobs()
-    counts = normalizers(count_high_prob(whole.detach(), chosen))
+    counts = normalizers(count_high_prob(whole.detach(), chosen.tau))
     assert 0 < counts.high_prob_tokens < sum(LENGTHS)
     loss, sums = MicrobatchLoss(token_fields(sequences(), chosen, CPU), chosen, counts, PUSHED).share(whole, None)
     loss.backward()
@@ -228,3 +235,109 @@ def test_microbatch_local_reproduces_the_published_loss_on_recorded_numbers():
     first = (-1.1 - 1.0 + 2.2) / 3 + 0.2 * (-1.1 - 2.2) / 2
     second = (-0.5 - 0.55) / 2 + (-0.05 + 0.01 * 0.4 / 3) * -0.5 / 1
     assert total == pytest.approx(first * 2 / 3 + second / 3, rel=1e-6)
+
+
+UNSOLVED = PromptAlpha(gain=2.0, limit=1.5, low=-1.5, high=0.0)
+
+
+def judged(*shares: float) -> list[Sequence]:
+    return [replace(sequence, success=share) for sequence, share in zip(sequences(), shares, strict=True)]
+
+
+def gradient(batch: list[Sequence], steering: Steering, chosen: LossSettings) -> torch.Tensor:
+    values = logprobs()
+    counts = normalizers(count_high_prob(values.detach(), chosen.tau))
+    MicrobatchLoss(token_fields(batch, chosen, CPU), chosen, counts, steering).share(values, None)[0].backward()
+    assert values.grad is not None
+    return values.grad
+
+
+@pytest.mark.parametrize("high_prob_denominator", [False, True])
+def test_where_nothing_is_solved_prompts_have_the_constant_alpha(high_prob_denominator):
+    chosen = settings(high_prob_denominator)
+    unsolved = gradient(judged(0, 0, 0, 0), Steering(prompt_alpha=UNSOLVED), chosen)
+    assert torch.equal(unsolved, gradient(sequences(), Steering(alpha=-1.5), chosen))
+
+
+@pytest.mark.parametrize("high_prob_denominator", [False, True])
+def test_where_all_is_solved_the_gradient_is_that_of_the_base_loss(high_prob_denominator):
+    chosen = settings(high_prob_denominator)
+    solved = gradient(judged(1, 1, 1, 1), Steering(prompt_alpha=UNSOLVED), chosen)
+    assert torch.equal(solved, gradient(sequences(), Steering(), chosen))
+
+
+def test_two_prompts_have_the_weights_computed_by_hand():
+    """s = 1/8 and 7/8: alpha -min(1.5, 2 * 7/8) = -1.5 and -min(1.5, 2 / 8) = -0.25, on tokens with pi > .6.
+
+    At ratio 1 the gradient of a token is -A (1 + alpha sign(A)) / 4, without the factor where pi <= .6.
+    """
+    chosen = settings(correction="none", kl={"coefficient": 0.0})
+    old = torch.tensor([0.9, 0.5, 0.8, 0.7]).log()
+    batch = [
+        Sequence(torch.arange(3), 1, torch.tensor([1.0, 1.0]), old[:2], success=1 / 8),
+        Sequence(torch.arange(3), 1, torch.tensor([2.0, -1.0]), old[2:], success=7 / 8),
+    ]
+    values = old.clone().requires_grad_()
+    counts = Normalizers(tokens=4, sequences=2)
+    loss = MicrobatchLoss(token_fields(batch, chosen, CPU), chosen, counts, Steering(prompt_alpha=UNSOLVED))
+    total, sums = loss.share(values, None)
+    total.backward()
+    expected = [-1 * (1 - 1.5) / 4, -1 / 4, -2 * (1 - 0.25) / 4, 1 * (1 + 0.25) / 4]
+    torch.testing.assert_close(values.grad, torch.tensor(expected))
+    measured = dict(zip(SUMS, sums.tolist(), strict=True))
+    assert measured["negative_weight"] == 1, "the first token is rewarded and pushed away"
+    assert [measured[f"tokens_solved_{n}"] for n in range(1, 6)] == [2, 0, 0, 0, 2]
+    assert [measured[f"actuated_solved_{n}"] for n in range(1, 6)] == [1, 0, 0, 0, 2]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("high_prob_denominator", [False, True])
+def test_alphas_of_prompts_do_not_depend_on_packing(mode, high_prob_denominator):
+    chosen = settings(aggregation=mode, high_prob_denominator=high_prob_denominator)
+    steering = Steering(alpha=0.3, prompt_alpha=UNSOLVED)
+    batch = judged(0, 0.5, 1, 0.25)
+    whole, parts = logprobs(), logprobs()
+    counts = normalizers(count_high_prob(whole.detach(), chosen.tau))
+    _, sums = MicrobatchLoss(token_fields(batch, chosen, CPU), chosen, counts, steering).share(whole, None)
+    MicrobatchLoss(token_fields(batch, chosen, CPU), chosen, counts, steering).share(whole, None)[0].backward()
+    added = torch.zeros(len(SUMS), dtype=torch.float64)
+    for members, piece in (([0, 1], parts[:14]), ([2, 3], parts[14:])):
+        fields = token_fields([batch[i] for i in members], chosen, CPU)
+        share, measured = MicrobatchLoss(fields, chosen, counts, steering).share(piece, None)
+        share.backward()
+        added += measured
+    torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(added, sums, rtol=1e-6, atol=1e-8)
+    if chosen.adds_up_over_tokens:
+        cut = logprobs()
+        loss = MicrobatchLoss(token_fields(batch, chosen, CPU), chosen, counts, steering)
+        for begin, end in itertools.pairwise([0, 5, 21]):
+            loss.of_tokens(cut[begin:end], None, slice(begin, end)).backward()
+        torch.testing.assert_close(cut.grad, whole.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_a_weight_limit_keeps_tokens_from_being_pushed_against_their_advantage():
+    """With the published denominator the weights are 1 +- alpha N / N_high, here of 21 / 11 at |alpha| = 1."""
+    free = settings(True, correction="none", kl={"coefficient": 0.0})
+    bounded = replace(free, weight_limit=1.0)
+    fields, counts = token_fields(sequences(), free, CPU), normalizers(count_high_prob(logprobs().detach(), free.tau))
+    negative = {}
+    for name, chosen in (("free", free), ("bounded", bounded)):
+        _, sums = MicrobatchLoss(fields, chosen, counts, Steering(alpha=-1.0)).share(logprobs(), None)
+        negative[name] = dict(zip(SUMS, sums.tolist(), strict=True))["negative_weight"]
+    assert negative["free"] > 0
+    assert negative["bounded"] == 0
+    small = Steering(alpha=-0.2)
+    assert torch.equal(gradient(sequences(), small, free), gradient(sequences(), small, bounded)), "within the limit"
+
+
+def test_alphas_of_prompts_without_success_are_refused():
+    with pytest.raises(ValueError, match="sequences carry no success"):
+        gradient(sequences(), Steering(prompt_alpha=UNSOLVED), settings())
+
+
+def test_the_threshold_of_a_step_can_be_the_controllers():
+    chosen = settings()
+    moved = gradient(sequences(), Steering(alpha=-1.0, tau=0.8), chosen)
+    assert torch.equal(moved, gradient(sequences(), Steering(alpha=-1.0), replace(chosen, tau=0.8)))
+    assert not torch.equal(moved, gradient(sequences(), Steering(alpha=-1.0), chosen))

@@ -38,6 +38,19 @@ def test_saturated_alpha() -> None:
     assert "nothing in reserve" in only(run([0.49] * 50, alpha=[-1.0] * 50))[1]
 
 
+def test_a_target_that_new_data_made_stale() -> None:
+    shifted = run([0.43] * 20 + [0.87] * 30, alpha=[0.2] * 20 + [1.0] * 30)
+    tone, text = only(shifted)
+    assert tone == "warn"
+    assert "entropy jumped from 0.43 to 0.87 nats with the data and alpha has been at +1 for 30 steps since" in text
+    assert "the target is stale" in text
+    assert "reanchor=detected" in text
+    follows = replace(shifted, config={"entropy_control": {"controller": "pi", "reanchor": "detected"}})
+    assert "stale" not in only(follows)[1]
+    drifted = [0.43 + 0.01 * k for k in range(50)]
+    assert "stale" not in only(run(drifted, alpha=[0.2] * 20 + [1.0] * 30))[1]
+
+
 def test_streaks_end_at_the_other_limit() -> None:
     assert saturated_steps([-1.0, -1.0, 1.0, 1.0, 1.0]) == 3
     assert saturated_steps([1.0, 0.9]) == 0

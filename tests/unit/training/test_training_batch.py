@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from trajectories import reward_of, task_of, trajectory_of
@@ -44,6 +46,14 @@ def test_a_sequence_is_prompt_and_response_with_one_advantage_for_every_token(ba
     assert [sequence.prompt_length for sequence in batch.sequences] == [2] * 4
     advantages = [sequence.advantages.tolist() for sequence in batch.sequences]
     assert advantages == [[0.5] * 3, [-0.5], [0.0] * 2, [0.0] * 4]
+
+
+def test_every_sequence_carries_the_success_of_its_whole_group(batch: TrainingBatch) -> None:
+    assert [sequence.success for sequence in batch.sequences] == [0.5, 0.5, 0.0, 0.0]
+    split = [[one.success for one in part[:1]] for part in minibatches(batch, 2, None)]
+    assert split == [[0.5], [0.0]], "of the group, not of the part that is trained"
+    travelled = pickle.loads(pickle.dumps(batch.sequences[0]))
+    assert travelled.success == 0.5
 
 
 def test_mini_batches_are_whole_groups_in_order(batch: TrainingBatch) -> None:
