@@ -2,6 +2,7 @@
 
 from megatron_entropic.algorithms.advantages import advantages
 from megatron_entropic.algorithms.aggregation import high_prob_token_weights, token_weights
+from megatron_entropic.algorithms.distillation import distilled
 from megatron_entropic.algorithms.entropy_control import (
     Controller,
     EntropyController,
@@ -34,6 +35,7 @@ __all__ = [
     "advantages",
     "build_controller",
     "corrections",
+    "distilled",
     "entropic_term",
     "find_policy_loss",
     "high_prob_token_weights",

@@ -15,6 +15,7 @@ from megatron_entropic.cluster.actors import PolicyWorker, policy_environment
 from megatron_entropic.cluster.placement import Placement
 from megatron_entropic.cluster.processes import ActorProcess
 from megatron_entropic.cluster.waiting import answered, gather, require_raylet
+from megatron_entropic.config.algorithm import FrozenName
 from megatron_entropic.config.run import ClusterConfig, Config
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.policy.batch.balance import attention_weight, data_parallel_shards, sequence_costs
@@ -64,11 +65,11 @@ class PolicyGroup:
         calls = {self._name(rank): actor.start.remote(address, port) for rank, actor in enumerate(self._actors)}
         self._replica_of = list(gather(calls, phase=phase, timeout_s=timeout_s).values())
 
-    def score(self, sequences: list[Sequence], *, reference: bool = False) -> Scores:
-        """Log-probs and entropies of the response tokens under the current (or the reference) weights, in nats."""
+    def score(self, sequences: list[Sequence], *, frozen: FrozenName | None = None) -> Scores:
+        """Log-probs and entropies of the response tokens under the policy (or a frozen model beside it), in nats."""
         shards = self._deal(sequences)
         timeout_s = self._limits.score_timeout_s
-        answers = self._on_replicas(Policy.score, sequences, shards, timeout_s, reference=reference)
+        answers = self._on_replicas(Policy.score, sequences, shards, timeout_s, frozen=frozen)
         return self._in_callers_order(answers, shards, len(sequences))
 
     def keep_weights(self) -> None:

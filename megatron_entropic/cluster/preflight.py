@@ -68,8 +68,7 @@ def requirements(config: Config, nodes: list[str], gpus_per_node: int) -> Requir
         paths.append(config.model.megatron_dir)
     if config.warm_start.steps and config.warm_start.file is not None:
         paths.append(config.warm_start.file)
-    if config.algorithm.kl.coefficient and config.algorithm.kl.reference_hf_dir is not None:
-        paths.append(config.algorithm.kl.reference_hf_dir)
+    paths += [path for path in config.algorithm.frozen_dirs.values() if path is not None]
     return Requirements(
         nodes=nodes,
         gpus_per_node=0 if config.cluster.device == "cpu" else gpus_per_node,

@@ -80,7 +80,9 @@ def _plan(options: argparse.Namespace) -> None:
 
     # What this machine has says nothing about the one that is planned for.
     config, problems = read_config(options.config, options.overrides)
-    table = ParameterTable(find_model(config.model.hf_dir, options.model_config))
+    frozen = {name: path for name, path in config.algorithm.frozen_dirs.items() if path is not None}
+    beside = {name: ParameterTable(find_model(path)) for name, path in frozen.items()}
+    table = ParameterTable(find_model(config.model.hf_dir, options.model_config), beside=beside)
     asked = machine(options.gpu, options.gpu_memory_gb, options.gpus)
     lengths = None if options.lengths is None else options.lengths(assumed_lengths(config))
     plan = make_plan(config, table, asked, lengths=lengths, known_problems=problems)

@@ -34,6 +34,44 @@ class KlConfig(Section):
     reference_hf_dir: Path | None = Field(None, description="None: the model the run started from.")
 
 
+FrozenName = Literal["reference", "teacher"]
+"""What a frozen model beside the policy is for: the KL penalty, or distillation."""
+
+
+FROZEN_KEYS: dict[FrozenName, str] = {
+    "reference": "algorithm.kl.reference_hf_dir",
+    "teacher": "algorithm.distillation.teacher_hf_dir",
+}
+"""Key that names each frozen model's directory."""
+
+
+class DistillationConfig(Section):
+    """On-policy distillation: a frozen teacher judges every token of the policy's own responses."""
+
+    teacher_hf_dir: Path | None = Field(
+        None,
+        description="Hugging Face directory of the teacher: the policy's token ids, any shape that the policy's layout "
+        "divides. null: no distillation.",
+    )
+    term: Literal["advantage", "loss"] = Field(
+        "advantage",
+        description="advantage: log pi_teacher - log pi of each sampled token is added to its advantage. loss: "
+        "KL(pi || pi_teacher) over the whole vocabulary is added to the loss, with gradient.",
+    )
+    coefficient: float = Field(1.0, gt=0, description="Weight of the teacher's term.")
+    reward_weight: float = Field(1.0, ge=0, description="Weight of the rewards' advantages. 0: the teacher alone.")
+
+    @property
+    def as_advantage(self) -> bool:
+        """Whether there is a teacher whose log-probs become advantages."""
+        return self.teacher_hf_dir is not None and self.term == "advantage"
+
+    @property
+    def as_loss(self) -> bool:
+        """Whether there is a teacher whose divergence is part of the loss."""
+        return self.teacher_hf_dir is not None and self.term == "loss"
+
+
 class LossOptionsConfig(Section):
     """Numbers that single policy losses read; see docs/algorithm.md."""
 
@@ -74,6 +112,17 @@ class AlgorithmConfig(Section):
         "(decoupled PPO, with rollout.importance_correction) the one before each epoch, scored anew.",
     )
     kl: KlConfig = KlConfig()
+    distillation: DistillationConfig = DistillationConfig()
+
+    @property
+    def frozen_dirs(self) -> dict[FrozenName, Path | None]:
+        """Directories of the frozen models that are held beside the policy; None: the model the run started from."""
+        found: dict[FrozenName, Path | None] = {}
+        if self.kl.coefficient > 0:
+            found["reference"] = self.kl.reference_hf_dir
+        if self.distillation.teacher_hf_dir is not None:
+            found["teacher"] = self.distillation.teacher_hf_dir
+        return found
 
     @property
     def updates_per_rollout(self) -> int:

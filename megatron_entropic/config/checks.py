@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_entropic.config.algorithm import DistillationConfig
 from megatron_entropic.config.names import (
     ADVANTAGES,
     ANSWERS,
@@ -43,7 +44,7 @@ def violations(config: Config) -> Iterator[Violation]:
     """Yields combinations that cannot work on any machine."""
     checks = (
         *(_batch, _lag, _parallelism, _optimizer, _data, reward_violations, _policy_loss),
-        *(_entropy_control, _placement, _colocation, _transport, _publish, benchmark_violations),
+        *(_distillation, _entropy_control, _placement, _colocation, _transport, _publish, benchmark_violations),
     )
     for check in checks:
         yield from check(config)
@@ -196,6 +197,20 @@ def _policy_loss(config: Config) -> Iterator[Violation]:
             ("algorithm.policy_loss", "policy.context_parallel"),
             f"algorithm.policy_loss={name} needs whole sequences, and policy.context_parallel="
             f"{config.policy.context_parallel} splits them over ranks: use 1",
+        )
+
+
+def _distillation(config: Config) -> Iterator[Violation]:
+    distillation, control = config.algorithm.distillation, config.entropy_control
+    key = "algorithm.distillation"
+    if distillation.teacher_hf_dir is None and distillation != DistillationConfig():
+        yield Violation((key,), f"{key} has no use without teacher_hf_dir, the directory of the teacher")
+    if distillation.as_loss and distillation.reward_weight == 0 and control.enabled and control.steers_alpha:
+        yield Violation(
+            (key, "entropy_control.controller"),
+            f"{key}: with term=loss and reward_weight=0 every advantage is 0, and alpha of entropy_control.controller="
+            f"{control.controller} acts on advantages: take term=advantage, a reward_weight > 0, or a controller that "
+            f"does without, such as {OFF} or entropy_bonus",
         )
 
 

@@ -282,6 +282,30 @@ def load_checked_tokenizer(hf_dir: Path) -> Tokenizer:
     return tokenizer
 
 
+def check_same_tokens(tokenizer: Tokenizer, hf_dir: Path, key: str) -> None:
+    """Refuse a model that would read the policy's token ids as other tokens.
+
+    Args:
+        tokenizer: the policy's.
+        hf_dir: directory of the other model, with its tokenizer; it may know more tokens.
+        key: key of the configuration that names it.
+
+    Raises:
+        UserError: it has no tokenizer, or one that gives an id of the policy's to another token, or to none.
+    """
+    try:
+        theirs = load_tokenizer(hf_dir).get_vocab()
+    except UserError as error:
+        raise UserError(f"{key}={error}") from error
+    differing = sorted(tokenizer.get_vocab().items() - theirs.items(), key=lambda item: item[1])
+    if differing:
+        named = ", ".join(f"{number} {token!r}" for token, number in differing[:3])
+        raise UserError(
+            f"{key}={hf_dir}: its tokenizer is not the policy's: {len(differing):,} token ids mean something else "
+            f"there or nothing, such as {named}; it must be a model of the same tokenizer"
+        )
+
+
 def stop_token_ids(hf_dir: Path) -> list[int]:
     """End-of-sequence token ids of generation_config.json and config.json, ascending; empty if neither names one.
 

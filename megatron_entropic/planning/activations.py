@@ -35,7 +35,8 @@ HeadName = Literal["logits", "recompute", "fused_loss"]
 LOSS_BLOCK_BYTES = 1 << 30
 LOSS_BLOCK_TOKENS = (1024, 8192)
 RECOMPUTE_BLOCK = (4096, 32768)
-"""Sizes of a block of logits in the two fused heads on an accelerator, as in `tensor_parallel`; a test compares."""
+DIVERGENCE_BLOCK = (1024, 32768)
+"""Sizes of a block of logits in the fused heads on an accelerator, as in `tensor_parallel`; a test compares."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,20 @@ def head_bytes(model: PlannedModel, policy: PolicyConfig, tokens: int, *, dtype:
         rows = min(RECOMPUTE_BLOCK[0], own_tokens)
         block = rows * (min(RECOMPUTE_BLOCK[1], columns) * block_item + 4 * hidden)
     return gathered + selected_and_gradient + block
+
+
+def divergence_bytes(
+    model: PlannedModel, teacher: PlannedModel, policy: PolicyConfig, tokens: int, *, dtype: Dtype
+) -> int:
+    """Peak bytes of the divergence from a teacher on the last stage: its hidden states, dL/dhidden, and blocks.
+
+    Both models' logits of a block are float32, as are their exponentials and what is computed of them.
+    """
+    item, own_tokens = ITEM_BYTES[dtype], rank_tokens(policy, tokens)
+    columns = model.dimensions.padded_vocab_size(policy.tensor_parallel) // policy.tensor_parallel
+    rows, width = min(DIVERGENCE_BLOCK[0], own_tokens), min(DIVERGENCE_BLOCK[1], columns)
+    hidden = own_tokens * (teacher.dimensions.hidden_size + 2 * model.dimensions.hidden_size) * item
+    return hidden + rows * width * (4 * 4 + item)
 
 
 def backward_bytes(model: PlannedModel, policy: PolicyConfig, tokens: int, *, dtype: Dtype) -> int:

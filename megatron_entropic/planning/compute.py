@@ -68,6 +68,16 @@ def device_s(
     return max(turn.device_s(stage) for stage in sorted({0, min(1, last), last}))
 
 
+def divergence_s(
+    config: Config, table: ParameterTable, teacher: ParameterTable, schedule: Schedule, hardware: Hardware
+) -> float:
+    """Seconds of the last stage's GPU on the divergence of one micro-batch from the teacher (`fused_reverse_kl`)."""
+    policy, vocabulary = config.policy, table.model.dimensions.vocab_size
+    width = 8 * table.model.dimensions.hidden_size + 4 * teacher.model.dimensions.hidden_size
+    rate = hardware.product_efficiency * hardware.flop_per_s(config.model.dtype)
+    return schedule.tokens * vocabulary * width / (rate * policy.tensor_parallel * policy.context_parallel)
+
+
 def host_s(config: Config, table: ParameterTable, hardware: Hardware, direction: Direction) -> float:
     """Seconds of a rank's Python on one micro-batch, which a GPU cannot be faster than."""
     if config.cluster.device == "cpu":

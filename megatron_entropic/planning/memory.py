@@ -13,6 +13,7 @@ from megatron_entropic.config.run import Config, Dtype
 from megatron_entropic.planning.activations import (
     Attention,
     backward_bytes,
+    divergence_bytes,
     head_bytes,
     layer_bytes,
 )
@@ -35,8 +36,8 @@ class StageMemory:
 
     stage: int
     weights: int
-    reference: int
-    """Bytes of the frozen weights of the KL penalty."""
+    frozen: int
+    """Bytes of the weights of frozen models: the KL penalty's reference, the teacher."""
     gradients: int
     """Bytes of gradients: float32, whatever the dtype of the weights."""
     optimizer: int
@@ -97,23 +98,39 @@ def overlaps(config: Config) -> bool:
 def stage_memory(config: Config, table: ParameterTable, schedule: Schedule, stage: int) -> StageMemory:
     """Peak memory of one pipeline stage's GPUs."""
     policy, dtype = config.policy, config.model.dtype
-    item, parameters = ITEM_BYTES[dtype], table.stage(policy, stage)
+    item = ITEM_BYTES[dtype]
     buffers = table.buffers(policy, stage, overlap=overlaps(config))
     weights = sum(b.padded_elements if policy.distributed_optimizer else b.elements for b in buffers) * item
     last = stage == policy.pipeline_parallel - 1
     head = 0
     if last:
         head = head_bytes(table.model, policy, schedule.largest_tokens, dtype=dtype, head=config.output_head)
+        if config.algorithm.distillation.as_loss:
+            teacher = table.frozen(config.algorithm)["teacher"].model
+            head += divergence_bytes(table.model, teacher, policy, schedule.largest_tokens, dtype=dtype)
     return StageMemory(
         stage=stage,
         weights=weights,
-        reference=parameters.elements * item if config.algorithm.kl.coefficient > 0 else 0,
+        frozen=item * sum(beside.stage(policy, stage).elements for beside in table.frozen(config.algorithm).values()),
         gradients=sum(buffer.padded_elements for buffer in buffers) * 4,
         optimizer=sum(buffer.owned_elements(0) for buffer in buffers) * optimizer_bytes_per_element(dtype),
         activations=_activation_bytes(config, table.model, schedule, stage),
         head=head,
         runtime=RUNTIME_BYTES,
     )
+
+
+def teacher_host_bytes(config: Config, table: ParameterTable, schedule: Schedule) -> int:
+    """Host bytes of the teacher's hidden states on a rank of the last stage; 0 unless it is part of the loss.
+
+    They are those of an optimizer step's response tokens, a context-parallel rank's own (`policy/step/teacher.py`).
+    """
+    if not config.algorithm.distillation.as_loss:
+        return 0
+    tokens = schedule.responses / schedule.optimizer_steps * schedule.mean_response_tokens
+    hidden = table.frozen(config.algorithm)["teacher"].model.dimensions.hidden_size
+    ranks = config.policy.data_parallel * config.policy.context_parallel
+    return round(tokens * hidden * ITEM_BYTES[config.model.dtype] / ranks)
 
 
 def _activation_bytes(config: Config, model: PlannedModel, schedule: Schedule, stage: int) -> int:

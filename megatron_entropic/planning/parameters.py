@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import lcm, prod
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_entropic.config.algorithm import AlgorithmConfig, FrozenName
 from megatron_entropic.config.run import Dtype, PolicyConfig
 from megatron_entropic.errors import UserError, reading
 from megatron_entropic.models.dimensions import ModelDimensions, read_dimensions
@@ -163,14 +164,30 @@ class StageParameters:
 
 
 class ParameterTable:
-    """Parameters of every rank of one model under any layout; each part is worked out once."""
+    """Parameters of every rank of one model under any layout; each part is worked out once.
 
-    def __init__(self, model: PlannedModel, parameter_map: ParameterMap | None = None) -> None:
+    Args:
+        model: the model.
+        parameter_map: its parameters, where they are known already.
+        beside: tables of the frozen models that are held beside it and have sizes of their own.
+    """
+
+    def __init__(
+        self,
+        model: PlannedModel,
+        parameter_map: ParameterMap | None = None,
+        beside: Mapping[FrozenName, ParameterTable] | None = None,
+    ) -> None:
         self.model = model
+        self.beside = dict(beside or {})
         self.map = ParameterMap(model.dimensions) if parameter_map is None else parameter_map
         self._stages: dict[tuple[int, ...], StageParameters] = {}
         self._buffers: dict[tuple[Any, ...], tuple[GradientBuffer, ...]] = {}
         self._publish_plans: dict[tuple[Any, ...], PublishPlan] = {}
+
+    def frozen(self, algorithm: AlgorithmConfig) -> dict[FrozenName, ParameterTable]:
+        """Tables of the frozen models that the algorithm asks for; of the model itself where nothing else is known."""
+        return {name: self.beside.get(name, self) for name in algorithm.frozen_dirs}
 
     def stage(self, policy: PolicyConfig, stage: int) -> StageParameters:
         """Parameters of each rank of a pipeline stage; the layout must divide the model (`layout_problems`)."""

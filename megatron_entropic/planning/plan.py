@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_entropic.config.algorithm import FROZEN_KEYS
 from megatron_entropic.config.run import Config, PolicyConfig
 from megatron_entropic.planning.communication import Traffic, gradient_traffic, microbatch_traffic
 from megatron_entropic.planning.generation import generation_time
@@ -76,7 +77,7 @@ def make_plan(
         known_problems: what the checks of the configuration alone have found.
     """
     gpus = gpus_in_use(config) if machine.gpus is None else machine.gpus
-    problems = [*known_problems, *layout_problems(config, table.model, gpus)]
+    problems = [*known_problems, *layout_problems(config, table.model, gpus), *frozen_problems(config, table)]
     numbers = None
     if divides(config, table):
         numbers = _numbers(config, table, machine, make_schedule(config, lengths))
@@ -88,7 +89,8 @@ def make_plan(
 
 def divides(config: Config, table: ParameterTable) -> bool:
     """Whether every rank gets an equal share of the model, so that it can be counted."""
-    return not table.model.dimensions.layout_problems(config.policy)
+    tables = (table, *table.frozen(config.algorithm).values())
+    return not any(one.model.dimensions.layout_problems(config.policy) for one in tables)
 
 
 def publication_time_s(config: Config, published: Publication, hardware: Hardware) -> float:
@@ -166,6 +168,13 @@ def layout_problems(config: Config, model: PlannedModel, gpus: int) -> Iterator[
             f"context {policy.context_parallel} x data {policy.data_parallel}) and {rollout_gpus} rollout GPUs "
             f"({rollout.engines} engines x {rollout.tensor_parallel}) {together} {used}, not {gpus}"
         )
+
+
+def frozen_problems(config: Config, table: ParameterTable) -> Iterator[str]:
+    """Yields why frozen models cannot be held on the policy's ranks."""
+    for name, frozen in table.frozen(config.algorithm).items():
+        for problem in frozen.model.dimensions.layout_problems(config.policy) if frozen is not table else ():
+            yield f"{FROZEN_KEYS[name]}, {frozen.model.name}, has the policy's layout, and policy.{problem}"
 
 
 def memory_problems(

@@ -14,7 +14,7 @@ from megatron_entropic.config.run import Config
 from megatron_entropic.planning.ahead import Learning, ahead_time
 from megatron_entropic.planning.communication import Traffic
 from megatron_entropic.planning.generation import engine_load
-from megatron_entropic.planning.memory import GIB, MEMORY_KINDS, sequences_that_fit
+from megatron_entropic.planning.memory import GIB, MEMORY_KINDS, sequences_that_fit, teacher_host_bytes
 from megatron_entropic.planning.plan import Numbers, Plan, gpus_in_use, gpus_of
 from megatron_entropic.planning.roofline import StepTime
 from megatron_entropic.planning.schedule import MEAN_PROMPT_SHARE, MEAN_RESPONSE_SHARE, Schedule, in_flight
@@ -163,12 +163,15 @@ def _memory(plan: Plan, numbers: Numbers) -> Section:
         for stage in numbers.memory
     )
     policy, schedule = plan.config.policy, numbers.schedule
-    notes = (
+    notes: tuple[str, ...] = (
         f"activations of micro-batches of {schedule.largest_tokens:,} tokens, recompute {policy.recompute}, sequence "
         f"parallel {str(policy.sequence_parallel).lower()}; output head {plan.config.output_head}",
         f"host memory of a checkpoint: {_gb(numbers.checkpoint_host_bytes)} GB on the fullest node of "
         f"{plan.hardware.gpus_per_node} policy GPUs, checkpoint.format {plan.config.checkpoint.format}",
     )
+    if states := teacher_host_bytes(plan.config, plan.table, schedule):
+        teacher = plan.table.frozen(plan.config.algorithm)["teacher"].model.name
+        notes += (f"host memory of hidden states of the teacher {teacher}: {_gb(states)} GB on each last-stage rank",)
     return Section("GB on each policy GPU", ("stage", *kinds, "total", "in flight"), rows, notes)
 
 

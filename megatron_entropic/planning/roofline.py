@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from megatron_entropic.config.names import POLICY_LOSSES
 from megatron_entropic.config.run import Config
 from megatron_entropic.planning.communication import gradient_traffic, microbatch_traffic
-from megatron_entropic.planning.compute import Direction, device_s, host_s
+from megatron_entropic.planning.compute import Direction, device_s, divergence_s, host_s
 from megatron_entropic.planning.hardware import Hardware
 from megatron_entropic.planning.memory import overlaps, stage_memory
 from megatron_entropic.planning.parameters import ParameterTable
@@ -51,22 +51,24 @@ class StepTime:
 def score_time_s(config: Config, table: ParameterTable, schedule: Schedule, hardware: Hardware) -> float:
     """Seconds of scoring all responses for their old log-probs, and of what else needs a pass without gradients.
 
-    The KL penalty scores under the reference too, decoupled PPO before each epoch, a loss that ranks tokens of the
-    whole optimizer step before each of these. With the denominator high_prob_tokens, tokens are counted once more
-    before every optimizer step but the first.
+    The KL penalty scores under the reference too, a teacher that gives advantages under its own weights, decoupled PPO
+    before each epoch, a loss that ranks tokens of the whole optimizer step before each of these. With the denominator
+    high_prob_tokens, tokens are counted once more before every optimizer step but the first.
     """
     algorithm, steps, passes = config.algorithm, schedule.optimizer_steps, 1.0
     if algorithm.proximal_logprobs == "each_epoch":
         passes += algorithm.epochs_per_rollout - 1
     if (entry := POLICY_LOSSES.get(algorithm.policy_loss)) and entry.plan:
         passes += algorithm.epochs_per_rollout
-    if algorithm.kl.coefficient > 0:
-        passes += 1
     if config.entropy_control.steers_alpha and config.entropy_control.denominator == "high_prob_tokens":
         passes += (algorithm.updates_per_rollout - 1) / steps
     policy = config.policy
     turns = schedule.microbatches * steps + (policy.pipeline_parallel - 1) / policy.virtual_pipeline_parallel
-    return passes * turns * _turn_s(config, table, schedule, hardware, "forward")
+    seconds = passes * _turn_s(config, table, schedule, hardware, "forward")
+    for name, frozen in table.frozen(algorithm).items():
+        if name == "reference" or algorithm.distillation.as_advantage:
+            seconds += _turn_s(config, frozen, schedule, hardware, "forward")
+    return turns * seconds
 
 
 def update_time_s(config: Config, table: ParameterTable, schedule: Schedule, hardware: Hardware) -> float:
@@ -81,7 +83,13 @@ def update_time_s(config: Config, table: ParameterTable, schedule: Schedule, har
         for stage in {0, policy.pipeline_parallel - 1}
     )
     adam_s = owned * OPTIMIZER_BYTES_PER_ELEMENT / (hardware.memory_efficiency * hardware.memory_bytes_per_s)
-    one = turns * _turn_s(config, table, schedule, hardware, "update") + traffic_s + adam_s
+    turn_s = _turn_s(config, table, schedule, hardware, "update")
+    if config.algorithm.distillation.as_loss:
+        # The teacher's pass before the step; the blocks of both models' logits, computed twice and differentiated once.
+        teacher = table.frozen(config.algorithm)["teacher"]
+        turn_s += _turn_s(config, teacher, schedule, hardware, "forward")
+        turn_s += divergence_s(config, table, teacher, schedule, hardware)
+    one = turns * turn_s + traffic_s + adam_s
     return schedule.optimizer_steps * config.algorithm.epochs_per_rollout * one
 
 
@@ -90,7 +98,7 @@ def switch_time_s(config: Config, table: ParameterTable, schedule: Schedule, har
     if not config.cluster.colocate:
         return 0.0
     memory = stage_memory(config, table, schedule, 0)
-    sizes = {"optimizer": memory.optimizer, "gradients": memory.gradients, "parameters": memory.weights}
+    sizes = {"optimizer": memory.optimizer, "gradients": memory.gradients, "parameters": memory.weights + memory.frozen}
     # Gradient buffers are thrown away and made again, not copied.
     moved = sum(sizes[part] for part in config.policy.offloaded_parts if part != "gradients")
     return hardware.switch_s + 2 * moved / hardware.host_link_bytes_per_s

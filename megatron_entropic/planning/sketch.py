@@ -19,7 +19,8 @@ class SketchedTable(ParameterTable):
     """Parameters of every rank of one model under any layout, layer by layer."""
 
     def __init__(self, table: ParameterTable) -> None:
-        super().__init__(table.model, table.map)
+        beside = {name: SketchedTable(frozen) for name, frozen in table.beside.items()}
+        super().__init__(table.model, table.map, beside=beside)
         self._layers: dict[tuple[bool, int, int, int], tuple[int, int]] = {}
 
     @cached_property

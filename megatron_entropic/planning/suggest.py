@@ -23,6 +23,7 @@ from megatron_entropic.planning.memory import GIB, StageMemory, rollout_memory, 
 from megatron_entropic.planning.parameters import ParameterTable
 from megatron_entropic.planning.plan import (
     Plan,
+    frozen_problems,
     gpus_in_use,
     layout_problems,
     make_plan,
@@ -363,6 +364,7 @@ def _own_problems(config: Config, table: ParameterTable) -> Iterator[str]:
         for problem in layout_problems(config, table.model, gpus_in_use(config))
         if problem.startswith("policy.")
     )
+    yield from frozen_problems(config, table)
 
 
 def layout_name(policy: PolicyConfig) -> str:

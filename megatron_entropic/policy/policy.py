@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_entropic.config.algorithm import FrozenName
 from megatron_entropic.config.run import OFFLOAD_PARTS, Config, OffloadPart
-from megatron_entropic.errors import UserError
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.policy.batch.balance import attention_weight
@@ -25,6 +25,7 @@ from megatron_entropic.policy.megatron.parallel import (
 )
 from megatron_entropic.policy.megatron.platform import Device, Rendezvous, select_platform
 from megatron_entropic.policy.model.load import load_weights
+from megatron_entropic.policy.model.outputs import OutputOptions
 from megatron_entropic.policy.model.routing import Routing
 from megatron_entropic.policy.model.transformer_config import DTYPES
 from megatron_entropic.policy.publish.publisher import BUCKET_BYTES, Published, Publisher, SenderType
@@ -84,13 +85,13 @@ class Policy:
         self.platform.manual_seed(config.run.seed)
         self.parameter_map = ParameterMap(read_dimensions(config.model.hf_dir))
         self.model = self._load(config.model.hf_dir, config.model.megatron_dir)
-        self._reference = self._load_reference() if config.algorithm.kl.coefficient > 0 else None
+        self._frozen = {name: self._load_frozen(name) for name in config.algorithm.frozen_dirs}
         self._wrapped = wrap_data_parallel(
             self.model,
             distributed_optimizer=config.policy.distributed_optimizer,
             overlap=self.platform.backend == "nccl",
         )
-        self._memory = DeviceMemory(self.platform, self._wrapped, self._reference or ())
+        self._memory = DeviceMemory(self.platform, self._wrapped, self._frozen.values())
         self._kept = KeptWeights(self.model, self.platform)
         self._machinery = GradientStep(
             self._wrapped,
@@ -104,10 +105,10 @@ class Policy:
         self._update = PolicyUpdate(
             self._machinery,
             settings,
-            config.rollout.temperature,
+            OutputOptions(config.rollout.temperature, head=config.output_head),
             self._control,
-            config.output_head,
             replay=config.policy.moe_router_replay != "off",
+            teacher=self._frozen["teacher"] if config.algorithm.distillation.as_loss else None,
         )
         self.plan = self._plan()
         self._publisher = self._build_publisher(local_address(rendezvous.address, rendezvous.port), sender_type)
@@ -147,28 +148,29 @@ class Policy:
             scores = self._scores(self._machinery.model, sequences)
         return scores if self.parallel.reports else None
 
-    def score(self, sequences: list[Sequence], *, reference: bool = False) -> Scores | None:
+    def score(self, sequences: list[Sequence], *, frozen: FrozenName | None = None) -> Scores | None:
         """Log-probs and entropies of this replica's response tokens at the rollout temperature, without gradients.
 
         The entropy of all replicas' tokens becomes the measurement that drives alpha.
 
         Args:
             sequences: sequences of this replica; may be empty.
-            reference: whether to score under the frozen reference weights, for the KL penalty; this measures nothing.
+            frozen: frozen model to score under, the KL penalty's reference or the teacher; this measures nothing. None:
+                the policy.
 
         Returns:
             On one rank of each replica (`parallel.reports`) statistics in the caller's order, else None.
 
         Raises:
-            ValueError: the reference is asked for, but algorithm.kl.coefficient is 0.
+            ValueError: there is no such frozen model.
         """
         self._memory.restore(["parameters"])
-        model = self._reference if reference else self._machinery.model
-        if model is None:
-            raise ValueError("no reference model: algorithm.kl.coefficient is 0")
-        replays = not reference and self.config.policy.moe_router_replay != "off"
+        if frozen is not None and frozen not in self._frozen:
+            raise ValueError(f"no {frozen}: the section algorithm asks for none")
+        model = self._machinery.model if frozen is None else self._frozen[frozen]
+        replays = frozen is None and self.config.policy.moe_router_replay != "off"
         scores = self._scores(model, sequences, record=self._machinery.routing if replays else None)
-        if not reference:
+        if frozen is None:
             self._measure(sequences, scores)
         return scores if self.parallel.reports else None
 
@@ -323,19 +325,17 @@ class Policy:
         # Imports megatron-core, which the platform must have prepared for.
         from megatron_entropic.policy.model.build import build_model
 
-        dimensions = self.parameter_map.dimensions
+        dimensions = read_dimensions(hf_dir)
         model = build_model(dimensions, self.config.policy, self.config.model.dtype, self.parallel, self.platform)
         load_weights(model, hf_dir, self.parallel, megatron_dir=megatron_dir)
         return model
 
-    def _load_reference(self) -> torch.nn.ModuleList:
-        reference_dir = self.config.algorithm.kl.reference_hf_dir
-        if reference_dir is None:
+    def _load_frozen(self, name: FrozenName) -> torch.nn.ModuleList:
+        directory = self.config.algorithm.frozen_dirs[name]
+        if directory is None:
             model = self._load(self.config.model.hf_dir, self.config.model.megatron_dir)
-        elif read_dimensions(reference_dir) != self.parameter_map.dimensions:
-            raise UserError(f"algorithm.kl.reference_hf_dir={reference_dir} is not of the policy's architecture")
         else:
-            model = self._load(reference_dir)
+            model = self._load(directory)
         model.requires_grad_(False)
         return model
 

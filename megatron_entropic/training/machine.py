@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from megatron_entropic.config.algorithm import FROZEN_KEYS
 from megatron_entropic.config.checks import Violation, benchmark_violations, reward_violations, violations
 from megatron_entropic.config.load import load_config
 from megatron_entropic.config.run import Config
@@ -46,7 +47,15 @@ def load_checked_config(path: Path | str, overrides: Iterable[str] = ()) -> Conf
 
 def machine_violations(config: Config) -> Iterator[Violation]:
     """Yields what is missing or does not fit on this machine: model directory, data files, output folder, GPUs."""
-    for check in (_model_directory, _reference, _data_files, _benchmark_files, _output_dir, _devices, _address_space):
+    for check in (
+        _model_directory,
+        _frozen_models,
+        _data_files,
+        _benchmark_files,
+        _output_dir,
+        _devices,
+        _address_space,
+    ):
         yield from check(config)
 
 
@@ -170,10 +179,41 @@ def _weight_files(config: Config) -> Iterator[Violation]:
         yield Violation(("model",), f"model.hf_dir={path}: no *.safetensors file in it{hint}")
 
 
-def _reference(config: Config) -> Iterator[Violation]:
-    kl = config.algorithm.kl
-    if kl.coefficient > 0 and kl.reference_hf_dir is not None and (problem := _model_problem(kl.reference_hf_dir)):
-        yield Violation(("algorithm.kl",), f"algorithm.kl.reference_hf_dir={problem}")
+def _frozen_models(config: Config) -> Iterator[Violation]:
+    """Yields frozen models that are not there, or cannot be held on the policy's ranks or score its sequences."""
+    from megatron_entropic.models.dimensions import read_dimensions
+
+    try:
+        own = read_dimensions(config.model.hf_dir)
+    except (ValueError, OSError):
+        return  # `_model_directory` says what is wrong with it
+    for name, path in config.algorithm.frozen_dirs.items():
+        key = FROZEN_KEYS[name]
+        if path is None:
+            continue
+        if problem := _model_problem(path):
+            yield Violation((key,), f"{key}={problem}")
+            continue
+        try:
+            dimensions = read_dimensions(path)
+        except ValueError as error:
+            yield Violation((key,), f"{key}: {error}")
+            continue
+        for problem in dimensions.layout_problems(config.policy):
+            yield Violation((key, "policy"), f"{key}={path} has the policy's layout, and policy.{problem}")
+        exactly = name == "teacher" and config.algorithm.distillation.as_loss
+        if dimensions.vocab_size < own.vocab_size or (exactly and dimensions.vocab_size != own.vocab_size):
+            wanted = "as many, since shards of both vocabularies are compared" if exactly else "at least as many"
+            yield Violation(
+                (key, "model.hf_dir"),
+                f"{key}={path} has {dimensions.vocab_size} token ids, the policy {own.vocab_size}: it needs {wanted}",
+            )
+        if config.max_sequence_tokens > dimensions.max_position_embeddings:
+            yield Violation(
+                (key, "data.max_prompt_tokens", "rollout.max_response_tokens"),
+                f"{key}={path}: its positions end at {dimensions.max_position_embeddings}, and sequences have up to "
+                f"{config.max_sequence_tokens} tokens",
+            )
 
 
 def _data_files(config: Config) -> Iterator[Violation]:

@@ -2,7 +2,7 @@
 
 `train` starts from what this returns and `train --check` stops after it, so the two cannot disagree.
 
-    model       headers of all weight files, shapes against config.json; the reference's likewise; tokenizer
+    model       headers of all weight files, shapes against config.json; those of frozen models likewise; tokenizers
     modules     losses, verifiers and controllers given as module:attribute
     data        benchmarks, prompts with ground truths as the verifier sees them, warm start
     output      the checkpoint to continue from; the libraries of TensorBoard and W&B
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_entropic.algorithms import build_controller, find_policy_loss
 from megatron_entropic.checkpoints.open_weights import open_weights
@@ -22,9 +23,11 @@ from megatron_entropic.checkpoints.run_checkpoints import (
     refuse_fewer_steps,
     refuse_unwanted_resume,
 )
+from megatron_entropic.config.algorithm import FROZEN_KEYS
 from megatron_entropic.config.load import ConfigError
 from megatron_entropic.config.run import Config, RunConfig
 from megatron_entropic.data import TaskDataset, load_checked_tokenizer
+from megatron_entropic.data.tokenizer import check_same_tokens
 from megatron_entropic.errors import Problems, RunError, UserError
 from megatron_entropic.observability.metrics import check_sinks
 from megatron_entropic.rewards import RewardScorer
@@ -58,9 +61,9 @@ def open_inputs(config: Config) -> Iterator[Inputs]:
         attempt(lambda: check_resumable(config.run, config.train.steps))
         attempt(lambda: check_sinks(config.logging))
         attempt(lambda: open_weights(config.model.hf_dir, config.model.megatron_dir))
-        kl = config.algorithm.kl
-        if kl.coefficient and (reference := kl.reference_hf_dir) is not None:
-            attempt(lambda: open_weights(reference))
+        frozen = {FROZEN_KEYS[name]: path for name, path in config.algorithm.frozen_dirs.items() if path is not None}
+        for path in frozen.values():
+            attempt(partial(open_weights, path))
         attempt(lambda: find_policy_loss(config.algorithm.policy_loss))
         if config.entropy_control.enabled:
             attempt(lambda: build_controller(config.entropy_control))
@@ -69,6 +72,8 @@ def open_inputs(config: Config) -> Iterator[Inputs]:
         tokenizer = attempt(lambda: load_checked_tokenizer(config.model.hf_dir))
         if tokenizer is None:
             raise ConfigError("what the run reads", problems.messages)
+        for key, path in frozen.items():
+            attempt(partial(check_same_tokens, tokenizer, path, key))
         evaluator = attempt(lambda: Evaluator(config, tokenizer))
         tasks = attempt(
             lambda: TaskDataset(

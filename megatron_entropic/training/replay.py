@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from megatron_entropic.algorithms import find_policy_loss
 from megatron_entropic.checkpoints.run_checkpoints import checkpoint_path, complete_checkpoints, verify_checkpoint
+from megatron_entropic.config.algorithm import FrozenName
 from megatron_entropic.config.run import Config
 from megatron_entropic.errors import UserError
 from megatron_entropic.files.paths import directory_problem
@@ -98,8 +99,8 @@ class _OneRank:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
 
-    def score(self, sequences: list[Sequence], *, reference: bool = False) -> Scores:
-        scores = self._policy.score(sequences, reference=reference)
+    def score(self, sequences: list[Sequence], *, frozen: FrozenName | None = None) -> Scores:
+        scores = self._policy.score(sequences, frozen=frozen)
         assert scores is not None, "the only rank reports"
         return scores
 

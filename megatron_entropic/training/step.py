@@ -6,6 +6,7 @@ The trainer does it with all ranks, `replay` with one rank in its own process.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import chain
 from statistics import fmean
 from typing import Protocol
@@ -16,11 +17,12 @@ import torch
 from megatron_entropic.algorithms import (
     advantages,
     corrections,
+    distilled,
     importance_metrics,
     importance_ratios,
     mismatch_metrics,
 )
-from megatron_entropic.config.algorithm import AlgorithmConfig
+from megatron_entropic.config.algorithm import AlgorithmConfig, DistillationConfig, FrozenName
 from megatron_entropic.config.run import Config, RolloutConfig
 from megatron_entropic.types import Group, Scores, Sequence, TrainingBatch, Trajectory
 
@@ -28,8 +30,8 @@ from megatron_entropic.types import Group, Scores, Sequence, TrainingBatch, Traj
 class Learner(Protocol):
     """A policy that scores and updates, wherever its ranks are."""
 
-    def score(self, sequences: list[Sequence], *, reference: bool = False) -> Scores:
-        """Log-probs and entropies of the response tokens under the current (or the reference) weights."""
+    def score(self, sequences: list[Sequence], *, frozen: FrozenName | None = None) -> Scores:
+        """Log-probs and entropies of the response tokens under the policy (or a frozen model beside it)."""
 
     def update(self, minibatch: list[Sequence]) -> dict[str, float]:
         """Take one optimizer step; returns its metrics."""
@@ -65,11 +67,49 @@ def score_batch(
         version: version of the policy's weights.
     """
     if config.algorithm.kl.coefficient:
-        batch = batch.with_reference(policy.score(list(batch.sequences), reference=True))
+        batch = batch.with_reference(policy.score(list(batch.sequences), frozen="reference"))
+    distillation = config.algorithm.distillation
+    taught = policy.score(list(batch.sequences), frozen="teacher") if distillation.as_advantage else None
     scores = policy.score(list(batch.sequences))
     batch = batch.scored(scores)
+    batch, learned = with_teacher(batch, taught, distillation)
     measured = {**entropy_profile(batch, scores), **mismatch(batch), **importance(batch, config.rollout)}
+    measured |= learned
     return batch, scores, measured | (staleness(batch, version) if config.rollout.lag else {})
+
+
+def with_teacher(
+    batch: TrainingBatch, taught: Scores | None, distillation: DistillationConfig
+) -> tuple[TrainingBatch, dict[str, float]]:
+    """The scored batch with advantages of rewards and teacher, and metrics distillation/*; unchanged without a teacher.
+
+    distillation/kl               mean log pi - log pi_teacher of the sampled tokens, nats: estimates KL(pi || teacher)
+    distillation/teacher_logprob  mean log-prob of the sampled tokens under the teacher, nats
+
+    Args:
+        batch: scored batch.
+        taught: log-probs of its tokens under the teacher; None where it does not give advantages.
+        distillation: `algorithm.distillation`.
+    """
+    if distillation.teacher_hf_dir is None:
+        return batch, {}
+    logprobs = [sequence.old_logprobs for sequence in batch.sequences]
+    weights = {"coefficient": distillation.coefficient, "reward_weight": distillation.reward_weight}
+    sequences = []
+    for sequence, own, teacher in zip(batch.sequences, logprobs, taught.logprobs if taught else logprobs, strict=True):
+        assert sequence.advantages is not None
+        assert own is not None
+        assert teacher is not None
+        sequences.append(replace(sequence, advantages=distilled(sequence.advantages, own, teacher, **weights)))
+    batch = TrainingBatch(batch.groups, tuple(sequences))
+    if taught is None:
+        return batch, {}
+    teacher = torch.cat(taught.logprobs).double()
+    own = _column(batch, "old_logprobs").double()
+    return batch, {
+        "distillation/kl": float((own - teacher).mean()),
+        "distillation/teacher_logprob": float(teacher.mean()),
+    }
 
 
 def update_policy(

@@ -100,9 +100,13 @@ class PolicyModel(GPTModel):
         # it nobody would wait: the second step dies of an assertion, or trains and publishes the weights of before.
         for wait_for_weight in self.output_layer._forward_pre_hooks.values():
             wait_for_weight(self.output_layer, ())
+        return self._output_head.run(hidden_states, self.output_weight(), *context)
+
+    def output_weight(self) -> torch.Tensor:
+        """Weight of the output layer on a last stage, the embedding's where they are tied, [V/tp, H]."""
         tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        return self._output_head.run(hidden_states, weight, *context)
+        weight: torch.Tensor = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return weight
 
 
 class PolicyModelWithoutHook(PolicyModel):

@@ -21,6 +21,7 @@ from megatron_entropic.policy.model.outputs import Output, OutputOptions
 from megatron_entropic.tensor_parallel import (
     fused_logprob_and_entropy,
     fused_policy_loss,
+    fused_reverse_kl,
     logprob_and_entropy,
 )
 
@@ -70,13 +71,59 @@ class OutputHead:
             micro_batch: micro-batch whose rows and targets are taken.
             options: which statistics, and which head. Without gradients `fused_loss` is `recompute`.
         """
-        logprobs, entropies, loss = self._of_own_tokens(hidden_states, weight, micro_batch, options)
+        if options.hidden:
+            return self._hidden(hidden_states, micro_batch)
+        output = self._of_own_tokens(hidden_states, weight, micro_batch, options)
+        if options.teacher is not None:
+            output = self._with_divergences(output, hidden_states, weight, micro_batch, options)
         if self._context_group is None:
-            return Output(logprobs, entropies, loss)
+            return output
         assert micro_batch.owned is not None
-        own = logprobs.unsqueeze(0) if entropies is None else torch.stack((logprobs, entropies))
+        per_token = (output.logprobs, output.entropies, output.divergences)
+        own = torch.stack([values for values in per_token if values is not None])
         gathered = gather_tokens(own, micro_batch.owned, micro_batch.response_tokens, self._context_group)
-        return Output(gathered[0], None if entropies is None else gathered[1], loss)
+        rows = iter(gathered)
+        logprobs, entropies, divergences = (None if values is None else next(rows) for values in per_token)
+        assert logprobs is not None
+        return Output(logprobs, entropies, output.loss, divergences)
+
+    def _hidden(self, hidden_states: torch.Tensor, micro_batch: MicroBatch) -> Output:
+        """Hidden states at this rank's targets, [r, H], the same on all tensor parallel ranks."""
+        if self._sequence_parallel:
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, group=self._group)
+        chosen = hidden_states.squeeze(1).index_select(0, micro_batch.rows)
+        return Output(chosen.new_zeros(0), None, None, hidden=chosen)
+
+    def _with_divergences(
+        self,
+        output: Output,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        micro_batch: MicroBatch,
+        options: OutputOptions,
+    ) -> Output:
+        """Add the divergences from the teacher at this rank's targets, and their part of a loss that exists already."""
+        teacher = options.teacher
+        assert teacher is not None
+        stored = options.head == "logits"  # then the output layer gives its weight's gradient to autograd
+        divergences = fused_reverse_kl(
+            hidden_states.squeeze(1),
+            weight,
+            teacher.hidden(micro_batch),
+            teacher.weight,
+            group=self._group,
+            temperature=options.temperature,
+            vocab_size=self._vocab_size,
+            sequence_parallel=self._sequence_parallel,
+            rows=micro_batch.rows,
+            main_grad=None if stored or not torch.is_grad_enabled() else getattr(weight, "main_grad", None),
+        )
+        loss = output.loss
+        if loss is not None:
+            if divergences.numel():  # without response tokens there is no loss to ask for
+                loss = loss + teacher.loss(micro_batch)(divergences)
+            divergences = divergences.detach()
+        return output._replace(loss=loss, divergences=divergences)
 
     def _of_own_tokens(
         self, hidden_states: torch.Tensor, weight: torch.Tensor, micro_batch: MicroBatch, options: OutputOptions

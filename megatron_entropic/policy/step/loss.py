@@ -1,12 +1,14 @@
 """The loss of one micro-batch, as its share of ONE loss over the whole optimizer step.
 
-    L = sum_t w_t * l_t  +  sum_t alpha_t w'_t * a_t  +  beta * sum_t w_t * k_t  -  c * sum_t w_t * H_t
+    L = sum_t w_t * l_t  +  sum_t alpha_t w'_t * a_t  +  beta * sum_t w_t * k_t  +  d * sum_t w_t * D_t
+        -  c * sum_t w_t * H_t
 
     l   policy loss (algorithms/losses), times rollout-correction weights if configured; 0 where the controller drops
         the token (algorithms/entropy_control/steering)
     a   -|A| * ratio on tokens with pi > tau (EntroPIC), times the same correction weights iff l has them; alpha_t is
         the same for all tokens, or for those of a prompt (algorithms/entropy_control/steering)
     k   KL estimate towards the reference
+    D   KL(policy || teacher) over the vocabulary, with gradient, where distillation is a term of the loss
     H   entropy, with gradient, for controllers that give it a coefficient c
     w   from GLOBAL counts (algorithms/aggregation); w' = w, or over high-probability tokens only
     t   runs over all response tokens of all micro-batches of all data-parallel ranks
@@ -48,6 +50,7 @@ SUMS = (
     "entropic_loss",
     "kl_loss",
     "entropy_loss",
+    "distillation_loss",
     "clipped",
     "ratio",
     "kept",
@@ -56,6 +59,7 @@ SUMS = (
     "nonzero_advantage",
     "tokens",
     "entropy",
+    "divergence",
     "negative_weight",
     *(f"{name}_solved_{number}" for name in ("tokens", "actuated") for number in range(1, SOLVED_BINS + 1)),
 )
@@ -90,10 +94,11 @@ class _Parts:
     entropic: Tensor
     kl: Tensor
     entropy: Tensor
+    distillation: Tensor
 
     @property
     def total(self) -> Tensor:
-        return self.policy + self.entropic + self.kl + self.entropy
+        return self.policy + self.entropic + self.kl + self.entropy + self.distillation
 
 
 @dataclass(frozen=True)
@@ -127,12 +132,15 @@ class MicrobatchLoss:
         self._steering = steering
         self._weights = _weights(fields, settings, normalizers)
 
-    def share(self, logprobs: Tensor, entropies: Tensor | None) -> tuple[Tensor, Tensor]:
+    def share(
+        self, logprobs: Tensor, entropies: Tensor | None, divergences: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Compute the share, and measure on the way.
 
         Args:
             logprobs: [T] float32 of the response tokens under the current weights, with gradient.
             entropies: [T] float32, or None when nobody reads them.
+            divergences: [T] float32 from the teacher, with gradient; None without one.
 
         Returns:
             (loss scalar with gradient, [len(SUMS)] float64 measurements without gradient).
@@ -140,6 +148,8 @@ class MicrobatchLoss:
         fields = self._fields
         terms = self._terms(logprobs, fields)
         parts = self._sum(logprobs, entropies, terms, fields, self._weights)
+        if divergences is not None:
+            parts = replace(parts, distillation=self.of_divergences(divergences, slice(None)))
         ones = torch.ones_like(logprobs)
         has_advantage = fields.advantages != 0
         per_token = (
@@ -151,8 +161,9 @@ class MicrobatchLoss:
             has_advantage,
             ones,
             torch.zeros_like(logprobs) if entropies is None else entropies,
+            torch.zeros_like(logprobs) if divergences is None else divergences,
         )
-        sums = [parts.policy, parts.entropic, parts.kl, parts.entropy]
+        sums = [parts.policy, parts.entropic, parts.kl, parts.entropy, parts.distillation]
         sums += [column.detach().double().sum() for column in (*per_token, self._against_advantage(terms))]
         by_success = [torch.zeros(SOLVED_BINS, dtype=torch.float64, device=logprobs.device)] * 2
         if fields.success is not None:
@@ -171,6 +182,10 @@ class MicrobatchLoss:
         assert self._settings.adds_up_over_tokens
         fields = self._fields.select(tokens)
         return self._sum(logprobs, entropies, self._terms(logprobs, fields), fields, self._weights[tokens]).total
+
+    def of_divergences(self, divergences: Tensor, tokens: slice | Tensor) -> Tensor:
+        """Distillation's part of the share, of the divergences [c] of some tokens; it adds up over tokens."""
+        return self._settings.divergence_coefficient * (self._weights[tokens] * divergences).sum()
 
     def _terms(self, logprobs: Tensor, fields: TokenFields) -> _TokenTerms:
         """Terms of some tokens; the correction weights go into both l and a, or into neither."""
@@ -201,7 +216,7 @@ class MicrobatchLoss:
     ) -> _Parts:
         settings, steering = self._settings, self._steering
         policy = (weights * terms.policy.loss).sum()
-        entropic, kl, bonus = (torch.zeros_like(policy) for _ in range(3))
+        entropic, kl, bonus, distillation = (torch.zeros_like(policy) for _ in range(4))
         if steering.has_term:
             adjusted = self._term_weights(terms, fields, weights)
             if steering.prompt_alpha is None and settings.weight_limit is None:
@@ -215,7 +230,7 @@ class MicrobatchLoss:
         if steering.entropy_coefficient:
             assert entropies is not None
             bonus = -steering.entropy_coefficient * (weights * entropies).sum()
-        return _Parts(policy, entropic, kl, bonus)
+        return _Parts(policy, entropic, kl, bonus, distillation)
 
     def _term_weights(self, terms: _TokenTerms, fields: TokenFields, weights: Tensor) -> Tensor:
         if self._settings.high_prob_denominator:

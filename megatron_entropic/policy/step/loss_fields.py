@@ -40,6 +40,8 @@ class LossSettings:
     high_prob_denominator: bool
     weight_limit: float | None = None
     """Bound of |alpha| times a token's weight in EntroPIC's term, as a multiple of its own in the policy loss."""
+    divergence_coefficient: float = 0.0
+    """Weight of KL(policy || teacher) in the loss; 0 without a teacher, or with one that gives advantages."""
 
     @property
     def adds_up_over_tokens(self) -> bool:
@@ -73,6 +75,9 @@ class LossSettings:
             ratio_clip=control.ratio_clip,
             high_prob_denominator=control.steers_alpha and control.denominator == "high_prob_tokens",
             weight_limit=control.weight_limit,
+            divergence_coefficient=(
+                config.algorithm.distillation.coefficient if config.algorithm.distillation.as_loss else 0.0
+            ),
         )
 
 

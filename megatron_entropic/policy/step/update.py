@@ -8,12 +8,14 @@ What the controller asks for is fixed before the first backward pass and the sam
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from megatron_entropic.algorithms import Steering
 from megatron_entropic.policy.batch.microbatch import MicroBatch
-from megatron_entropic.policy.model.outputs import HeadName, OutputOptions, TokenStatistics
+from megatron_entropic.policy.model.outputs import OutputOptions, TeacherOutput, TokenStatistics
 from megatron_entropic.policy.step.alphas import SOLVED_BINS, prompt_alpha_metrics
 from megatron_entropic.policy.step.batch_plan import Marks, plan_marks
 from megatron_entropic.policy.step.control import EntropyControl, EntropyMeasurement, MicrobatchLocalControl
@@ -29,6 +31,7 @@ from megatron_entropic.policy.step.loss import (
 from megatron_entropic.policy.step.loss_fields import LossSettings, TokenFields, token_fields
 from megatron_entropic.policy.step.optimizer import PolicyOptimizer, StepOutcome
 from megatron_entropic.policy.step.score import score
+from megatron_entropic.policy.step.teacher import TeacherStates
 from megatron_entropic.tensor_parallel import TokenLoss
 from megatron_entropic.types import Sequence
 
@@ -42,28 +45,28 @@ class PolicyUpdate:
     Args:
         machinery: gradient step of this rank.
         settings: settings of the loss.
-        temperature: temperature of the rollout; all statistics are those of softmax(logits / temperature).
+        options: temperature of the rollout, of whose softmax(logits / temperature) all statistics are, and the output
+            head; `fused_loss` needs a loss that adds up over tokens.
         control: None when the controller is off: then no entropy is computed and the loss is the base loss.
-        head: output head by which the last stage turns hidden states into log-probs; `fused_loss` needs a loss that
-            adds up over tokens.
         replay: whether to send tokens to the experts that the sequences carry.
+        teacher: chunks of the teacher whose divergence the loss has; None: it has none.
     """
 
     def __init__(
         self,
         machinery: GradientStep,
         settings: LossSettings,
-        temperature: float,
+        options: OutputOptions,
         control: EntropyControl | MicrobatchLocalControl | None,
-        head: HeadName,
         *,
         replay: bool = False,
+        teacher: torch.nn.ModuleList | None = None,
     ) -> None:
         self._machinery = machinery
         self._settings = settings
-        self._temperature = temperature
-        self._head = head
+        self._options = options
         self._replay = replay
+        self._teacher = teacher
         self._replicated = control if isinstance(control, EntropyControl) else None
         self._local = control if isinstance(control, MicrobatchLocalControl) else None
 
@@ -78,7 +81,8 @@ class PolicyUpdate:
                 without another forward pass.
 
         Returns:
-            Metrics, equal on all ranks: loss/policy, loss/entropic, loss/kl, loss/entropy, ratio/clip_fraction,
+            Metrics, equal on all ranks: loss/policy, loss/entropic, loss/kl, loss/entropy, with a teacher in the loss
+            loss/distillation and distillation/kl (mean KL(policy || teacher) of a token, nats), ratio/clip_fraction,
             ratio/mean, grad_norm, learning_rate, optimizer/skipped, response/tokens, entropy/high_prob_fraction,
             entropy/actuated_fraction (pi > tau and A != 0), entropy/nonzero_advantage_fraction, entropy/kept_fraction
             (tokens whose policy loss the controller left in), entropy/negative_weight_fraction (tokens that are pushed
@@ -113,9 +117,15 @@ class PolicyUpdate:
         def share(micro_batch: MicroBatch, statistics: TokenStatistics) -> tuple[torch.Tensor, torch.Tensor]:
             if self._local:
                 return self._local_share(self._fields(micro_batch, marks), statistics, self._local, len(sequences))
-            return loss_of(micro_batch).share(statistics.logprobs, statistics.entropies)
+            return loss_of(micro_batch).share(statistics.logprobs, statistics.entropies, statistics.divergences)
 
-        options = OutputOptions(self._temperature, measures or bonus, bonus, self._head, token_loss)
+        options = replace(
+            self._options,
+            entropy=measures or bonus,
+            entropy_gradient=bonus,
+            token_loss=token_loss,
+            teacher=self._teacher_output(batch, loss_of),
+        )
         sums, outcome = self._machinery.run(batch, share, options, optimizer, width=width)
         measured = dict(zip((*SUMS, *LOCAL_SUMS), sums.tolist(), strict=False))
         if self._replicated:
@@ -125,6 +135,22 @@ class PolicyUpdate:
         metrics = self._metrics(measured, outcome, optimizer)
         metrics |= self._alpha_metrics(sequences, steering, counts, measured)
         return metrics | self._machinery.batch_metrics(batch)
+
+    def _teacher_output(
+        self, batch: list[MicroBatch], loss_of: Callable[[MicroBatch], MicrobatchLoss]
+    ) -> TeacherOutput | None:
+        """What the last stage needs of the teacher; None on others, and without one. All ranks call it together."""
+        if self._teacher is None:
+            return None
+        states = TeacherStates(self._teacher, batch, self._machinery.parallel)
+        if not self._machinery.parallel.is_last_stage:
+            return None
+
+        def loss(micro_batch: MicroBatch) -> Callable[[torch.Tensor], torch.Tensor]:
+            own = loss_of(micro_batch)
+            return lambda divergences: own.of_divergences(divergences, micro_batch.places(slice(None)))
+
+        return TeacherOutput(states.weight, states.of, loss)
 
     def _fields(self, micro_batch: MicroBatch, marks: Marks | None) -> TokenFields:
         own = None if marks is None else [marks[index] for index in micro_batch.indices]
@@ -136,7 +162,7 @@ class PolicyUpdate:
             sequences,
             settings.loss,
             settings.algorithm,
-            lambda: score(machinery.model, batch, machinery.parallel, temperature=self._temperature),
+            lambda: score(machinery.model, batch, machinery.parallel, temperature=self._options.temperature),
             machinery.parallel,
             machinery.device,
             optimizer.steps_taken,
@@ -152,7 +178,7 @@ class PolicyUpdate:
             scored = [sequence.old_logprobs for sequence in sequences if sequence.old_logprobs is not None]
             own = float(sum(count_high_prob(logprobs, tau) for logprobs in scored))
             return global_counts(sequences, machinery.parallel, machinery.device, own)
-        options = OutputOptions(self._temperature, entropy=False, head=self._head)
+        options = replace(self._options, entropy=False)
         everywhere = machinery.measure(batch, lambda logprobs: count_high_prob(logprobs, tau), options)
         counts = global_counts(sequences, machinery.parallel, machinery.device)
         return Normalizers(counts.tokens, counts.sequences, everywhere)
@@ -188,7 +214,7 @@ class PolicyUpdate:
         alpha = control.alpha(statistics.entropies, fields.lengths.numel(), minibatch_sequences)
         normalizers = local_normalizers(fields, minibatch_sequences, self._machinery.parallel.data_size)
         own_loss = MicrobatchLoss(fields, self._settings, normalizers, Steering(alpha=alpha))
-        loss, sums = own_loss.share(statistics.logprobs, statistics.entropies)
+        loss, sums = own_loss.share(statistics.logprobs, statistics.entropies, statistics.divergences)
         own = [alpha, control.controller.alpha_unclipped, control.controller.integral, 1.0]
         return loss, torch.cat([sums, torch.tensor(own, dtype=torch.float64, device=sums.device)])
 
@@ -212,6 +238,9 @@ class PolicyUpdate:
             "learning_rate": optimizer.learning_rate,
             "optimizer/skipped": float(not outcome.stepped),
         }
+        if self._teacher is not None:
+            metrics["loss/distillation"] = measured["distillation_loss"]
+            metrics["distillation/kl"] = measured["divergence"] / tokens
         if self._replicated:
             return metrics | self._replicated.metrics()
         if self._local:

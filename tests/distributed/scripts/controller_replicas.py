@@ -145,11 +145,11 @@ def reference(rendezvous: ProcessGroups, layout: dict[str, Any], model: Path, da
     sections = {"algorithm": {"kl": {"coefficient": 0.1}}, "optimizer": {"learning_rate": 1e-3}}
     with rendezvous.policy(model, policy={**layout, "tokens_per_microbatch": SMALL}, **sections) as policy:
         part = replica_part(policy, load(data))
-        before = policy.score(part, reference=True)
+        before = policy.score(part, frozen="reference")
         same = policy.score(part)
         part = [replace(sequence, reference_logprobs=sequence.old_logprobs) for sequence in part]
         policy.update(part)
-        after, moved = policy.score(part, reference=True), policy.score(part)
+        after, moved = policy.score(part, frozen="reference"), policy.score(part)
         if before is None or same is None or after is None or moved is None:
             assert not policy.parallel.reports
             return {}

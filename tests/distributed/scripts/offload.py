@@ -53,8 +53,8 @@ def train(policy: Policy, part: list[Sequence], offloaded: tuple[str, ...]) -> d
             assert ("parameters" in offloaded) == (storages == {0})
         policy.score(part)
         after_score = policy._memory.bytes_on_device(policy.optimizer)
-        if policy._reference is not None:
-            policy.score(part, reference=True)
+        if "reference" in policy._frozen:
+            policy.score(part, frozen="reference")
         trace.append({name: float(value).hex() for name, value in policy.update(part).items()})
     policy.offload(offloaded)
     policy._memory.restore(OFFLOAD_PARTS)

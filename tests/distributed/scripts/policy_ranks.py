@@ -17,6 +17,7 @@ from megatron_entropic.policy.batch.balance import data_parallel_shards
 from megatron_entropic.policy.local_ranks import free_port
 from megatron_entropic.policy.megatron.platform import Rendezvous
 from megatron_entropic.policy.model.load import load_weights, named_entries
+from megatron_entropic.policy.model.outputs import OutputOptions
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.policy.publish.gather import gather_hf_tensors, sends_weights
 from megatron_entropic.policy.step.control import build_control
@@ -42,8 +43,8 @@ def start_over(policy: Policy, config: Config) -> None:
     load_weights(policy.model, config.model.hf_dir, policy.parallel)
     policy._control = build_control(config, policy.parallel, policy.platform.device)
     settings = LossSettings.from_config(config)
-    temperature, head = config.rollout.temperature, config.output_head
-    policy._update = PolicyUpdate(policy._machinery, settings, temperature, policy._control, head)
+    options = OutputOptions(config.rollout.temperature, head=config.output_head)
+    policy._update = PolicyUpdate(policy._machinery, settings, options, policy._control)
     policy.optimizer = policy._build_optimizer()
 
 

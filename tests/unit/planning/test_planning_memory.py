@@ -14,7 +14,9 @@ from megatron_entropic.planning.activations import head_bytes, layer_bytes
 from megatron_entropic.planning.communication import gradient_traffic, microbatch_traffic
 from megatron_entropic.planning.hardware import Hardware
 from megatron_entropic.planning.memory import GIB, rollout_memory, stage_memory
+from megatron_entropic.planning.parameters import ParameterTable
 from megatron_entropic.planning.plan import checkpoint_host_bytes, publication
+from megatron_entropic.planning.roofline import score_time_s, update_time_s
 from megatron_entropic.planning.schedule import bubble_fraction, in_flight, make_schedule
 from megatron_entropic.policy.publish import publisher as publish
 
@@ -23,10 +25,12 @@ def test_constants_of_other_rooms() -> None:
     """Rooms above `planning`, or not open to it, whose constants it repeats."""
     # The package's functions of these names hide the modules.
     policy_loss = importlib.import_module("megatron_entropic.tensor_parallel.fused_policy_loss")
+    reverse_kl = importlib.import_module("megatron_entropic.tensor_parallel.reverse_kl")
     head = importlib.import_module("megatron_entropic.tensor_parallel.fused_head")
     assert activations.LOSS_BLOCK_BYTES == policy_loss.ACCELERATOR_BLOCK_BYTES
     assert activations.LOSS_BLOCK_TOKENS == policy_loss.ACCELERATOR_TOKENS
     assert activations.RECOMPUTE_BLOCK == head.ACCELERATOR_CHUNKS
+    assert activations.DIVERGENCE_BLOCK == reverse_kl.ACCELERATOR_CHUNKS
     assert publish.BUCKET_BYTES["cuda"] == publishing.BUCKET_BYTES
 
 
@@ -83,9 +87,34 @@ def test_static_memory_of_one_gpu() -> None:
     assert memory.weights == 2 * table.elements
     assert memory.gradients == 4 * table.elements
     assert memory.optimizer == 12 * table.elements
-    assert memory.reference == 0
+    assert memory.frozen == 0
     penalised = example("nemotron_1_5b", "algorithm.kl.coefficient=0.1")
-    assert stage_memory(penalised, table, make_schedule(config), 0).reference == 2 * table.elements
+    assert stage_memory(penalised, table, make_schedule(config), 0).frozen == 2 * table.elements
+
+
+def test_a_teacher_counts_with_its_own_sizes() -> None:
+    policy, teacher = known("OpenReasoning-Nemotron-1.5B"), known("Qwen3-8B")
+    table = ParameterTable(policy.model, beside={"teacher": teacher})
+    plain = example("nemotron_1_5b", "policy.data_parallel=1")
+    given = example("nemotron_1_5b", "policy.data_parallel=1", "algorithm.distillation.teacher_hf_dir=Qwen3-8B")
+    lossy = example(
+        "nemotron_1_5b",
+        *("policy.data_parallel=1", "algorithm.distillation.teacher_hf_dir=Qwen3-8B"),
+        "algorithm.distillation.term=loss",
+    )
+    without, advantage, loss = (
+        stage_memory(config, table, make_schedule(config), 0) for config in (plain, given, lossy)
+    )
+    assert advantage.frozen == loss.frozen == 2 * teacher.elements
+    assert advantage.head == without.head < loss.head
+    times = [
+        (score_time_s(c, table, make_schedule(c), Hardware()), update_time_s(c, table, make_schedule(c), Hardware()))
+        for c in (plain, given, lossy)
+    ]
+    assert times[1][0] > 3 * times[0][0], "the teacher is five times as large"
+    assert times[1][1] == times[0][1]
+    assert times[2][0] == times[0][0]
+    assert times[2][1] > times[0][1]
 
 
 def test_the_distributed_optimizer_divides_its_state() -> None:

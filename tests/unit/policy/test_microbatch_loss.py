@@ -105,6 +105,22 @@ def test_losses_of_some_tokens_add_up_to_the_share(mode, alpha):
     torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-6, atol=1e-9)
 
 
+def test_divergences_from_a_teacher_add_up_with_the_tokens_weights():
+    chosen = replace(settings(aggregation="seq-mean-token-mean"), divergence_coefficient=0.3)
+    loss = MicrobatchLoss(token_fields(sequences(), chosen, CPU), chosen, normalizers(0), PUSHED)
+    divergences = torch.rand(sum(LENGTHS), generator=torch.Generator().manual_seed(4)).requires_grad_()
+    base, _ = loss.share(logprobs(), None)
+    share, sums = loss.share(logprobs(), None, divergences)
+    means = [part.mean() for part in divergences.detach().split(LENGTHS)]
+    expected = 0.3 * float(torch.stack(means).mean())
+    names = dict(zip(SUMS, sums.tolist(), strict=True))
+    assert share.item() - base.item() == pytest.approx(expected, abs=1e-6)
+    assert names["distillation_loss"] == pytest.approx(expected, rel=1e-6)
+    assert names["divergence"] == pytest.approx(divergences.sum().item(), rel=1e-6)
+    parts = [loss.of_divergences(divergences[a:b], slice(a, b)) for a, b in itertools.pairwise([0, 2, 14, 21])]
+    assert sum(parts).item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_high_prob_denominators_have_no_loss_of_some_tokens():
     assert settings().adds_up_over_tokens
     assert not settings(high_prob_denominator=True).adds_up_over_tokens

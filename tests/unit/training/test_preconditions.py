@@ -91,6 +91,10 @@ def test_everything_that_a_start_would_meet_is_told_at_once(files: Path, capsys:
             ["algorithm.kl.coefficient=0.1", "algorithm.kl.reference_hf_dir=reference"],
             "reference: the checkpoint",
         ),
+        (
+            ["algorithm.distillation.teacher_hf_dir=other_tokens"],
+            "other_tokens: its tokenizer is not the policy's: 1 token ids mean something else",
+        ),
         (["reward.verifier=os:system"], "verifier=os:system: is called with 3 arguments"),
         (["algorithm.policy_loss=math:pi"], "there is no function or class pi in math"),
         (["run.resume=never"], "exists and run.resume=never"),
@@ -110,6 +114,9 @@ def test_each_thing_that_is_opened(
     shutil.copytree(files / "model", files.parent / "reference")
     config = files.parent / "reference" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 64}))
+    shutil.copytree(files / "model", files.parent / "other_tokens")
+    tokens = files.parent / "other_tokens" / "tokenizer.json"
+    tokens.write_text(tokens.read_text().replace('"7":', '"seven":'))
     (files.parent / "elsewhere").mkdir()
     (files.parent / "elsewhere" / ".metadata").write_bytes(b"no metadata")
     if not overrides or overrides in (["run.resume=never"], ["train.steps=1"]):

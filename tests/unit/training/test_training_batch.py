@@ -8,6 +8,7 @@ import pytest
 import torch
 from trajectories import reward_of, task_of, trajectory_of
 
+from megatron_entropic.config.algorithm import DistillationConfig
 from megatron_entropic.config.run import RolloutConfig
 from megatron_entropic.training.step import (
     entropy_profile,
@@ -17,6 +18,7 @@ from megatron_entropic.training.step import (
     mismatch,
     rollout_metrics,
     training_batch,
+    with_teacher,
 )
 from megatron_entropic.types import Group, Scores, TrainingBatch
 
@@ -54,6 +56,28 @@ def test_every_sequence_carries_the_success_of_its_whole_group(batch: TrainingBa
     assert split == [[0.5], [0.0]], "of the group, not of the part that is trained"
     travelled = pickle.loads(pickle.dumps(batch.sequences[0]))
     assert travelled.success == 0.5
+
+
+def test_a_teacher_adds_to_the_advantage_of_each_token(batch: TrainingBatch) -> None:
+    own = [torch.full((sequence.response_length,), -1.0) for sequence in batch.sequences]
+    taught = [torch.linspace(-1.5, 0.0, sequence.response_length) for sequence in batch.sequences]
+    scored = batch.scored(Scores(own, own))
+    teacher = {"teacher_hf_dir": "somewhere", "coefficient": 2.0, "reward_weight": 0.5}
+    mixed, metrics = with_teacher(scored, Scores(taught, taught), DistillationConfig(**teacher))
+    found = [sequence.advantages.tolist() for sequence in mixed.sequences]
+    assert found[0] == pytest.approx([0.25 - 1.0, 0.25 + 0.5, 0.25 + 2.0])
+    assert found[1] == pytest.approx([-0.25 - 1.0])
+    tokens = torch.cat(taught).double()
+    assert metrics["distillation/kl"] == pytest.approx(float((-1.0 - tokens).mean()))
+    assert metrics["distillation/teacher_logprob"] == pytest.approx(float(tokens.mean()))
+
+
+def test_a_teacher_in_the_loss_leaves_rewards_their_weight(batch: TrainingBatch) -> None:
+    own = [torch.full((sequence.response_length,), -1.0) for sequence in batch.sequences]
+    teacher = {"teacher_hf_dir": "somewhere", "term": "loss", "reward_weight": 0.0}
+    mixed, metrics = with_teacher(batch.scored(Scores(own, own)), None, DistillationConfig(**teacher))
+    assert metrics == {}
+    assert not any(sequence.advantages.any() for sequence in mixed.sequences)
 
 
 def test_mini_batches_are_whole_groups_in_order(batch: TrainingBatch) -> None:
