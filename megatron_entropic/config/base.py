@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,3 +87,12 @@ def _check_text(text: str) -> None:
 
 def _short(text: str) -> str:
     return ascii(text if len(text) <= 60 else text[:57] + "...")
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One thing that is wrong with a configuration."""
+
+    keys: tuple[str, ...]
+    """Dotted keys that the verdict was drawn from."""
+    message: str

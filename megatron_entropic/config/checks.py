@@ -6,38 +6,24 @@ dropped. Nothing here looks at the disk; `training/machine.py` does.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from megatron_entropic.config.algorithm import DistillationConfig
+from megatron_entropic.config.base import Violation
 from megatron_entropic.config.names import (
     ADVANTAGES,
-    ANSWERS,
     CONTROLLERS,
     GUARDS,
     OFF,
     POLICY_LOSSES,
     TRANSPORTS,
-    VERIFIERS,
     controller_entry,
     is_instant,
     transports_for,
     unknown_name,
-    verifier_entry,
 )
-from megatron_entropic.config.plugins import compile_pattern
-from megatron_entropic.config.run import Config, Device, RewardConfig
-from megatron_entropic.errors import UserError
-
-
-@dataclass(frozen=True, slots=True)
-class Violation:
-    """One thing that is wrong with a configuration."""
-
-    keys: tuple[str, ...]
-    """Dotted keys that the verdict was drawn from."""
-    message: str
+from megatron_entropic.config.reward_checks import benchmark_violations, reward_violations
+from megatron_entropic.config.run import Config, Device
 
 
 def violations(config: Config) -> Iterator[Violation]:
@@ -301,55 +287,6 @@ def _data(config: Config) -> Iterator[Violation]:
         )
 
 
-def reward_violations(config: Config) -> Iterator[Violation]:
-    """Yields verifiers that do not exist, and rewards that do not go together."""
-    reward = config.reward
-    for key, name in (("reward.verifier", reward.verifier), *(("reward.added", name) for name in reward.added)):
-        if problem := unknown_name(name, VERIFIERS, own="module:function"):
-            yield Violation((key,), f"{key}={name!r}: {problem}")
-    if reward.verifier in reward.added:
-        yield Violation(
-            ("reward.added", "reward.verifier"), f"reward.added: {reward.verifier} is reward.verifier already"
-        )
-    yield from _pattern_violation("reward.format_pattern", reward.format_pattern)
-    yield from _answer_violations(reward)
-    if reward.overlong_buffer_tokens > config.rollout.max_response_tokens:
-        yield Violation(
-            ("reward.overlong_buffer_tokens", "rollout.max_response_tokens"),
-            f"reward.overlong_buffer_tokens={reward.overlong_buffer_tokens} is more than "
-            f"rollout.max_response_tokens={config.rollout.max_response_tokens}",
-        )
-
-
-def _answer_violations(reward: RewardConfig) -> Iterator[Violation]:
-    """Yields ways to find an answer that do not exist, lack their pattern, or that no verifier asks for."""
-    if reward.answer is not None:
-        if problem := unknown_name(reward.answer, ANSWERS):
-            yield Violation(("reward.answer",), f"reward.answer={reward.answer!r}: {problem}")
-        verifiers = (reward.verifier, *reward.added)
-        if all(verifier_entry(name).answer is None for name in verifiers):
-            readers = ", ".join(name for name, entry in VERIFIERS.items() if entry.answer is not None)
-            yield Violation(
-                ("reward.answer", "reward.verifier", "reward.added"),
-                f"reward.answer={reward.answer} has no use: {' and '.join(verifiers)} looks at the response as it is; "
-                f"verifiers that read an answer are {readers}. Leave reward.answer away or choose one of these",
-            )
-    keys = ("reward.answer", "reward.answer_pattern")
-    if reward.answer == "regex" and not reward.answer_pattern:
-        yield Violation(keys, "reward.answer_pattern: reward.answer=regex needs one")
-    elif reward.answer == "regex":
-        yield from _pattern_violation("reward.answer_pattern", reward.answer_pattern)
-    elif reward.answer_pattern:
-        yield Violation(keys, "reward.answer_pattern has no use without reward.answer=regex")
-
-
-def _pattern_violation(key: str, pattern: str) -> Iterator[Violation]:
-    try:
-        compile_pattern(key, pattern)
-    except UserError as error:
-        yield Violation((key,), str(error))
-
-
 def _placement(config: Config) -> Iterator[Violation]:
     per_node, ranks = config.cluster.policy_ranks_per_node, config.policy.world_size
     touched = ("cluster.policy_ranks_per_node", "policy")
@@ -386,32 +323,6 @@ def _colocation(config: Config) -> Iterator[Violation]:
         yield Violation(
             (key, "cluster.policy_ranks_per_node"),
             f"{key}=true fills nodes one after the other; cluster.policy_ranks_per_node must be null",
-        )
-
-
-def benchmark_violations(config: Config) -> Iterator[Violation]:
-    """Yields benchmarks that cannot be named or sampled so."""
-    evaluation = config.evaluation
-    key = "evaluation.benchmarks"
-    for name in evaluation.benchmarks:
-        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
-            yield Violation(
-                (key,), f"{key}: {name!r}: a name becomes a file name; use letters, digits, dots, dashes, underscores"
-            )
-    if evaluation.every_steps and not evaluation.benchmarks:
-        yield Violation(
-            (key, "evaluation.every_steps"),
-            f"evaluation.every_steps={evaluation.every_steps}, but evaluation.benchmarks names no file",
-        )
-    for name, samples in evaluation.samples_of.items():
-        if name not in evaluation.benchmarks:
-            yield Violation(("evaluation.samples_of", key), f"evaluation.samples_of: no benchmark is called {name!r}")
-        if samples < 1:
-            yield Violation(("evaluation.samples_of",), f"evaluation.samples_of: {name}={samples}: at least 1")
-    greedy = config.evaluation_sampling.temperature == 0
-    if greedy and any(evaluation.samples(name) > 1 for name in evaluation.benchmarks):
-        yield Violation(
-            ("evaluation",), "evaluation.temperature=0 gives the same response every time: use 1 sample per prompt"
         )
 
 

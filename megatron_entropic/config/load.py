@@ -17,7 +17,8 @@ from typing import Any, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from megatron_entropic.config.checks import Violation, config_warnings, violations
+from megatron_entropic.config.base import Violation
+from megatron_entropic.config.checks import config_warnings, violations
 from megatron_entropic.config.names import controller_entry
 from megatron_entropic.config.reading import Reading, Unreadable, apply_override, read_file, section_type
 from megatron_entropic.config.run import Config

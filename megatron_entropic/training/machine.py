@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 import psutil
 
 from megatron_entropic.config.algorithm import FROZEN_KEYS
-from megatron_entropic.config.checks import Violation, benchmark_violations, reward_violations, violations
+from megatron_entropic.config.base import Violation
+from megatron_entropic.config.checks import violations
 from megatron_entropic.config.load import load_config
+from megatron_entropic.config.reward_checks import benchmark_violations, reward_violations
 from megatron_entropic.config.run import Config
 from megatron_entropic.errors import missing_model
 from megatron_entropic.files.paths import directory_problem, file_problem, new_directory_problem

@@ -253,39 +253,6 @@ def test_rollouts_in_eight_bits_need_a_gpu_and_are_best_corrected(machine: Path)
     assert config_warnings(load_checked_config(path, ["rollout.importance_correction=tis"])) == []
 
 
-def test_a_teacher_must_fit_the_policys_layout_vocabulary_and_lengths(machine: Path) -> None:
-    key = "algorithm.distillation"
-    assert problems_of(write(machine), f"{key}.term=loss") == [
-        f"{key} has no use without teacher_hf_dir, the directory of the teacher"
-    ]
-    assert problems_of(write(machine), f"{key}.teacher_hf_dir=nowhere")[0].startswith(f"{key}.teacher_hf_dir=")
-    teacher = machine / "teacher"
-    teacher.mkdir()
-    path = write(machine, algorithm={"distillation": {"teacher_hf_dir": str(teacher)}})
-    named = f"{key}.teacher_hf_dir={teacher}"
-    short = f"{named}: its positions end at 31, and sequences have up to 32 tokens"
-    for vocabulary, also in ((16, "at least as many"), (18, None)):
-        sizes = {"vocab_size": vocabulary, "num_hidden_layers": 3, "max_position_embeddings": 31}
-        (teacher / "config.json").write_text(json.dumps(QWEN3 | sizes))
-        count = f"{named} has {vocabulary} token ids, the policy 17: it needs "
-        layout, *found = problems_of(path, "policy.pipeline_parallel=2")
-        assert layout.startswith(f"{named} has the policy's layout, and policy.pipeline_parallel=2 does not divide")
-        assert found == ([f"{count}{also}", short] if also else [short])
-        lossy = problems_of(path, f"{key}.term=loss")
-        assert lossy == [f"{count}as many, since shards of both vocabularies are compared", short]
-
-
-def test_alpha_has_nothing_to_act_on_when_all_advantages_are_0(machine: Path) -> None:
-    (machine / "teacher").mkdir()
-    (machine / "teacher" / "config.json").write_text(json.dumps(QWEN3))
-    teacher = {"teacher_hf_dir": "teacher", "term": "loss", "reward_weight": 0}
-    path = write(machine, algorithm={"distillation": teacher})
-    (problem,) = problems_of(path)
-    assert "every advantage is 0, and alpha of entropy_control.controller=pi acts on advantages" in problem
-    for accepted in ("algorithm.distillation.term=advantage", "entropy_control.controller=off"):
-        load_checked_config(path, [accepted])
-
-
 def test_sharing_devices_has_conditions(machine: Path) -> None:
     shared = ("cluster.colocate=true", "rollout.engines=2")
     found = problems_of(write(machine), *shared, "rollout.tensor_parallel=2", "cluster.policy_ranks_per_node=1")

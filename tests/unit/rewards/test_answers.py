@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_entropic.config.checks import Violation, reward_violations
+from megatron_entropic.config.base import Violation
 from megatron_entropic.config.data import RewardConfig
 from megatron_entropic.config.names import ANSWERS, VERIFIERS
+from megatron_entropic.config.reward_checks import reward_violations
 from megatron_entropic.config.run import Config
 from megatron_entropic.errors import UserError
 from megatron_entropic.rewards import RewardScorer, build_reader, build_verifier
