@@ -27,11 +27,15 @@ def advantages(method: str, rewards: Tensor) -> Tensor:
                                      whole batch                                  REINFORCE++-baseline, arXiv 2501.03262
         nsr                          0 where r_pg > 0, else -1                    RLVR-Decomposed, arXiv 2506.01347
         w_reinforce                  0.1 where r_pg > 0, else -1                  the same, with lambda = 0.1
+        wapo                         max(r_pg - mean_p, 0)                        WAPO, arXiv 2606.16154
+
+    WAPO trains on winners only; its code clips ratios from above alone, at 1 + 9 (`clip_high: 9`), and divides by the
+    response budget (`seq-mean-token-sum-norm`).
 
     The batch statistics of reinforce_plus_plus_baseline are over responses, as in the paper's formula (verl takes them
     over tokens, so long responses weigh more there).
 
-    A group whose rewards are all equal gets exactly 0 in every method but the last two, which have no baseline:
+    A group whose rewards are all equal gets exactly 0 in every method but nsr and w_reinforce, which have no baseline:
     rounding in the mean, divided by a standard deviation of almost 0, would otherwise train on noise, and "no token had
     A != 0" could never be seen.
 
@@ -61,6 +65,8 @@ def advantages(method: str, rewards: Tensor) -> Tensor:
         result = centred / (r.std(dim=1, keepdim=True) + EPSILON)
     elif method == "grpo_no_std":
         result = centred
+    elif method == "wapo":
+        result = centred.clamp(min=0.0)
     elif method == "rloo":
         result = centred * (samples / (samples - 1))
     elif method == "reinforce_plus_plus_baseline":

@@ -175,6 +175,19 @@ class RivalsConfig(Section):
     dmmpt_probability: float = Field(
         0.99, gt=0, le=1, description="dmmpt: positive tokens at least this likely are dropped while H < target."
     )
+    repo_zeta: float = Field(0.01, gt=0, description="repo_r: first zeta.")
+    repo_bounds: tuple[float, float] = Field((1e-4, 1.0), description="repo_r: least and largest |zeta|.")
+    adapo_clip: float = Field(0.2, gt=0, description="adapo: first upper clip.")
+    adapo_bounds: tuple[float, float] = Field((0.1, 1.0), description="adapo: least and largest upper clip.")
+    adapo_factor: float = Field(1.1, gt=1, description="adapo: change of the upper clip an optimizer step.")
+    aer_rho: float = Field(
+        0.6, gt=0, le=1, description="aer: share of right responses from which on there is no bonus."
+    )
+    aer_eta: float = Field(0.01, ge=0, description="aer: change of the coefficient per nat and optimizer step.")
+    aer_limit: float = Field(0.05, ge=0, description="aer: largest coefficient.")
+    fade_suppression: float = Field(
+        0.5, ge=0, le=1, description="fade: by how much wrong responses count more, and right ones less, at H = 0."
+    )
 
 
 class GuardsConfig(Section):

@@ -64,6 +64,10 @@ CONTROLLERS = {
     "aec": ControllerEntry(f"{_CONTROLLERS}.factories:aec", steers_alpha=False),
     "entrocraft": ControllerEntry(f"{_CONTROLLERS}.factories:entrocraft", steers_alpha=False),
     "dmmpt": ControllerEntry(f"{_CONTROLLERS}.factories:dmmpt", steers_alpha=False),
+    "repo_r": ControllerEntry(f"{_CONTROLLERS}.factories:repo_r", steers_alpha=False),
+    "adapo": ControllerEntry(f"{_CONTROLLERS}.factories:adapo", steers_alpha=False),
+    "aer": ControllerEntry(f"{_CONTROLLERS}.factories:aer", steers_alpha=False),
+    "fade": ControllerEntry(f"{_CONTROLLERS}.factories:fade", steers_alpha=False),
 }
 OFF = "off"
 """The value of entropy_control.controller that leaves the loss as it is, and of its guard."""
@@ -192,7 +196,7 @@ TRANSPORTS = {
 }
 """Transports by name, the best first: cluster.transport=auto takes the first that goes."""
 
-ADVANTAGES = ("grpo", "grpo_no_std", "rloo", "reinforce_plus_plus_baseline", "nsr", "w_reinforce")
+ADVANTAGES = ("grpo", "grpo_no_std", "rloo", "reinforce_plus_plus_baseline", "nsr", "w_reinforce", "wapo")
 
 
 def verifier_entry(name: str) -> VerifierEntry:

@@ -42,6 +42,10 @@ def _cases(entropy: float, tau: float) -> dict[str, dict[str, Any]]:
         "aec": {"target": above, "rivals": {"aec_step": 0.2, "aec_limit": 0.3}},
         "entrocraft": {"rivals": {"entrocraft_upper": [below, below], "entrocraft_lower": [0.1, 0.1]}},
         "dmmpt": {"target": above, "rivals": {"dmmpt_probability": tau}},
+        "repo_r": {"target": above, "rivals": {"repo_zeta": 0.2}},
+        "adapo": {"target": above, "rivals": {"adapo_clip": 0.1}},
+        "aer": {"target": above, "rivals": {"aer_eta": 0.2, "aer_limit": 1.0}},
+        "fade": {},
     }
     cases |= {
         name: {"entropy_control": {"controller": name, "tau": tau, **section}} for name, section in control.items()
@@ -111,7 +115,7 @@ def test_gradients_do_not_depend_on_the_layout(trained) -> None:
 
 def test_each_method_does_something_of_its_own(trained) -> None:
     _, gradients, cases = trained
-    first_step_is_base = ("aec",)  # its coefficient starts at 0
+    first_step_is_base = ("aec", "aer")  # their coefficients start at 0
     for case in set(cases) - {"clipped", *first_step_is_base}:
         distance = _distance(gradients[f"tp2/{case}"], gradients["tp2/clipped"])
         assert distance > 100 * TOLERANCE, f"{case} is the clipped loss: nothing was tested"
@@ -146,6 +150,10 @@ def test_methods_show_in_their_metrics(trained) -> None:
 
     assert last("aec")["entropy/coefficient"] == pytest.approx(0.3)
     assert last("aec")["loss/entropy"] < 0
+    assert last("aer")["loss/entropy"] < 0
+    assert last("repo_r")["entropy/zeta"] == pytest.approx(0.2 * 2**3)
+    assert last("adapo")["entropy/clip_high"] == pytest.approx(0.1 * 1.1**3)
+    assert last("fade")["entropy/explore"] > 0
     assert last("constant")["entropy/alpha"] == -0.7
     assert -1.5 <= last("unsolved")["entropy/alpha_p10"] < last("unsolved")["entropy/alpha"] < 0
     assert last("unsolved")["entropy/alpha_p90"] == 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_entropic.algorithms.entropy_control.adaptive import Adapo, Aer, Fade, RepoR
 from megatron_entropic.algorithms.entropy_control.baselines import (
     AdaptiveEntropyCoefficient,
     ConstantAlpha,
@@ -140,3 +141,25 @@ def entrocraft(target: Setpoint, config: EntropyControlConfig) -> Controller:
 def dmmpt(target: Setpoint, config: EntropyControlConfig) -> Controller:
     """Make a controller that drops confident positive tokens below the target."""
     return Dmmpt(target, config.rivals.dmmpt_probability)
+
+
+def repo_r(target: Setpoint, config: EntropyControlConfig) -> Controller:
+    """Make a controller that rescales advantages by log-probabilities."""
+    return RepoR(target, config.rivals.repo_zeta, config.rivals.repo_bounds)
+
+
+def adapo(target: Setpoint, config: EntropyControlConfig) -> Controller:
+    """Make a controller of the upper clip."""
+    rivals = config.rivals
+    return Adapo(target, rivals.adapo_clip, rivals.adapo_bounds, rivals.adapo_factor)
+
+
+def aer(target: Setpoint, config: EntropyControlConfig) -> Controller:
+    """Make a controller of an entropy bonus by difficulty."""
+    rivals = config.rivals
+    return Aer(target, rivals.aer_rho, rivals.aer_eta, rivals.aer_limit)
+
+
+def fade(target: Setpoint, config: EntropyControlConfig) -> Controller:
+    """Make a controller of the weights of signs and difficulties."""
+    return Fade(target, config.rivals.fade_suppression)

@@ -161,8 +161,7 @@ class Guarded(Controller):
         self.kind = f"{source.kind} {guard.kind if guard else 'reanchored'}"
         self._jump, self._reanchors = jump, reanchors
         self._before = self._anchor = Anchor()
-        self._action = 0.0
-        self._initial_before = 0.0
+        self._action = self._initial_before = 0.0
 
     def observe(self, entropy_sum: float, token_count: float) -> Steering:
         """Fix what the next optimizer step does; see `Controller.observe`."""

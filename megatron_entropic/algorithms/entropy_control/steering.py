@@ -30,10 +30,31 @@ class PromptAlpha:
 
 
 @dataclass(frozen=True, slots=True)
+class Focus:
+    """Weights of the policy loss by the sign of A and the success s of the prompt, e from 1 (explore) to 0 (exploit).
+
+    focus      e (1 - s) + (1 - e) 4 s (1 - s)          hard prompts, then those that are solved half of the time
+    A > 0      focus (1 - suppression (1 - e))          balance, then suppression of what fails
+    A < 0      focus (1 + suppression (1 - e))
+    """
+
+    explore: float
+    suppression: float
+
+    def at(self, success: Tensor, advantages: Tensor) -> Tensor:
+        """Weights in the shape of `success`."""
+        hard, medium = 1.0 - success, 4.0 * success * (1.0 - success)
+        focus = self.explore * hard + (1.0 - self.explore) * medium
+        return focus * (1.0 - self.suppression * (1.0 - self.explore) * advantages.sign())
+
+
+@dataclass(frozen=True, slots=True)
 class Steering:
     """Wishes of a controller for one optimizer step; the default wishes nothing, and leaves exactly the base loss.
 
-    L = sum_t w_t k_t l_t  +  sum_t alpha_t w'_t a_t  -  c * sum_t w_t H_t        k_t from `kept`
+    L = sum_t w_t k_t f_t l_t  +  sum_t alpha_t w'_t a_t  -  c * sum_t w_t h_t H_t
+
+    k_t from `kept`, f_t from `focus`, h_t from `bonus_factors`; l_t sees `rescaled` advantages and `clip_high`.
     """
 
     alpha: float = 0.0
@@ -48,6 +69,20 @@ class Steering:
     """Alpha of each prompt; None: all prompts have the same."""
     tau: float | None = None
     """Probability above which EntroPIC's term acts; None: `entropy_control.tau`."""
+
+    bonus_threshold: float | None = None
+    """Share of right responses of a prompt from which on its tokens have no entropy bonus; None: all have it."""
+    logprob_scale: float = 0.0
+    """REPO-R's zeta: how far advantages are rescaled by the log-probability of their token."""
+    clip_high: float | None = None
+    """Upper clip of the policy loss; None: `algorithm.clip_high`."""
+    focus: Focus | None = None
+    """Weights of the policy loss by sign and success; None: 1."""
+
+    @property
+    def reads_success(self) -> bool:
+        """Whether sequences must carry their prompt's success."""
+        return not (self.prompt_alpha is None and self.bonus_threshold is None and self.focus is None)
 
     @property
     def has_term(self) -> bool:
@@ -79,3 +114,21 @@ class Steering:
             confident = logprobs.detach() >= math.log(self.drop_positive_above)
             keep = keep & ~(confident & (advantages > 0))
         return keep
+
+    def rescaled(self, logprobs: Tensor, advantages: Tensor) -> Tensor:
+        """Advantages [T] as REPO-R has them, A (1 - zeta log pi) for A > 0 and A (1 + zeta log pi) for A < 0.
+
+        Neither changes its sign: what would is 0.
+
+        Args:
+            logprobs: [T] under the current weights; read as constants.
+            advantages: [T].
+        """
+        factor = 1.0 - self.logprob_scale * advantages.sign() * logprobs.detach()
+        return advantages * factor.clamp(min=0.0)
+
+    def bonus_factors(self, success: Tensor) -> Tensor:
+        """Factors of the tokens' entropy bonus, in the shape of `success`: from 1 at 0 down to 0 at the threshold."""
+        if self.bonus_threshold is None:
+            return torch.ones_like(success)
+        return (1.0 - success / self.bonus_threshold).clamp(min=0.0)

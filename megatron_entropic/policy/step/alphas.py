@@ -33,11 +33,20 @@ def term_factors(
     """
     if steering.prompt_alpha is None:
         factors = steering.alpha * term_weights
-    elif success is None:
-        raise ValueError("the controller asks for an alpha of each prompt, and sequences carry no success")
     else:
-        factors = steering.alphas(success) * term_weights
+        factors = steering.alphas(known_success(success)) * term_weights
     return factors if limit is None else factors.clamp(-limit * weights, limit * weights)
+
+
+def known_success(success: Tensor | None) -> Tensor:
+    """The shares [T], which the controller reads.
+
+    Raises:
+        ValueError: sequences carry none.
+    """
+    if success is None:
+        raise ValueError("the controller reads how often each prompt was solved, and sequences carry no success")
+    return success
 
 
 def solved_bins(success: Tensor, tokens: Tensor) -> Tensor:

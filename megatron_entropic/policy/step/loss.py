@@ -41,7 +41,7 @@ from megatron_entropic.algorithms import (
 )
 from megatron_entropic.algorithms.losses import LossInputs
 from megatron_entropic.policy.megatron.parallel import ParallelState
-from megatron_entropic.policy.step.alphas import SOLVED_BINS, solved_bins, term_factors
+from megatron_entropic.policy.step.alphas import SOLVED_BINS, known_success, solved_bins, term_factors
 from megatron_entropic.policy.step.loss_fields import LossSettings, TokenFields
 from megatron_entropic.types import Sequence
 
@@ -191,8 +191,15 @@ class MicrobatchLoss:
         """Terms of some tokens; the correction weights go into both l and a, or into neither."""
         settings, algorithm = self._settings, self._settings.algorithm
         lengths = fields.lengths if settings.loss.whole_sequences else None
-        inputs = LossInputs(logprobs, fields.old_logprobs, fields.advantages, fields.marks, lengths)
+        steering, advantages = self._steering, fields.advantages
+        if steering.logprob_scale:
+            advantages = steering.rescaled(logprobs, advantages)
+        if steering.clip_high is not None:
+            algorithm = algorithm.model_copy(update={"clip_high": steering.clip_high})
+        inputs = LossInputs(logprobs, fields.old_logprobs, advantages, fields.marks, lengths)
         policy = settings.loss.function(inputs, algorithm)
+        if steering.focus is not None:
+            policy = replace(policy, loss=policy.loss * steering.focus.at(known_success(fields.success), advantages))
         if fields.correction is not None:
             policy = replace(policy, loss=policy.loss * fields.correction)
         kept = None if self._steering.keeps_all else self._steering.kept(logprobs, fields.advantages)
@@ -229,6 +236,8 @@ class MicrobatchLoss:
             kl = settings.algorithm.kl.coefficient * (weights * penalty).sum()
         if steering.entropy_coefficient:
             assert entropies is not None
+            if steering.bonus_threshold is not None:
+                weights = weights * steering.bonus_factors(known_success(fields.success))
             bonus = -steering.entropy_coefficient * (weights * entropies).sum()
         return _Parts(policy, entropic, kl, bonus, distillation)
 

@@ -98,8 +98,8 @@ class PolicyUpdate:
             token_fields([sequence], self._settings, torch.device("cpu"))
         batch = self._machinery.align(sequences, replay=self._replay)
         steering = self._replicated.steering_for_step() if self._replicated else Steering()
-        if steering.prompt_alpha and any(sequence.success is None for sequence in sequences):
-            raise ValueError("the controller asks for an alpha of each prompt, and sequences carry no success")
+        if steering.reads_success and any(sequence.success is None for sequence in sequences):
+            raise ValueError("the controller reads how often each prompt was solved, and sequences carry no success")
         tau = self._settings.tau if steering.tau is None else steering.tau
         counts = self._counts(sequences, batch, tau, freshly_scored)
         marks = self._marks(sequences, batch, optimizer)

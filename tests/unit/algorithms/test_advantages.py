@@ -110,3 +110,8 @@ def test_nsr_and_w_reinforce_look_at_the_sign_only() -> None:
         pytest.approx([0.1, -1, 0.1]),
         pytest.approx([-1, -1, -1]),
     ]
+
+
+def test_wapo_trains_on_winners_only() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    assert advantages("wapo", rewards).tolist() == [[0.75, 0, 0, 0], [0, 0, 0, 0]]

@@ -126,6 +126,46 @@ def test_constant_alpha_and_entropy_bonus() -> None:
     assert run(bonus, [0.1, 0.9]) == [Steering(entropy_coefficient=0.02)] * 2
 
 
+def test_repo_r_doubles_and_halves_zeta_and_changes_its_sign_at_the_least() -> None:
+    subject = controller(controller="repo_r", target=0.5, rivals={"repo_zeta": 0.1, "repo_bounds": [0.06, 0.3]})
+    asked = [s.logprob_scale for s in run(subject, [0.4, 0.4, 0.4, 0.6, 0.6, 0.6, 0.6, 0.4])]
+    assert asked == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.15, 0.075, -0.06, -0.12])
+    assert subject.zeta == pytest.approx(-0.06)
+
+
+def test_repo_r_rescales_advantages_without_changing_their_sign() -> None:
+    """zeta .5 at log pi -1 and -4: 1 + .5 and 1 + 2 for A > 0; 1 - .5 and 1 - 2 < 0, so 0, for A < 0."""
+    logprobs = torch.tensor([-1.0, -4.0, -1.0, -4.0])
+    advantages = torch.tensor([2.0, 2.0, -2.0, -2.0])
+    rescaled = Steering(logprob_scale=0.5).rescaled(logprobs, advantages)
+    assert rescaled.tolist() == pytest.approx([3.0, 6.0, -1.0, 0.0])
+    assert torch.equal(Steering().rescaled(logprobs, advantages), advantages)
+
+
+def test_adapo_widens_the_upper_clip_below_the_target() -> None:
+    subject = controller(
+        controller="adapo", target=0.5, rivals={"adapo_clip": 0.2, "adapo_bounds": [0.15, 0.4], "adapo_factor": 2}
+    )
+    asked = [s.clip_high for s in run(subject, [0.4, 0.4, 0.6, 0.6, 0.6])]
+    assert asked == pytest.approx([0.2, 0.4, 0.4, 0.2, 0.15])
+
+
+def test_aer_gives_a_bonus_to_difficult_prompts_in_proportion_to_the_error() -> None:
+    subject = controller(controller="aer", target="0.5x", rivals={"aer_eta": 0.5, "aer_limit": 0.06, "aer_rho": 0.5})
+    steerings = run(subject, [0.8, 0.3, 0.3, 0.6])
+    assert [s.entropy_coefficient for s in steerings] == pytest.approx([0.0, 0.0, 0.05, 0.06])
+    assert steerings[0].bonus_factors(torch.tensor([0.0, 0.25, 0.5, 1.0])).tolist() == [1.0, 0.5, 0.0, 0.0]
+
+
+def test_fade_goes_from_hard_and_balanced_to_medium_and_suppressing() -> None:
+    first, last = run(controller(controller="fade", rivals={"fade_suppression": 0.5}), [0.8, 0.0])
+    success, signs = torch.tensor([0.0, 0.5, 0.5, 0.9]), torch.tensor([-1.0, 1.0, -1.0, 1.0])
+    assert first.focus is not None
+    assert last.focus is not None
+    assert first.focus.at(success, signs).tolist() == pytest.approx([1.0, 0.5, 0.5, 0.1])
+    assert last.focus.at(success, signs).tolist() == pytest.approx([0.0, 0.5, 1.5, 0.36 * 0.5])
+
+
 def test_a_controller_of_ones_own_is_named_as_module_and_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worked example of docs/adding_an_algorithm.md, from a file in the current directory."""
     page = (Path(__file__).resolve().parents[3] / "docs" / "adding_an_algorithm.md").read_text(encoding="utf-8")

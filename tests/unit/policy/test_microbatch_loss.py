@@ -16,6 +16,7 @@ from megatron_entropic.algorithms import (
     policy_loss,
     token_weights,
 )
+from megatron_entropic.algorithms.entropy_control.steering import Focus
 from megatron_entropic.config.run import Config
 from megatron_entropic.policy.step.loss import SUMS, MicrobatchLoss, Normalizers, count_high_prob, local_normalizers
 from megatron_entropic.policy.step.loss_fields import LossSettings, TokenFields, token_fields
@@ -347,9 +348,39 @@ def test_a_weight_limit_keeps_tokens_from_being_pushed_against_their_advantage()
     assert torch.equal(gradient(sequences(), small, free), gradient(sequences(), small, bounded)), "within the limit"
 
 
-def test_alphas_of_prompts_without_success_are_refused():
+@pytest.mark.parametrize("steering", [Steering(prompt_alpha=UNSOLVED), Steering(focus=Focus(1.0, 0.5))])
+def test_a_controller_that_reads_success_refuses_sequences_without(steering):
+    assert steering.reads_success
     with pytest.raises(ValueError, match="sequences carry no success"):
-        gradient(sequences(), Steering(prompt_alpha=UNSOLVED), settings())
+        gradient(sequences(), steering, settings())
+
+
+def test_rescaled_advantages_and_clips_of_a_step_are_those_of_the_loss():
+    chosen = settings(correction="none", kl={"coefficient": 0.0})
+    scale = Steering(logprob_scale=0.3)
+    by_hand, start = [], 0
+    for sequence in sequences():
+        values = logprobs().detach()[start : start + sequence.response_length]
+        start += sequence.response_length
+        by_hand.append(replace(sequence, advantages=scale.rescaled(values, sequence.advantages)))
+    torch.testing.assert_close(gradient(sequences(), scale, chosen), gradient(by_hand, Steering(), chosen))
+    wider = settings(correction="none", kl={"coefficient": 0.0}, clip_high=0.7)
+    clipped = gradient(sequences(), Steering(clip_high=0.7), chosen)
+    assert torch.equal(clipped, gradient(sequences(), Steering(), wider))
+    assert not torch.equal(clipped, gradient(sequences(), Steering(), chosen))
+
+
+def test_a_bonus_and_a_focus_of_prompts_by_hand():
+    chosen = settings(correction="none", kl={"coefficient": 0.0})
+    fields = token_fields(judged(0.0, 0.25, 0.5, 1.0), chosen, CPU)
+    values, entropies = logprobs(), torch.rand(sum(LENGTHS), requires_grad=True)
+    steering = Steering(entropy_coefficient=0.3, bonus_threshold=0.5)
+    MicrobatchLoss(fields, chosen, normalizers(0), steering).share(values, entropies)[0].backward()
+    expected = torch.tensor([1.0, 0.5, 0.0, 0.0]).repeat_interleave(torch.tensor(LENGTHS)) * -0.3 / sum(LENGTHS)
+    torch.testing.assert_close(entropies.grad, expected)
+    focused = gradient(judged(0.0, 0.25, 0.5, 1.0), Steering(focus=Focus(1.0, 0.5)), chosen)
+    shares = torch.tensor([1.0, 0.75, 0.5, 0.0]).repeat_interleave(torch.tensor(LENGTHS))
+    torch.testing.assert_close(focused, shares * gradient(sequences(), Steering(), chosen))
 
 
 def test_the_threshold_of_a_step_can_be_the_controllers():
