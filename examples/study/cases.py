@@ -26,7 +26,7 @@ from megatron_entropic.config.base import Section
 from megatron_entropic.config.load import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
-Table = Literal["targets", "offset", "disturbances", "tuning", "sensitivity"]
+Table = Literal["targets", "offset", "disturbances", "tuning", "sensitivity", "regret"]
 
 
 class Phase(Section):
@@ -39,12 +39,16 @@ class Phase(Section):
 class Task(Section):
     """What is trained."""
 
-    generate: Literal["countdown", "chain"]
+    generate: Literal["countdown", "chain", "arithmetic"]
     config: str = Field(description="Base configuration of its runs, from the checkout's folder.")
     model: dict[str, int] = Field(default_factory=dict, description="Sizes that differ from the task's own model.")
-    warm_start: list[Phase] = Field(min_length=1)
+    model_dir: str | None = Field(
+        None, description="A model that runs start from as it is, from the checkout's folder."
+    )
+    warm_start: list[Phase] = Field(default_factory=list)
+    benchmarks: dict[str, str] = Field(default_factory=dict, description="Name: file of the data, without .parquet.")
     common: Overrides = Field(default_factory=dict)
-    regimes: dict[str, Overrides] = Field(min_length=1)
+    regimes: dict[str, Overrides] = Field(default_factory=dict)
 
 
 class Tune(Section):
@@ -59,6 +63,7 @@ class Leg(Section):
     """A part of a run."""
 
     steps: int = Field(ge=1, description="Rollout steps more.")
+    train_file: str = Field("train", description="Of the task's data, without .parquet.")
     overrides: Overrides = Field(default_factory=dict)
     tune: Tune | None = None
 
@@ -101,6 +106,13 @@ class Cases(Section):
 
     tasks: dict[str, Task] = Field(min_length=1)
     cases: list[Case] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _starts_from_something(self) -> Cases:
+        without = [name for name, task in self.tasks.items() if not task.warm_start and task.model_dir is None]
+        if without:
+            raise ValueError(f"tasks: {', '.join(without)}: a random model learns nothing; warm_start or model_dir")
+        return self
 
     @model_validator(mode="after")
     def _refers_to_what_is_there(self) -> Cases:
@@ -146,7 +158,8 @@ class Cases(Section):
         """Identifies the base configuration, the model and the warm start of a task."""
         own = self.tasks[task]
         phases = [phase.model_dump() for phase in own.warm_start]
-        return digest([(ROOT / own.config).read_text(encoding="utf-8"), own.generate, own.model, phases])
+        start = own.model if own.model_dir is None else own.model_dir
+        return digest([(ROOT / own.config).read_text(encoding="utf-8"), own.generate, start, phases])
 
 
 def _problems(case: Case, task: Task | None, earlier: dict[str, Case]) -> Iterator[str]:

@@ -20,6 +20,8 @@ After both, the step-by-step form is rare and unreliable, though only it can sol
     OUTPUT/heldout.parquet      the same, to report; no problem in it occurs in any other file
     OUTPUT/clean.parquet        columns prompt and response
     OUTPUT/corrupted.parquet    the same
+    OUTPUT/short.parquet        prompts of one and two operations alone
+    OUTPUT/long.parquet         prompts of three to five
     OUTPUT/model/               Hugging Face directory: config, safetensors, tokenizer
 
 The operations are the same for every seed; problems, responses and weights are a function of it.
@@ -187,7 +189,7 @@ def row(problem: Problem, split: str, index: int) -> dict[str, Any]:
 
 
 def write_data(output: Path, seed: int, sizes: Sizes) -> None:
-    """The five parquet files."""
+    """The parquet files."""
     generator = random.Random(seed)
     unseen = held_out()
     kept_out = {problem for chosen in unseen.values() for problem in chosen}
@@ -202,6 +204,10 @@ def write_data(output: Path, seed: int, sizes: Sizes) -> None:
         "clean": pairs(sizes.clean, CLEAN),
         "corrupted": pairs(sizes.corrupted, CORRUPTED),
     }
+    # Last, so that what comes before is what it was without them.
+    for name, lengths in (("short", (1, 2)), ("long", (3, 4, 5))):
+        chosen = (problem for problem in others if len(problem.operations) in lengths)
+        files[name] = [row(next(chosen), name, index) for index in range(sizes.train // 2)]
     tests = {name: [row(p, name, index) for index, p in enumerate(chosen)] for name, chosen in unseen.items()}
     write_files(output, files | tests)
 

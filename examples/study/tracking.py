@@ -21,6 +21,7 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "countdown"))
 
+import arithmetic
 import chain
 import prepare as countdown
 from cases import ROOT, CaseRun, Cases, Leg, load_cases
@@ -49,7 +51,22 @@ FINISHED = "finished"
 """File in the directory of a run that came to its end."""
 END_STEPS = 5
 """Steps whose mean is the entropy at the end of a leg, of which a tuned leg's target is a multiple."""
-TASKS = {"countdown": countdown, "chain": chain}
+
+
+def prepare_arithmetic(output: Path, seed: int) -> bool:
+    """Problems of two skills for a pretrained model, behind one solved example; False if they are there."""
+    if (output / "few_shot" / "solutions.parquet").is_file():
+        return False
+    arithmetic.prepare(output, seed, levels=(1, 2, 3), sizes=arithmetic.Sizes(shots=1))
+    return True
+
+
+TASKS: dict[str, Callable[[Path, int], bool]] = {
+    "countdown": countdown.prepare,
+    "chain": chain.prepare,
+    "arithmetic": prepare_arithmetic,
+}
+VOCABULARIES = {"countdown": (countdown.VOCABULARY, countdown.MODEL), "chain": (chain.VOCABULARY, chain.MODEL)}
 
 
 class ControlStudy:
@@ -105,14 +122,16 @@ class ControlStudy:
         return self.output / "warm" / f"{task}-seed{seed}-{self.cases.origin(task)}" / f"phase{number}"
 
     def _warm_model(self, task: str, seed: int) -> Path:
-        return self._phase_directory(task, seed, len(self.cases.tasks[task].warm_start)) / "hf"
+        phases, given = len(self.cases.tasks[task].warm_start), self.cases.tasks[task].model_dir
+        return self._phase_directory(task, seed, phases) / "hf" if given is None else ROOT / given
 
     def _prepare(self, name: str, seed: int) -> None:
         task = self.cases.tasks[name]
-        module, data = TASKS[task.generate], self._data(name, seed)
-        written = module.prepare(data, seed)
+        data = self._data(name, seed)
+        written = TASKS[task.generate](data, seed)
         if task.model and (written or not (data / "resized").exists()):
-            write_model(data / "model", module.VOCABULARY, {**module.MODEL, **task.model}, seed)
+            vocabulary, model = VOCABULARIES[task.generate]
+            write_model(data / "model", vocabulary, {**model, **task.model}, seed)
             (data / "resized").touch()
 
     def _warm_start(self, name: str, seed: int) -> None:
@@ -153,6 +172,7 @@ class ControlStudy:
             "checkpoint.export_hf": False,
         }
         files = self._files(run.case.task, run.seed, self._warm_model(run.case.task, run.seed), directory)
+        files["data.train_files"] = self._data(run.case.task, run.seed) / f"{leg.train_file}.parquet"
         log = self.output / "logs" / f"{run.name}-leg{number}.log"
         config = ROOT / self.cases.tasks[run.case.task].config
         self._pool.train(config, arguments({**settings, **files, **own}), log)
@@ -182,12 +202,16 @@ class ControlStudy:
         partial_copy.rename(directory)
 
     def _files(self, task: str, seed: int, model: Path, directory: Path) -> Overrides:
-        return {
+        data = self._data(task, seed)
+        files: Overrides = {
             "run.seed": seed,
             "run.output_dir": directory,
             "model.hf_dir": model,
-            "data.train_files": self._data(task, seed) / "train.parquet",
+            "data.train_files": data / "train.parquet",
         }
+        if benchmarks := self.cases.tasks[task].benchmarks:
+            files["evaluation.benchmarks"] = {name: str(data / f"{file}.parquet") for name, file in benchmarks.items()}
+        return files
 
 
 def main() -> int:
