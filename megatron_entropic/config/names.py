@@ -51,6 +51,8 @@ class ControllerEntry:
     """Whether the loss may have EntroPIC's term."""
     answers_error: bool = False
     """Whether alpha is EntroPIC's function of the error: gains matter, and the published code has it."""
+    entropy_bonus: bool = False
+    """Whether the controller gives the entropy a coefficient in the loss."""
 
 
 CONTROLLERS = {
@@ -60,8 +62,8 @@ CONTROLLERS = {
     "unsolved": ControllerEntry(f"{_CONTROLLERS}.factories:unsolved"),
     "cascade": ControllerEntry(f"{_CONTROLLERS}.factories:cascade"),
     "probe": ControllerEntry(f"{_CONTROLLERS}.factories:probe"),
-    "entropy_bonus": ControllerEntry(f"{_CONTROLLERS}.factories:entropy_bonus", steers_alpha=False),
-    "aec": ControllerEntry(f"{_CONTROLLERS}.factories:aec", steers_alpha=False),
+    "entropy_bonus": ControllerEntry(f"{_CONTROLLERS}.factories:entropy_bonus", steers_alpha=False, entropy_bonus=True),
+    "aec": ControllerEntry(f"{_CONTROLLERS}.factories:aec", steers_alpha=False, entropy_bonus=True),
     "entrocraft": ControllerEntry(f"{_CONTROLLERS}.factories:entrocraft", steers_alpha=False),
     "dmmpt": ControllerEntry(f"{_CONTROLLERS}.factories:dmmpt", steers_alpha=False),
     "repo_r": ControllerEntry(f"{_CONTROLLERS}.factories:repo_r", steers_alpha=False),

@@ -20,7 +20,7 @@ MAX_LINES = 500
 ROWS = [
     {"config", "files", "types", "errors"},
     {"tensor_parallel", "algorithms", "rewards", "data", "models", "observability"},
-    {"checkpoints", "weight_sync", "reports"},
+    {"checkpoints", "weight_sync", "reports", "plugins"},
     {"policy", "rollout", "planning", "evaluation"},
     {"cluster"},
     {"training"},
@@ -29,7 +29,13 @@ ROWS = [
     {"__main__"},
 ]
 # The large neighbours, and the only rooms that know them.
-OWNERS = {"megatron": {"policy"}, "vllm": {"rollout"}, "ray": {"cluster"}, "wandb": {"observability"}}
+OWNERS = {
+    "megatron": {"policy"},
+    "vllm": {"rollout"},
+    "ray": {"cluster"},
+    "wandb": {"observability"},
+    **{host: {"plugins"} for host in ("trl", "verl", "slime", "transfer_queue", "omegaconf")},
+}
 
 
 def row_of(room: str) -> int:
@@ -209,9 +215,15 @@ def test_shell_scripts_parse() -> None:
 
 
 # Import names that are not the names of their packages.
-PACKAGE_NAMES = {"yaml": "pyyaml", "megatron": "megatron-core", "modelopt": "nvidia-modelopt"}
-BROUGHT_BY_OTHERS = {"triton", "liger_kernel"}
-"""triton comes with torch, and Liger's kernels are one of several backends, imported where they are asked for."""
+PACKAGE_NAMES = {
+    "yaml": "pyyaml",
+    "megatron": "megatron-core",
+    "modelopt": "nvidia-modelopt",
+    "transfer_queue": "transferqueue",
+}
+BROUGHT_BY_OTHERS = {"triton", "liger_kernel", "slime", "omegaconf", "tensordict"}
+"""triton comes with torch, and Liger's kernels are one of several backends, imported where they are asked for. slime is
+no package of an index, and verl brings the last two."""
 
 
 def test_every_package_that_is_imported_is_in_setup_py() -> None:

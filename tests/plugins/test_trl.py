@@ -1,0 +1,198 @@
+"""TRL's own trainer with our control: the Countdown model end to end, killed and resumed, on two processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import pytest
+import torch
+from modules import load_module
+from recorded import SETTINGS, Outcome, assert_same, our_trainer, recorded_steps
+from trl import GRPOTrainer
+
+from megatron_entropic.errors import UserError
+from megatron_entropic.plugins.trl import EntropicGRPOTrainer
+
+ROOT = Path(__file__).resolve().parents[2]
+example = load_module(ROOT / "examples/trl/countdown.py", "trl_countdown")
+CONTROL = {"target": "0.9x", "kp": 2.0, "ki": 0.2, "tau": 0.7}
+SMALL = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 2, "seed": 3, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def start(countdown_dir: Path) -> Path:
+    """The Countdown model after few supervised steps."""
+    folder = countdown_dir / "started"
+    example.warm_start(countdown_dir, folder, steps=25)
+    return folder
+
+
+def trained(start: Path, output: Path, control: dict[str, Any] | None = CONTROL, **settings: Any) -> Any:
+    rows = example.prompt_rows(start.parent / "train.parquet")
+    resume = settings.pop("resume", None)
+    trainer = example.build_trainer(start, rows, output, control, **{**SMALL, **settings})
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    return [row[name] for row in trainer.state.log_history if name in row]
+
+
+def weights(trainer: Any) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def test_entropy_is_measured_steers_and_survives_a_resume(start: Path, tmp_path: Path) -> None:
+    whole = trained(start, tmp_path, max_steps=6, save_strategy="steps", save_steps=3)
+    entropy, alpha = logged(whole, "entropy/mean"), logged(whole, "entropy/alpha")
+    # The first step's scoring pass, then the previous step's window: what TRL measured itself.
+    theirs = logged(whole, "entropy")
+    assert entropy == pytest.approx([theirs[0], *theirs[:-1]], rel=1e-3)
+    assert len(set(alpha)) > 3
+    resumed = trained(start, tmp_path, max_steps=6, resume=str(tmp_path / "checkpoint-3"))
+    assert logged(resumed, "entropy/alpha") == alpha
+    assert torch.equal(weights(resumed), weights(whole))
+    assert resumed.entropy_control.state_dict() == whole.entropy_control.state_dict()
+
+
+@pytest.fixture(scope="module")
+def plain(start: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    """Weights after two steps of TRL's own trainer."""
+    trainer = trained(start, tmp_path_factory.mktemp("plain"), None, max_steps=2)
+    assert type(trainer) is GRPOTrainer
+    return weights(trainer)
+
+
+def test_without_anything_to_do_it_is_trls_trainer(start: Path, tmp_path: Path, plain: torch.Tensor) -> None:
+    constant = {"controller": "constant", "rivals": {"alpha": 0.0}}
+    assert torch.equal(weights(trained(start, tmp_path, constant, max_steps=2)), plain)
+
+
+@pytest.mark.parametrize("controller", ["aec", "entrocraft", "dmmpt", "probe", "entropy_bonus"])
+def test_every_controller_moves_the_weights(start: Path, tmp_path: Path, plain: torch.Tensor, controller: str) -> None:
+    rivals = {"aec_step": 0.1, "aec_limit": 1.0, "bonus": 0.1, "dmmpt_probability": 0.5}
+    control = {"controller": controller, "target": 2.0, "tau": 0.3, "rivals": rivals}
+    trainer = trained(start, tmp_path, control, max_steps=2)
+    assert trainer.entropy_control.controller.step == 2
+    assert not torch.equal(weights(trainer), plain)
+
+
+def test_our_fused_head_is_theirs(start: Path, tmp_path: Path) -> None:
+    rows = example.prompt_rows(start.parent / "train.parquet")
+    trainer = example.build_trainer(start, rows, tmp_path, CONTROL, max_steps=1, **SMALL)
+    tokens = torch.randint(0, 18, (4, 12), generator=torch.Generator().manual_seed(0))
+    attention = torch.ones_like(tokens)
+
+    def gradient() -> tuple[torch.Tensor, ...]:
+        trainer.model.zero_grad()
+        logprobs, entropies, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, tokens, attention, 6, compute_entropy=True
+        )
+        (logprobs.sum() + 0.3 * entropies.square().sum()).backward()
+        return logprobs, entropies, torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+
+    from megatron_entropic.plugins.trl import use_fused_head
+
+    theirs = gradient()
+    use_fused_head(trainer.model, trainer.temperature)
+    for mine, other in zip(gradient(), theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-4, atol=2e-5)
+
+
+def test_everything_that_is_wrong_is_one_message(start: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        trained(start, tmp_path, {"target": -1, "kpp": 2})
+    assert "target" in str(caught.value)
+    assert "kpp" in str(caught.value)
+    with pytest.raises(UserError, match="another controller of the same entropy"):
+        trained(start, tmp_path, CONTROL, entropy_coef=0.1)
+    with pytest.raises(UserError, match="denominator"):
+        trained(start, tmp_path, {"denominator": "high_prob_tokens"})
+
+
+@pytest.mark.parametrize("feedback", ["score_pass", "previous_step"])
+def test_recorded_steps_are_those_of_our_trainer(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, feedback: str
+) -> None:
+    ours = our_trainer(monkeypatch, feedback)
+    rows = example.prompt_rows(start.parent / "train.parquet")
+    control = {**SETTINGS, "feedback": feedback}
+    trainer = example.build_trainer(start, rows, tmp_path, control, max_steps=1, **{**SMALL, "loss_type": "bnpo"})
+    trainer.current_gradient_accumulation_steps = 1
+    theirs = []
+    for step in recorded_steps():
+        logits = step.logits.clone().requires_grad_()
+
+        def statistics(*arguments: Any, x: Any = logits, recorded: Any = step, **options: Any) -> Any:
+            return (*recorded.statistics(x), None)
+
+        monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", statistics)
+        inputs = {
+            "prompt_ids": torch.zeros(len(step.tokens), 2, dtype=torch.int64),
+            "prompt_mask": torch.ones(len(step.tokens), 2, dtype=torch.int64),
+            "completion_ids": step.tokens,
+            "completion_mask": step.mask.long(),
+            "advantages": step.advantages,
+        }
+        trainer._step, trainer._buffered_inputs = 0, [inputs]
+        trainer.model.train()
+        EntropicGRPOTrainer._compute_loss(trainer, trainer.model, inputs).backward()
+        steering = trainer.entropy_control.steering
+        measured = trainer.entropy_control.controller.entropy
+        trainer.end_window()
+        theirs.append(Outcome(measured, steering.alpha, logits.grad))
+    assert_same(f"TRL, {feedback}", theirs, ours)
+
+
+def main() -> None:
+    """One process of `test_two_processes_equal_one`: completions are a function of the prompt, not of chance."""
+    start, output, batch = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    rows = example.prompt_rows(start.parent / "train.parquet")
+    # Two ways to deal the same batch: TRL's default loss adds up over its tokens.
+    trainer = example.build_trainer(
+        start, rows, output.with_suffix(""), CONTROL, max_steps=3, **{**SMALL, "per_device_train_batch_size": batch}
+    )
+
+    def generated(prompt_ids: list[list[int]], *others: Any, **options: Any) -> Any:
+        answers = []
+        for index, prompt in enumerate(prompt_ids):
+            # Eight rows in a row have the same prompt.
+            generator = torch.Generator().manual_seed(crc32(bytes(prompt)) + index % 8)
+            answers.append(torch.randint(0, 14, (6,), generator=generator).tolist())
+        return answers, None
+
+    trainer._generate_single_turn = generated
+    trainer.reward_funcs[0] = lambda completions, **others: [float(text.count("1")) for text in completions]
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+        torch.save({"alpha": logged(trainer, "entropy/alpha"), "H": logged(trainer, "entropy/mean"), "w": flat}, output)
+
+
+def test_two_processes_equal_one(start: Path, tmp_path: Path) -> None:
+    results = []
+    for processes, batch in ((1, 32), (2, 16)):
+        output = tmp_path / f"{processes}.pt"
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        subprocess.run(
+            [sys.executable, *(launcher if processes > 1 else []), __file__, str(start), str(output), str(batch)],
+            check=True,
+            timeout=240,
+            env={**os.environ, "PYTHONPATH": f"{os.environ['PYTHONPATH']}{os.pathsep}{ROOT / 'tests'}"},
+        )
+        results.append(torch.load(output))
+    one, two = results
+    assert one["H"] == pytest.approx(two["H"], rel=1e-6)
+    assert one["alpha"] == pytest.approx(two["alpha"], rel=1e-5)
+    torch.testing.assert_close(one["w"], two["w"], rtol=1e-4, atol=1e-6)
+
+
+if __name__ == "__main__":
+    main()

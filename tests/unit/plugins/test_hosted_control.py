@@ -1,0 +1,117 @@
+"""The controller as other trainers see it: what it asks for, what it saves, what it refuses, and what it needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_entropic.algorithms import policy_loss
+from megatron_entropic.algorithms.losses.policy_loss import entropic_term
+from megatron_entropic.errors import UserError
+from megatron_entropic.plugins.control import STATE_FILE, HostedControl, window_sums
+
+SETTINGS = {"target": 0.5, "kp": 2.0, "ki": 0.5, "tau": 0.6}
+
+
+def test_a_clipped_loss_of_scaled_advantages_is_the_clipped_term() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logprobs = -torch.rand(400, generator=generator)
+    old = logprobs + 0.5 * torch.randn(400, generator=generator)
+    advantages = torch.randn(400, generator=generator)
+    clip = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 1.8}
+    control = HostedControl(SETTINGS, host="a trainer")
+    control.begin([400 * 0.2, 400.0, 400.0])
+    assert control.steering.alpha == pytest.approx(-0.6)
+    gradients = []
+    for scaled in (True, False):
+        x = logprobs.clone().requires_grad_()
+        if scaled:
+            loss = policy_loss(x, old, control.scale(advantages, x), **clip).loss.sum()
+        else:
+            main = policy_loss(x, old, advantages, **clip)
+            term, _ = entropic_term(x, main.ratio, advantages, tau=0.6, ratio_clip="ppo", **clip)
+            loss = (main.loss + control.steering.alpha * term).sum()
+        gradients.append(torch.autograd.grad(loss, x)[0])
+    torch.testing.assert_close(*gradients)
+    assert float(gradients[0].abs().sum()) > 0
+
+
+def test_scaled_advantages_take_the_shape_of_the_tokens() -> None:
+    control = HostedControl({"controller": "constant", "rivals": {"alpha": 1.0}, "tau": 0.5}, host="a trainer")
+    control.begin([1.0, 2.0, 2.0])
+    logprobs = torch.tensor([[0.9, 0.1], [0.9, 0.1]]).log()
+    scaled = control.scale(torch.tensor([[2.0], [-2.0]]), logprobs)
+    assert scaled.tolist() == [[4.0, 2.0], [0.0, -2.0]]
+
+
+def test_window_sums_count_masked_tokens_only() -> None:
+    entropies = torch.tensor([[0.5, float("nan")], [0.25, 1.0]])
+    mask = torch.tensor([[1, 0], [1, 1]])
+    assert window_sums(entropies, mask, torch.tensor([[0.0], [2.0]])).tolist() == [1.75, 3.0, 2.0]
+
+
+def test_a_saved_controller_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+    windows = [[300.0 + 7 * step, 500.0, 500.0] for step in range(8)]
+    whole, other = (HostedControl(SETTINGS, host="a trainer") for _ in range(2))
+    alphas = []
+    for step, window in enumerate(windows):
+        alphas.append(whole.begin(window if step == 0 else None).alpha)
+        whole.end(window, stepped=True)
+        if step == 3:
+            whole.save(tmp_path)
+    other.load(tmp_path)
+    resumed = []
+    for window in windows[4:]:
+        resumed.append(other.begin().alpha)
+        other.end(window, stepped=True)
+    assert resumed == alphas[4:]
+
+
+def test_a_first_step_that_was_not_steered_counts() -> None:
+    late, early = (HostedControl(SETTINGS, host="a trainer") for _ in range(2))
+    window = [350.0, 500.0, 500.0]
+    early.begin(window)
+    for control in (late, early):
+        control.end(window, stepped=True)
+    assert late.begin().alpha == early.begin().alpha != 0
+
+
+def test_sums_of_a_broken_step_are_no_measurement() -> None:
+    control = HostedControl(SETTINGS, host="a trainer")
+    first = control.begin([350.0, 500.0, 500.0]).alpha
+    control.end([float("nan"), 500.0, 500.0], stepped=False)
+    assert control.begin().alpha == first
+
+
+def test_a_checkpoint_without_control_starts_it_fresh_and_a_broken_one_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    control = HostedControl(SETTINGS, host="a trainer")
+    control.load(tmp_path)
+    assert "starts fresh" in caplog.text
+    (tmp_path / STATE_FILE).write_text('{"kind": "replicated"}', encoding="utf-8")
+    with pytest.raises(UserError, match=STATE_FILE):
+        control.load(tmp_path)
+
+
+def test_everything_that_is_wrong_with_settings_is_one_message() -> None:
+    wrong = {"controller": "aec", "feedback": "sampling", "denominator": "high_prob_tokens"}
+    with pytest.raises(UserError) as caught:
+        HostedControl(wrong, host="verl", entropy_gradient=False)
+    assert all(word in str(caught.value) for word in ("verl", "aec", "sampling", "all_tokens"))
+
+
+def test_parts_for_other_trainers_import_with_torch_alone() -> None:
+    """`pip install megatron_entropic` brings neither Megatron nor Ray nor vLLM, and nothing of them is imported."""
+    script = (
+        "import sys, torch; before = {name.split('.')[0] for name in sys.modules}\n"
+        "import megatron_entropic.algorithms, megatron_entropic.tensor_parallel, megatron_entropic.plugins.control\n"
+        "new = {name.split('.')[0] for name in sys.modules} - before - set(sys.stdlib_module_names)\n"
+        "sys.exit(', '.join(sorted(new - {'megatron_entropic'})) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0, result.stderr
