@@ -230,3 +230,19 @@ def test_the_rows_of_the_paper_are_configurations_that_can_run() -> None:
     assert len(rows) == 6
     for recipe, overrides in rows:
         load_config(EXAMPLES.parent / recipe, overrides.split())
+
+
+def test_the_arms_of_the_two_phases_are_configurations_that_can_run() -> None:
+    """Overrides of every arm in the head of the file, in both phases."""
+    path = EXAMPLES / "two_phase_qwen3_1_7b.yaml"
+    arms = re.findall(
+        r"^#   (\w+) +((?:entropy_control\.\S+ ?)+|\(nothing: this file\))$", path.read_text(), re.MULTILINE
+    )
+    assert [name for name, _ in arms] == ["grpo", "constant", "pi", "constant_ceiling", "unsolved_ceiling"]
+    seen = set()
+    for _, overrides in arms:
+        own = [word for word in overrides.split() if "=" in word]
+        config = load_config(path, own)
+        load_config(path, [*own, "data.train_files=data/dapo_math_hard.parquet", "train.steps=600"])
+        seen.add((config.entropy_control.controller, config.entropy_control.guard))
+    assert len(seen) == 5

@@ -61,6 +61,7 @@ def test_a_terminal_gets_drawn_tables() -> None:
     ("name", "gpus", "gpu_memory_gb"),
     [
         ("nemotron_1_5b", 8, 80),
+        ("two_phase_qwen3_1_7b", 8, 80),
         ("qwen3_8b", 16, 80),
         ("qwen3_8b_colocated", 16, 80),
         ("qwen3_8b_grpo", 16, 80),
