@@ -4,7 +4,8 @@
     data            driver                engine       driver: text     verifiers:       driver: advantages,
                     no ground truth       one segment  of segments      rewards          then scores
 
-Shapes: P tokens of a prompt, L tokens of a sequence, R of them after the prompt.
+Shapes: P tokens of a prompt, L tokens of a sequence, C = L - P of them after the prompt, R of those written by the
+policy: its response. Where no environment takes part, R is C.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -40,32 +41,42 @@ class Task:
     data_source: str = ""
     extra_info: dict[str, Any] = field(default_factory=dict)
 
+    def with_prompt(self, tokens: Tokens) -> Task:
+        """The same problem with another prompt, [P] int32."""
+        return self if np.array_equal(tokens, self.tokens) else replace(self, tokens=tokens)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GenerationRequest:
     """One continuation that an engine shall sample."""
 
     tokens: Tokens
-    """Token ids that are continued, [P + done] int32: the prompt, and what the response has already."""
+    """Token ids that are continued, [n] int32: the prompt, earlier turns, and what this turn has already."""
     seed: int
-    """Seed of this response alone, so that it depends neither on its neighbours in the batch nor on restarts."""
+    """Seed of this turn alone, so that it depends neither on its neighbours in the batch nor on restarts."""
     done: int = 0
-    """Number of the last of `tokens` that belong to the response; they count towards its length."""
+    """Number of the last of `tokens` that belong to the turn; they count towards its length."""
+    limit: int | None = None
+    """Most tokens of the turn, those done included; None: `max_response_tokens` of its sampling."""
 
     @property
     def own_seed(self) -> int:
-        """Seed of the tokens still to come, a function of the response's seed and of the tokens done."""
+        """Seed of the tokens still to come, a function of the turn's seed and of the tokens done."""
         return derived_seed(self.seed, "from", self.done) if self.done else self.seed
 
     def continued(self, tokens: Tokens) -> GenerationRequest:
         """The request for what comes after `tokens`, which were sampled for this one."""
-        return GenerationRequest(np.concatenate([self.tokens, tokens]), self.seed, self.done + tokens.size)
+        return replace(self, tokens=np.concatenate([self.tokens, tokens]), done=self.done + tokens.size)
 
 
 def derived_seed(*names: str | int) -> int:
     """Seed of one response, 31 bits, made from `names`, which identify it; neighbouring names give unrelated seeds."""
     key = "/".join(map(str, names)).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little") >> 1
+
+
+NO_VERSION = -1
+"""The weights version of what no weights wrote."""
 
 
 class Origin(Enum):
@@ -84,18 +95,27 @@ class Segment:
     logprobs: Logprobs
     """Log pi_engine(token) at the rollout temperature, [n] float32; [0] where the environment wrote the tokens."""
     weights_version: int
-    """Version of the weights that sampled the tokens; -1 where the environment wrote them."""
-    origin: Origin = Origin.POLICY
+    """Version of the weights that sampled the tokens; NO_VERSION where the environment wrote them."""
     policy_logprobs: Logprobs | None = None
     """Log-probs of the same tokens as the policy itself computes them with those weights, [n] float32.
 
     None where nobody has asked the policy: it has those weights still, or rollouts do not run ahead.
     """
 
+    @classmethod
+    def of_environment(cls, tokens: Tokens) -> Segment:
+        """Tokens that the environment wrote, [n] int32."""
+        return cls(tokens, np.empty(0, np.float32), NO_VERSION)
+
+    @property
+    def origin(self) -> Origin:
+        """The side that wrote the tokens."""
+        return Origin.ENVIRONMENT if self.weights_version == NO_VERSION else Origin.POLICY
+
     @property
     def sampling_logprobs(self) -> Logprobs:
-        """`policy_logprobs`, with NaN where nobody has asked the policy, [n] float32."""
-        missing = np.full(self.tokens.size, np.nan, np.float32)
+        """`policy_logprobs`, with NaN where nobody has asked the policy, in the shape of `logprobs`."""
+        missing = np.full(self.logprobs.size, np.nan, np.float32)
         return missing if self.policy_logprobs is None else self.policy_logprobs
 
     def copied(self) -> Segment:
@@ -124,6 +144,15 @@ class Response:
     """Reason why generation ended: stop or length, as vLLM says it; CUT where it goes on later."""
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a verifier or an environment says of a response: a reward, or the reason why there is none."""
+
+    status: Literal["ok", "timeout", "error"]
+    reward: float = 0.0
+    message: str = ""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
     """One attempt at a task: all that was written after its prompt, by the policy and by the environment."""
@@ -136,37 +165,69 @@ class Trajectory:
     """Reason why the last segment that the policy wrote ended."""
     text: str
     """Text of what the policy wrote, without special tokens."""
+    verdict: Verdict | None = None
+    """What the environment says it is worth, or that nobody can say; None: verifiers judge the text."""
+    ending: str = ""
+    """Why a conversation with an environment ended, see `environments.conversation.Ending`; empty without one."""
 
     @property
-    def response_tokens(self) -> Tokens:
-        """Token ids of all segments, [R] int32."""
+    def continuation(self) -> Tokens:
+        """Token ids of all segments, [C] int32."""
         return _joined([segment.tokens for segment in self.segments], np.int32)
 
     @property
+    def written(self) -> tuple[Segment, ...]:
+        """The segments that the policy wrote."""
+        return tuple(segment for segment in self.segments if segment.origin is Origin.POLICY)
+
+    @property
+    def mask(self) -> npt.NDArray[np.bool_] | None:
+        """Which tokens of the continuation the policy wrote, [C]; None: all of them."""
+        if len(self.written) == len(self.segments):
+            return None
+        sizes = [segment.tokens.size for segment in self.segments]
+        return np.repeat([segment.origin is Origin.POLICY for segment in self.segments], sizes)
+
+    @property
+    def turn_numbers(self) -> npt.NDArray[np.int64]:
+        """Turn in which the policy wrote each token, counted from 1, [R]; the environment spoke between two turns."""
+        turn, numbers, before = 0, [], Origin.ENVIRONMENT
+        for segment in self.segments:
+            turn += segment.origin is Origin.POLICY and before is Origin.ENVIRONMENT
+            before = segment.origin
+            numbers.append(turn)
+        written = [number for number, s in zip(numbers, self.segments, strict=True) if s.origin is Origin.POLICY]
+        return np.repeat(written, [segment.tokens.size for segment in self.written])
+
+    @property
     def rollout_logprobs(self) -> Logprobs:
-        """Log pi_engine(token) at the rollout temperature, [number of tokens that the policy wrote] float32."""
-        return _joined([s.logprobs for s in self.segments if s.origin is Origin.POLICY], np.float32)
+        """Log pi_engine(token) at the rollout temperature, [R] float32."""
+        return _joined([segment.logprobs for segment in self.written], np.float32)
 
     @property
     def sampling_logprobs(self) -> Logprobs | None:
         """Log-probs by the policy with the weights that sampled each token, as far as it was asked for them.
 
-        Shape [number of tokens that the policy wrote] float32, NaN where it was not; None if it was nowhere.
+        Shape [R] float32, NaN where it was not; None if it was nowhere.
         """
-        written = [segment for segment in self.segments if segment.origin is Origin.POLICY]
-        if all(segment.policy_logprobs is None for segment in written):
+        if all(segment.policy_logprobs is None for segment in self.written):
             return None
-        return _joined([segment.sampling_logprobs for segment in written], np.float32)
+        return _joined([segment.sampling_logprobs for segment in self.written], np.float32)
 
     @property
     def response_length(self) -> int:
-        """Number of tokens after the prompt, R."""
+        """Number of tokens that the policy wrote, R."""
+        return sum(segment.tokens.size for segment in self.written)
+
+    @property
+    def continuation_length(self) -> int:
+        """Number of tokens after the prompt, C."""
         return sum(segment.tokens.size for segment in self.segments)
 
     @property
     def weights_version(self) -> int:
         """The oldest version of the weights that wrote a part of the trajectory."""
-        return min(segment.weights_version for segment in self.segments if segment.origin is Origin.POLICY)
+        return min(segment.weights_version for segment in self.written)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,10 +273,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sequence:
-    """One prompt with one response, which the policy scores and trains on."""
+    """One prompt with what follows it; the policy scores and trains on what it wrote of that."""
 
     tokens: torch.Tensor
-    """Token ids of the prompt followed by those of the response, [L] int64."""
+    """Token ids of the prompt followed by those after it, [L] int64."""
     prompt_length: int
     advantages: torch.Tensor | None = None
     """Advantage of each response token, [R] float32."""
@@ -237,11 +298,29 @@ class Sequence:
     """
     success: float | None = None
     """Share of right responses in the prompt's whole group, 0 to 1; None where nothing was judged."""
+    mask: torch.Tensor | None = None
+    """Which tokens after the prompt the policy wrote, [C] bool; None: all of them."""
 
     @property
     def response_length(self) -> int:
-        """Number of tokens after the prompt, R."""
-        return self.tokens.numel() - self.prompt_length
+        """Number of tokens that the policy wrote, R: those that have log-probs, advantages and a share of the loss."""
+        written = self.tokens.numel() - self.prompt_length
+        return written if self.mask is None else int(self.mask.sum())
+
+    @property
+    def first_turn_length(self) -> int:
+        """Number of tokens that the policy wrote before an environment said something."""
+        if self.mask is None or bool(self.mask.all()):
+            return self.response_length
+        return int(self.mask.int().argmin())
+
+    @property
+    def response_places(self) -> torch.Tensor:
+        """Places in `tokens` of those that the policy wrote, [R] int64."""
+        import torch
+
+        places = torch.arange(self.prompt_length, self.tokens.numel())
+        return places if self.mask is None else places[self.mask]
 
     @property
     def own_logprobs(self) -> torch.Tensor | None:

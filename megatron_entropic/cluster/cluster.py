@@ -42,6 +42,11 @@ class Cluster:
         assert self._policy is not None, "engines alone have no policy"
         return self._policy
 
+    @property
+    def version(self) -> int:
+        """Version of the weights that were published last; 0 before."""
+        return 0 if self._weights is None else self._weights.version
+
     @contextmanager
     def training(self) -> Iterator[PolicyGroup]:
         """Yields the policy, to score, update, load, save or export; it fetches what is offloaded by itself."""

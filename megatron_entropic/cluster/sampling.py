@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
@@ -10,6 +11,7 @@ from megatron_entropic.cluster.cluster import Cluster
 from megatron_entropic.cluster.dispatch import Arrived, Ask, Dispatcher
 from megatron_entropic.config.run import Config, Sampling
 from megatron_entropic.data.tokenizer import Tokenizer
+from megatron_entropic.environments.conversation import Answer, Conversation, Environments, Limits
 from megatron_entropic.types import (
     CUT,
     GenerationRequest,
@@ -21,15 +23,18 @@ from megatron_entropic.types import (
     joined,
 )
 
+_POLL_S = 0.2
+
 Take = Callable[[int, Trajectory], None]
 """Function that takes a position and its trajectory, as it comes; which come first depends on the clock."""
-
-_SeedOf = Callable[[int, int], int]
-"""Function: (position of the task, number of the sample) -> seed."""
 
 
 class Answerer(Protocol):
     """What lets engines answer requests: each once, whatever becomes of engines."""
+
+    @property
+    def version(self) -> int:
+        """Version of the weights that answer."""
 
     def answer(
         self,
@@ -62,6 +67,11 @@ class DealtOut:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
 
+    @property
+    def version(self) -> int:
+        """Version of the weights that were published last."""
+        return self._cluster.version
+
     def answer(
         self,
         groups: list[list[GenerationRequest]],
@@ -76,13 +86,15 @@ class DealtOut:
         In another batch the last bits of log-probs could differ, so its successor gets the same requests; what had
         come from the lost one already is the same and goes to `arrived` no second time.
         """
-        engines, size = self._cluster.engines, len(groups[0]) if groups else 0
+        engines, first = self._cluster.engines, 0
         requests: dict[str, list[GenerationRequest]] = {}
         positions: dict[str, list[int]] = {}
         for place, group in enumerate(groups):
             name = engines.names[place % len(engines.names)]
-            requests.setdefault(name, []).extend(group)
-            positions.setdefault(name, []).extend(range(place * size, (place + 1) * size))
+            if group:
+                requests.setdefault(name, []).extend(group)
+                positions.setdefault(name, []).extend(range(first, first + len(group)))
+            first += len(group)
         seen: set[int] = set()
 
         def take(name: str, answers: list[tuple[int, Response]]) -> None:
@@ -106,6 +118,11 @@ class Queued:
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
+
+    @property
+    def version(self) -> int:
+        """Version of the weights that engines have."""
+        return self._dispatcher.version
 
     def answer(
         self,
@@ -132,7 +149,8 @@ class Queued:
         for place, group in enumerate(groups):
             taking = partial(_shifted, arrive, first)
             name = f"{phase}, version {self._dispatcher.version}/{place}"
-            asks.append(Ask(name, (-1, place), dict(enumerate(group)), sampling, taking))
+            if group:
+                asks.append(Ask(name, (-1, place), dict(enumerate(group)), sampling, taking))
             first += len(group)
         with self._dispatcher.turn(while_waiting):
             self._dispatcher.ask(asks)
@@ -146,11 +164,21 @@ def _shifted(arrive: Arrived, first: int, sample: int, response: Response) -> No
 class Sampler:
     """Makes trajectories of tasks: requests with seeds of their own, answered by engines, with their text."""
 
-    def __init__(self, config: Config, answerer: Answerer, tokenizer: Tokenizer) -> None:
-        """Sample as `rollout` and `evaluation` say; `tokenizer` gives responses their text."""
+    def __init__(
+        self, config: Config, answerer: Answerer, tokenizer: Tokenizer, environments: Environments | None = None
+    ) -> None:
+        """Sample as `rollout` and `evaluation` say.
+
+        Args:
+            config: configuration of the run.
+            answerer: what lets engines answer.
+            tokenizer: gives responses their text.
+            environments: what answers the turns of the policy; None: a response is one turn.
+        """
         self._config = config
         self._answerer = answerer
         self._tokenizer = tokenizer
+        self._environments = environments
 
     def generate(
         self,
@@ -174,15 +202,20 @@ class Sampler:
             while_waiting: called at least about once a second; may raise.
         """
         seed, rollout = self._config.run.seed, self._config.rollout
-        attempts = _Attempts(tasks, rollout.samples_per_prompt, self._tokenizer, take)
-        self._answerer.answer(
-            attempts.requests(lambda place, sample: derived_seed(seed, step, first_place + place, sample)),
-            rollout.sampling,
-            attempts.arrived,
-            phase=f"generate (step {step})",
-            while_waiting=while_waiting,
-        )
-        return attempts.all()
+        conversations = [
+            [
+                self._conversation(
+                    task,
+                    sample,
+                    derived_seed(seed, step, place, sample),
+                    f"{step}/{place}",
+                    rollout.max_response_tokens,
+                )
+                for sample in range(rollout.samples_per_prompt)
+            ]
+            for place, task in enumerate(tasks, first_place)
+        ]
+        return self._hold(conversations, rollout.sampling, take, f"generate (step {step})", while_waiting)
 
     def answer_benchmark(
         self, name: str, problems: Sequence[Task], take: Take = lambda position, trajectory: None
@@ -192,46 +225,105 @@ class Sampler:
         Their seeds are functions of evaluation.seed, benchmark, problem and sample, whatever was generated before.
         `take` as in `generate`.
         """
-        evaluation = self._config.evaluation
-        attempts = _Attempts(problems, evaluation.samples(name), self._tokenizer, take)
-        self._answerer.answer(
-            attempts.requests(
-                lambda place, sample: derived_seed("evaluation", evaluation.seed, name, problems[place].index, sample)
-            ),
-            self._config.evaluation_sampling,
-            attempts.arrived,
-            phase=f"evaluate ({name})",
-        )
-        return attempts.all()
-
-
-class _Attempts:
-    """Trajectories of a number of attempts at each task, made of responses as they come."""
-
-    def __init__(self, tasks: Sequence[Task], samples: int, tokenizer: Tokenizer, take: Take) -> None:
-        self._tasks, self._samples, self._take = tasks, samples, take
-        self._decode = partial(tokenizer.batch_decode, skip_special_tokens=True)
-        self._found: list[Trajectory | None] = [None] * (len(tasks) * samples)
-
-    def requests(self, seed_of: _SeedOf) -> list[list[GenerationRequest]]:
-        """Requests for all attempts, one list a task."""
-        return [
-            [GenerationRequest(task.tokens, seed_of(place, sample)) for sample in range(self._samples)]
-            for place, task in enumerate(self._tasks)
+        evaluation, sampling = self._config.evaluation, self._config.evaluation_sampling
+        longest = sampling.max_response_tokens
+        conversations = [
+            [
+                self._conversation(
+                    problem,
+                    sample,
+                    derived_seed("evaluation", evaluation.seed, name, problem.index, sample),
+                    f"evaluate ({name}), version {self._answerer.version}/{place}",
+                    longest,
+                )
+                for sample in range(evaluation.samples(name))
+            ]
+            for place, problem in enumerate(problems)
         ]
+        return self._hold(conversations, sampling, take, f"evaluate ({name})", lambda: None)
 
-    def arrived(self, responses: list[tuple[int, Response]]) -> None:
-        """Keep responses with their positions, and hand each on with its text."""
-        texts = self._decode([response.segment.tokens.tolist() for _, response in responses])
-        for (position, response), text in zip(responses, texts, strict=True):
-            place, sample = divmod(position, self._samples)
-            segments = (response.segment.copied(),)
-            trajectory = Trajectory(self._tasks[place], sample, segments, response.finish_reason, text)
-            self._found[position] = trajectory
-            self._take(position, trajectory)
+    def _conversation(self, task: Task, sample: int, seed: int, group: str, max_tokens: int) -> Conversation:
+        limits = Limits.of(self._config.environment.section, max_tokens)
+        return Conversation(task, sample, seed, group, limits, begun=self._environments is None)
 
-    def all(self) -> list[Trajectory]:
-        """Every trajectory, in the order of positions."""
-        found = [trajectory for trajectory in self._found if trajectory is not None]
-        assert len(found) == len(self._found), "every response must have come"
-        return found
+    def _hold(
+        self,
+        groups: list[list[Conversation]],
+        sampling: Sampling,
+        take: Take,
+        phase: str,
+        while_waiting: Callable[[], None],
+    ) -> list[Trajectory]:
+        """Let conversations come to their ends, turn by turn: the next turn begins when the last of all is answered.
+
+        So the engines' batches are functions of what environments say, and do not depend on when they say it.
+        """
+        decode = partial(self._tokenizer.decode, skip_special_tokens=True)
+        place_of = {id(one): place for place, one in enumerate(one for group in groups for one in group)}
+        found: list[Trajectory | None] = [None] * len(place_of)
+
+        def finish(conversation: Conversation) -> None:
+            place = place_of[id(conversation)]
+            found[place] = trajectory = conversation.trajectory(decode)
+            take(place, trajectory)
+
+        def arrived(responses: list[tuple[int, Response]]) -> None:
+            for position, response in responses:
+                asked[position].add(response)
+                if replies is None:
+                    asked[position].end()
+                    finish(asked[position])
+                else:
+                    replies.ask(asked[position])
+
+        replies = None if self._environments is None else _Replies(self._environments, while_waiting)
+        going, turn = groups, 0
+        if replies is not None:
+            for group in groups:
+                for one in group:
+                    replies.ask(one)
+            replies.wait(finish)
+            going = [[one for one in group if not one.over] for group in groups]
+        while asked := [one for group in going for one in group]:
+            turn += 1
+            self._answerer.answer(
+                [[one.request for one in group] for group in going],
+                sampling,
+                arrived,
+                phase=phase if turn == 1 else f"{phase}, turn {turn}",
+                while_waiting=while_waiting,
+            )
+            if replies is not None:
+                replies.wait(finish)
+            going = [[one for one in group if not one.over] for group in going]
+        trajectories = [trajectory for trajectory in found if trajectory is not None]
+        assert len(trajectories) == len(found), "every conversation must have come to its end"
+        return trajectories
+
+
+class _Replies:
+    """What environments answer to some conversations, which nobody needs before all of it is there."""
+
+    def __init__(self, environments: Environments, while_waiting: Callable[[], None]) -> None:
+        self._environments, self._while_waiting = environments, while_waiting
+        self._came: queue.SimpleQueue[tuple[Conversation, Answer]] = queue.SimpleQueue()
+        self._missing = 0
+
+    def ask(self, conversation: Conversation) -> None:
+        """Let the environment begin, or answer the turn that has ended."""
+        self._missing += 1
+        self._environments.ask(conversation.call, lambda answer: self._came.put((conversation, answer)))
+
+    def wait(self, finish: Callable[[Conversation], None]) -> None:
+        """Wait until everything is answered; `finish` gets each conversation that is then over, as it comes."""
+        while self._missing:
+            try:
+                conversation, answer = self._came.get(timeout=_POLL_S)
+            except queue.Empty:
+                self._while_waiting()
+                self._environments.check()
+                continue
+            self._missing -= 1
+            conversation.answered(answer)
+            if conversation.over:
+                finish(conversation)

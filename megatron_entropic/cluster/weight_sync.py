@@ -26,7 +26,8 @@ class WeightPublisher:
         self._timeout_s = config.publish_timeout_s
         self._check = config.check_weights
         self._replaces_engines = not config.colocate  # there is no room for an engine to load beside the policy
-        self._version = 0
+        self.version = 0
+        """Version of the weights that were sent last."""
         self._connected = False
         self._plan: PublishPlan | None = None
 
@@ -47,7 +48,7 @@ class WeightPublisher:
             PhaseTimeout, PeerDied, RunError: naming the rank or engine and the phase; with cluster.check_weights also
                 every tensor that is not in an engine as it was sent.
         """
-        self._version = version
+        self.version = version
         return self._survive(self._publish)
 
     def _survive(self, action: Callable[[], T]) -> T:
@@ -73,7 +74,7 @@ class WeightPublisher:
             self._connect()
         if self._plan is None:
             self._plan = self._policy.publish_plan()
-        version = self._version
+        version = self.version
         phase = f"publish (weights version {version})"
         sending = self._policy.publish()
         answers = gather(sending | self._engines.receive(self._plan, version), phase=phase, timeout_s=self._timeout_s)

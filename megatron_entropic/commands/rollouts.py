@@ -26,6 +26,8 @@ from megatron_entropic.rewards.verifier import Reader
 _TOUCH_COLOURS = {"up": "green", "down": "red"}
 _LEAST_SHADE = 0.05
 """Share of the strongest entropy below which a token has no background."""
+_GIVEN = Style(color="bright_black", italic=True)
+"""Of what the environment wrote."""
 
 
 def add_parser(commands: Any) -> None:
@@ -129,6 +131,8 @@ def _heading(response: ResponseView) -> Text:
     answer = "none" if response.answer is None else printable(shortened(response.answer, 200))
     text.append(f"  answer read: {answer}  A {response.advantage:+.3f}  {trajectory.response_length} tokens")
     text.append(f"  entropy {response.mean_entropy:.3f}")
+    if by_turn := response.turn_entropies:
+        text.append(f" (by turn {' '.join(f'{entropy:.3f}' for entropy in by_turn)})")
     if trajectory.finish_reason == "length":
         text.append("  cut off at the limit")
     if reward.status != "ok":
@@ -141,6 +145,9 @@ def _coloured(response: ResponseView, scale: float) -> Text:
     for position, token in enumerate(response.tokens):
         if response.hidden and position == response.cut:
             text.append(f"[... {response.hidden} tokens ...]", "dim italic")
+        if token.given:
+            text.append(printable(token.text), _GIVEN)
+            continue
         share = min(token.entropy / scale, 1.0)
         shaded = share >= _LEAST_SHADE
         style = Style(

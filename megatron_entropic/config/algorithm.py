@@ -238,6 +238,11 @@ class EntropyControlConfig(Section):
         "sampling: minus the mean log-prob of the tokens as they were sampled, which with rollout.lag is old news. "
         "microbatch_local reproduces the published code: alpha per rank and micro-batch, nothing reduced.",
     )
+    measure: Literal["tokens", "responses", "first_turn"] = Field(
+        "tokens",
+        description="What H is a mean of. tokens: all that the policy wrote. responses: the means of responses, so "
+        "that long ones count as much as short ones. first_turn: what it wrote before an environment's first reply.",
+    )
     anti_windup: Literal["conditional", "clamp", "none"] = Field(
         "conditional",
         description="conditional: the integral stands still while alpha is saturated in the direction of e. "

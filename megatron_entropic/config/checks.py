@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from megatron_entropic.config.algorithm import DistillationConfig
 from megatron_entropic.config.base import Violation
+from megatron_entropic.config.environment_checks import environment_violations
 from megatron_entropic.config.names import (
     ADVANTAGES,
     CONTROLLERS,
@@ -29,7 +30,7 @@ from megatron_entropic.config.run import Config, Device
 def violations(config: Config) -> Iterator[Violation]:
     """Yields combinations that cannot work on any machine."""
     checks = (
-        *(_batch, _lag, _parallelism, _optimizer, _data, reward_violations, _policy_loss),
+        *(_batch, _lag, _parallelism, _optimizer, _data, reward_violations, environment_violations, _policy_loss),
         *(_distillation, _entropy_control, _placement, _colocation, _transport, _publish, benchmark_violations),
     )
     for check in checks:
@@ -203,6 +204,12 @@ def _distillation(config: Config) -> Iterator[Violation]:
 def _entropy_control(config: Config) -> Iterator[Violation]:
     control, rivals = config.entropy_control, config.entropy_control.rivals
     local = control.feedback == "microbatch_local"
+    if control.measure != "tokens" and config.feedback not in ("score_pass", "sampling"):
+        yield Violation(
+            ("entropy_control.measure", "entropy_control.feedback"),
+            f"entropy_control.measure={control.measure} needs feedback=score_pass or sampling: what updates measure "
+            f"({config.feedback}) is a mean of tokens",
+        )
     if problem := unknown_name(control.controller, (OFF, *CONTROLLERS), own="module:Class"):
         keys = ("entropy_control.controller",)
         yield Violation(keys, f"entropy_control.controller={control.controller!r}: {problem}")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from megatron_entropic.config.base import Count, Seconds, Section, one_is_a_list
-from megatron_entropic.config.names import ANSWERS, VERIFIERS
+from megatron_entropic.config.names import ANSWERS, ENVIRONMENTS, VERIFIERS
 
 
 class DataConfig(Section):
@@ -57,6 +57,37 @@ class DataConfig(Section):
     order_blur: float = Field(
         0.2, ge=0, description="easy_to_hard: prompts further apart than this share of an epoch keep their order."
     )
+
+
+def named_environment(value: Any) -> Any:
+    """Turn a name alone into the section, where nothing else of it is said."""
+    return {"name": value} if isinstance(value, str) else {} if value is None else value
+
+
+class EnvironmentConfig(Section):
+    """What answers the policy's turns: conversations with tools, games. `environment: NAME` alone will do."""
+
+    name: str | None = Field(
+        None,
+        description=f"{', '.join(ENVIRONMENTS)}, or module:Class; see docs/environments.md. None: a response is one "
+        "turn, which reward.verifier judges.",
+    )
+    settings: dict[str, Any] = Field({}, description="Keyword arguments of the class.")
+    max_turns: Count = Field(8, ge=1, description="Turns of the policy; a conversation ends with the last one.")
+    max_turn_tokens: Annotated[Count, Field(ge=1)] | None = Field(
+        None,
+        description="Tokens of one turn. None: what is left of rollout.max_response_tokens, which counts all that "
+        "comes after the prompt, what the environment writes included.",
+    )
+    reply_timeout_s: Seconds = Field(
+        30.0, description="Wall time of one call of the environment; a conversation whose call takes longer ends."
+    )
+    workers: int = Field(1, ge=1, le=1024, description="Processes that environments run in.")
+
+    @property
+    def section(self) -> EnvironmentConfig | None:
+        """The section, None without an environment."""
+        return None if self.name is None else self
 
 
 class RewardConfig(Section):

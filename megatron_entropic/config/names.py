@@ -161,6 +161,13 @@ VERIFIERS = {
 }
 
 
+ENVIRONMENTS = {
+    "calculator": "megatron_entropic.environments.calculator:Calculator",
+    "guess": "megatron_entropic.environments.guess:Guess",
+}
+"""Classes by value of environment.name; see `environments.base.Environment`."""
+
+
 @dataclass(frozen=True, slots=True)
 class TransportEntry:
     """Code of a value of cluster.transport, which carries weights from policy to engines, and its conditions."""
@@ -204,6 +211,11 @@ ADVANTAGES = ("grpo", "grpo_no_std", "rloo", "reinforce_plus_plus_baseline", "ns
 def verifier_entry(name: str) -> VerifierEntry:
     """The row of a verifier; of one of somebody's own (`module:function`) nothing is known."""
     return VERIFIERS.get(name, VerifierEntry(name))
+
+
+def environment_target(name: str) -> str:
+    """The class (`module:Class`) of a value of environment.name."""
+    return ENVIRONMENTS.get(name, name)
 
 
 def is_instant(verifier: str, answer: str | None) -> bool:

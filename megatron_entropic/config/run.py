@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from megatron_entropic.config.algorithm import AlgorithmConfig, EntropyControlConfig
 from megatron_entropic.config.base import LARGEST, Count, Ranks, Seconds, Section, off_is_a_word, one_line
-from megatron_entropic.config.data import DataConfig, RewardConfig
+from megatron_entropic.config.data import DataConfig, EnvironmentConfig, RewardConfig, named_environment
 from megatron_entropic.config.names import POLICY_LOSSES, transports_for
 
 Dtype = Literal["float32", "bfloat16"]
@@ -246,6 +246,11 @@ class RolloutConfig(Section):
         "token", description="sequence: w is the product over the response, the same for each of its tokens."
     )
     importance_cap: float = Field(2.0, gt=1)
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        [],
+        description="Texts, each one token of the tokenizer, that end a response or a turn beside the model's own end "
+        "tokens, such as a line break where a line is an answer. The token belongs to the response.",
+    )
 
     @property
     def samples_per_step(self) -> int:
@@ -420,6 +425,7 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig = RewardConfig()
+    environment: Annotated[EnvironmentConfig, BeforeValidator(named_environment)] = EnvironmentConfig()
     rollout: RolloutConfig = RolloutConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     entropy_control: EntropyControlConfig = EntropyControlConfig()

@@ -306,13 +306,17 @@ def check_same_tokens(tokenizer: Tokenizer, hf_dir: Path, key: str) -> None:
         )
 
 
-def stop_token_ids(hf_dir: Path) -> list[int]:
+def stop_token_ids(hf_dir: Path, texts: Sequence[str] = ()) -> list[int]:
     """End-of-sequence token ids of generation_config.json and config.json, ascending; empty if neither names one.
 
+    Args:
+        hf_dir: directory of the model.
+        texts: texts whose tokens end a response too.
+
     Raises:
-        UserError: one of the files cannot be read, or its eos_token_id is no token id.
+        UserError: one of the files cannot be read, its eos_token_id is no token id, or a text is not exactly one token.
     """
-    found: set[int] = set()
+    found = set(_single_tokens(hf_dir, texts) if texts else ())
     for file in _END_FILES:
         path = hf_dir / file
         if not path.exists():
@@ -323,6 +327,17 @@ def stop_token_ids(hf_dir: Path) -> list[int]:
             raise UserError(f"{path}: eos_token_id {value!r} is no token id and no list of token ids")
         found |= set(ids)
     return sorted(found)
+
+
+def _single_tokens(hf_dir: Path, texts: Sequence[str]) -> list[int]:
+    tokenizer = load_tokenizer(hf_dir)
+    found = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    if several := [f"{text!r} ({len(ids)})" for text, ids in zip(texts, found, strict=True) if len(ids) != 1]:
+        raise UserError(
+            f"rollout.stop={list(texts)}: each must be one token of the tokenizer in {hf_dir}, which makes more or "
+            f"none of {', '.join(several)}"
+        )
+    return [token for (token,) in found]
 
 
 def _object(path: Path) -> dict[str, Any]:

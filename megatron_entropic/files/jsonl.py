@@ -35,8 +35,8 @@ class JsonLinesWriter:
         """
         self.append_all([row])
 
-    def append_all(self, rows: list[dict[str, Any]]) -> None:
-        """Write several objects with one sync; it raises as `append` does."""
+    def append_all(self, rows: list[dict[str, Any]], *, durable: bool = True) -> None:
+        """Write several objects with one sync, or none where they need not be `durable`; it raises as `append` does."""
         self._check_place()
         before = os.fstat(self._file.fileno()).st_size
         text = "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
@@ -45,7 +45,8 @@ class JsonLinesWriter:
         try:
             while content:
                 content = content[self._file.write(content) :]
-            os.fsync(self._file.fileno())
+            if durable:
+                os.fsync(self._file.fileno())
         except OSError as error:
             os.ftruncate(self._file.fileno(), before)
             raise OSError(error.errno, f"cannot write to {self.path}: {error.strerror}") from error

@@ -19,7 +19,7 @@ from megatron_entropic.errors import UserError
 from megatron_entropic.files.atomic import write_parquet
 from megatron_entropic.files.formats import ROLLOUTS, NewerFormat
 from megatron_entropic.files.jsonl import JsonLinesWriter
-from megatron_entropic.types import Group, Reward, Scores, Segment, Task, TrainingBatch, Trajectory
+from megatron_entropic.types import NO_VERSION, Group, Origin, Reward, Scores, Segment, Task, TrainingBatch, Trajectory
 
 ROLLOUTS_FOLDER = "rollouts"
 _METADATA_KEY = b"megatron_entropic.rollouts"
@@ -27,7 +27,7 @@ _METADATA_KEY = b"megatron_entropic.rollouts"
 
 @dataclass(frozen=True, slots=True)
 class RecordedResponse:
-    """One response of a step, R tokens long, with what the update was computed from."""
+    """One response of a step, R tokens that the policy wrote, with what the update was computed from."""
 
     trajectory: Trajectory
     """Task, tokens and text of the response, with the engine's log-probs."""
@@ -104,8 +104,9 @@ def write_rollouts(path: Path, step: int, batch: TrainingBatch, scores: Scores, 
         "data_source": pa.array([task.data_source for task in tasks], pa.string()),
         "extra_info": pa.array([_json(task.extra_info) for task in tasks], pa.string()),
         "response": pa.array([_storable(one.text) for one in trajectories], pa.string()),
-        "response_tokens": _lists([one.response_tokens for one in trajectories], np.int32),
+        "response_tokens": _lists([one.continuation for one in trajectories], np.int32),
         "finish_reason": pa.array([one.finish_reason for one in trajectories], pa.string()),
+        "ending": pa.array([one.ending for one in trajectories], pa.string()),
         "weights_version": pa.array([one.weights_version for one in trajectories], pa.int64()),
         "segment_versions": _lists([[s.weights_version for s in one.segments] for one in trajectories], np.int64),
         "segment_tokens": _lists([[s.tokens.size for s in one.segments] for one in trajectories], np.int64),
@@ -188,10 +189,11 @@ def _content(schema: Any, path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def _response(row: dict[str, Any]) -> RecordedResponse:
-    count = len(row["response_tokens"])
+    trajectory_segments = _segments(row)
+    count = sum(one.logprobs.size for one in trajectory_segments if one.origin is Origin.POLICY)
     lists = ("rollout_logprobs", "advantages", "old_logprobs", "entropies")
     if unequal := [name for name in lists if len(row[name]) != count]:
-        raise UserError(f"a response of {count} tokens has other numbers of {', '.join(unequal)}")
+        raise UserError(f"a response of {count} tokens of the policy has other numbers of {', '.join(unequal)}")
     task = Task(
         index=row["prompt_index"],
         tokens=np.array(row["prompt_tokens"], np.int32),
@@ -202,7 +204,10 @@ def _response(row: dict[str, Any]) -> RecordedResponse:
     )
     reference = row["reference_logprobs"]
     return RecordedResponse(
-        trajectory=Trajectory(task, row["sample_index"], _segments(row), row["finish_reason"], row["response"]),
+        trajectory=Trajectory(
+            *(task, row["sample_index"], trajectory_segments, row["finish_reason"], row["response"]),
+            ending=row.get("ending", ""),
+        ),
         reward=Reward(float(row["reward"]), float(row["verifier_reward"]), str(row["verifier_status"])),
         advantages=np.array(row["advantages"], np.float32),
         old_logprobs=np.array(row["old_logprobs"], np.float32),
@@ -217,12 +222,17 @@ def _segments(row: dict[str, Any]) -> tuple[Segment, ...]:
     sampling = row.get("sampling_logprobs")
     scored = None if sampling is None else np.array(sampling, np.float32)
     versions = row.get("segment_versions") or [row["weights_version"]]
-    ends = np.cumsum(row.get("segment_tokens") or [tokens.size])
-    pieces = [slice(end - size, end) for end, size in zip(ends, np.diff(ends, prepend=0), strict=True)]
-    return tuple(
-        Segment(tokens[piece], logprobs[piece], version, policy_logprobs=None if scored is None else scored[piece])
-        for version, piece in zip(versions, pieces, strict=True)
-    )
+    found, start, written = [], 0, 0
+    for version, size in zip(versions, row.get("segment_tokens") or [tokens.size], strict=True):
+        own, start = tokens[start : start + size], start + size
+        if version == NO_VERSION:
+            found.append(Segment.of_environment(own))
+            continue
+        piece, written = slice(written, written + size), written + size
+        found.append(Segment(own, logprobs[piece], version, policy_logprobs=None if scored is None else scored[piece]))
+    if start != tokens.size or written != logprobs.size:
+        raise UserError(f"segments of {start} tokens, {written} of the policy, are not those of the response")
+    return tuple(found)
 
 
 def _lists(rows: Sequence[Iterable[Any] | None], dtype: type) -> Any:

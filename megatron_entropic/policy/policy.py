@@ -385,7 +385,9 @@ class Policy:
     def _measure(self, sequences: list[Sequence], scores: Scores | None) -> None:
         local = torch.zeros(2, dtype=torch.float64, device=self.platform.device)
         if scores is not None:
-            local += measured_entropy(sequences, scores, self.config.feedback, self.config.rollout.importance_cap)
+            config = self.config
+            cap, measure = config.rollout.importance_cap, config.entropy_control.measure
+            local += measured_entropy(sequences, scores, config.feedback, cap, measure)
         self._scored = EntropyMeasurement(*sum_of_token_statistics(local, self.parallel).tolist())
         self._freshly_scored = True
         if isinstance(self._control, EntropyControl):

@@ -24,11 +24,16 @@ class TokenView:
 
     text: str
     entropy: float
-    """Entropy of the policy at this position, in nats."""
+    """Entropy of the policy at this position, in nats; NaN where the environment wrote the token, as all below."""
     probability: float
     """Probability pi(token) before the step's first update."""
     engine_probability: float
     touch: Touch
+
+    @property
+    def given(self) -> bool:
+        """Whether the environment wrote it."""
+        return self.entropy != self.entropy
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +59,18 @@ class ResponseView:
         return float(self.recorded.entropies.mean()) if self.recorded.entropies.size else 0.0
 
     @property
+    def turn_entropies(self) -> list[float]:
+        """Mean entropy of each turn, in nats; empty where there is one turn only."""
+        turns = self.recorded.trajectory.turn_numbers
+        if not turns.size or turns[-1] < 2:
+            return []
+        return [float(self.recorded.entropies[turns == turn].mean()) for turn in range(1, turns[-1] + 1)]
+
+    @property
     def touched(self) -> float:
-        """Share of the shown tokens that the control touches."""
-        return sum(token.touch != "" for token in self.tokens) / max(1, len(self.tokens))
+        """Share of the shown tokens of the policy that the control touches."""
+        written = [token for token in self.tokens if not token.given]
+        return sum(token.touch != "" for token in written) / max(1, len(written))
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,22 +177,24 @@ def _response(
     recorded: RecordedResponse, tokenizer: Any, answer: str | None, tau: float | None, max_tokens: int
 ) -> ResponseView:
     trajectory = recorded.trajectory
-    count = trajectory.response_length
+    count = trajectory.continuation_length
     hidden = max(0, count - max_tokens)
     cut = (count - hidden) // 2
-    texts = token_texts(trajectory.response_tokens.tolist(), tokenizer)
-    probabilities, engine = np.exp(recorded.old_logprobs), np.exp(trajectory.rollout_logprobs)
-    tokens = [
-        TokenView(
-            texts[position],
-            float(recorded.entropies[position]),
-            float(probabilities[position]),
-            float(engine[position]),
-            _touch(probabilities[position], recorded.advantages[position], tau),
-        )
-        for position in range(count)
-        if not cut <= position < cut + hidden
-    ]
+    texts = token_texts(trajectory.continuation.tolist(), tokenizer)
+    values = np.full((4, count), np.nan, np.float32)
+    written = slice(None) if trajectory.mask is None else trajectory.mask
+    values[:, written] = (
+        recorded.entropies,
+        np.exp(recorded.old_logprobs),
+        np.exp(trajectory.rollout_logprobs),
+        recorded.advantages,
+    )
+    tokens = []
+    for position in range(count):
+        if not cut <= position < cut + hidden:
+            entropy, probability, engine, advantage = values[:, position].tolist()
+            touch = _touch(probability, advantage, tau)
+            tokens.append(TokenView(texts[position], entropy, probability, engine, touch))
     return ResponseView(recorded, answer, tokens, hidden, cut)
 
 

@@ -12,7 +12,6 @@ from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.rewards.pool import VerifierPool
 from megatron_entropic.rewards.verifier import (
     Job,
-    Verdict,
     answer_name,
     build_reading,
     build_verifier,
@@ -20,6 +19,7 @@ from megatron_entropic.rewards.verifier import (
     lone_answer,
     takes_batches,
 )
+from megatron_entropic.types import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ class Judging:
         self._judge = judge
         self._size = judge.call_size(count)
         self._jobs: list[Job | None] = [None] * count
+        self._settled: dict[int, Verdict] = {}
         self._missing = [min(self._size, count - first) for first in range(0, count, self._size)]
         self._calls: dict[int, Future[list[Verdict]]] = {}
         self._by_answer: dict[tuple[str, str], Future[list[Verdict]]] = {}
@@ -113,11 +114,20 @@ class Judging:
         """Take one job; it is judged from now on, or when its batch is complete."""
         assert self._jobs[position] is None, "every position once"
         self._jobs[position] = job
+        self._count(position)
+
+    def settle(self, position: int, verdict: Verdict) -> None:
+        """Take a verdict that is there already, so that nobody has to judge the position."""
+        self._settled[position] = verdict
+        self._count(position)
+
+    def _count(self, position: int) -> None:
         call = position // self._size
         self._missing[call] -= 1
         if not self._missing[call]:
             members = self._jobs[call * self._size : (call + 1) * self._size]
-            self._calls[call] = self._submitted([member for member in members if member is not None])
+            if jobs := [member for member in members if member is not None]:
+                self._calls[call] = self._submitted(jobs)
 
     @property
     def ready(self) -> bool:
@@ -131,7 +141,8 @@ class Judging:
             warn: write one line into the log if there are failures among them.
         """
         assert not any(self._missing), "every job must have come"
-        verdicts = [verdict for call in range(len(self._missing)) for verdict in self._calls[call].result()]
+        judged = iter([verdict for call in sorted(self._calls) for verdict in self._calls[call].result()])
+        verdicts = [self._settled[place] if job is None else next(judged) for place, job in enumerate(self._jobs)]
         failed = [verdict for verdict in verdicts if verdict.status != "ok"]
         if warn and failed:
             logger.warning(

@@ -25,7 +25,8 @@ from typing import IO
 
 from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.errors import RunError, UserError
-from megatron_entropic.rewards.verifier import Job, Verdict
+from megatron_entropic.rewards.verifier import Job
+from megatron_entropic.types import Verdict
 
 _LONGEST_CHUNK = 16
 

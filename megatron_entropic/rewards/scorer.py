@@ -15,8 +15,8 @@ from typing import Any
 
 from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.rewards.judge import Judge, Judging
-from megatron_entropic.rewards.verifier import Job, Trial, Verdict, trial_settings, trials
-from megatron_entropic.types import Reward, Trajectory
+from megatron_entropic.rewards.verifier import Job, Trial, trial_settings, trials
+from megatron_entropic.types import Reward, Trajectory, Verdict
 
 
 class RewardScorer:
@@ -99,8 +99,12 @@ class Scoring:
     def add(self, position: int, trajectory: Trajectory) -> None:
         """Take one trajectory; those at the positions of a group are attempts at one task."""
         self._overlong[position] = self._overlong_penalty(trajectory)
-        for judging in self._judgings.values():
-            judging.add(position, job_of(trajectory))
+        main, *added = self._judgings.values()
+        judge_trajectory(main, position, trajectory)
+        known = trajectory.verdict
+        unverdicted = trajectory if known is None or known.status != "ok" else replace(trajectory, verdict=None)
+        for judging in added:
+            judge_trajectory(judging, position, unverdicted)
 
     @property
     def ready(self) -> bool:
@@ -152,7 +156,7 @@ class Scoring:
         if not buffer:
             return 0.0
         assert self._max_response_tokens is not None, "reward.overlong_buffer_tokens needs the longest response"
-        return overlong_penalty(trajectory.response_length, self._max_response_tokens, buffer)
+        return overlong_penalty(trajectory.continuation_length, self._max_response_tokens, buffer)
 
     def _parts(self, verdicts: Sequence[list[Verdict]], overlong: list[float]) -> dict[str, float]:
         """Means of the single rewards, where there are several."""
@@ -166,9 +170,12 @@ class Scoring:
         return parts
 
 
-def job_of(trajectory: Trajectory) -> Job:
-    """Response, ground truth and extra_info of a trajectory, which a verifier gets."""
-    return trajectory.text, trajectory.task.ground_truth, trajectory.task.extra_info
+def judge_trajectory(judging: Judging, position: int, trajectory: Trajectory) -> None:
+    """Let a trajectory be judged, unless its environment has a verdict already."""
+    if trajectory.verdict is not None:
+        judging.settle(position, trajectory.verdict)
+    else:
+        judging.add(position, (trajectory.text, trajectory.task.ground_truth, trajectory.task.extra_info))
 
 
 def _without_failures(group: list[Reward]) -> list[Reward]:

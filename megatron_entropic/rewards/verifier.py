@@ -19,6 +19,7 @@ from megatron_entropic.config.data import RewardConfig
 from megatron_entropic.config.names import ANSWERS, VERIFIERS, VerifierEntry, unknown_name, verifier_entry
 from megatron_entropic.config.plugins import compile_pattern, find_attribute
 from megatron_entropic.errors import UserError
+from megatron_entropic.types import Verdict
 
 Verifier = Callable[[str, Any, Mapping[str, Any]], float]
 """Function: (response text, ground truth, extra_info of the row) -> reward. An exception of it is a verifier error."""
@@ -94,15 +95,6 @@ def answer_name(entry: VerifierEntry, reward: RewardConfig) -> str:
 
 Job = tuple[str, Any, Mapping[str, Any]]
 """One job of a verifier: response, ground truth, extra_info."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """A reward, or the reason why there is none."""
-
-    status: Literal["ok", "timeout", "error"]
-    reward: float = 0.0
-    message: str = ""
 
 
 def judge(verifier: Verifier | BatchVerifier, jobs: Sequence[Job]) -> list[Verdict]:

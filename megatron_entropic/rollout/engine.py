@@ -101,7 +101,7 @@ class RolloutEngine:
         self._updates: UpdateCalls | None = None
         self._max_model_tokens = max_model_tokens
         self._hf_tensors = ParameterMap(read_dimensions(hf_dir)).hf_tensors
-        self._stop_token_ids = stop_token_ids(hf_dir)
+        self._stop_token_ids = stop_token_ids(hf_dir, config.stop)
         self._weights_version: int | None = 0 if load_weights else None
         self._refusal = "no weights were published to this engine yet, and it has none of its own"
         options = _engine_options(dtype, config, device, transport)
@@ -171,7 +171,7 @@ class RolloutEngine:
         from vllm import TokensPrompt
 
         _ = self.weights_version  # refuses incomplete weights
-        self._check_lengths(requests, sampling.max_response_tokens)
+        self._check_lengths(requests, sampling)
         if not requests:
             return []
         prompts = [TokensPrompt(prompt_token_ids=request.tokens.tolist()) for request in requests]
@@ -300,7 +300,7 @@ class RolloutEngine:
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
                 seed=request.own_seed,
-                max_tokens=sampling.max_response_tokens - request.done,
+                max_tokens=_limit(request, sampling) - request.done,
                 stop_token_ids=self._stop_token_ids,
                 logprobs=0,
                 flat_logprobs=True,
@@ -319,14 +319,21 @@ class RolloutEngine:
         if reported != str(version):
             raise RuntimeError(f"publish: vLLM reports weights version {reported} after update {version}")
 
-    def _check_lengths(self, requests: Sequence[GenerationRequest], response_tokens: int) -> None:
-        room = self._max_model_tokens - response_tokens
+    def _check_lengths(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> None:
         lengths = [request.tokens.size - request.done for request in requests]
-        if too_long := [length for length in lengths if length > room]:
+        rooms = [self._max_model_tokens - _limit(request, sampling) for request in requests]
+        too_long = [(length, room) for length, room in zip(lengths, rooms, strict=True) if length > room]
+        if too_long:
+            longest, room = max(too_long)
             raise UserError(
-                f"{len(too_long)} prompts are longer than the {room} tokens that max_response_tokens="
-                f"{response_tokens} leaves of {self._max_model_tokens}; the longest has {max(too_long)}"
+                f"{len(too_long)} prompts are longer than what max_response_tokens={sampling.max_response_tokens} "
+                f"leaves of {self._max_model_tokens} tokens; the longest has {longest}, and there is room for {room}"
             )
+
+
+def _limit(request: GenerationRequest, sampling: Sampling) -> int:
+    """Most tokens of a turn."""
+    return sampling.max_response_tokens if request.limit is None else request.limit
 
 
 def check_complete(buckets: Sequence[FlatContents], hf_tensors: dict[str, tuple[int, ...]]) -> None:

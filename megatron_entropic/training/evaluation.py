@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from megatron_entropic.files.paths import make_directory
 from megatron_entropic.observability.progress import PhaseDisplay
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.training.evaluator import Evaluator, model_identity
+from megatron_entropic.training.preconditions import open_environments
 
 
 def evaluate(config: Config, directory: Path, label: str) -> list[BenchmarkSummary]:
@@ -43,8 +45,12 @@ def evaluate(config: Config, directory: Path, label: str) -> list[BenchmarkSumma
         pending = evaluator.pending(directory, model)
         if pending:
             make_directory(directory)
-            with RewardScorer(config.reward) as scorer, launch_engines(config, phases.begin) as cluster:
-                sampler = Sampler(config, DealtOut(cluster), tokenizer)
+            with (
+                ExitStack() as closing,
+                RewardScorer(config.reward) as scorer,
+                launch_engines(config, phases.begin) as cluster,
+            ):
+                sampler = Sampler(config, DealtOut(cluster), tokenizer, open_environments(config, closing))
                 for name in pending:
                     responses = len(evaluator.problems[name]) * config.evaluation.samples(name)
                     phases.begin(f"answering {name}: responses", total=responses)

@@ -23,9 +23,8 @@ from megatron_entropic.evaluation.generations import Generation, write_generatio
 from megatron_entropic.evaluation.store import generations_path, stored_settings, summarise_stored, write_summary
 from megatron_entropic.evaluation.summary import BenchmarkSummary
 from megatron_entropic.observability.settings_history import sampled_digest
-from megatron_entropic.rewards import RewardScorer, build_reader, job_of
-from megatron_entropic.rewards.verifier import Verdict
-from megatron_entropic.types import Task, Trajectory
+from megatron_entropic.rewards import RewardScorer, build_reader, judge_trajectory
+from megatron_entropic.types import Task, Trajectory, Verdict
 
 if TYPE_CHECKING:  # what is read before a start needs no Ray
     from megatron_entropic.cluster.sampling import Sampler
@@ -41,6 +40,9 @@ _FORM_KEYS = (
     "template_date",
     "max_prompt_tokens",
 )
+
+_SPEED_KEYS = {"workers", "reply_timeout_s"}
+"""Keys of the section `environment` that no response depends on."""
 
 
 class Evaluator:
@@ -120,13 +122,13 @@ class Evaluator:
             count: called once for each response that has come.
         """
 
-        def judge(position: int, trajectory: Trajectory) -> None:
-            judging.add(position, job_of(trajectory))
+        def take(position: int, trajectory: Trajectory) -> None:
+            judge_trajectory(judging, position, trajectory)
             count()
 
         problems = self._benchmarks[name]
         with scorer.judging(len(problems) * self._config.evaluation.samples(name)) as judging:
-            trajectories = sampler.answer_benchmark(name, problems, judge)
+            trajectories = sampler.answer_benchmark(name, problems, take)
             generations = list(map(self._generation, trajectories, judging.verdicts(warn=True)))
         write_generations(generations_path(directory, name), generations, self._settings(name, model))
 
@@ -160,7 +162,7 @@ class Evaluator:
             ground_truth=truth if isinstance(truth, str) else json.dumps(truth, sort_keys=True, default=str),
             reward=verdict.reward,
             verifier_status=verdict.status,
-            response_tokens=trajectory.response_tokens.tolist(),
+            response_tokens=trajectory.continuation.tolist(),
             logprob_sum=sum(trajectory.rollout_logprobs.tolist()),
             finish_reason=trajectory.finish_reason,
         )
@@ -168,7 +170,13 @@ class Evaluator:
     def _settings(self, name: str, model: dict[str, Any]) -> dict[str, Any]:
         """Everything that a benchmark's responses depend on."""
         config, data = self._config, self._config.data
+        environment, stop = config.environment.section, config.rollout.stop
         return {
+            # Only where there are some, so that evaluations of older versions of the package stay comparable.
+            **(
+                {} if environment is None else {"environment": environment.model_dump(mode="json", exclude=_SPEED_KEYS)}
+            ),
+            **({"stop": stop} if stop else {}),
             "model": model,
             "content_sha256": content_digest(config.evaluation.benchmarks[name]),
             "prompts_sha256": _prompts_digest(self._benchmarks[name]),

@@ -27,7 +27,8 @@ from megatron_entropic.config.algorithm import FROZEN_KEYS
 from megatron_entropic.config.load import ConfigError
 from megatron_entropic.config.run import Config, RunConfig
 from megatron_entropic.data import TaskDataset, load_checked_tokenizer
-from megatron_entropic.data.tokenizer import check_same_tokens
+from megatron_entropic.data.tokenizer import check_same_tokens, stop_token_ids
+from megatron_entropic.environments.host import EnvironmentHost
 from megatron_entropic.errors import Problems, RunError, UserError
 from megatron_entropic.observability.metrics import check_sinks
 from megatron_entropic.rewards import RewardScorer
@@ -45,6 +46,8 @@ class Inputs:
     tasks: TaskDataset
     lessons: list[list[Sequence]]
     """Sequences of each supervised step."""
+    environments: EnvironmentHost | None
+    """What answers the policy's turns; None: a response is one turn."""
 
 
 @contextmanager
@@ -69,6 +72,8 @@ def open_inputs(config: Config) -> Iterator[Inputs]:
             attempt(lambda: build_controller(config.entropy_control))
         longest = config.rollout.max_response_tokens
         scorer = attempt(lambda: closing.enter_context(RewardScorer(config.reward, max_response_tokens=longest)))
+        environments = attempt(lambda: open_environments(config, closing))
+        attempt(lambda: stop_token_ids(config.model.hf_dir, config.rollout.stop))
         tokenizer = attempt(lambda: load_checked_tokenizer(config.model.hf_dir))
         if tokenizer is None:
             raise ConfigError("what the run reads", problems.messages)
@@ -80,14 +85,30 @@ def open_inputs(config: Config) -> Iterator[Inputs]:
                 config.data,
                 tokenizer,
                 seed=config.run.seed,
-                check_truths=None if scorer is None else scorer.truth_problems,
+                check_truths=None if scorer is None or _gives_reward(environments) else scorer.truth_problems,
                 benchmarks=None if evaluator is None else evaluator.problems,
             )
         )
         lessons = attempt(lambda: warm_start_sequences(config, tokenizer))
         if problems.messages or scorer is None or evaluator is None or tasks is None or lessons is None:
             raise ConfigError("what the run reads", problems.messages)
-        yield Inputs(scorer, evaluator, tasks, lessons)
+        yield Inputs(scorer, evaluator, tasks, lessons, environments)
+
+
+def _gives_reward(environments: EnvironmentHost | None) -> bool:
+    """Whether no verifier is asked."""
+    return environments is not None and environments.gives_reward
+
+
+def open_environments(config: Config, closing: ExitStack) -> EnvironmentHost | None:
+    """Start the processes of environments, which end with `closing`; None without an environment.
+
+    Raises:
+        UserError, RunError: as `EnvironmentHost`.
+    """
+    if config.environment.section is None:
+        return None
+    return closing.enter_context(EnvironmentHost(config.environment, config.model.hf_dir))
 
 
 def check_resumable(run: RunConfig, steps: int) -> None:

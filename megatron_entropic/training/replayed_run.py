@@ -76,4 +76,4 @@ def compare_runs(first: Path, second: Path) -> tuple[list[str], int, int]:
 def _values(response: Any) -> tuple[list[Any], ...]:
     one = response.trajectory
     segments = [value for s in one.segments for value in (s.weights_version, s.tokens.size)]
-    return one.response_tokens.tolist(), one.rollout_logprobs.tolist(), response.old_logprobs.tolist(), segments
+    return one.continuation.tolist(), one.rollout_logprobs.tolist(), response.old_logprobs.tolist(), segments

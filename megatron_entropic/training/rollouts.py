@@ -20,6 +20,7 @@ from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.cluster.sampling import Sampler
 from megatron_entropic.config.run import RolloutConfig
 from megatron_entropic.data import TaskDataset
+from megatron_entropic.environments.conversation import Environments
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.rollout.schedule import Moment
 from megatron_entropic.training.in_flight import SavedAttempt
@@ -112,13 +113,15 @@ class JudgedRollouts:
     scorer: RewardScorer
     journal: Journal
     stop: StopRequest
+    environments: Environments | None = None
 
     def of_step(self, step: int) -> tuple[list[Group], dict[str, float]]:
         """Generate and judge the groups of a step; returns them and the metrics reward/verifier_* and resampling/*."""
         rounds = Rounds(self.config, self.tasks, step)
         while tasks := rounds.next_tasks():
             rounds.judged(*self._answered(step, tasks, first_place=rounds.first_place))
-        return rounds.result()
+        groups, metrics = rounds.result()
+        return groups, metrics | (self.environments.take_metrics() if self.environments is not None else {})
 
     def before_update(self, policy: PolicyGroup) -> None:
         """Nothing: all that these weights sampled has been scored."""

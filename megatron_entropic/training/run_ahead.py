@@ -12,59 +12,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 
-import numpy as np
-import torch
-
 from megatron_entropic.cluster.cluster import Cluster
-from megatron_entropic.cluster.dispatch import Ask, Dispatcher
+from megatron_entropic.cluster.dispatch import Dispatcher
 from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.cluster.sampling import DealtOut, Queued, Sampler
 from megatron_entropic.config.run import Config
 from megatron_entropic.data import TaskDataset
-from megatron_entropic.data.tokenizer import Tokenizer
+from megatron_entropic.environments.record import recorded_environments
 from megatron_entropic.errors import RunError
-from megatron_entropic.rewards import RewardScorer
-from megatron_entropic.rewards.scorer import Scoring
 from megatron_entropic.rollout.schedule import Moment
 from megatron_entropic.training.in_flight import SavedAttempt
 from megatron_entropic.training.journal import Journal
 from megatron_entropic.training.lifecycle import StopRequest
 from megatron_entropic.training.preconditions import Inputs
-from megatron_entropic.training.rollouts import JudgedRollouts, Rollouts, Rounds, grouped
+from megatron_entropic.training.rollouts import JudgedRollouts, Rollouts, Rounds
 from megatron_entropic.training.run_directory import RunDirectory
+from megatron_entropic.training.step_ahead import Judges, StepAhead
 from megatron_entropic.types import (
-    CUT,
-    GenerationRequest,
     Group,
-    Response,
-    Segment,
-    Sequence,
-    Task,
-    Trajectory,
-    derived_seed,
 )
-
-
-@dataclass(slots=True)
-class _Attempt:
-    """One attempt at a task, as far as it has come."""
-
-    task: Task
-    segments: list[Segment] = field(default_factory=list)
-    finish_reason: str = ""
-    trajectory: Trajectory | None = None
-    """What was judged. Its segments may be scored later; those here are."""
-
-    def up_to(self, number: int) -> Sequence:
-        """Sequence whose response is the segment `number`, after all that comes before it."""
-        before = [self.task.tokens, *(segment.tokens for segment in self.segments[:number])]
-        tokens = np.concatenate([*before, self.segments[number].tokens])
-        return Sequence(torch.from_numpy(tokens).long(), prompt_length=sum(part.size for part in before))
 
 
 class RunAhead:
@@ -76,7 +46,7 @@ class RunAhead:
         tasks: TaskDataset,
         cluster: Cluster,
         dispatcher: Dispatcher,
-        scorer: RewardScorer,
+        judges: Judges,
         journal: Journal,
         stop: StopRequest,
     ) -> None:
@@ -85,10 +55,10 @@ class RunAhead:
         self._tasks = tasks
         self._cluster = cluster
         self._dispatcher = dispatcher
-        self._scorer = scorer
+        self._judges = judges
         self._journal = journal
         self._stop = stop
-        self._ahead: dict[int, _StepAhead] = {}
+        self._ahead: dict[int, StepAhead] = {}
         self._splits = config.rollout.split_staleness
         self._measured_s = time.time()
 
@@ -114,13 +84,14 @@ class RunAhead:
     def of_step(self, step: int) -> tuple[list[Group], dict[str, float]]:
         """Wait for the groups of a step; returns them and the metrics reward/verifier_* and resampling/*."""
         ahead = self._ahead[step]
-        raise_if_asked = self._stop.raise_if_asked
-        with self._journal.phase("generate"), self._dispatcher.turn(raise_if_asked):
-            self._dispatcher.wait(ahead.is_complete, phase=f"generate (step {step})", while_waiting=raise_if_asked)
+        with self._journal.phase("generate"), self._dispatcher.turn(self._stop.raise_if_asked):
+            self._dispatcher.wait(ahead.is_complete, phase=f"generate (step {step})", while_waiting=self._look)
         del self._ahead[step]
         ahead.close()
         groups, metrics = ahead.result()
-        return groups, metrics | self._engine_metrics()
+        environments = self._judges.environments
+        spoken = environments.take_metrics() if environments is not None else {}
+        return groups, metrics | self._engine_metrics() | spoken
 
     def before_update(self, policy: PolicyGroup) -> None:
         """Let the policy keep its weights, from which engines go on to sample while it is updated.
@@ -176,6 +147,10 @@ class RunAhead:
         for ahead in self._ahead.values():
             ahead.close()
 
+    def _look(self) -> None:
+        self._stop.raise_if_asked()
+        self._judges.check()
+
     def _engine_metrics(self) -> dict[str, float]:
         """Metrics rollout/* of the time since the last call, of which the engines' work goes into the timeline.
 
@@ -217,138 +192,9 @@ class RunAhead:
 
     def _open(self, step: int, saved: list[SavedAttempt]) -> None:
         rounds = Rounds(self._config.rollout, self._tasks, step)
-        ahead = _StepAhead(step, rounds, self._config, self._dispatcher, self._scorer, self._tasks.tokenizer)
+        ahead = StepAhead(step, rounds, self._config, self._dispatcher, self._judges, self._tasks.tokenizer)
         self._ahead[step] = ahead
         ahead.begin({(one.place, one.sample): one for one in saved})
-
-
-class _StepAhead:
-    """The attempts of one step, round by round; parts of them arrive in the dispatcher's thread, under its lock."""
-
-    def __init__(
-        self,
-        step: int,
-        rounds: Rounds,
-        config: Config,
-        dispatcher: Dispatcher,
-        scorer: RewardScorer,
-        tokenizer: Tokenizer,
-    ) -> None:
-        self.rounds = rounds
-        self._step = step
-        self._config = config
-        self._dispatcher = dispatcher
-        self._scorer = scorer
-        self._decode = partial(tokenizer.batch_decode, skip_special_tokens=True)
-        self._attempts: dict[tuple[int, int], _Attempt] = {}
-        self._saved: dict[tuple[int, int], SavedAttempt] = {}
-        self._scoring: Scoring | None = None
-        self._open_scorings = ExitStack()
-        self._first_place = self._unfinished = 0
-
-    def begin(self, saved: dict[tuple[int, int], SavedAttempt]) -> None:
-        """Ask for the first round; attempts that were in flight, by place and sample, go on where they were."""
-        self._saved = saved
-        self._begin_round()
-
-    def is_complete(self) -> bool:
-        """Whether every round is judged; begins the next one if it is time for it."""
-        while self._scoring is not None and not self._unfinished and self._scoring.ready:
-            rewards, metrics = self._scoring.finish()
-            size = self._config.rollout.samples_per_prompt
-            of_round = [key for key in self._attempts if key[0] >= self._first_place]
-            trajectories = [one for key in of_round if (one := self._attempts[key].trajectory) is not None]
-            self.rounds.judged(grouped(trajectories, rewards, size), metrics)
-            self._begin_round()
-        return self._scoring is None
-
-    def result(self) -> tuple[list[Group], dict[str, float]]:
-        """Groups of the step with all that is known of their segments by now, and metrics of judging them."""
-        groups, metrics = self.rounds.result()
-        segments = {id(one.trajectory): tuple(one.segments) for one in self._attempts.values()}
-        return [
-            replace(group, trajectories=tuple(replace(one, segments=segments[id(one)]) for one in group.trajectories))
-            for group in groups
-        ], metrics
-
-    def saved(self, before: Moment, placed: dict[tuple[str, int], tuple[int, int]]) -> list[SavedAttempt]:
-        """Attempts as they were before `before`; `placed` has engine and ticket of those that an engine has."""
-        found = []
-        for (place, sample), attempt in self._attempts.items():
-            kept = [one for one in attempt.segments if before.part or one.weights_version < before.version]
-            engine, ticket = placed.get((f"{self._step}/{place}", sample), (-1, -1))
-            if kept or engine >= 0:
-                reason = attempt.finish_reason if len(kept) == len(attempt.segments) else ""
-                index = attempt.task.index
-                found.append(SavedAttempt(self._step, place, sample, index, tuple(kept), reason, engine, ticket))
-        return found
-
-    def sampled_by(self, version: int) -> list[tuple[_Attempt, int]]:
-        """Attempts with the numbers of their segments that a version sampled and that are not scored with it yet."""
-        return [
-            (attempt, number)
-            for attempt in self._attempts.values()
-            for number, segment in enumerate(attempt.segments)
-            if segment.weights_version == version and segment.policy_logprobs is None
-        ]
-
-    def close(self) -> None:
-        """Judge nothing any more."""
-        self._open_scorings.close()
-
-    def _begin_round(self) -> None:
-        tasks, size = self.rounds.next_tasks(), self._config.rollout.samples_per_prompt
-        if not tasks:
-            self._scoring = None
-            return
-        self._first_place, self._unfinished = self.rounds.first_place, len(tasks) * size
-        self._scoring = self._open_scorings.enter_context(self._scorer.scoring(len(tasks), size))
-        asks = [ask for place, task in enumerate(tasks, self._first_place) for ask in self._asks(place, task)]
-        self._dispatcher.ask(asks)
-
-    def _asks(self, place: int, task: Task) -> list[Ask]:
-        """What is still to be sampled of a group: together, or each where it was in flight."""
-        seed, rollout = self._config.run.seed, self._config.rollout
-        group, arrived = f"{self._step}/{place}", partial(self._arrived, place)
-        together: dict[int, GenerationRequest] = {}
-        asks = []
-        for sample in range(rollout.samples_per_prompt):
-            attempt = self._attempts[place, sample] = _Attempt(task)
-            request = GenerationRequest(task.tokens, derived_seed(seed, self._step, place, sample))
-            was = self._saved.pop((place, sample), None)
-            if was is not None:
-                attempt.segments = list(was.segments)
-                for segment in was.segments:
-                    request = request.continued(segment.tokens)
-            if was is not None and was.finish_reason:
-                self._finish(place, sample, was.finish_reason)
-            elif was is not None and was.engine >= 0:
-                # In the order in which its engine had taken them up, before anything else.
-                order, engine = (-2, was.ticket), f"engine {was.engine}"
-                asks.append(Ask(group, order, {sample: request}, rollout.sampling, arrived, engine))
-            else:
-                together[sample] = request
-        if together:
-            asks.append(Ask(group, (self._step, place), together, rollout.sampling, arrived))
-        return asks
-
-    def _arrived(self, place: int, sample: int, response: Response) -> None:
-        if response.segment.tokens.size:
-            self._attempts[place, sample].segments.append(response.segment.copied())
-        if response.finish_reason != CUT:
-            self._finish(place, sample, response.finish_reason)
-            self.is_complete()
-
-    def _finish(self, place: int, sample: int, reason: str) -> None:
-        attempt = self._attempts[place, sample]
-        tokens = np.concatenate([segment.tokens for segment in attempt.segments])
-        (text,) = self._decode([tokens.tolist()])
-        attempt.finish_reason = reason
-        attempt.trajectory = Trajectory(attempt.task, sample, tuple(attempt.segments), reason, text)
-        assert self._scoring is not None, "a round is open"
-        position = (place - self._first_place) * self._config.rollout.samples_per_prompt + sample
-        self._scoring.add(position, attempt.trajectory)
-        self._unfinished -= 1
 
 
 @contextmanager
@@ -356,15 +202,19 @@ def open_rollouts(
     step: int, config: Config, cluster: Cluster, inputs: Inputs, run: RunDirectory, stop: StopRequest
 ) -> Iterator[tuple[Rollouts, Sampler]]:
     """Yields the source of the steps after `step`, whose weights engines have, and what answers benchmarks."""
-    tokenizer, journal = inputs.tasks.tokenizer, run.journal
+    tokenizer, journal, environments = inputs.tasks.tokenizer, run.journal, None
+    if inputs.environments is not None:
+        environments = recorded_environments(inputs.environments, run.path, config.rollout.schedule_of)
     if not config.rollout.lag:
-        sampler = Sampler(config, DealtOut(cluster), tokenizer)
-        yield JudgedRollouts(config.rollout, inputs.tasks, sampler, inputs.scorer, journal, stop), sampler
+        sampler = Sampler(config, DealtOut(cluster), tokenizer, environments)
+        source = JudgedRollouts(config.rollout, inputs.tasks, sampler, inputs.scorer, journal, stop, environments)
+        yield source, sampler
         return
     moment, saved = run.checkpoints.in_flight(step)
+    judges = Judges(inputs.scorer, environments)
     with (
         Dispatcher(config, cluster) as dispatcher,
-        RunAhead(config, inputs.tasks, cluster, dispatcher, inputs.scorer, journal, stop) as ahead,
+        RunAhead(config, inputs.tasks, cluster, dispatcher, judges, journal, stop) as ahead,
     ):
         ahead.begin(step, moment, saved)
-        yield ahead, Sampler(config, Queued(dispatcher), tokenizer)
+        yield ahead, Sampler(config, Queued(dispatcher), tokenizer, environments)

@@ -24,6 +24,7 @@ from megatron_entropic.algorithms import (
 )
 from megatron_entropic.config.algorithm import AlgorithmConfig, DistillationConfig, FrozenName
 from megatron_entropic.config.run import Config, RolloutConfig
+from megatron_entropic.training.conversation_metrics import conversation_metrics, turn_profile
 from megatron_entropic.types import Group, Scores, Sequence, TrainingBatch, Trajectory
 
 
@@ -75,6 +76,8 @@ def score_batch(
     batch, learned = with_teacher(batch, taught, distillation)
     measured = {**entropy_profile(batch, scores), **mismatch(batch), **importance(batch, config.rollout)}
     measured |= learned
+    tau = config.entropy_control.tau if config.entropy_control.steers_alpha else None
+    measured |= turn_profile(batch, scores, tau)
     return batch, scores, measured | (staleness(batch, version) if config.rollout.lag else {})
 
 
@@ -160,6 +163,7 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
         "response/length_mean": fmean(lengths),
         "response/length_max": float(max(lengths)),
         "response/truncated_fraction": fmean(one.finish_reason == "length" for one in trajectories),
+        **conversation_metrics(trajectories),
     }
 
 
@@ -181,13 +185,13 @@ def staleness(batch: TrainingBatch, version: int) -> dict[str, float]:
         the policy was asked for the latter
     """
     trajectories = batch.trajectories
-    segments = [segment for one in trajectories for segment in one.segments]
+    segments = [segment for one in trajectories for segment in one.written]
     ages = np.repeat([version - s.weights_version for s in segments], [s.tokens.size for s in segments])
     found = {
         "staleness/versions_mean": float(ages.mean()),
         "staleness/versions_max": float(ages.max()),
         "staleness/stale_fraction": float((ages > 0).mean()),
-        "staleness/mixed_fraction": fmean(len({s.weights_version for s in one.segments}) > 1 for one in trajectories),
+        "staleness/mixed_fraction": fmean(len({s.weights_version for s in one.written}) > 1 for one in trajectories),
     }
     if any(s.sampling_logprobs is not None for s in batch.sequences):
         old, own = _column(batch, "old_logprobs"), _column(batch, "own_logprobs")
@@ -241,12 +245,13 @@ def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:
 
 def _sequence(trajectory: Trajectory, advantage: torch.Tensor, success: float) -> Sequence:
     sampling = trajectory.sampling_logprobs
-    prompt, response = torch.from_numpy(trajectory.task.tokens), torch.from_numpy(trajectory.response_tokens)
+    prompt, continuation = torch.from_numpy(trajectory.task.tokens), torch.from_numpy(trajectory.continuation)
     return Sequence(
-        tokens=torch.cat([prompt, response]).long(),
+        tokens=torch.cat([prompt, continuation]).long(),
         prompt_length=prompt.numel(),
-        advantages=advantage.expand(response.numel()).clone(),
+        advantages=advantage.expand(trajectory.response_length).clone(),
         rollout_logprobs=torch.from_numpy(trajectory.rollout_logprobs),
         sampling_logprobs=None if sampling is None else torch.from_numpy(sampling),
         success=success,
+        mask=None if trajectory.mask is None else torch.from_numpy(trajectory.mask),
     )

@@ -20,7 +20,7 @@ MAX_LINES = 500
 ROWS = [
     {"config", "files", "types", "errors"},
     {"tensor_parallel", "algorithms", "rewards", "data", "models", "observability"},
-    {"checkpoints", "weight_sync", "reports", "plugins"},
+    {"checkpoints", "weight_sync", "reports", "environments", "plugins"},
     {"policy", "rollout", "planning", "evaluation"},
     {"cluster"},
     {"training"},

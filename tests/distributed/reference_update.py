@@ -43,14 +43,16 @@ def checkpoint_names(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, 
 
 
 def statistics(model: Any, sequences: list[dict], temperature: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(log-probs, entropies) [R] of every response, with gradient."""
+    """(log-probs, entropies) [R] of what the policy wrote of every sequence, with gradient."""
     result = []
     for sequence in sequences:
         tokens, prompt = sequence["tokens"], sequence["prompt_length"]
         logits = model(torch.tensor([tokens])).logits[0, prompt - 1 : -1] / temperature
         logprobs = logits.log_softmax(-1)
         chosen = logprobs.gather(-1, torch.tensor(tokens[prompt:]).unsqueeze(-1)).squeeze(-1)
-        result.append((chosen, -(logprobs.exp() * logprobs).sum(-1)))
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+        written = slice(None) if sequence["mask"] is None else sequence["mask"]
+        result.append((chosen[written], entropies[written]))
     return result
 
 

@@ -154,14 +154,23 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 }
 
 
+def _conversation(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Which of `count` tokens the policy wrote of a conversation, [count] bool: turns of 1 to 6 tokens, it begins."""
+    lengths = torch.randint(1, 7, (count,), generator=generator)
+    origins = torch.arange(count) % 2 == 0
+    return origins.repeat_interleave(lengths)[:count]
+
+
 def _sequences(hf_dir: Path) -> tuple[list[dict], dict[str, float]]:
     """Sequences with fields of every kind, and what the model thinks of them: mean entropy, a tau in a wide gap."""
     generator = torch.Generator().manual_seed(17)
     sequences: list[dict] = []
-    for tokens, prompt in random_sequences():
-        advantages = torch.randn(len(tokens) - prompt, generator=generator)
+    for number, (tokens, prompt) in enumerate(random_sequences()):
+        mask = _conversation(len(tokens) - prompt, generator) if number % 2 else None
+        written = len(tokens) - prompt if mask is None else int(mask.sum())
+        advantages = torch.randn(written, generator=generator)
         advantages[torch.rand(advantages.shape, generator=generator) < 0.1] = 0.0
-        sequences.append({"tokens": tokens, "prompt_length": prompt, "advantages": advantages})
+        sequences.append({"tokens": tokens, "prompt_length": prompt, "advantages": advantages, "mask": mask})
     model = reference_update.load_model(hf_dir)
     with torch.no_grad():
         stats = reference_update.statistics(model, sequences, BASE["temperature"])

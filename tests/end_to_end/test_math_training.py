@@ -88,10 +88,10 @@ def test_prompts_are_rendered_and_responses_end_as_they_should(run: Run) -> None
         assert tokenizer.decode(task.tokens) == task.text
         assert task.ground_truth == answer
     for one in trajectories:
-        ended = one.response_tokens[-1] == tokenizer.eos_token_id
+        ended = one.continuation[-1] == tokenizer.eos_token_id
         assert ended == (one.finish_reason == "stop")
         assert ended or one.response_length == LIMIT
-        assert one.text == tokenizer.decode(one.response_tokens, skip_special_tokens=True)
+        assert one.text == tokenizer.decode(one.continuation, skip_special_tokens=True)
         assert len(one.rollout_logprobs) == one.response_length
     assert {one.finish_reason for one in trajectories} == {"stop", "length"}
 

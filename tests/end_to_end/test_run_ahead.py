@@ -121,5 +121,5 @@ def test_a_run_continues_with_what_was_in_flight(ahead: Run, tmp_path: Path) -> 
     before, after = _steps(ahead.directory), _steps(directory)
     for step in (4, 5, 6):
         for old, new in zip(before[step].responses, after[step].responses, strict=True):
-            assert new.trajectory.response_tokens.tolist() == old.trajectory.response_tokens.tolist()
+            assert new.trajectory.continuation.tolist() == old.trajectory.continuation.tolist()
             assert new.trajectory.rollout_logprobs.tolist() == old.trajectory.rollout_logprobs.tolist()

@@ -18,8 +18,8 @@ from megatron_entropic.errors import RunError
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.rewards.judge import Judge
 from megatron_entropic.rewards.pool import VerifierPool
-from megatron_entropic.rewards.verifier import Job, Verdict
-from megatron_entropic.types import Reward
+from megatron_entropic.rewards.verifier import Job
+from megatron_entropic.types import Reward, Verdict
 
 VERIFIERS = """
     import os, pathlib, time

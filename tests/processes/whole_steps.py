@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_entropic.rewards.scorer import RewardScorer, job_of
-from megatron_entropic.rewards.verifier import Verdict
-from megatron_entropic.types import Reward, Trajectory
+from megatron_entropic.rewards.scorer import RewardScorer, judge_trajectory
+from megatron_entropic.types import Reward, Trajectory, Verdict
 
 
 def judge(
@@ -23,5 +22,5 @@ def verdicts(scorer: RewardScorer, trajectories: Sequence[Trajectory]) -> list[V
     """What the verifier alone says, failures as such."""
     judging = scorer.judging(len(trajectories))
     for position, trajectory in enumerate(trajectories):
-        judging.add(position, job_of(trajectory))
+        judge_trajectory(judging, position, trajectory)
     return judging.verdicts()

@@ -192,7 +192,7 @@ def pack_one(
     for sequence, start in zip(sequences, starts, strict=False):
         tokens[start : start + sequence.tokens.numel()] = sequence.tokens
     rows_of_all = [
-        torch.arange(start + s.prompt_length - 1, start + s.tokens.numel() - 1)
+        start + s.response_places - 1  # logits predict the token after theirs
         for s, start in zip(sequences, starts, strict=False)
     ]
     rows = torch.cat([torch.empty(0, dtype=torch.int64), *rows_of_all])

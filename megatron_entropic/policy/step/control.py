@@ -41,7 +41,9 @@ class EntropyMeasurement:
         return self.token_count > 0 and math.isfinite(self.entropy_sum)
 
 
-def measured_entropy(sequences: list[Sequence], scores: Scores, feedback: str, cap: float) -> torch.Tensor:
+def measured_entropy(
+    sequences: list[Sequence], scores: Scores, feedback: str, cap: float, measure: str = "tokens"
+) -> torch.Tensor:
     """Sum of this replica's token entropies, nats, and number of its tokens, [2] float64.
 
     Where older weights sampled tokens (`Sequence.sampling_logprobs`), each token counts by the weight of its state: how
@@ -57,20 +59,23 @@ def measured_entropy(sequences: list[Sequence], scores: Scores, feedback: str, c
         scores: their scores.
         feedback: name of the feedback.
         cap: `rollout.importance_cap`.
+        measure: `entropy_control.measure`. responses: the sum of the responses' means, and their number. first_turn:
+            only tokens before the first one that an environment wrote.
     """
     total = torch.zeros(2, dtype=torch.float64)
     for sequence, logprobs, entropies in zip(sequences, scores.logprobs, scores.entropies, strict=True):
+        values, weights = entropies.double(), torch.ones_like(entropies, dtype=torch.float64)
         if feedback == "sampling":
             assert sequence.rollout_logprobs is not None, "rollouts have log-probs"
-            total += torch.tensor([-float(sequence.rollout_logprobs.double().sum()), entropies.numel()])
-            continue
-        if sequence.sampling_logprobs is None:
-            total += torch.tensor([float(entropies.double().sum()), entropies.numel()], dtype=torch.float64)
-            continue
-        steps = (logprobs - sequence.sampling_logprobs).double().nan_to_num(nan=0.0)
-        before = steps.cumsum(0) - steps
-        weights = before.clamp(-math.log(cap), math.log(cap)).exp()
-        total += torch.stack([(weights * entropies.double()).sum(), weights.sum()])
+            values = -sequence.rollout_logprobs.double()
+        elif sequence.sampling_logprobs is not None:
+            steps = (logprobs - sequence.sampling_logprobs).double().nan_to_num(nan=0.0)
+            before = steps.cumsum(0) - steps
+            weights = before.clamp(-math.log(cap), math.log(cap)).exp()
+        if measure == "first_turn":
+            values, weights = values[: sequence.first_turn_length], weights[: sequence.first_turn_length]
+        measured = torch.stack([(weights * values).sum(), weights.sum()])
+        total += measured / measured[1] if measure == "responses" else measured
     return total
 
 

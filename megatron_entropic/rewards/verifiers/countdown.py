@@ -30,11 +30,18 @@ def countdown(answer: str | None, ground_truth: Any, extra_info: Mapping[str, An
     """
     numbers, target = _problem(ground_truth)
     expression = "" if answer is None else "".join(answer.split())
+    value = expression_value(expression)
+    if value is None or sorted(map(int, re.findall(_NUMBER, expression))) != sorted(numbers):
+        return 0.0
+    return float(value == target)
+
+
+def expression_value(text: str) -> int | None:
+    """Value of an expression as `countdown` takes it; None if the text is none."""
+    expression = "".join(text.split())
     if len(expression) > _MAX_CHARACTERS or not _EXPRESSION.fullmatch(expression):
-        return 0.0
-    if sorted(map(int, re.findall(_NUMBER, expression))) != sorted(numbers):
-        return 0.0
-    return float(_value(expression) == target)
+        return None
+    return _value(expression)
 
 
 def _problem(ground_truth: Any) -> tuple[list[int], int]:

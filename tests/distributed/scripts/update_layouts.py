@@ -56,6 +56,7 @@ def sequences_of(case: dict[str, Any], fields: list[dict[str, Any]]) -> list[Seq
             old_logprobs=field[old].float(),
             rollout_logprobs=field["rollout_logprobs"].float(),
             reference_logprobs=field["reference_logprobs"].float(),
+            mask=field["mask"],
         )
         for field in fields
     ]

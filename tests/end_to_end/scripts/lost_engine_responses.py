@@ -22,7 +22,7 @@ from megatron_entropic.types import Task, Trajectory
 
 
 def plain(one: Trajectory) -> list[Any]:
-    return [one.task.index, one.sample_index, one.response_tokens.tolist(), one.rollout_logprobs.tolist()]
+    return [one.task.index, one.sample_index, one.continuation.tolist(), one.rollout_logprobs.tolist()]
 
 
 def main(folder: Path) -> None:

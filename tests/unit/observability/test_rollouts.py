@@ -65,7 +65,7 @@ def test_everything_comes_back(reference: bool, tmp_path: Path) -> None:
         assert found.text == "a\\ud800b"
         for name in ("sample_index", "finish_reason", "weights_version"):
             assert getattr(found, name) == getattr(written, name), name
-        np.testing.assert_array_equal(found.response_tokens, written.response_tokens)
+        np.testing.assert_array_equal(found.continuation, written.continuation)
         np.testing.assert_array_equal(found.rollout_logprobs, written.rollout_logprobs)
         np.testing.assert_array_equal(response.old_logprobs, scores.logprobs[index].numpy())
         np.testing.assert_array_equal(response.entropies, scores.entropies[index].numpy())

@@ -15,9 +15,11 @@ from trajectories import reward_of, task_of
 
 from megatron_entropic.cluster.dispatch import Ask
 from megatron_entropic.config.run import Config
+from megatron_entropic.environments.conversation import Environments
 from megatron_entropic.rollout.schedule import Moment
 from megatron_entropic.training.in_flight import SavedAttempt
 from megatron_entropic.training.run_ahead import RunAhead
+from megatron_entropic.training.step_ahead import Judges
 from megatron_entropic.types import CUT, Response, Scores, Segment, Task, derived_seed
 
 STEPS, PROMPTS, SAMPLES = 6, 2, 2
@@ -77,7 +79,7 @@ class Desk:
 class Tasks:
     """As many tasks as one likes; replacements are the thousands."""
 
-    tokenizer = SimpleNamespace(batch_decode=lambda rows, skip_special_tokens: [" ".join(map(str, r)) for r in rows])
+    tokenizer = SimpleNamespace(decode=lambda row, skip_special_tokens: " ".join(map(str, row)))
 
     def at_step(self, step: int, count: int) -> list[Task]:
         return [task_of(10 * step + place, [step, place]) for place in range(count)]
@@ -127,7 +129,7 @@ class Policy:
         return Scores(rows, [torch.zeros_like(row) for row in rows])
 
 
-def _ahead(config: Config) -> tuple[RunAhead, Desk, Policy]:
+def _ahead(config: Config, environments: Environments | None = None) -> tuple[RunAhead, Desk, Policy]:
     desk, policy = Desk(), Policy()
     journal: Any = SimpleNamespace(
         phase=lambda name: nullcontext(), timeline=SimpleNamespace(count=lambda *a: None, span=lambda *a, **k: None)
@@ -136,8 +138,9 @@ def _ahead(config: Config) -> tuple[RunAhead, Desk, Policy]:
     stop: Any = SimpleNamespace(raise_if_asked=lambda: None)
     tasks: Any = Tasks()
     scorer: Any = Scorer()
+    judges = Judges(scorer, environments)
     dispatcher: Any = desk
-    return RunAhead(config, tasks, cluster, dispatcher, scorer, journal, stop), desk, policy
+    return RunAhead(config, tasks, cluster, dispatcher, judges, journal, stop), desk, policy
 
 
 def _names(desk: Desk) -> list[str]:
@@ -185,7 +188,7 @@ def test_every_part_is_scored_once_with_the_weights_that_sampled_it() -> None:
     (first, second), _ = ahead.of_step(2)
     for trajectory in (*first.trajectories, *second.trajectories):
         assert [segment.weights_version for segment in trajectory.segments] == [0, 1]
-        assert trajectory.response_tokens.tolist() == [4, 5, 6, 1]
+        assert trajectory.continuation.tolist() == [4, 5, 6, 1]
         # The rest is of the weights that learn from it now: they score it anyway.
         assert trajectory.sampling_logprobs is not None
         assert trajectory.sampling_logprobs.tolist() == pytest.approx([-4, -5, np.nan, np.nan], nan_ok=True)
@@ -242,4 +245,4 @@ def test_what_was_in_flight_goes_on_where_it_was_in_its_order() -> None:
     desk.answer("4/0", 3, 1)
     desk.answer("4/1", 3, 1)
     groups, _ = ahead.of_step(4)
-    assert [one.response_tokens.tolist() for one in groups[0].trajectories] == [[8, 1], [8, 1, 1]]
+    assert [one.continuation.tolist() for one in groups[0].trajectories] == [[8, 1], [8, 1, 1]]

@@ -1,0 +1,239 @@
+"""One attempt at a task, turn by turn: what the policy wrote, what the environment answered, and how it ended.
+
+    request --> engine --> part of a turn ... turn --> call --> environment --> answer --> request ... --> trajectory
+
+A plain state machine: nothing here waits, and who carries requests and calls does not matter to it. Without an
+environment a conversation is over with its first turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+from megatron_entropic.config.data import EnvironmentConfig
+from megatron_entropic.types import (
+    CUT,
+    GenerationRequest,
+    Origin,
+    Response,
+    Segment,
+    Task,
+    Tokens,
+    Trajectory,
+    Verdict,
+    derived_seed,
+)
+
+Ending = Literal["", "over", "turns", "length", "timeout", "error", "lost"]
+"""Why a conversation ended. over: its environment said so. turns, length: a limit. timeout, error: its environment took
+too long or raised. lost: the process that it ran in died, twice. Empty while it goes on, and for single answers."""
+FAILURES = ("timeout", "error", "lost")
+"""Endings after which nobody knows what the conversation was worth."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How far a conversation may go."""
+
+    max_turns: int
+    max_turn_tokens: int
+    """Most tokens that the policy may write in a turn."""
+    max_tokens: int
+    """Most tokens after the prompt, those of the environment included."""
+
+    @classmethod
+    def of(cls, config: EnvironmentConfig | None, max_response_tokens: int) -> Limits:
+        """Limits of `environment`; None: one turn."""
+        if config is None:
+            return cls(1, max_response_tokens, max_response_tokens)
+        longest = min(config.max_turn_tokens or max_response_tokens, max_response_tokens)
+        return cls(config.max_turns, longest, max_response_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Name of a turn, the same in a replay: who began the conversation, which one of a group it is, which turn."""
+
+    group: str
+    """STEP/PLACE, or that of a benchmark's problem."""
+    sample: int
+    turn: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """What an environment is asked: to begin, or to answer a turn."""
+
+    key: Key
+    task: Task
+    turns: tuple[Tokens, ...]
+    """All turns of the policy so far, the one to answer last; empty: begin."""
+    answers: tuple[Tokens, ...]
+    """What the environment began with and answered so far, to get to the same state in another process."""
+    room: int
+    """Most tokens that the answer may have."""
+    last: Ending = ""
+    """Limit that the conversation has reached, so that no turn can follow; empty: none."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """What an environment says: tokens to go on with, or the end."""
+
+    tokens: Tokens | None
+    ending: Ending = ""
+    """Why the conversation ends, where there are no tokens."""
+    reward: float | None = None
+    """Its reward; None: a verifier judges it, or nobody can."""
+    message: str = ""
+    """Words for a failure."""
+    seconds: float = 0.0
+    """Time that it took, of which others may have had the process."""
+    differences: int = 0
+    """Number of answers that were others when they were asked for again, in another process."""
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What the environment says of the whole conversation; None: that a verifier judges it."""
+        if self.ending in FAILURES:
+            status: Literal["timeout", "error"] = "timeout" if self.ending == "timeout" else "error"
+            return Verdict(status, message=f"environment: {self.message}")
+        return None if self.reward is None else Verdict("ok", self.reward)
+
+
+Answered = Callable[[Answer], None]
+"""Function that takes the answer to a call, in any thread."""
+
+
+class Environments(Protocol):
+    """What carries calls to environments, wherever they are."""
+
+    def ask(self, call: Call, answered: Answered) -> None:
+        """Begin a call; `answered` gets its answer once, whatever becomes of processes."""
+
+    def check(self) -> None:
+        """Raise what went wrong outside of any conversation."""
+
+    def take_metrics(self) -> dict[str, float]:
+        """Metrics since the last call.
+
+        time/environment_mean_s, environment_max_s   time of one call
+        environment/rebuilt_differences              answers that were others when they were asked for again
+        environment/restarts                         processes that were replaced
+        """
+
+
+@dataclass(slots=True)
+class Conversation:
+    """One attempt at a task, as far as it has come."""
+
+    task: Task
+    sample: int
+    seed: int
+    """Seed of the first turn; that of turn j is a function of it and of j."""
+    group: str
+    limits: Limits
+    segments: list[Segment] = field(default_factory=list)
+    finish_reason: str = ""
+    """Why the last turn ended, as vLLM says it; empty while it is being written."""
+    ending: Ending = ""
+    verdict: Verdict | None = None
+    begun: bool = False
+    """Whether the environment has said what the prompt is."""
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing more to come."""
+        return bool(self.ending)
+
+    @property
+    def turns(self) -> list[Tokens]:
+        """The turns of the policy, the last of which may still be written, each [n] int32."""
+        found: list[list[Tokens]] = []
+        before = Origin.ENVIRONMENT
+        for segment in self.segments:
+            if segment.origin is Origin.POLICY:
+                if before is Origin.ENVIRONMENT:
+                    found.append([])
+                found[-1].append(segment.tokens)
+            before = segment.origin
+        return [np.concatenate(parts) for parts in found]
+
+    @property
+    def turn(self) -> int:
+        """Number of the turn that is being written or was last, counted from 1."""
+        waits = not self.segments or self.segments[-1].origin is Origin.ENVIRONMENT
+        return len(self.turns) + waits
+
+    @property
+    def turn_group(self) -> str:
+        """Name of the group in the schedule of engines: each turn has one of its own, so that none comes twice."""
+        return self.group if self.turn == 1 else f"{self.group}/turn {self.turn}"
+
+    @property
+    def request(self) -> GenerationRequest:
+        """What an engine is to continue: the turn from its beginning, or from where it was cut."""
+        done = 0
+        for segment in reversed(self.segments):
+            if segment.origin is Origin.ENVIRONMENT:
+                break
+            done += segment.tokens.size
+        seed = self.seed if self.turn == 1 else derived_seed(self.seed, "turn", self.turn)
+        tokens = np.concatenate([self.task.tokens, *(segment.tokens for segment in self.segments)])
+        limit = min(self.limits.max_turn_tokens, self._room + done)
+        return GenerationRequest(tokens, seed, done, limit)
+
+    @property
+    def call(self) -> Call:
+        """What the environment is to be asked now: to begin, or to answer the turn that has ended."""
+        turns = tuple(self.turns) if self.begun else ()
+        answers = [segment.tokens for segment in self.segments if segment.origin is Origin.ENVIRONMENT]
+        last: Ending = ""
+        if turns and self._room < 2:  # one token of an answer, and one to write after it
+            last = "length"
+        elif len(turns) == self.limits.max_turns:
+            last = "turns"
+        # What it began with is the prompt, whose length the engine checks.
+        room = self._room - 1 if self.begun else self.limits.max_tokens
+        key = Key(self.group, self.sample, len(turns))
+        return Call(key, self.task, turns, (self.task.tokens, *answers) if turns else (), max(room, 0), last)
+
+    def add(self, response: Response) -> bool:
+        """Take a part of a turn; returns whether the turn is at its end."""
+        if response.segment.tokens.size:
+            self.segments.append(response.segment.copied())
+        if response.finish_reason == CUT:
+            return False
+        self.finish_reason = response.finish_reason
+        return True
+
+    def answered(self, answer: Answer) -> None:
+        """Take what the environment says."""
+        if answer.tokens is None:
+            self.ending, self.verdict = answer.ending, answer.verdict
+        elif not self.begun:
+            self.begun = True
+            self.task = self.task.with_prompt(answer.tokens)
+        else:
+            self.segments.append(Segment.of_environment(answer.tokens))
+            self.finish_reason = ""
+
+    def end(self) -> None:
+        """End a single answer, which no environment has a say in."""
+        self.ending = "over"
+
+    def trajectory(self, decode: Callable[[list[int]], str]) -> Trajectory:
+        """The conversation as it is to be judged; `decode` makes text of tokens."""
+        written = [segment.tokens for segment in self.segments if segment.origin is Origin.POLICY]
+        text = decode(np.concatenate([np.empty(0, np.int32), *written]).tolist())
+        reason = self.finish_reason or "stop"
+        return Trajectory(self.task, self.sample, tuple(self.segments), reason, text, self.verdict, self.ending)
+
+    @property
+    def _room(self) -> int:
+        """Number of tokens that may still come after the prompt, whoever writes them."""
+        return self.limits.max_tokens - sum(segment.tokens.size for segment in self.segments)
