@@ -13,7 +13,9 @@ import pytest
 from trajectories import reward_of, task_of
 
 from megatron_entropic.cluster.sampling import DealtOut, Sampler
+from megatron_entropic.config.data import EnvironmentConfig
 from megatron_entropic.config.run import Config
+from megatron_entropic.environments.conversation import Answer, Answered, Call, Environments
 from megatron_entropic.training.rollouts import JudgedRollouts
 from megatron_entropic.types import GenerationRequest, Response, Segment, Task, Trajectory, derived_seed
 
@@ -43,10 +45,12 @@ class Engines:
 
     def __init__(self, count: int) -> None:
         self.names = [f"engine {number}" for number in range(count)]
+        self.asked: list[dict[str, list[list[int]]]] = []
 
     def stream(
         self, requests: dict[str, list[GenerationRequest]], sampling: object, take: Callable[..., None], **_: object
     ) -> dict[str, Any]:
+        self.asked.append({name: [one.tokens.tolist() for one in asked] for name, asked in requests.items()})
         for name, asked in requests.items():
             take(name, [(number, _response(asked[number])) for number in reversed(range(len(asked)))])
         return {}
@@ -55,20 +59,34 @@ class Engines:
 class Tokenizer:
     """Writes tokens as numbers."""
 
-    def batch_decode(self, rows: list[list[int]], *, skip_special_tokens: bool) -> list[str]:
-        return [" ".join(map(str, row)) for row in rows]
+    def decode(self, row: list[int], *, skip_special_tokens: bool) -> str:
+        return " ".join(map(str, row))
 
 
-def _sampler(config: Config) -> Sampler:
-    engines = Engines(config.rollout.engines)
+class Countdown:
+    """Environments that answer the task's index, as many turns of a conversation as its sample has, and 1 more."""
+
+    def ask(self, call: Call, answered: Answered) -> None:
+        over = len(call.turns) == call.key.sample + 1
+        tokens = call.task.tokens if not call.turns else np.array([call.task.index], np.int32)
+        answered(Answer(None, "over", float(call.key.sample)) if over else Answer(tokens))
+
+    def check(self) -> None: ...
+
+    def take_metrics(self) -> dict[str, float]:
+        return {}
+
+
+def _sampler(config: Config, engines: Engines | None = None, environments: Environments | None = None) -> Sampler:
+    engines = engines or Engines(config.rollout.engines)
 
     @contextmanager
     def rollout() -> Iterator[Engines]:
         yield engines
 
-    cluster: Any = SimpleNamespace(engines=engines, rollout=rollout)
+    cluster: Any = SimpleNamespace(engines=engines, rollout=rollout, version=0)
     tokenizer: Any = Tokenizer()
-    return Sampler(config, DealtOut(cluster), tokenizer)
+    return Sampler(config, DealtOut(cluster), tokenizer, environments)
 
 
 def _plain(trajectories: list[Trajectory]) -> list[tuple[int, int, str]]:
@@ -98,6 +116,31 @@ def test_seeds_of_an_evaluation_belong_to_its_problems() -> None:
     sampler = _sampler(_config())
     whole = _plain(sampler.answer_benchmark("held", [_task(0), _task(1)]))
     assert _plain(sampler.answer_benchmark("held", [_task(1)])) == whole[2:]
+
+
+def test_conversations_go_on_turn_by_turn_on_the_engine_that_has_their_prefix() -> None:
+    engines, config = Engines(2), _config(2)
+    config.environment = EnvironmentConfig(name="guess")
+    taken: list[tuple[int, float]] = []
+
+    def take(position: int, trajectory: Trajectory) -> None:
+        assert trajectory.verdict is not None
+        taken.append((position, trajectory.verdict.reward))
+
+    found = _sampler(config, engines, Countdown()).generate([_task(3), _task(5)], 7, take)
+    first, second = engines.asked
+    assert first == {"engine 0": [[1, 3]] * 2, "engine 1": [[1, 5]] * 2}
+    said = [segment.tokens.tolist() for segment in found[1].segments]
+    assert said[1] == [3]
+    assert second == {
+        "engine 0": [[1, 3, *said[0], 3]],
+        "engine 1": [[1, 5, *found[3].segments[0].tokens.tolist(), 5]],
+    }, "those that are over are not asked, and engines keep their groups"
+    assert [len(one.segments) for one in found] == [1, 3, 1, 3]
+    assert sorted(taken) == [(0, 0.0), (1, 1.0), (2, 0.0), (3, 1.0)]
+    assert [position for position, _ in taken[:2]] != [0, 1], "as they come"
+    again = _sampler(config, Engines(1), Countdown()).generate([_task(3), _task(5)], 7)
+    assert [one.continuation.tolist() for one in again] == [one.continuation.tolist() for one in found]
 
 
 class _Tasks:
