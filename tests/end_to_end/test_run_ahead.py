@@ -30,6 +30,10 @@ SETTINGS = (
     "rollout.max_resamples=1",
     "rollout.importance_correction=tis",
     "rollout.staleness_correction=tis",
+    # An alpha of each prompt, by its success, under a guard that is at work: they are replayed and continued as well.
+    "entropy_control.controller=unsolved",
+    "entropy_control.guard=ceiling",
+    "entropy_control.guards.top=0.95",
     "optimizer.learning_rate=1e-3",
     "checkpoint.every_steps=3",
     "checkpoint.keep_last=5",
@@ -92,6 +96,9 @@ def test_no_token_is_older_than_the_lag_and_every_one_has_a_policy(ahead: Run) -
     assert max(row["staleness/logprob_abs_max"] for row in rows[1:]) > 0.01
     assert max(row["staleness/mixed_fraction"] for row in rows) > 0
     assert sum(row["cluster/engine_restarts"] for row in rows) == 1
+    # Some prompt is solved now and then, and the ceiling takes back a part of what failures ask for.
+    assert len({row["entropy/alpha"] for row in rows}) > 1
+    assert min(row["entropy/band_action"] for row in rows) > 0
     assert (ahead.directory / "timeline.json").is_file()
 
 

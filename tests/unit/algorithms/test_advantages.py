@@ -115,3 +115,5 @@ def test_nsr_and_w_reinforce_look_at_the_sign_only() -> None:
 def test_wapo_trains_on_winners_only() -> None:
     rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     assert advantages("wapo", rewards).tolist() == [[0.75, 0, 0, 0], [0, 0, 0, 0]]
+    assert torch.equal(advantages("wapo", rewards + 3), advantages("wapo", rewards))
+    assert not advantages("wapo", torch.full((1, 3), 0.1, dtype=torch.float64)).any()
