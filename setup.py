@@ -21,6 +21,7 @@ PROGRAM = [
     "sympy>=1.13",
     "matplotlib>=3.9",
     "psutil>=5.9",
+    "httpx>=0.28",  # what huggingface_hub, below transformers, talks with: nothing new is installed
     "tensorboard>=2.18",
     "wandb>=0.19",
 ]

@@ -11,7 +11,7 @@ policy: its response. Where no environment takes part, R is C.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cached_property
@@ -151,6 +151,8 @@ class Verdict:
     status: Literal["ok", "timeout", "error"]
     reward: float = 0.0
     message: str = ""
+    measures: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of how it came about, by name: their sum over responses is logged, the mean where a name ends so."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

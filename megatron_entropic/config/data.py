@@ -90,6 +90,46 @@ class EnvironmentConfig(Section):
         return None if self.name is None else self
 
 
+class JudgeConfig(Section):
+    """The verifier `judge`: a language model behind an OpenAI-compatible API; see docs/verifiers.md."""
+
+    urls: list[str] = Field(
+        [], description="Base URLs, such as http://127.0.0.1:8000/v1. Requests are spread over them, retries go on."
+    )
+    model: str = Field("", description="Name of the model, as the server knows it.")
+    template: str | None = Field(
+        None,
+        description="The user message, in which {prompt}, {response} and {ground_truth} are replaced. null: one that "
+        "asks whether the response is right, for Verdict: 1 or Verdict: 0.",
+    )
+    system_prompt: str | None = Field(None, description="System message before it.")
+    verdict_pattern: str = Field(
+        r"Verdict:\s*([0-9]+(?:\.[0-9]+)?)",
+        description="Regular expression of the verdict in the judge's answer. The last match counts, of it the first "
+        "group, if it has any.",
+    )
+    verdicts: dict[str, float] = Field(
+        {}, description="Verdict: reward, such as {yes: 1, no: 0}, in any case. Empty: the verdict is a number."
+    )
+    best: float = Field(1.0, gt=0, description="Number that is a reward of 1; one beyond it or below 0 is none.")
+    votes: int = Field(1, ge=1, le=64, description="Answers asked for each response; the reward is their mean.")
+    temperature: float = Field(0.0, ge=0, description="Of the judge; > 0 for votes.")
+    max_tokens: Count = Field(512, ge=1, description="Longest answer of the judge.")
+    api_key_variable: str | None = Field(
+        None, description="Environment variable with the API key, such as OPENAI_API_KEY. Its value is never written."
+    )
+    request_timeout_s: Seconds = Field(60.0, description="Wall time of one request.")
+    retries: int = Field(4, ge=0, description="Further tries of a request that failed and may succeed.")
+    backoff_s: float = Field(1.0, ge=0, description="Wait before the first retry, doubled before each of the next.")
+    concurrency: int = Field(16, ge=1, le=1024, description="Requests at once of each of reward.workers.")
+    token_limit: Count | None = Field(
+        None, ge=1, description="Tokens of all prompts and answers, after which nothing is asked. null: no limit."
+    )
+    cache_file: Path | None = Field(
+        None, description="SQLite file of the judge's answers. null: judge.sqlite in the run's folder."
+    )
+
+
 class RewardConfig(Section):
     """How a response is judged."""
 
@@ -112,6 +152,7 @@ class RewardConfig(Section):
         r".*\\boxed\{.+\}[^{}]*",
         description="What the whole response must match for `format` (a dot is any character).",
     )
+    judge: JudgeConfig = JudgeConfig()
     overlong_buffer_tokens: Count = Field(
         0, ge=0, description="DAPO's soft punishment over the last so many tokens before max_response_tokens; 0: none."
     )

@@ -136,7 +136,16 @@ class VerifierEntry:
     """Whether the verifier's time is bounded and far below that of asking another process."""
     takes_pattern: bool = False
     """Whether the target's first argument is reward.format_pattern."""
+    takes_settings: bool = False
+    """Whether the target is a function of the section `reward` that returns the verifier."""
+    reads_prompt: bool = False
+    """Whether the verifier finds the text of the prompt in extra_info, as PROMPT."""
+    probe: str | None = None
+    """Function of the section `reward` that asks once whether the verifier can be used; None: it always can."""
 
+
+PROMPT = "prompt_text"
+"""Key of extra_info under which a verifier with `reads_prompt` finds the prompt."""
 
 VERIFIERS = {
     "countdown": VerifierEntry(
@@ -151,6 +160,12 @@ VERIFIERS = {
     ),
     "format": VerifierEntry(f"{_VERIFIERS}.text:response_format", takes_pattern=True),
     "ifeval": VerifierEntry(f"{_VERIFIERS}.ifeval:ifeval", trials=f"{_VERIFIERS}.text:any_verdict"),
+    "judge": VerifierEntry(
+        f"{_VERIFIERS}.judge:build",
+        takes_settings=True,
+        reads_prompt=True,
+        probe=f"{_VERIFIERS}.judge:probe",
+    ),
     "math": VerifierEntry(
         f"{_VERIFIERS}.math:math_verdict",
         answer="boxed",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 from megatron_entropic.config.base import Violation
+from megatron_entropic.config.data import JudgeConfig
 from megatron_entropic.config.names import ANSWERS, VERIFIERS, unknown_name, verifier_entry
 from megatron_entropic.config.plugins import compile_pattern
 from megatron_entropic.config.run import Config, RewardConfig
@@ -23,6 +25,7 @@ def reward_violations(config: Config) -> Iterator[Violation]:
             ("reward.added", "reward.verifier"), f"reward.added: {reward.verifier} is reward.verifier already"
         )
     yield from _pattern_violation("reward.format_pattern", reward.format_pattern)
+    yield from _judge_violations(reward)
     yield from _answer_violations(reward)
     if reward.overlong_buffer_tokens > config.rollout.max_response_tokens:
         yield Violation(
@@ -30,6 +33,42 @@ def reward_violations(config: Config) -> Iterator[Violation]:
             f"reward.overlong_buffer_tokens={reward.overlong_buffer_tokens} is more than "
             f"rollout.max_response_tokens={config.rollout.max_response_tokens}",
         )
+
+
+def _judge_violations(reward: RewardConfig) -> Iterator[Violation]:
+    """Yields what keeps the verifier `judge` from asking, or from reading what it is told."""
+    judge, key = reward.judge, "reward.judge"
+    if "judge" not in (reward.verifier, *reward.added):
+        if judge != JudgeConfig():
+            yield Violation((key, "reward.verifier"), f"{key} has no use: neither reward.verifier nor added is judge")
+        return
+    for name, value, example in (("urls", judge.urls, "[http://127.0.0.1:8000/v1]"), ("model", judge.model, "a name")):
+        if not value:
+            yield Violation((f"{key}.{name}",), f"{key}.{name}: the verifier judge needs it, such as {example}")
+    for url in judge.urls:
+        host, usable = _host_of(url)
+        if not usable:
+            # The host alone: somebody may have written a password into the URL.
+            named = "an entry" if host is None else repr(host)
+            yield Violation((f"{key}.urls",), f"{key}.urls: {named}: expected http(s)://HOST[:PORT]/v1")
+    if judge.template is not None and "{response}" not in judge.template:
+        yield Violation((f"{key}.template",), f"{key}.template: {{response}} is not in it, so nothing would be judged")
+    yield from _pattern_violation(f"{key}.verdict_pattern", judge.verdict_pattern)
+    if judge.votes > 1 and judge.temperature == 0:
+        yield Violation(
+            (f"{key}.votes", f"{key}.temperature"),
+            f"{key}.votes={judge.votes} with temperature=0 asks one question {judge.votes} times: set a temperature",
+        )
+
+
+def _host_of(url: str) -> tuple[str | None, bool]:
+    """Host of a base URL, and whether requests can be sent to it."""
+    try:
+        parts = urlsplit(url)
+        host, _port = parts.hostname, parts.port
+    except ValueError:
+        return None, False
+    return host, parts.scheme in ("http", "https") and host is not None and not parts.username and not parts.query
 
 
 def _answer_violations(reward: RewardConfig) -> Iterator[Violation]:

@@ -39,6 +39,8 @@ class Judge:
         """
         self.name = name
         entry = verifier_entry(name)
+        self.reads_prompt = entry.reads_prompt
+        """Whether the jobs are to have the text of the prompt (`scorer.job_of`)."""
         self.decisive = _decisive(entry, config) if entry.once else None
         """Function: response -> a shorter one with the same verdict; None where equal responses are judged again."""
         self._batch_size = config.batch_size
@@ -103,6 +105,7 @@ class Judging:
     def __init__(self, judge: Judge, count: int):
         """Expect jobs at the positions 0, ..., count - 1."""
         self._judge = judge
+        self.reads_prompt = judge.reads_prompt
         self._size = judge.call_size(count)
         self._jobs: list[Job | None] = [None] * count
         self._settled: dict[int, Verdict] = {}

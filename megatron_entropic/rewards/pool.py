@@ -333,7 +333,7 @@ class VerifierProcess:
         verdicts = {}
         for reply in map(json.loads, lines):
             if self.ready:
-                verdicts[self._numbers.popleft()] = Verdict(reply["status"], reply["reward"], reply["message"])
+                verdicts[self._numbers.popleft()] = Verdict(**reply)
                 self.deadline = time.monotonic() + self._timeout_s if self._numbers else math.inf
             elif "failed" in reply:
                 self.failure, self._unusable = reply["failed"], True

@@ -9,11 +9,15 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 from types import TracebackType
 from typing import Any
 
+from megatron_entropic.config.names import PROMPT, verifier_entry
+from megatron_entropic.config.plugins import find_attribute
 from megatron_entropic.config.run import RewardConfig
+from megatron_entropic.errors import Problems
 from megatron_entropic.rewards.judge import Judge, Judging
 from megatron_entropic.rewards.verifier import Job, Trial, trial_settings, trials
 from megatron_entropic.types import Reward, Trajectory, Verdict
@@ -67,6 +71,19 @@ class RewardScorer:
             reasons[position] = reasons[position] or trial.objection(verdict)
         return reasons
 
+    def check_usable(self) -> None:
+        """Ask once whether what verifiers depend on answers.
+
+        Raises:
+            UserError: something does not, with all reasons.
+        """
+        problems = Problems()
+        for judge in (self._main, *self._added):
+            if (probe := verifier_entry(judge.name).probe) is not None:
+                asked = find_attribute("verifier", probe, arguments=1)
+                problems.attempt(partial(asked, self._config))
+        problems.raise_if_any("verifiers cannot be used:")
+
     def close(self) -> None:
         """End the verifier processes."""
         self._judges.close()
@@ -119,7 +136,8 @@ class Scoring:
 
         Returns:
             Metrics are reward/verifier_errors and _timeouts (responses); with several rewards the mean of each before
-            weighting, reward/verifier_mean, reward/NAME_mean, reward/overlong_mean.
+            weighting, reward/verifier_mean, reward/NAME_mean, reward/overlong_mean; what verifiers measured of their
+            own, such as judge/cache_hits.
         """
         verdicts = [judging.verdicts(warn=True) for judging in self._judgings.values()]
         overlong = [self._overlong[position] for position in range(len(self._overlong))]
@@ -131,6 +149,7 @@ class Scoring:
             "reward/verifier_errors": float(statuses["error"]),
             "reward/verifier_timeouts": float(statuses["timeout"]),
             **self._parts(verdicts, overlong),
+            **_measured([verdict for of_one in verdicts for verdict in of_one]),
         }
 
     def __enter__(self) -> Scoring:
@@ -175,7 +194,23 @@ def judge_trajectory(judging: Judging, position: int, trajectory: Trajectory) ->
     if trajectory.verdict is not None:
         judging.settle(position, trajectory.verdict)
     else:
-        judging.add(position, (trajectory.text, trajectory.task.ground_truth, trajectory.task.extra_info))
+        judging.add(position, job_of(trajectory, with_prompt=judging.reads_prompt))
+
+
+def job_of(trajectory: Trajectory, *, with_prompt: bool = False) -> Job:
+    """Response, ground truth and extra_info of a trajectory, as a verifier gets them; with the prompt's text or not."""
+    task = trajectory.task
+    extra_info = {**task.extra_info, PROMPT: task.text} if with_prompt else task.extra_info
+    return trajectory.text, task.ground_truth, extra_info
+
+
+def _measured(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Sums of the verifiers' own measures, means of those whose names end in _mean."""
+    found: dict[str, list[float]] = {}
+    for verdict in verdicts:
+        for name, value in verdict.measures.items():
+            found.setdefault(name, []).append(value)
+    return {name: fmean(values) if name.endswith("_mean") else float(sum(values)) for name, values in found.items()}
 
 
 def _without_failures(group: list[Reward]) -> list[Reward]:

@@ -24,8 +24,11 @@ from megatron_entropic.types import Verdict
 Verifier = Callable[[str, Any, Mapping[str, Any]], float]
 """Function: (response text, ground truth, extra_info of the row) -> reward. An exception of it is a verifier error."""
 
-BatchVerifier = Callable[[list[str], list[Any], list[Mapping[str, Any]]], Iterable[float]]
-"""A `Verifier` of several responses at once: a function with an attribute `takes_batches` that is true."""
+BatchVerifier = Callable[[list[str], list[Any], list[Mapping[str, Any]]], Iterable["float | Verdict"]]
+"""A `Verifier` of several responses at once: a function with an attribute `takes_batches` that is true.
+
+It returns rewards, or verdicts where it knows more than a reward.
+"""
 
 
 def takes_batches(verifier: Verifier | BatchVerifier) -> bool:
@@ -46,8 +49,11 @@ def build_verifier(name: str, reward: RewardConfig | None = None) -> Verifier | 
     if problem := unknown_name(name, VERIFIERS, own="module:function"):
         raise UserError(f"verifier {name!r}: {problem}")
     entry = verifier_entry(name)
-    function = find_attribute("verifier", entry.target, arguments=4 if entry.takes_pattern else 3)
     reward = reward or RewardConfig()
+    if entry.takes_settings:
+        built: BatchVerifier = find_attribute("verifier", entry.target, arguments=1)(reward)
+        return built
+    function = find_attribute("verifier", entry.target, arguments=4 if entry.takes_pattern else 3)
     if entry.takes_pattern:
         return partial(function, compile_pattern("reward.format_pattern", reward.format_pattern, re.DOTALL))
     if entry.answer is not None:
@@ -123,6 +129,8 @@ def _judge_together(verifier: Any, jobs: Sequence[Job]) -> list[Verdict]:
 
 
 def _verdict(reward: Any) -> Verdict:
+    if isinstance(reward, Verdict):
+        return reward
     value = float(reward)
     return Verdict("ok", value) if math.isfinite(value) else Verdict("error", message=f"the verifier returned {value}")
 
@@ -148,6 +156,8 @@ def build_reader(verifier: str, reward: RewardConfig | None = None) -> Reader:
     if entry.vote is not None:
         reading = build_reading(entry, reward or RewardConfig())
         return partial(_read_vote, reading, find_attribute("verifier", entry.vote, arguments=1))
+    if entry.takes_settings:
+        return _nothing
     reader: Reader = getattr(build_verifier(verifier), "read_answer", _nothing)
     return reader
 

@@ -17,6 +17,7 @@ import pickle
 import resource
 import signal
 import sys
+from dataclasses import asdict
 from typing import IO, Any
 
 from megatron_entropic.config.data import RewardConfig
@@ -54,7 +55,7 @@ def main() -> None:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
             for verdict in verdicts:
-                _answer(answers, {"status": verdict.status, "reward": verdict.reward, "message": verdict.message})
+                _answer(answers, asdict(verdict))
 
 
 def _answer(answers: IO[str], value: dict[str, Any]) -> None:

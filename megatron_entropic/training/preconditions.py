@@ -25,7 +25,7 @@ from megatron_entropic.checkpoints.run_checkpoints import (
 )
 from megatron_entropic.config.algorithm import FROZEN_KEYS
 from megatron_entropic.config.load import ConfigError
-from megatron_entropic.config.run import Config, RunConfig
+from megatron_entropic.config.run import Config, RewardConfig, RunConfig
 from megatron_entropic.data import TaskDataset, load_checked_tokenizer
 from megatron_entropic.data.tokenizer import check_same_tokens, stop_token_ids
 from megatron_entropic.environments.host import EnvironmentHost
@@ -71,7 +71,10 @@ def open_inputs(config: Config) -> Iterator[Inputs]:
         if config.entropy_control.enabled:
             attempt(lambda: build_controller(config.entropy_control))
         longest = config.rollout.max_response_tokens
-        scorer = attempt(lambda: closing.enter_context(RewardScorer(config.reward, max_response_tokens=longest)))
+        reward = with_answers_kept(config)
+        scorer = attempt(lambda: closing.enter_context(RewardScorer(reward, max_response_tokens=longest)))
+        if scorer is not None:
+            attempt(scorer.check_usable)
         environments = attempt(lambda: open_environments(config, closing))
         attempt(lambda: stop_token_ids(config.model.hf_dir, config.rollout.stop))
         tokenizer = attempt(lambda: load_checked_tokenizer(config.model.hf_dir))
@@ -109,6 +112,18 @@ def open_environments(config: Config, closing: ExitStack) -> EnvironmentHost | N
     if config.environment.section is None:
         return None
     return closing.enter_context(EnvironmentHost(config.environment, config.model.hf_dir))
+
+
+def with_answers_kept(config: Config) -> RewardConfig:
+    """The section `reward`, with a file in the run's folder for a judge's answers unless it names one.
+
+    What a run asked for once it never asks for again, so that continuing it gives what it would have given.
+    """
+    judge = config.reward.judge
+    if judge.cache_file is not None:
+        return config.reward
+    kept = judge.model_copy(update={"cache_file": (config.run.output_dir / "judge.sqlite").absolute()})
+    return config.reward.model_copy(update={"judge": kept})
 
 
 def check_resumable(run: RunConfig, steps: int) -> None:

@@ -10,10 +10,12 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import whole_steps
+from judge_server import Handler, serving
 from trajectories import task_of, trajectory_of
 
 from megatron_entropic.config.run import RewardConfig
@@ -175,3 +177,36 @@ def test_verifier_processes_do_not_outlive_a_killed_driver(verifier: str) -> Non
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert workers
     assert not alive
+
+
+def test_a_model_judges_in_several_processes_and_its_costs_arrive(tmp_path: Path) -> None:
+    """The prompt is in view; what failed is no wrong answer; what was asked once is not asked after a restart."""
+
+    def reply(handler: Handler, question: dict[str, Any]) -> None:
+        text = question["messages"][0]["content"]
+        if "broken" in text:
+            handler.say(b"no", status=400)
+        else:
+            handler.answer(f"Verdict: {int('splendid' in text and 'What is it?' in text)}")
+
+    task = task_of(0, [1, 2], text="What is it?", truth="it")
+    texts = ["splendid", "wrong", "broken", "splendid"] * 4
+    trajectories = [trajectory_of(task, index % 4, [5], text=text) for index, text in enumerate(texts)]
+    with serving(reply) as server:
+        judge = {"urls": [server.url], "model": "m", "cache_file": tmp_path / "judge.sqlite"}
+        config = RewardConfig(verifier="judge", judge=judge, workers=2, batch_size=4)
+        with RewardScorer(config) as scorer, scorer.scoring(4, 4) as scoring:
+            for position, trajectory in enumerate(trajectories):
+                scoring.add(position, trajectory)
+            rewards, metrics = scoring.finish()
+            asked = len(server.questions)
+        with RewardScorer(config) as scorer, scorer.scoring(1, 4) as scoring:
+            for position, trajectory in enumerate(trajectories[:4]):
+                scoring.add(position, trajectory)
+            again, later = scoring.finish()
+    assert [reward.value for reward in rewards] == pytest.approx([1.0, 0.0, 2 / 3, 1.0] * 4)
+    assert [reward.status for reward in rewards[:4]] == ["ok", "ok", "error", "ok"]
+    assert again == rewards[:4]
+    assert metrics["judge/requests"] == asked
+    assert metrics["judge/failures"] == metrics["reward/verifier_errors"] == 4
+    assert (later["judge/requests"], later["judge/cache_hits"], later["judge/prompt_tokens"]) == (1, 3, 0)

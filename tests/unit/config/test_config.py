@@ -104,7 +104,7 @@ def test_overrides_are_yaml_and_the_last_one_wins(machine: Path) -> None:
     ("unknown", "meant"),
     [
         ("rollout.temprature", "rollout.temperature"),
-        ("temperature", "rollout.temperature or evaluation.temperature"),
+        ("temperature", "reward.judge.temperature or rollout.temperature or evaluation.temperature"),
         ("rolout", "rollout"),
         ("policy.tensor_model_parallel", "policy.tensor_parallel"),
         ("algorithm.learning_rate", "optimizer.learning_rate or warm_start.learning_rate"),
@@ -144,7 +144,7 @@ def test_every_problem_of_every_kind_in_one_error(machine: Path) -> None:
         "rollout.samples_per_prompt=1: algorithm.advantage=grpo compares",
         "policy.sequence_parallel=true needs policy.tensor_parallel > 1",
         "optimizer.min_learning_rate=0.001 is above optimizer.learning_rate=1e-06",
-        "reward.verifier='maths': expected one of countdown, exact, format, ifeval, math, or module:function; did you",
+        "reward.verifier='maths': expected one of countdown, exact, format, ifeval, judge, math, or module:function",
         f"model.hf_dir={machine / 'nowhere'}: no such model directory",
         f"data.train_files: {machine / 'missing.parquet'}: no such file",
     ]

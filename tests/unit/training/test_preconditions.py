@@ -95,6 +95,10 @@ def test_everything_that_a_start_would_meet_is_told_at_once(files: Path, capsys:
             ["algorithm.distillation.teacher_hf_dir=other_tokens"],
             "other_tokens: its tokenizer is not the policy's: 1 token ids mean something else",
         ),
+        (
+            ["reward.verifier=judge", "reward.judge={urls: [http://127.0.0.1:9/v1], model: m}"],
+            "the judge (reward.judge) does not answer: http://127.0.0.1:9/v1: ConnectError",
+        ),
         (["reward.verifier=os:system"], "verifier=os:system: is called with 3 arguments"),
         (["algorithm.policy_loss=math:pi"], "there is no function or class pi in math"),
         (["run.resume=never"], "exists and run.resume=never"),
