@@ -16,6 +16,7 @@ has whole seeds. A method is reported once all its settings are judged.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections import defaultdict
@@ -36,13 +37,21 @@ from rows import Results
 from tracking import ControlStudy
 
 from megatron_entropic.files.atomic import write_parquet
-from megatron_entropic.reports.run import load_run
+from megatron_entropic.reports.run import Run, load_run
 
 HERE = Path(__file__).resolve().parent
 BENCHMARK = "heldout"
 ENDS = 10
 """Number of first and last steps whose mean entropy is kept."""
 TABLES = {"pass@1": "pass_1", "pass@8": "pass_n"}
+OTHERS = {
+    "H of the first steps, nats": "entropy_first",
+    "H of the last steps, nats": "entropy_last",
+    "Largest H, nats": "entropy_most",
+    "Mean alpha": "alpha",
+    "Tokens pushed against their advantage": "negative_weight",
+}
+"""Numbers that are shown beside the scores: title and column."""
 
 
 class RegretStudy(ControlStudy):
@@ -106,7 +115,10 @@ class RegretStudy(ControlStudy):
         for stage, (words, methods) in pages.items():
             own = [row for row in results if row["stage"] == stage]
             tables = {name: _scores(own, column, by_setting=stage == "choose") for name, column in TABLES.items()}
-            page = write_page(self.output / "report" / f"{stage}.md", tables, methods, words)
+            others = {name: _scores(own, column, by_setting=stage == "choose") for name, column in OTHERS.items()}
+            if stage == "report":
+                others |= _curves(own)
+            page = write_page(self.output / "report" / f"{stage}.md", tables, methods, words, others)
         return page
 
     def _rows(self, stage: StageName) -> Results:
@@ -129,6 +141,7 @@ class RegretStudy(ControlStudy):
             "method": method,
             "setting": int(setting),
             "seed": run.seed,
+            "curve": json.dumps(_evaluated(loaded)),
             "pass_1": loaded.finite(f"evaluation/{BENCHMARK}/avg")[-1],
             "pass_n": loaded.finite(f"evaluation/{BENCHMARK}/pass")[-1],
             "entropy_first": fmean(entropies[:ENDS]),
@@ -146,6 +159,24 @@ class RegretStudy(ControlStudy):
             for directory in given
             if not (ROOT / directory).is_dir()
         }
+
+
+def _evaluated(run: Run) -> dict[int, float]:
+    """pass@1 by step."""
+    series = zip(run.steps, run.series(f"evaluation/{BENCHMARK}/avg"), strict=True)
+    return {step: value for step, value in series if math.isfinite(value)}
+
+
+def _curves(rows: Results) -> dict[str, Mapping[str, Mapping[str, Mapping[int, float]]]]:
+    """pass@1 over the steps of conditions that are evaluated several times, a table each, with steps as columns."""
+    found: dict[str, dict[str, dict[str, dict[int, float]]]] = {}
+    for row in rows:
+        curve = json.loads(row["curve"])
+        if len(curve) > 1:
+            table = found.setdefault(f"pass@1 by step, {row['condition']}", {})
+            for step, value in curve.items():
+                table.setdefault(step, {}).setdefault(row["method"], {})[row["seed"]] = value
+    return dict(found)
 
 
 def _scores(rows: Results, column: str, *, by_setting: bool) -> Mapping[str, Mapping[str, Mapping[int, float]]]:

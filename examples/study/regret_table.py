@@ -86,7 +86,13 @@ def verdict(probability: float) -> str:
     return "refuted" if probability <= REFUTED else "undecided"
 
 
-def write_page(path: Path, tables: Mapping[str, Scores], methods: Sequence[str], plan: PlanWords) -> Path:
+def write_page(
+    path: Path,
+    tables: Mapping[str, Scores],
+    methods: Sequence[str],
+    plan: PlanWords,
+    others: Mapping[str, Scores] | None = None,
+) -> Path:
     """Write the page; returns its path.
 
     Args:
@@ -94,9 +100,12 @@ def write_page(path: Path, tables: Mapping[str, Scores], methods: Sequence[str],
         tables: scores by name, such as pass@1.
         methods: rows, in order.
         plan: constants and methods of the hypotheses.
+        others: numbers that are shown without regret, by name: entropies, learning curves (columns are steps).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [plan.title, "", *(line for name, scores in tables.items() for line in _table(name, scores, methods, plan))]
+    for name, numbers in (others or {}).items():
+        lines += ["", f"## {name}", "", *_means(numbers, methods)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -127,6 +136,13 @@ def _table(name: str, scores: Scores, methods: Sequence[str], plan: PlanWords) -
         yield from ("", f"Regrets are over {', '.join(f'{c} ({len(s)} seeds)' for c, s in found.seeds.items())}.", "")
         yield from _of_worst_cases(found, plan)
     yield from _of_pairs(scores, plan)
+
+
+def _means(numbers: Scores, methods: Sequence[str]) -> Iterator[str]:
+    yield from header("method", *numbers)
+    for method in methods:
+        columns = (list(by_method.get(method, {}).values()) for by_method in numbers.values())
+        yield row_of_cells(method, *(mean_and_error(values) for values in columns))
 
 
 def _rows(scores: Scores, methods: Sequence[str], found: Regrets | None) -> Iterator[str]:

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 
 from megatron_entropic.config.algorithm import DistillationConfig
 from megatron_entropic.config.base import Violation
+from megatron_entropic.config.entropy_checks import entropy_violations
 from megatron_entropic.config.environment_checks import environment_violations
 from megatron_entropic.config.names import (
     ADVANTAGES,
-    CONTROLLERS,
-    GUARDS,
     OFF,
     POLICY_LOSSES,
     TRANSPORTS,
@@ -31,7 +30,7 @@ def violations(config: Config) -> Iterator[Violation]:
     """Yields combinations that cannot work on any machine."""
     checks = (
         *(_batch, _lag, _parallelism, _optimizer, _data, reward_violations, environment_violations, _policy_loss),
-        *(_distillation, _entropy_control, _placement, _colocation, _transport, _publish, benchmark_violations),
+        *(_distillation, entropy_violations, _placement, _colocation, _transport, _publish, benchmark_violations),
     )
     for check in checks:
         yield from check(config)
@@ -201,75 +200,6 @@ def _distillation(config: Config) -> Iterator[Violation]:
         )
 
 
-def _entropy_control(config: Config) -> Iterator[Violation]:
-    control, rivals = config.entropy_control, config.entropy_control.rivals
-    local = control.feedback == "microbatch_local"
-    if control.measure != "tokens" and config.feedback not in ("score_pass", "sampling"):
-        yield Violation(
-            ("entropy_control.measure", "entropy_control.feedback"),
-            f"entropy_control.measure={control.measure} needs feedback=score_pass or sampling: what updates measure "
-            f"({config.feedback}) is a mean of tokens",
-        )
-    if problem := unknown_name(control.controller, (OFF, *CONTROLLERS), own="module:Class"):
-        keys = ("entropy_control.controller",)
-        yield Violation(keys, f"entropy_control.controller={control.controller!r}: {problem}")
-    elif local and control.enabled and not controller_entry(control.controller).answers_error:
-        yield Violation(
-            ("entropy_control.feedback", "entropy_control.controller"),
-            f"entropy_control.feedback=microbatch_local is the published code's: controllers p and pi have it, "
-            f"{control.controller} has not",
-        )
-    moving = control.fixed_target is None or control.gain_schedule.kind != "constant"
-    if local and control.enabled and (moving or control.start != "immediately"):
-        yield Violation(
-            ("entropy_control",),
-            "entropy_control.feedback=microbatch_local needs a fixed target in nats, constant gains and "
-            "start=immediately: the published code has nothing else",
-        )
-    if control.guard != OFF or control.reanchor != OFF:
-        yield from _guard(config)
-    if control.controller == "cascade" and not rivals.cascade_tau[0] <= control.tau <= rivals.cascade_tau[1] < 1:
-        yield Violation(
-            ("entropy_control.tau", "entropy_control.rivals.cascade_tau"),
-            f"entropy_control.tau={control.tau:g} must lie within rivals.cascade_tau={list(rivals.cascade_tau)}, which "
-            "ends below 1: cascade begins there",
-        )
-    if control.controller == "probe" and abs(rivals.alpha) + rivals.probe_amplitude > 1:
-        yield Violation(
-            ("entropy_control.rivals.alpha", "entropy_control.rivals.probe_amplitude"),
-            f"entropy_control.rivals: alpha={rivals.alpha:g} and probe_amplitude={rivals.probe_amplitude:g} take alpha "
-            "beyond 1",
-        )
-    for place, low, high in zip(("first", "last"), rivals.entrocraft_lower, rivals.entrocraft_upper, strict=True):
-        if control.controller == "entrocraft" and low > high:
-            yield Violation(
-                ("entropy_control.rivals.entrocraft_lower", "entropy_control.rivals.entrocraft_upper"),
-                f"entropy_control.rivals: the {place} entrocraft_lower={low:g} is above entrocraft_upper={high:g}",
-            )
-
-
-def _guard(config: Config) -> Iterator[Violation]:
-    control = config.entropy_control
-    top, bottom, *_ = control.guard_numbers
-    if problem := unknown_name(control.guard, (OFF, *GUARDS), own="module:Class"):
-        yield Violation(("entropy_control.guard",), f"entropy_control.guard={control.guard!r}: {problem}")
-    elif control.guard != OFF and not (control.enabled and control.steers_alpha):
-        yield Violation(
-            ("entropy_control.guard", "entropy_control.controller"),
-            f"entropy_control.guard={control.guard} overrides alpha, and controller={control.controller} has none",
-        )
-    if config.feedback == "microbatch_local":
-        yield Violation(
-            ("entropy_control.guard", "entropy_control.reanchor", "entropy_control.feedback"),
-            "entropy_control.guard and reanchor need one alpha for all ranks: not feedback=microbatch_local",
-        )
-    if not bottom < top:
-        yield Violation(
-            ("entropy_control.guards.top", "entropy_control.guards.bottom"),
-            f"entropy_control.guards: bottom={bottom:g} is not below top={top:g}",
-        )
-
-
 def _data(config: Config) -> Iterator[Violation]:
     data = config.data
     if data.file_weights is not None and len(data.file_weights) != len(data.train_files):
@@ -351,7 +281,8 @@ def config_warnings(config: Config) -> list[str]:
             "rollout.top_p or rollout.top_k cuts the sampling distribution: the engine's log-probs are those of the "
             "cut distribution, so mismatch/* and the importance ratios compare different things"
         )
-    if control.enabled and "target" not in control.model_fields_set:
+    reads_target = control.enabled and controller_entry(control.controller).reads_target
+    if reads_target and "target" not in control.model_fields_set:
         found.append(
             f"entropy_control.target is not set: {control.target:g} nats is what the paper took for its models; a "
             "multiple of the entropy that is measured first fits any, such as 0.7x"
@@ -360,6 +291,11 @@ def config_warnings(config: Config) -> list[str]:
         found.append(f"train.record_steps: {late} come after the last step, {config.train.steps}")
     if control.controller == "pi" and control.kp == 0 and control.ki == 0:
         found.append("entropy_control.kp and ki are both 0: the controller does nothing")
+    if control.controller == "adapo" and config.algorithm.updates_per_rollout == 1 and not rollout.lag:
+        found.append(
+            "entropy_control.controller=adapo moves the clip, and with one optimizer step per rollout nothing is "
+            "clipped: the controller does nothing"
+        )
     if control.enabled and config.feedback == "score_pass" and config.algorithm.updates_per_rollout > 1:
         found.append(
             "entropy_control.feedback=score_pass with several optimizer steps per rollout: "

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_entropic.config.base import Violation
 from megatron_entropic.config.checks import config_warnings, violations
-from megatron_entropic.config.names import controller_entry
+from megatron_entropic.config.names import OFF, controller_entry
 from megatron_entropic.config.reading import Reading, Unreadable, apply_override, read_file, section_type
 from megatron_entropic.config.run import Config
 from megatron_entropic.errors import UserError
@@ -169,7 +169,11 @@ def _entropy_control_words(config: Config) -> str:
     if controller_entry(control.controller).answers_error:
         gains = f", K_p {control.kp:g}" + (f", K_i {control.ki:g}" if control.controller == "pi" else "")
     name = control.controller.upper() if gains else control.controller
-    return f"{name} at {target} nats (T = {temperature:g}){gains}, H from {config.feedback.replace('_', ' ')}"
+    guard = "" if control.guard == OFF else f", under a {control.guard}"
+    moves = "" if control.reanchor == OFF else ", target moved where the data change"
+    source = config.feedback.replace("_", " ")
+    aim = f" at {target} nats (T = {temperature:g})" if controller_entry(control.controller).reads_target else ""
+    return f"{name}{aim}{gains}{guard}{moves}, H from {source}"
 
 
 def key_names(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:

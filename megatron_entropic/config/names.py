@@ -51,25 +51,31 @@ class ControllerEntry:
     """Whether the loss may have EntroPIC's term."""
     answers_error: bool = False
     """Whether alpha is EntroPIC's function of the error: gains matter, and the published code has it."""
+    reads_target: bool = True
+    """Whether entropy_control.target does more than stand in the log."""
     entropy_bonus: bool = False
     """Whether the controller gives the entropy a coefficient in the loss."""
+    hosted: bool = True
+    """Whether other trainers can do what the controller asks for (`plugins/`): an alpha, a bonus, dropped tokens."""
 
 
 CONTROLLERS = {
     "p": ControllerEntry(f"{_CONTROLLERS}.factories:entropic", answers_error=True),
     "pi": ControllerEntry(f"{_CONTROLLERS}.factories:entropic", answers_error=True),
-    "constant": ControllerEntry(f"{_CONTROLLERS}.factories:constant"),
-    "unsolved": ControllerEntry(f"{_CONTROLLERS}.factories:unsolved"),
-    "cascade": ControllerEntry(f"{_CONTROLLERS}.factories:cascade"),
-    "probe": ControllerEntry(f"{_CONTROLLERS}.factories:probe"),
-    "entropy_bonus": ControllerEntry(f"{_CONTROLLERS}.factories:entropy_bonus", steers_alpha=False, entropy_bonus=True),
+    "constant": ControllerEntry(f"{_CONTROLLERS}.factories:constant", reads_target=False),
+    "unsolved": ControllerEntry(f"{_CONTROLLERS}.factories:unsolved", hosted=False, reads_target=False),
+    "cascade": ControllerEntry(f"{_CONTROLLERS}.factories:cascade", hosted=False),
+    "probe": ControllerEntry(f"{_CONTROLLERS}.factories:probe", reads_target=False),
+    "entropy_bonus": ControllerEntry(
+        f"{_CONTROLLERS}.factories:entropy_bonus", steers_alpha=False, entropy_bonus=True, reads_target=False
+    ),
     "aec": ControllerEntry(f"{_CONTROLLERS}.factories:aec", steers_alpha=False, entropy_bonus=True),
-    "entrocraft": ControllerEntry(f"{_CONTROLLERS}.factories:entrocraft", steers_alpha=False),
+    "entrocraft": ControllerEntry(f"{_CONTROLLERS}.factories:entrocraft", steers_alpha=False, reads_target=False),
     "dmmpt": ControllerEntry(f"{_CONTROLLERS}.factories:dmmpt", steers_alpha=False),
-    "repo_r": ControllerEntry(f"{_CONTROLLERS}.factories:repo_r", steers_alpha=False),
-    "adapo": ControllerEntry(f"{_CONTROLLERS}.factories:adapo", steers_alpha=False),
-    "aer": ControllerEntry(f"{_CONTROLLERS}.factories:aer", steers_alpha=False),
-    "fade": ControllerEntry(f"{_CONTROLLERS}.factories:fade", steers_alpha=False),
+    "repo_r": ControllerEntry(f"{_CONTROLLERS}.factories:repo_r", hosted=False, steers_alpha=False),
+    "adapo": ControllerEntry(f"{_CONTROLLERS}.factories:adapo", hosted=False, steers_alpha=False),
+    "aer": ControllerEntry(f"{_CONTROLLERS}.factories:aer", hosted=False, steers_alpha=False, entropy_bonus=True),
+    "fade": ControllerEntry(f"{_CONTROLLERS}.factories:fade", hosted=False, steers_alpha=False, reads_target=False),
 }
 OFF = "off"
 """The value of entropy_control.controller that leaves the loss as it is, and of its guard."""

@@ -208,6 +208,10 @@ def read_settings(settings: Mapping[str, Any], *, host: str, entropy_gradient: b
         problems.add(f"controller: off. Without control use {host}'s own trainer")
     if config.feedback not in ("auto", "score_pass", "previous_step"):
         problems.add(f"feedback: {config.feedback} exists in our own trainer only; choose score_pass or previous_step")
+    if not controller_entry(config.controller).hosted:
+        problems.add(f"controller: {config.controller} asks for what exists in our own trainer only")
+    if config.weight_limit is not None:
+        problems.add("weight_limit: with denominator all_tokens weights are within 1 +- alpha; leave it out")
     if config.denominator != "all_tokens":
         problems.add(f"denominator: {host} has one for all tokens; choose all_tokens")
     if controller_entry(config.controller).entropy_bonus and not entropy_gradient:

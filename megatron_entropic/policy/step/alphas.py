@@ -73,14 +73,15 @@ def prompt_alpha_metrics(
         parallel: this rank's place.
         device: device of the collective.
     """
-    counts = torch.zeros(_LEVELS + 1, dtype=torch.float64, device=device)
+    counts = torch.zeros(_LEVELS + 1, dtype=torch.float64)
     if parallel.context_rank == 0:
         for sequence in sequences:
             assert sequence.advantages is not None
             assert sequence.success is not None
             counts[round(sequence.success * _LEVELS)] += int((sequence.advantages != 0).sum())
-    dist.all_reduce(counts, group=parallel.data_context_group)
-    counts = counts.cpu()
+    summed = counts.to(device)
+    dist.all_reduce(summed, group=parallel.data_context_group)
+    counts = summed.cpu()
     total = float(counts.sum())
     if not total:
         return {"entropy/alpha": 0.0, "entropy/alpha_p10": 0.0, "entropy/alpha_p90": 0.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,20 @@ def test_the_page_says_what_is_missing(tmp_path: Path) -> None:
     assert "- trap, ours minus zero: +0.700 (+0.600 to +0.800, 2 seeds): supported" in text
     assert "- trap, absent minus zero: fewer than two seeds have both" in text
     assert "No condition has two seeds of every constant yet" in text
+
+
+def test_learning_curves_have_steps_as_columns(tmp_path: Path) -> None:
+    rows = [
+        {"condition": "two-skills", "method": method, "seed": seed, "curve": json.dumps({10: level, 20: 2 * level})}
+        for method, level in (("zero", 0.1), ("ours", 0.2))
+        for seed in (1, 2)
+    ]
+    rows.append({"condition": "trap", "method": "zero", "seed": 1, "curve": json.dumps({200: 0.5})})
+    curves = regret._curves(rows)
+    assert list(curves) == ["pass@1 by step, two-skills"]
+    page = write_page(tmp_path / "page.md", {}, ["zero", "ours"], PlanWords("# Title", CONSTANTS), curves)
+    assert "| method | 10 | 20 |" in page.read_text()
+    assert "| ours | 0.200 \u00b1 0.000 | 0.400 \u00b1 0.000 |" in page.read_text()
 
 
 @pytest.fixture(scope="module")

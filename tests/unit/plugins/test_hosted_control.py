@@ -105,6 +105,22 @@ def test_everything_that_is_wrong_with_settings_is_one_message() -> None:
     assert all(word in str(caught.value) for word in ("verl", "aec", "sampling", "all_tokens"))
 
 
+@pytest.mark.parametrize("controller", ["unsolved", "cascade", "repo_r", "adapo", "aer", "fade"])
+def test_what_other_trainers_cannot_do_is_refused_and_not_left_out(controller: str) -> None:
+    with pytest.raises(UserError, match=f"{controller} asks for what exists in our own trainer only"):
+        HostedControl({"controller": controller}, host="verl", entropy_gradient=True)
+
+
+def test_a_ceiling_works_in_other_trainers() -> None:
+    settings = {"controller": "constant", "guard": "ceiling", "guards": {"top": 1.0}, "rivals": {"alpha": -1.0}}
+    control = HostedControl(settings, host="a trainer", entropy_gradient=False)
+    alphas = []
+    for entropy in (0.5, 0.5, 0.5, 0.5, 0.5, 0.6, 0.6):
+        alphas.append(control.begin((10 * entropy, 10.0)).alpha)
+        control.end((10 * entropy, 10.0, 5.0), stepped=True)
+    assert alphas == pytest.approx([-1.0] * 5 + [-0.6, -0.26])
+
+
 def test_parts_for_other_trainers_import_with_torch_alone() -> None:
     """`pip install megatron_entropic` brings neither Megatron nor Ray nor vLLM, and nothing of them is imported."""
     script = (
