@@ -217,6 +217,15 @@ def _staleness(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     return drawn
 
 
+def _teacher(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
+    """Draw the divergence from the teacher."""
+    drawn = _lines(axes, runs, "distillation/kl", theme)
+    axes.set_ylabel("nats per token")
+    _finish(axes, floor=0.0)
+    _legend(axes, only_if=len(runs) > 1)
+    return drawn
+
+
 def _engines(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     """Draw the share of the time in which engines worked."""
     drawn = _lines(axes, runs, "rollout/busy_fraction", theme)
@@ -447,6 +456,7 @@ PLOTS = (
         False,
         _benchmarks,
     ),
+    Plot("teacher", "Distance to the teacher", "KL(policy || teacher) of a token, mean of a step.", False, _teacher),
     Plot(
         "mismatch",
         "Training against rollout",
