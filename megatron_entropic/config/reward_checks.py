@@ -51,6 +51,13 @@ def _judge_violations(reward: RewardConfig) -> Iterator[Violation]:
             # The host alone: somebody may have written a password into the URL.
             named = "an entry" if host is None else repr(host)
             yield Violation((f"{key}.urls",), f"{key}.urls: {named}: expected http(s)://HOST[:PORT]/v1")
+    if judge.request_timeout_s >= reward.timeout_s:
+        yield Violation(
+            ("reward.timeout_s", f"{key}.request_timeout_s", "reward.batch_size"),
+            f"reward.timeout_s={reward.timeout_s:g} is the time of a batch of reward.batch_size={reward.batch_size} "
+            f"responses, and a single request may take {key}.request_timeout_s={judge.request_timeout_s:g}: allow for "
+            f"{-(-reward.batch_size * judge.votes // judge.concurrency)} rounds of {judge.concurrency} requests",
+        )
     if judge.template is not None and "{response}" not in judge.template:
         yield Violation((f"{key}.template",), f"{key}.template: {{response}} is not in it, so nothing would be judged")
     yield from _pattern_violation(f"{key}.verdict_pattern", judge.verdict_pattern)

@@ -91,16 +91,16 @@ class Rounds:
 
     def result(self) -> tuple[list[Group], dict[str, float]]:
         """Groups of the step, and the metrics reward/verifier_* and resampling/*."""
-        merged = _merged(self._of_rounds)
+        metrics = merged(self._of_rounds)
         if self._config.max_resamples:
             rewards = [reward for group in self._judged for reward in group.rewards]
-            merged |= {
+            metrics |= {
                 "resampling/rounds": float(len(self._of_rounds) - 1),
                 "resampling/replaced_groups": float(len(self._judged) - len(self._groups)),
                 "resampling/left_groups": float(len(self._alike)),
                 "resampling/verifier_reward_mean": fmean(reward.verifier for reward in rewards),
             }
-        return self._groups, merged
+        return self._groups, metrics
 
 
 @dataclass
@@ -153,10 +153,14 @@ def grouped(trajectories: list[Trajectory], rewards: list[Reward], size: int) ->
     return [Group(tuple(trajectories[i : i + size]), tuple(rewards[i : i + size])) for i in starts]
 
 
-def _merged(rounds: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """Metrics of all rounds together: sums of counts, means over all their groups."""
-    judged = sum(groups for groups, _ in rounds)
-    return {
-        name: sum(metrics[name] * (groups / judged if name.endswith("_mean") else 1) for groups, metrics in rounds)
-        for name in rounds[0][1]
-    }
+def merged(rounds: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """Metrics of all rounds, each a number of groups and their metrics: sums of counts, means over the groups.
+
+    A round need not have all: what a judge measures is there only where it was asked.
+    """
+    found = {}
+    for name in dict.fromkeys(name for _, metrics in rounds for name in metrics):
+        values = [(groups, metrics[name]) for groups, metrics in rounds if name in metrics]
+        total = sum(groups for groups, _ in values) if name.endswith("_mean") else 1
+        found[name] = sum(value * (groups / total if name.endswith("_mean") else 1) for groups, value in values)
+    return found

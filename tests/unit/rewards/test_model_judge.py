@@ -244,11 +244,15 @@ def test_every_server_is_asked_once_before_a_start(server: JudgeServer, tmp_path
         ({"urls": ["http://["]}, "reward.judge.urls: an entry: expected http(s)://HOST[:PORT]/v1"),
         ({"template": "right?"}, "reward.judge.template: {response} is not in it, so nothing would be judged"),
         ({"verdict_pattern": "("}, "reward.judge.verdict_pattern: not a regular expression: "),
+        (
+            {"request_timeout_s": 30},
+            "reward.timeout_s=30 is the time of a batch of reward.batch_size=64 responses, and a",
+        ),
         ({"votes": 3}, "reward.judge.votes=3 with temperature=0 asks one question 3 times: set a temperature"),
     ],
 )
 def test_settings_that_cannot_work(settings: dict[str, Any], message: str) -> None:
-    asked = {"urls": ["http://x/v1"], "model": "m", **settings}
+    asked = {"urls": ["http://x/v1"], "model": "m", "request_timeout_s": 5, **settings}
     base = {"model": {"hf_dir": "unused"}, "data": {"train_files": ["unused"]}}
     (found,) = reward_violations(Config.model_validate({**base, "reward": {"verifier": "judge", "judge": asked}}))
     assert found.message.startswith(message)

@@ -96,7 +96,7 @@ def test_everything_that_a_start_would_meet_is_told_at_once(files: Path, capsys:
             "other_tokens: its tokenizer is not the policy's: 1 token ids mean something else",
         ),
         (
-            ["reward.verifier=judge", "reward.judge={urls: [http://127.0.0.1:9/v1], model: m}"],
+            ["reward.verifier=judge", "reward.judge={urls: [http://127.0.0.1:9/v1], model: m, request_timeout_s: 5}"],
             "the judge (reward.judge) does not answer: http://127.0.0.1:9/v1: ConnectError",
         ),
         (["reward.verifier=os:system"], "verifier=os:system: is called with 3 arguments"),

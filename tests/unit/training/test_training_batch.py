@@ -10,6 +10,7 @@ from trajectories import reward_of, task_of, trajectory_of
 
 from megatron_entropic.config.algorithm import DistillationConfig
 from megatron_entropic.config.run import RolloutConfig
+from megatron_entropic.training.rollouts import merged
 from megatron_entropic.training.step import (
     entropy_profile,
     importance,
@@ -78,6 +79,15 @@ def test_a_teacher_in_the_loss_leaves_rewards_their_weight(batch: TrainingBatch)
     mixed, metrics = with_teacher(batch.scored(Scores(own, own)), None, DistillationConfig(**teacher))
     assert metrics == {}
     assert not any(sequence.advantages.any() for sequence in mixed.sequences)
+
+
+def test_rounds_of_a_step_need_not_measure_the_same() -> None:
+    """A judge that nobody had to ask in the first round: its counts are those of the second."""
+    rounds = [
+        (3, {"reward/x_mean": 1.0, "errors": 2.0}),
+        (1, {"reward/x_mean": 0.0, "errors": 1.0, "judge/d_mean": 0.5}),
+    ]
+    assert merged(rounds) == {"reward/x_mean": 0.75, "errors": 3.0, "judge/d_mean": 0.5}
 
 
 def test_mini_batches_are_whole_groups_in_order(batch: TrainingBatch) -> None:
