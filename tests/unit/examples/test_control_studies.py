@@ -57,7 +57,7 @@ def study(*changes: tuple[int, dict[str, Any]]) -> cases.Cases:
     return cases.Cases.model_validate(content)
 
 
-@pytest.mark.parametrize("name", ["tracking", "sensitivity", "lag"])
+@pytest.mark.parametrize("name", ["tracking", "sensitivity", "sensitivity_real_model", "lag"])
 def test_shipped_studies_can_run(name: str) -> None:
     shipped = cases.load_cases(STUDY / f"{name}.yaml")
     runs = list(shipped.runs())

@@ -100,7 +100,7 @@ def plan() -> Plan:
 
 def test_shipped_plans_can_run(plan: Plan) -> None:
     real = load_plan(STUDY / "regret_real_model.yaml")
-    for shipped, report_runs in ((plan, 11 * 10), (real, 6)):
+    for shipped, report_runs in ((plan, 12 * 10), (real, 6)):
         chosen = {method.name: 0 for method in shipped.methods}
         cases = shipped.cases("report", shipped.report.seeds[0], chosen)
         runs = list(cases.runs())
