@@ -33,7 +33,8 @@ SETTINGS = (
     # An alpha of each prompt, by its success, under a guard that is at work: they are replayed and continued as well.
     "entropy_control.controller=unsolved",
     "entropy_control.guard=ceiling",
-    "entropy_control.guards.top=0.95",
+    "entropy_control.guards.top=0.98",
+    "entropy_control.guards.gain=1",
     "optimizer.learning_rate=1e-3",
     "checkpoint.every_steps=3",
     "checkpoint.keep_last=5",
@@ -96,8 +97,8 @@ def test_no_token_is_older_than_the_lag_and_every_one_has_a_policy(ahead: Run) -
     assert max(row["staleness/logprob_abs_max"] for row in rows[1:]) > 0.01
     assert max(row["staleness/mixed_fraction"] for row in rows) > 0
     assert sum(row["cluster/engine_restarts"] for row in rows) == 1
-    # Some prompt is solved now and then, and the ceiling takes back a part of what failures ask for.
-    assert len({row["entropy/alpha"] for row in rows}) > 1
+    # Some prompts are not always solved, and the ceiling takes back a part of what their failures ask for.
+    assert min(row["entropy/alpha_p10"] for row in rows) < 0
     assert min(row["entropy/band_action"] for row in rows) > 0
     assert (ahead.directory / "timeline.json").is_file()
 
