@@ -99,6 +99,7 @@ def loss_terms(stats: list[tuple[torch.Tensor, torch.Tensor]], sequences: list[d
     terms = {"policy": 0.0, "entropic": 0.0, "kl": 0.0}
     clipped = 0
     for (logprobs, _), sequence in zip(stats, sequences, strict=True):
+        own_alpha = prompt_alpha(case, sequence, alpha)
         high_here = int((logprobs.exp() > case["tau"]).sum())
         for t, logprob in enumerate(logprobs):
             advantage = float(sequence["advantages"][t])
@@ -123,8 +124,13 @@ def loss_terms(stats: list[tuple[torch.Tensor, torch.Tensor]], sequences: list[d
                 adjusted = -abs(advantage) * (used if held else ratio)
                 if case["denominator"] == "high_prob_tokens":
                     weight = _weight(case, high_here, n_high, len(sequences))
-                terms["entropic"] = terms["entropic"] + alpha * weight * correction * adjusted
+                terms["entropic"] = terms["entropic"] + own_alpha * weight * correction * adjusted
     return {**terms, "high_prob_fraction": n_high / n_tokens, "clip_fraction": clipped / n_tokens}
+
+
+def prompt_alpha(case: dict, sequence: dict, alpha: float) -> float:
+    """Alpha of a sequence: the step's, or of `unsolved` with gain 2 and limit 1, which denominator all_tokens has."""
+    return alpha if case["controller"] == "pi" else -min(1.0, 2.0 * (1.0 - sequence["success"]))
 
 
 def _weight(case: dict, own_tokens: int, all_tokens: int, n_sequences: int) -> float:
@@ -148,9 +154,12 @@ def gradients(hf_dir: Path, sequences: list[dict], case: dict) -> dict:
     values = {name: float(torch.as_tensor(value).detach()) for name, value in terms.items()}
     grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
+    # Of tokens with A != 0; the same number for all of them with one alpha.
+    acting = [int((sequence["advantages"] != 0).sum()) for sequence in sequences]
+    alphas = [prompt_alpha(case, sequence, alpha) for sequence in sequences]
     return {
         **values,
-        "alpha": alpha,
+        "alpha": sum(a * n for a, n in zip(alphas, acting, strict=True)) / sum(acting),
         "entropy": mean_entropy(stats),
         "grad_norm": norm,
         "busiest": busiest,

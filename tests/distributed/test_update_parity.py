@@ -26,6 +26,7 @@ BASE: dict[str, Any] = {
     "dual_clip": 3.0,
     "importance_cap": None,
     "kl": 0.0,
+    "controller": "pi",
     "kp": 0.07,
     "ki": 0.05,
     "denominator": "all_tokens",
@@ -37,10 +38,12 @@ BASE: dict[str, Any] = {
 }
 EVERYTHING = {"importance_cap": 1.3, "kl": 0.07, "ratio_clip": "ppo"}
 LATENT = "experts, latent attention"
+UNSOLVED = "prompts have alphas of their own"
 CASES: dict[str, dict[str, Any]] = {
     "token-mean": {},
     "token-mean high": {"denominator": "high_prob_tokens", **EVERYTHING},
     "token-mean high on-policy": {"denominator": "high_prob_tokens", "on_policy": True},
+    UNSOLVED: {"controller": "unsolved", **EVERYTHING},
     "seq-mean-token-sum": {"aggregation": "seq-mean-token-sum", **EVERYTHING},
     "seq-mean-token-sum high": {"aggregation": "seq-mean-token-sum", "denominator": "high_prob_tokens"},
     "seq-mean-token-mean": {"aggregation": "seq-mean-token-mean", **EVERYTHING},
@@ -114,7 +117,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "tp2 sp, recomputed logits": _layout(
             tensor_parallel=2, sequence_parallel=True, train=(), output_head="recompute"
         ),
-        "pp2": _layout(pipeline_parallel=2),
+        "pp2": _layout((*FEWER, UNSOLVED), pipeline_parallel=2),
         "dp2": _layout(DENSE, ("plain", "distributed"), tokens_per_microbatch=60),
         "dp2, one sequence a micro-batch": _layout(tokens_per_microbatch=1),
         "cp2": _layout((*DENSE, *EXPERTS), context_parallel=2),
@@ -128,7 +131,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "cp2, selective recomputation": _layout(FEWER[:1], (), context_parallel=2, recompute="selective"),
     },
     4: {
-        "tp2 pp2 sp": _layout(tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True),
+        "tp2 pp2 sp": _layout((*FEWER, UNSOLVED), tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True),
         "pp2 dp2": _layout(pipeline_parallel=2),
         "pp2 of 3 and 1 layers, dp2": _layout(FEWER[:1], pipeline_parallel=2, last_stage_layers=1),
         "pp4": _layout(pipeline_parallel=4, train=()),
@@ -170,7 +173,8 @@ def _sequences(hf_dir: Path) -> tuple[list[dict], dict[str, float]]:
         written = len(tokens) - prompt if mask is None else int(mask.sum())
         advantages = torch.randn(written, generator=generator)
         advantages[torch.rand(advantages.shape, generator=generator) < 0.1] = 0.0
-        sequences.append({"tokens": tokens, "prompt_length": prompt, "advantages": advantages, "mask": mask})
+        own = {"tokens": tokens, "prompt_length": prompt, "advantages": advantages, "mask": mask}
+        sequences.append({**own, "success": number % 5 / 4})
     model = reference_update.load_model(hf_dir)
     with torch.no_grad():
         stats = reference_update.statistics(model, sequences, BASE["temperature"])

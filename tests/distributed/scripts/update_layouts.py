@@ -38,7 +38,8 @@ def sections(case: dict[str, Any], layout: dict[str, Any], optimizer: dict[str, 
             "kl": {"coefficient": case["kl"], "estimator": "k3"},
         },
         "entropy_control": {
-            name: case[name] for name in ("target", "kp", "ki", "tau", "denominator", "ratio_clip", "feedback")
+            name: case[name]
+            for name in ("controller", "target", "kp", "ki", "tau", "denominator", "ratio_clip", "feedback")
         },
         "optimizer": optimizer,
         "train": {"steps": case["steps"]},
@@ -57,6 +58,7 @@ def sequences_of(case: dict[str, Any], fields: list[dict[str, Any]]) -> list[Seq
             rollout_logprobs=field["rollout_logprobs"].float(),
             reference_logprobs=field["reference_logprobs"].float(),
             mask=field["mask"],
+            success=field["success"],
         )
         for field in fields
     ]
