@@ -53,29 +53,31 @@ class ControllerEntry:
     """Whether alpha is EntroPIC's function of the error: gains matter, and the published code has it."""
     reads_target: bool = True
     """Whether entropy_control.target does more than stand in the log."""
-    entropy_bonus: bool = False
-    """Whether the controller gives the entropy a coefficient in the loss."""
-    hosted: bool = True
-    """Whether other trainers can do what the controller asks for (`plugins/`): an alpha, a bonus, dropped tokens."""
+    asks: tuple[str, ...] = ()
+    """Fields of `Steering` that the controller sets beside alpha and tau, for trainers that cannot do all of them."""
 
 
 CONTROLLERS = {
     "p": ControllerEntry(f"{_CONTROLLERS}.factories:entropic", answers_error=True),
     "pi": ControllerEntry(f"{_CONTROLLERS}.factories:entropic", answers_error=True),
     "constant": ControllerEntry(f"{_CONTROLLERS}.factories:constant", reads_target=False),
-    "unsolved": ControllerEntry(f"{_CONTROLLERS}.factories:unsolved", hosted=False, reads_target=False),
-    "cascade": ControllerEntry(f"{_CONTROLLERS}.factories:cascade", hosted=False),
+    "unsolved": ControllerEntry(f"{_CONTROLLERS}.factories:unsolved", reads_target=False, asks=("prompt_alpha",)),
+    "cascade": ControllerEntry(f"{_CONTROLLERS}.factories:cascade"),
     "probe": ControllerEntry(f"{_CONTROLLERS}.factories:probe", reads_target=False),
     "entropy_bonus": ControllerEntry(
-        f"{_CONTROLLERS}.factories:entropy_bonus", steers_alpha=False, entropy_bonus=True, reads_target=False
+        f"{_CONTROLLERS}.factories:entropy_bonus", steers_alpha=False, reads_target=False, asks=("entropy_coefficient",)
     ),
-    "aec": ControllerEntry(f"{_CONTROLLERS}.factories:aec", steers_alpha=False, entropy_bonus=True),
-    "entrocraft": ControllerEntry(f"{_CONTROLLERS}.factories:entrocraft", steers_alpha=False, reads_target=False),
-    "dmmpt": ControllerEntry(f"{_CONTROLLERS}.factories:dmmpt", steers_alpha=False),
-    "repo_r": ControllerEntry(f"{_CONTROLLERS}.factories:repo_r", hosted=False, steers_alpha=False),
-    "adapo": ControllerEntry(f"{_CONTROLLERS}.factories:adapo", hosted=False, steers_alpha=False),
-    "aer": ControllerEntry(f"{_CONTROLLERS}.factories:aer", hosted=False, steers_alpha=False, entropy_bonus=True),
-    "fade": ControllerEntry(f"{_CONTROLLERS}.factories:fade", hosted=False, steers_alpha=False, reads_target=False),
+    "aec": ControllerEntry(f"{_CONTROLLERS}.factories:aec", steers_alpha=False, asks=("entropy_coefficient",)),
+    "entrocraft": ControllerEntry(
+        f"{_CONTROLLERS}.factories:entrocraft", reads_target=False, steers_alpha=False, asks=("samples",)
+    ),
+    "dmmpt": ControllerEntry(f"{_CONTROLLERS}.factories:dmmpt", steers_alpha=False, asks=("drop_positive_above",)),
+    "repo_r": ControllerEntry(f"{_CONTROLLERS}.factories:repo_r", steers_alpha=False, asks=("logprob_scale",)),
+    "adapo": ControllerEntry(f"{_CONTROLLERS}.factories:adapo", steers_alpha=False, asks=("clip_high",)),
+    "aer": ControllerEntry(
+        f"{_CONTROLLERS}.factories:aer", steers_alpha=False, asks=("entropy_coefficient", "bonus_threshold")
+    ),
+    "fade": ControllerEntry(f"{_CONTROLLERS}.factories:fade", reads_target=False, steers_alpha=False, asks=("focus",)),
 }
 OFF = "off"
 """The value of entropy_control.controller that leaves the loss as it is, and of its guard."""

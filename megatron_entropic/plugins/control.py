@@ -28,6 +28,8 @@ from megatron_entropic.files.atomic import write_text
 if TYPE_CHECKING:
     from megatron_entropic.config.algorithm import EntropyControlConfig
 
+UNKNOWN_TO_HOSTS = {"bonus_threshold": "an entropy bonus by the success of prompts exists in our own trainer only"}
+"""Fields of `Steering` that no host's loss can do anything about, with the reason."""
 STATE_FILE = "entropy_control.json"
 """Name of the file that a host's checkpoint gets beside its own."""
 _logger = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ class HostedControl:
     Args:
         settings: keys of our configuration's section `entropy_control`, such as {"target": 0.5, "kp": 1.0}.
         host: name of the trainer, for messages.
-        entropy_gradient: whether the host's loss can have a coefficient of the entropy that changes from step to step.
+        lacks: fields of `Steering` that the host can do nothing about, each with the reason.
 
     Attributes:
         steering: what the current optimizer step shall do.
@@ -48,8 +50,10 @@ class HostedControl:
         UserError: settings that are unknown, out of range, or of no effect in this host; all in one message.
     """
 
-    def __init__(self, settings: Mapping[str, Any], *, host: str, entropy_gradient: bool = True) -> None:
-        self.config = read_settings(settings, host=host, entropy_gradient=entropy_gradient)
+    def __init__(self, settings: Mapping[str, Any], *, host: str, lacks: Mapping[str, str] | None = None) -> None:
+        self._host = host
+        self._lacks = {**UNKNOWN_TO_HOSTS, **(lacks or {})}
+        self.config = read_settings(settings, host=host, lacks=self._lacks)
         self.controller = build_controller(self.config)
         self.steering = Steering()
         self._feedback: tuple[float, float] | None = None
@@ -73,12 +77,16 @@ class HostedControl:
 
         Raises:
             ValueError: nothing was measured yet, or what was measured is not finite.
+            UserError: a controller of somebody's own asks for what the host cannot do.
         """
         if scored is not None:
             self._feedback = (float(scored[0]), float(scored[1]))
         if self._feedback is None:
             raise ValueError("entropy control has no measurement yet: score the batch before the first update")
         self.steering = self.controller.observe(*self._feedback)
+        for name, reason in self._lacks.items():
+            if getattr(self.steering, name) != getattr(Steering(), name):
+                raise UserError(f"entropy control in {self._host}: the controller asks for {name}: {reason}")
         self._begun = True
         return self.steering
 
@@ -102,29 +110,41 @@ class HostedControl:
             self._feedback = (entropy_sum, tokens)
         self._begun = False
 
-    def scale(self, advantages: Tensor, logprobs: Tensor) -> Tensor:
+    def scale(self, advantages: Tensor, logprobs: Tensor, success: Tensor | None = None) -> Tensor:
         """Scale advantages so that a loss that is linear in them does what the controller asks for.
 
-            A'  =  k A + alpha |A| 1[pi > tau]          k from `Steering.kept`; A' has the sign of A, or is 0
+            A'  =  k f A + alpha |A| 1[pi > tau]        k, f and `rescaled` A from `Steering`; A' has A's sign, or is 0
 
         A clipped loss of A' is EntroPIC's form `ratio_clip: ppo`: where the clip holds a token, the term has no
-        gradient either.
+        gradient either. |alpha| is bounded by 1.
 
         Args:
             advantages: advantages, of the shape of `logprobs` or one that broadcasts to it.
             logprobs: log-probs of the policy that decides which tokens have pi > tau; read as constants.
+            success: shares of right responses of the tokens' prompts, of a shape that broadcasts likewise; needed where
+                `Steering.reads_success`.
 
         Returns:
             A', in the shape of `logprobs`.
         """
+        steering = self.steering
         flat = advantages.expand_as(logprobs).reshape(-1)
         chosen = logprobs.detach().reshape(-1)
-        kept = flat * self.steering.kept(chosen, flat)
-        if not self.steering.alpha:
-            return kept.view_as(logprobs)
+        shares = None if success is None else success.expand_as(logprobs).reshape(-1)
+        policy = steering.rescaled(chosen, flat) if steering.logprob_scale else flat
+        if steering.focus is not None:
+            assert shares is not None
+            policy = policy * steering.focus.at(shares, flat)
+        policy = policy * steering.kept(chosen, flat)
+        if not steering.has_term:
+            return policy.view_as(logprobs)
+        tau = self.config.tau if steering.tau is None else steering.tau
         # At ratio 1 the term is -|A| on the tokens it acts on.
-        term, _ = entropic_term(chosen, torch.ones_like(chosen), flat, tau=self.config.tau, clip_low=0.5, clip_high=0.5)
-        return (kept - self.steering.alpha * term).view_as(logprobs)
+        term, _ = entropic_term(chosen, torch.ones_like(chosen), flat, tau=tau, clip_low=0.5, clip_high=0.5)
+        if steering.prompt_alpha is None:
+            return (policy - min(max(steering.alpha, -1.0), 1.0) * term).view_as(logprobs)
+        assert shares is not None
+        return (policy - steering.alphas(shares).clamp(-1.0, 1.0) * term).view_as(logprobs)
 
     def state_dict(self) -> dict[str, Any]:
         """Controller and feedback as JSON types; floats survive JSON exactly."""
@@ -183,7 +203,7 @@ def window_sums(entropies: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
     return torch.stack([total, counts.sum().double(), nonzero.sum().double()])
 
 
-def read_settings(settings: Mapping[str, Any], *, host: str, entropy_gradient: bool) -> EntropyControlConfig:
+def read_settings(settings: Mapping[str, Any], *, host: str, lacks: Mapping[str, str]) -> EntropyControlConfig:
     """Check settings of a controller in another trainer; `HostedControl` documents the arguments.
 
     Raises:
@@ -208,16 +228,13 @@ def read_settings(settings: Mapping[str, Any], *, host: str, entropy_gradient: b
         problems.add(f"controller: off. Without control use {host}'s own trainer")
     if config.feedback not in ("auto", "score_pass", "previous_step"):
         problems.add(f"feedback: {config.feedback} exists in our own trainer only; choose score_pass or previous_step")
-    if not controller_entry(config.controller).hosted:
-        problems.add(f"controller: {config.controller} asks for what exists in our own trainer only")
     if config.weight_limit is not None:
         problems.add("weight_limit: with denominator all_tokens weights are within 1 +- alpha; leave it out")
     if config.denominator != "all_tokens":
         problems.add(f"denominator: {host} has one for all tokens; choose all_tokens")
-    if controller_entry(config.controller).entropy_bonus and not entropy_gradient:
-        problems.add(
-            f"controller: {config.controller} moves the coefficient of the entropy, which {host} fixes for a run"
-        )
+    for name in controller_entry(config.controller).asks:
+        if name in lacks:
+            problems.add(f"controller: {config.controller} asks for {name}: {lacks[name]}")
     problems.raise_if_any(headline)
     return config
 

@@ -44,7 +44,8 @@ class SlimeControl:
             raise UserError(
                 "entropy control in slime: --custom-config-path needs a file with a section entropy_control"
             )
-        self.control = HostedControl({"feedback": "previous_step", **settings}, host="slime")
+        lacks = dict.fromkeys(("prompt_alpha", "focus"), "slime's loss is not told how often a prompt was solved")
+        self.control = HostedControl({"feedback": "previous_step", **settings}, host="slime", lacks=lacks)
         if self.control.config.feedback == "score_pass":
             raise UserError("entropy control in slime: feedback: slime measures while it updates; choose previous_step")
         self._window: Tensor | None = None
@@ -109,6 +110,8 @@ def policy_loss(
     control, steering = mine.control, mine.control.steering
     args = copy.copy(args)
     args.entropy_coef = getattr(args, "entropy_coef", 0.0) + steering.entropy_coefficient
+    if steering.clip_high is not None:
+        args.eps_clip_high = steering.clip_high
     outputs = log_probs_and_entropy(args, batch, logits)
     advantages = torch.cat(batch["advantages"])
     logprobs, entropies = torch.cat(outputs["log_probs"]), torch.cat(outputs["entropy"])

@@ -29,6 +29,8 @@ try:
 except ModuleNotFoundError as error:
     raise missing_host("trl", "pip install 'megatron_entropic[trl]'") from error
 
+_SUCCESS = "entropic_success"
+"""Key of TRL's batches for the share of completions with a positive reward of each row's prompt, [B, 1]."""
 _FORWARD_KEYS = (
     "pixel_values",
     "image_grid_thw",
@@ -68,11 +70,29 @@ class EntropicGRPOTrainer(GRPOTrainer):
         self.entropy_control = HostedControl(entropy_control, host="TRL")
         super().__init__(*args, **kwargs)
         _check_arguments(self.args)
+        clip = self.args.epsilon_high
+        self._own_clip: float = self.args.epsilon if clip is None else clip
+        self._success: Tensor | None = None
         self._inputs: dict[str, Any] | None = None
         self._window: Tensor | None = None
         if head == "megatron_entropic":
             use_fused_head(self.model, self.temperature)
         self.add_callback(_EndOfStep(self))
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        """TRL's own, [all processes' B, functions]; the share of right completions of each prompt is kept."""
+        rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
+        right = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1) > 0
+        samples = self.num_generations if self.model.training else self.num_generations_eval
+        self._success = right.float().view(-1, samples).mean(dim=1).repeat_interleave(samples)
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        outputs: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        assert self._success is not None
+        first = self.accelerator.process_index * len(inputs)
+        outputs[_SUCCESS] = self._success[first : first + len(inputs)].unsqueeze(1)
+        return outputs
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if not self.model.training:
@@ -95,7 +115,7 @@ class EntropicGRPOTrainer(GRPOTrainer):
             advantages = _per_token(inputs["advantages"])
             sums = window_sums(entropies, _mask(inputs), advantages)
             self._window = sums if self._window is None else self._window + sums
-            inputs["advantages"] = self.entropy_control.scale(advantages, logprobs)
+            inputs["advantages"] = self.entropy_control.scale(advantages, logprobs, inputs.get(_SUCCESS))
         return result
 
     def _begin_window(self, model: Any) -> None:
@@ -105,6 +125,7 @@ class EntropicGRPOTrainer(GRPOTrainer):
         # TRL's own entropy bonus, with our coefficient.
         self.entropy_coef = steering.entropy_coefficient
         self._entropy_bonus_enabled = steering.entropy_coefficient != 0.0
+        self.epsilon_high = self._own_clip if steering.clip_high is None else steering.clip_high
 
     def _score_window(self, model: Any) -> Tensor:
         """Measure the coming optimizer step's micro-batches under the weights before it, as far as there are any yet.

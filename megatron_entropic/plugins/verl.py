@@ -144,7 +144,8 @@ class EntropicTrainer(PPOTrainer):
         advantages, mask = data["advantages"], data["response_mask"]
         self._window[2] = float(window_sums(torch.zeros_like(advantages), mask, advantages)[2])
         if self._scales_advantages:
-            scaled = self.entropy_control.scale(advantages, data["old_log_probs"])
+            success = _success(batch) if self.entropy_control.steering.reads_success else None
+            scaled = self.entropy_control.scale(advantages, data["old_log_probs"], success)
             fields = TensorDict(
                 {"advantages": response_to_nested(scaled, nested["response_mask"])}, batch_size=len(batch)
             )
@@ -154,7 +155,8 @@ class EntropicTrainer(PPOTrainer):
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
         if not self._scales_advantages:
             steering = self.entropy_control.steering
-            batch.extra_info.update({_ALPHA: steering.alpha, _TAU: self.entropy_control.config.tau})
+            tau = self.entropy_control.config.tau if steering.tau is None else steering.tau
+            batch.extra_info.update({_ALPHA: steering.alpha, _TAU: tau})
         batch = super()._update_actor(batch, metrics)
         # verl's workers skip a step whose gradient is not finite and say so by its norm only.
         norm = float(metrics.get("actor/grad_norm", 0.0))
@@ -216,7 +218,26 @@ def _build_control(config: Any) -> HostedControl:
         )
     # The scoring pass comes before every update, so there is nothing to gain by the previous step's measurement.
     settings = {"feedback": "score_pass", **OmegaConf.to_container(section, resolve=True)}
-    return HostedControl(settings, host="verl", entropy_gradient=False)
+    lacks = {
+        "entropy_coefficient": "verl fixes the coefficient of the entropy for a run",
+        "clip_high": "verl fixes its clip for a run",
+    }
+    if config.actor_rollout_ref.actor.policy_loss.get("loss_mode", "vanilla") == _LOSS:
+        others = ("samples", "drop_positive_above", "prompt_alpha", "logprob_scale", "focus")
+        lacks |= dict.fromkeys(others, f"policy_loss.loss_mode={_LOSS} gets alpha only; choose another loss")
+    return HostedControl(settings, host="verl", lacks=lacks)
+
+
+def _success(batch: Any) -> Tensor:
+    """Share of responses with a positive score among those to each row's prompt, [B, 1]."""
+    data = _fields(batch, "uid", "rm_scores").to_padded_tensor()
+    prompts = [str(uid) for uid in data.get("uid").tolist()]
+    right = (data["rm_scores"].sum(-1) > 0).tolist()
+    found: dict[str, list[bool]] = {}
+    for prompt, one in zip(prompts, right, strict=True):
+        found.setdefault(prompt, []).append(one)
+    shares = {prompt: sum(judged) / len(judged) for prompt, judged in found.items()}
+    return torch.tensor([shares[prompt] for prompt in prompts]).unsqueeze(1)
 
 
 def _fields(batch: Any, *names: str) -> Any:

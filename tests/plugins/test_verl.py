@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import verl  # loads the plug-in by its entry point
 from omegaconf import OmegaConf
 from recorded import PROMPT_LENGTH, SETTINGS, Outcome, RecordedStep, assert_same, our_trainer, recorded_steps
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, multiprocessing
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.ppo.v1 import get_trainer_cls, trainer_base, trainer_sync
 from verl.utils import tensordict_utils
@@ -99,7 +100,7 @@ class Queue:
         return TensorDict(found, batch_size=len(keys))
 
     def kv_batch_put(self, keys: list[str], partition_id: str, fields: TensorDict) -> Any:
-        self.fields |= {name: fields[name] for name in fields}
+        self.fields |= dict(fields.items())
         return self.batch
 
     @property
@@ -273,14 +274,16 @@ def test_state_survives_a_save_and_a_load(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_settings_without_effect_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="moves the coefficient of the entropy"):
+    with pytest.raises(UserError, match="fixes the coefficient of the entropy"):
         driver(monkeypatch, tmp_path, controller="aec")
+    with pytest.raises(UserError, match="gets alpha only"):
+        driver(monkeypatch, tmp_path, "entropic", controller="unsolved")
     with pytest.raises(UserError, match="no settings"):
         get_trainer_cls("entropic_sync")(OmegaConf.create({}))
 
 
 def test_our_operation_stands_in_for_verls_megatron_head() -> None:
-    """Against the formula: verl's own head needs a GPU's process groups."""
+    """Against the formula, a padded token's temperature of 0 included."""
     generator = torch.Generator().manual_seed(1)
     leaf = torch.randn(2, 7, 50, generator=generator).requires_grad_()
     label = torch.randint(0, 50, (2, 7), generator=generator)
@@ -303,6 +306,41 @@ def test_our_operation_stands_in_for_verls_megatron_head() -> None:
         engine, leaf * 1.0, label, temperature, calculate_entropy=True, **options | {"distillation_only": True}
     )
     assert "own" in others
+
+
+def ranks_of_the_head(rank: int, folder: str) -> None:
+    """One of two tensor-parallel ranks: verl's own head, with verl's own functions, against ours on the same shard."""
+    from megatron.core import mpu
+    from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
+
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    mpu.initialize_model_parallel(2)
+    # verl compiles one product of two tensors, which takes a compiler and half a minute here.
+    torch.compile = lambda **options: lambda function: function  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(2)
+    whole = 3 * torch.randn(1, 40, 64, generator=generator)
+    label = torch.randint(0, 64, (1, 40), generator=generator)
+    original = MegatronEngineWithLMHead._lm_head_logits_processor
+    ours = plugin.head_outputs(original, mpu.get_tensor_model_parallel_group)
+    options = dict.fromkeys(("calculate_sum_pi_squared", "distillation_use_topk", "distillation_only"), False)
+    options |= {"calculate_entropy": True, "logits_processor_func": None, "batch": None, "data_format": "thd"}
+    engine = SimpleNamespace(engine_config=SimpleNamespace(entropy_from_logits_with_chunking=False))
+    found = []
+    for head in (original, ours):
+        leaf = whole[..., 32 * rank : 32 * (rank + 1)].clone().requires_grad_()
+        outputs = head(engine, leaf * 1.0, label, torch.full((1, 40), 0.8), **options)
+        (outputs["log_probs"] - 0.2 * outputs["entropy"]).sum().backward()
+        found.append((outputs["log_probs"].detach(), outputs["entropy"].detach(), leaf.grad))
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_our_operation_equals_verls_megatron_head_over_two_ranks(tmp_path: Path) -> None:
+    multiprocessing.start_processes(ranks_of_the_head, (str(tmp_path),), nprocs=2, start_method="fork")
+    for rank in range(2):
+        theirs, ours = torch.load(tmp_path / f"{rank}.pt")
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_loss_of_the_workers_is_the_wrapped_one() -> None:

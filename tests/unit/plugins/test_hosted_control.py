@@ -4,40 +4,74 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_entropic.algorithms import policy_loss
-from megatron_entropic.algorithms.losses.policy_loss import entropic_term
+from megatron_entropic.algorithms import Steering, find_policy_loss, policy_loss
+from megatron_entropic.algorithms.entropy_control.steering import Focus, PromptAlpha
+from megatron_entropic.config.algorithm import AlgorithmConfig
+from megatron_entropic.config.names import CONTROLLERS
 from megatron_entropic.errors import UserError
-from megatron_entropic.plugins.control import STATE_FILE, HostedControl, window_sums
+from megatron_entropic.plugins.control import STATE_FILE, UNKNOWN_TO_HOSTS, HostedControl, window_sums
+from megatron_entropic.policy.step.loss import MicrobatchLoss, Normalizers
+from megatron_entropic.policy.step.loss_fields import LossSettings, TokenFields
 
+FIELDS = {field.name for field in fields(Steering)}
 SETTINGS = {"target": 0.5, "kp": 2.0, "ki": 0.5, "tau": 0.6}
 
 
-def test_a_clipped_loss_of_scaled_advantages_is_the_clipped_term() -> None:
+STEERINGS = (
+    Steering(alpha=-0.6),
+    Steering(alpha=0.4, tau=0.8),
+    Steering(prompt_alpha=PromptAlpha(gain=1.0, limit=0.8, low=-1.0, high=1.0)),
+    Steering(focus=Focus(explore=0.3, suppression=0.5)),
+    Steering(logprob_scale=0.2),
+    Steering(samples="positive"),
+    Steering(drop_positive_above=0.7),
+)
+
+
+@pytest.mark.parametrize("steering", STEERINGS, ids=str)
+def test_a_clipped_loss_of_scaled_advantages_is_our_trainers_loss(steering: Steering) -> None:
     generator = torch.Generator().manual_seed(3)
     logprobs = -torch.rand(400, generator=generator)
     old = logprobs + 0.5 * torch.randn(400, generator=generator)
     advantages = torch.randn(400, generator=generator)
-    clip = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 1.8}
+    success = torch.rand(400, generator=generator)
+    algorithm = AlgorithmConfig(clip_low=0.2, clip_high=0.3, dual_clip=1.8)
+    settings = LossSettings(
+        algorithm=algorithm,
+        loss=find_policy_loss("clipped"),
+        max_response_tokens=400,
+        correction="none",
+        staleness_correction="none",
+        correction_level="token",
+        correction_cap=2.0,
+        tau=0.6,
+        ratio_clip="ppo",
+        high_prob_denominator=False,
+    )
+    fields = TokenFields(torch.tensor([400]), old, advantages, success=success)
+    x = logprobs.clone().requires_grad_()
+    ours, _ = MicrobatchLoss(fields, settings, Normalizers(tokens=400, sequences=1), steering).share(x, None)
     control = HostedControl(SETTINGS, host="a trainer")
-    control.begin([400 * 0.2, 400.0, 400.0])
-    assert control.steering.alpha == pytest.approx(-0.6)
-    gradients = []
-    for scaled in (True, False):
-        x = logprobs.clone().requires_grad_()
-        if scaled:
-            loss = policy_loss(x, old, control.scale(advantages, x), **clip).loss.sum()
-        else:
-            main = policy_loss(x, old, advantages, **clip)
-            term, _ = entropic_term(x, main.ratio, advantages, tau=0.6, ratio_clip="ppo", **clip)
-            loss = (main.loss + control.steering.alpha * term).sum()
-        gradients.append(torch.autograd.grad(loss, x)[0])
-    torch.testing.assert_close(*gradients)
-    assert float(gradients[0].abs().sum()) > 0
+    control.steering = steering
+    y = logprobs.clone().requires_grad_()
+    scaled = control.scale(advantages, y, success)
+    theirs = policy_loss(y, old, scaled, clip_low=0.2, clip_high=0.3, dual_clip=1.8).loss.mean()
+    torch.testing.assert_close(theirs, ours)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, z)[0] for loss, z in ((theirs, y), (ours, x))))
+
+
+def test_every_wish_of_a_controller_is_known_here() -> None:
+    """A field that neither `scale` nor a host reads would be a wish that nobody hears."""
+    read_by_hosts = {"entropy_coefficient", "clip_high"}
+    tested = {name for one in STEERINGS for name in FIELDS if getattr(one, name) != getattr(Steering(), name)}
+    assert {*tested, *read_by_hosts, *UNKNOWN_TO_HOSTS} == FIELDS
+    assert set().union(*(entry.asks for entry in CONTROLLERS.values())) <= FIELDS
 
 
 def test_scaled_advantages_take_the_shape_of_the_tokens() -> None:
@@ -101,19 +135,20 @@ def test_a_checkpoint_without_control_starts_it_fresh_and_a_broken_one_is_refuse
 def test_everything_that_is_wrong_with_settings_is_one_message() -> None:
     wrong = {"controller": "aec", "feedback": "sampling", "denominator": "high_prob_tokens"}
     with pytest.raises(UserError) as caught:
-        HostedControl(wrong, host="verl", entropy_gradient=False)
-    assert all(word in str(caught.value) for word in ("verl", "aec", "sampling", "all_tokens"))
+        HostedControl(wrong, host="verl", lacks={"entropy_coefficient": "it is fixed"})
+    assert all(word in str(caught.value) for word in ("verl", "aec", "fixed", "sampling", "all_tokens"))
 
 
-@pytest.mark.parametrize("controller", ["unsolved", "cascade", "repo_r", "adapo", "aer", "fade"])
-def test_what_other_trainers_cannot_do_is_refused_and_not_left_out(controller: str) -> None:
-    with pytest.raises(UserError, match=f"{controller} asks for what exists in our own trainer only"):
-        HostedControl({"controller": controller}, host="verl", entropy_gradient=True)
+def test_what_a_host_cannot_do_is_refused_and_not_left_out() -> None:
+    lacks = {"clip_high": "its clip is fixed"}
+    for controller, reason in (("aer", "our own trainer only"), ("adapo", "its clip is fixed")):
+        with pytest.raises(UserError, match=f"{controller} asks for .*{reason}"):
+            HostedControl({"controller": controller}, host="a trainer", lacks=lacks)
 
 
 def test_a_ceiling_works_in_other_trainers() -> None:
     settings = {"controller": "constant", "guard": "ceiling", "guards": {"top": 1.0}, "rivals": {"alpha": -1.0}}
-    control = HostedControl(settings, host="a trainer", entropy_gradient=False)
+    control = HostedControl(settings, host="a trainer")
     alphas = []
     for entropy in (0.5, 0.5, 0.5, 0.5, 0.5, 0.6, 0.6):
         alphas.append(control.begin((10 * entropy, 10.0)).alpha)
