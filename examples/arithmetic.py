@@ -1,4 +1,4 @@
-"""Arithmetic for pretrained language models: two skills, five levels, three forms, with solutions; generated.
+"""Arithmetic for pretrained language models: two skills, five levels, four forms, with solutions; generated.
 
     python examples/arithmetic.py --output data/arithmetic [--seed 1] [--levels 1 2 3] [--shots 4]
 
@@ -12,6 +12,7 @@ worded in several ways. A policy for the first can be certain, one for the secon
 
     OUTPUT/completion/SKILL_FILE.parquet   for a base model: what it goes on from
     OUTPUT/few_shot/SKILL_FILE.parquet     the same behind solved examples of the same level, --shots of them
+    OUTPUT/calculator/SKILL_FILE.parquet   behind as many examples of conversations with `environment: calculator`
     OUTPUT/chat/SKILL_FILE.parquet         messages, for data.apply_chat_template
 
 FILE is train, search, heldout or solutions (columns prompt and response, for a warm start; FORM/solutions.parquet has
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 SKILLS = ("sums", "words")
-FORMS = ("completion", "few_shot", "chat")
+FORMS = ("completion", "few_shot", "calculator", "chat")
 # Of a hundred expressions; the solved examples of a few-shot prompt come from those of the solutions.
 SHARES = {"heldout": 10, "search": 10, "solutions": 20, "train": 60}
 SHOTS = 4
@@ -135,10 +136,18 @@ class Problem:
     question: str
     solution: str
 
+    @property
+    def answer(self) -> str:
+        """What a calculator says to the whole expression, and what is then left to write."""
+        return f"{self.expression.value}\nanswer: {self.expression.value}"
+
     def prompt(self, form: str, shots: Sequence[Problem]) -> str:
         """What stands before the solution, in one of FORMS."""
         if form == "chat":
             return f"What is {self.expression.text}?" if self.skill == "sums" else self.question
+        if form == "calculator":
+            solved = [f"{shot.prompt(form, ())}calc: {shot.expression.text}\n{shot.answer}\n" for shot in shots]
+            return "\n".join([*solved, f"Question: {self.question}\n"])
         end = f"{self.question} =" if self.skill == "sums" else f"Question: {self.question}\nAnswer:"
         separator = "\n" if self.skill == "sums" else "\n\n"
         solved = [f"{shot.prompt('completion', ())} {shot.solution}" for shot in shots if form == "few_shot"]
@@ -207,6 +216,8 @@ def rows(found: Sequence[tuple[Problem, list[Problem]]], form: str, file: str) -
     for index, (one, solved) in enumerate(found):
         text = one.prompt(form, solved)
         prompt = [{"role": "user", "content": text}] if form == "chat" else text
+        if file == "solutions" and form == "calculator":
+            continue  # what the tool says is no part of a response
         if file == "solutions":
             # What follows a completion is a word of its own; an assistant's message begins without a blank.
             response = one.expression.work if form == "chat" and one.skill == "sums" else one.solution
@@ -229,10 +240,13 @@ def prepare(output: Path, seed: int = 1, levels: Sequence[int] = ALL_LEVELS, siz
             total += len(chosen)
             for form in FORMS:
                 made = rows(with_shots, form, file)
+                if not made:
+                    continue
                 write(output / form / f"{skill}_{file}.parquet", made)
                 solutions[form] += made if file == "solutions" else []
-    for form in FORMS:
-        write(output / form / "solutions.parquet", solutions[form])
+    for form, made in solutions.items():
+        if made:
+            write(output / form / "solutions.parquet", made)
     return total
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from megatron_entropic.cluster.environment import prepare_ray_environment
 from megatron_entropic.commands.options import number, whole
+from megatron_entropic.config.data import EnvironmentConfig
 from megatron_entropic.config.load import ConfigError, validation_problems
 from megatron_entropic.config.run import (
     ClusterConfig,
@@ -65,6 +67,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--verifier", default="math", help="as reward.verifier (default: math)")
     parser.add_argument("--answer", metavar="WAY", help="as reward.answer (default: the verifier's own way)")
     parser.add_argument("--answer-pattern", default="", metavar="REGEX", help="as reward.answer_pattern")
+    parser.add_argument("--environment", metavar="NAME", help="as environment.name: conversations")
+    parser.add_argument(
+        "--environment-settings", type=_settings, default={}, metavar="JSON", help="as environment.settings"
+    )
+    parser.add_argument("--max-turns", type=whole(1), default=8, metavar="N", help="as environment.max_turns")
+    parser.add_argument("--max-turn-tokens", type=whole(1), metavar="N", help="as environment.max_turn_tokens")
+    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="as rollout.stop; \\n is a line break")
     parser.add_argument("--workers", type=whole(0), default=2, metavar="N", help="verifier processes (default: 2)")
     parser.add_argument(
         "--verifier-timeout", type=number(above=0), default=10.0, metavar="S", help="of a response, seconds"
@@ -100,6 +109,30 @@ def _evaluate(options: argparse.Namespace) -> None:
     table = (config.run.output_dir / TABLE_FILE).read_text(encoding="utf-8")
     for text in (table, f"responses and numbers: {config.run.output_dir / SUMMARY_FILE}"):
         console.print(printable(text), markup=False, soft_wrap=True)
+
+
+def _settings(text: str) -> dict[str, Any]:
+    """Value of --environment-settings.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no JSON object.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'expected an object such as {{"cost": 0.2}}, found {text}')
+    return value
+
+
+def _environment(options: argparse.Namespace) -> EnvironmentConfig:
+    return EnvironmentConfig(
+        name=options.environment,
+        settings=options.environment_settings,
+        max_turns=options.max_turns,
+        max_turn_tokens=options.max_turn_tokens,
+    )
 
 
 def evaluation_config(options: argparse.Namespace) -> Config:
@@ -148,7 +181,9 @@ def evaluation_config(options: argparse.Namespace) -> Config:
                 workers=options.workers,
                 timeout_s=options.verifier_timeout,
             ),
+            environment=_environment(options),
             rollout=RolloutConfig(
+                stop=[text.replace("\\n", "\n") for text in options.stop],
                 engines=options.engines,
                 tensor_parallel=options.tensor_parallel,
                 max_response_tokens=response_tokens,
