@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
@@ -53,6 +53,9 @@ class Section(BaseModel):
     """Base of every section: unknown keys are errors, values are finite and checked when assigned."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, validate_assignment=True, allow_inf_nan=False)
+
+    short: ClassVar[str | None] = None
+    """Key that a text in place of the whole section stands for; None: the section takes none."""
 
     @field_validator("*")
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -59,13 +59,10 @@ class DataConfig(Section):
     )
 
 
-def named_environment(value: Any) -> Any:
-    """Turn a name alone into the section, where nothing else of it is said."""
-    return {"name": value} if isinstance(value, str) else {} if value is None else value
-
-
 class EnvironmentConfig(Section):
     """What answers the policy's turns: conversations with tools, games. `environment: NAME` alone will do."""
+
+    short: ClassVar[str | None] = "name"
 
     name: str | None = Field(
         None,

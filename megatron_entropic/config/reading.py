@@ -103,6 +103,9 @@ def apply_override(reading: Reading, override: str, model: type[BaseModel]) -> N
             reading.problems.append(f"unknown key {'.'.join(parts)}: {owner} is a value and has no keys of its own")
             return
         annotation = kind.annotation_of(part)
+    if (short := _short_of(annotation)) is not None and not text.lstrip().startswith("{") and text.strip():
+        sections, last, parts = parts, short, [*parts, short]
+        annotation = _kind_of(annotation).annotation_of(short)
     key = ".".join(parts)
     reading.of_file = False
     target = reading.values
@@ -116,6 +119,12 @@ def apply_override(reading: Reading, override: str, model: type[BaseModel]) -> N
     target[last] = _override_value(text, annotation, key, reading)
     if key in reading.misread:
         del target[last]
+
+
+def _short_of(annotation: Any) -> str | None:
+    """Key of a section that a text alone stands for; None for values, and for sections that take none."""
+    section = _kind_of(annotation).section
+    return getattr(section, "short", None)
 
 
 def section_type(annotation: Any) -> type[BaseModel] | None:
@@ -309,6 +318,8 @@ def _value(node: yaml.Node, annotation: Any, key: str, reading: Reading) -> Any:
         wanted = "keys of its own" if kind.names & {"section", "table"} else "a single value"
         reading.refuse(key, f"needs {wanted}, this is {_noun(node)}")
         return None
+    if kind.section is not None and (short := _short_of(annotation)) is not None and not _is_null(node):
+        return {short: _value(node, kind.annotation_of(short), f"{key}.{short}", reading)}
     if kind.names & {"section", "table"}:
         # "reward:" and nothing below it means its defaults.
         return {} if _is_null(node) else _number(node.value, whole=False)

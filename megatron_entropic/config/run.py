@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from megatron_entropic.config.algorithm import AlgorithmConfig, EntropyControlConfig
 from megatron_entropic.config.base import LARGEST, Count, Ranks, Seconds, Section, off_is_a_word, one_line
-from megatron_entropic.config.data import DataConfig, EnvironmentConfig, RewardConfig, named_environment
+from megatron_entropic.config.data import DataConfig, EnvironmentConfig, RewardConfig
 from megatron_entropic.config.names import POLICY_LOSSES, transports_for
 
 Dtype = Literal["float32", "bfloat16"]
@@ -425,7 +425,7 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig = RewardConfig()
-    environment: Annotated[EnvironmentConfig, BeforeValidator(named_environment)] = EnvironmentConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     rollout: RolloutConfig = RolloutConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     entropy_control: EntropyControlConfig = EntropyControlConfig()

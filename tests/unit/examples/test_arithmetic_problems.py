@@ -14,10 +14,10 @@ from modules import load_module
 from megatron_entropic.config.load import load_config
 from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.rewards import build_verifier
+from megatron_entropic.rewards.verifiers.countdown import expression_value
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 EXPRESSION = re.compile(r"[0-9]+(?: [-+*] [0-9]+)+")
-
 
 arithmetic = load_module(EXAMPLES / "arithmetic.py", "arithmetic")
 SIZES = arithmetic.Sizes(train=300, search=50, heldout=50, solutions=300)
@@ -77,7 +77,8 @@ def test_no_held_out_expression_is_asked_solved_or_shown_in_another_file_of_any_
                 continue
             for row in read(path):
                 if "heldout" in path.name or "search" in path.name:
-                    asked = {expression_of(row, path.name.split("_")[0])} if "few_shot" not in str(path) else set()
+                    behind_examples = path.parent.name in ("few_shot", "calculator")
+                    asked = set() if behind_examples else {expression_of(row, path.name.split("_")[0])}
                     assert not asked & own, (path, row)
                 else:
                     assert not shown(row) & own, (path, row)
@@ -146,6 +147,19 @@ def test_forms(folder: Path) -> None:
             for row in read(folder / f"1/{form}/{skill}_solutions.parquet"):
                 assert row["response"].startswith(blank)
                 assert row["response"] == blank + row["response"].strip()
+
+
+def test_the_calculator_says_in_the_examples_what_it_says(folder: Path) -> None:
+    """An example is a conversation that `environment: calculator` would have."""
+    for skill in arithmetic.SKILLS:
+        row = read(folder / f"1/calculator/{skill}_train.parquet")[0]
+        *examples, asked = row["prompt"].split("\n\n")
+        assert len(examples) == arithmetic.SHOTS
+        assert re.fullmatch(r"Question: .*\n", asked)
+        for example in examples:
+            _, call, value, answer = example.splitlines()
+            assert str(expression_value(call.removeprefix("calc:"))) == value == answer.removeprefix("answer: ")
+    assert not (folder / "1/calculator/solutions.parquet").exists()
 
 
 def test_as_many_solved_examples_as_asked_for(tmp_path: Path) -> None:
