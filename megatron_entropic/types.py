@@ -75,15 +75,18 @@ def derived_seed(*names: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little") >> 1
 
 
-NO_VERSION = -1
-"""The weights version of what no weights wrote."""
+NO_VERSION, NEW_CONTEXT = -1, -2
+"""Weights versions of what no weights wrote: the words of an environment, and the prompt of a context that replaces
+what came before it."""
 
 
 class Origin(Enum):
-    """The side that wrote the tokens of a segment."""
+    """The side that wrote the tokens of a segment, or what else they are."""
 
     POLICY = "policy"
     ENVIRONMENT = "environment"
+    CONTEXT = "context"
+    """A prompt with which the conversation goes on, instead of all that was before."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,7 +98,7 @@ class Segment:
     logprobs: Logprobs
     """Log pi_engine(token) at the rollout temperature, [n] float32; [0] where the environment wrote the tokens."""
     weights_version: int
-    """Version of the weights that sampled the tokens; NO_VERSION where the environment wrote them."""
+    """Version of the weights that sampled the tokens; NO_VERSION and NEW_CONTEXT where the environment wrote them."""
     policy_logprobs: Logprobs | None = None
     """Log-probs of the same tokens as the policy itself computes them with those weights, [n] float32.
 
@@ -107,10 +110,16 @@ class Segment:
         """Tokens that the environment wrote, [n] int32."""
         return cls(tokens, np.empty(0, np.float32), NO_VERSION)
 
+    @classmethod
+    def of_context(cls, tokens: Tokens) -> Segment:
+        """Prompt of a context that replaces what came before it, [n] int32."""
+        return cls(tokens, np.empty(0, np.float32), NEW_CONTEXT)
+
     @property
     def origin(self) -> Origin:
         """The side that wrote the tokens."""
-        return Origin.ENVIRONMENT if self.weights_version == NO_VERSION else Origin.POLICY
+        others = {NO_VERSION: Origin.ENVIRONMENT, NEW_CONTEXT: Origin.CONTEXT}
+        return others.get(self.weights_version, Origin.POLICY)
 
     @property
     def sampling_logprobs(self) -> Logprobs:
@@ -157,7 +166,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
-    """One attempt at a task: all that was written after its prompt, by the policy and by the environment."""
+    """One attempt at a task: all that was written after its prompt, by the policy and by the environment.
+
+    Where an environment replaced the context, it is the last one; the `earlier` ones are trajectories of their own.
+    """
 
     task: Task
     sample_index: int
@@ -171,6 +183,19 @@ class Trajectory:
     """What the environment says it is worth, or that nobody can say; None: verifiers judge the text."""
     ending: str = ""
     """Why a conversation with an environment ended, see `environments.conversation.Ending`; empty without one."""
+    earlier: tuple[Trajectory, ...] = ()
+    """The contexts that were replaced, in order: what was learned in them counts as much."""
+
+    @property
+    def contexts(self) -> tuple[Trajectory, ...]:
+        """All contexts of the attempt in which the policy wrote something, in order."""
+        return tuple(one for one in (*self.earlier, self) if one.response_length)
+
+    def with_segments(self, segments: Iterable[Segment]) -> Trajectory:
+        """The attempt with what was written in all its contexts, each new one behind a segment that is its prompt."""
+        *earlier, (task, own) = _split(self.earlier[0].task if self.earlier else self.task, segments)
+        before = tuple(replace(self, task=task, segments=own, earlier=()) for task, own in earlier)
+        return replace(self, task=task, segments=own, earlier=before)
 
     @property
     def continuation(self) -> Tokens:
@@ -199,7 +224,7 @@ class Trajectory:
             before = segment.origin
             numbers.append(turn)
         written = [number for number, s in zip(numbers, self.segments, strict=True) if s.origin is Origin.POLICY]
-        return np.repeat(written, [segment.tokens.size for segment in self.written])
+        return np.repeat(np.array(written, np.int64), [segment.tokens.size for segment in self.written])
 
     @property
     def rollout_logprobs(self) -> Logprobs:
@@ -228,8 +253,8 @@ class Trajectory:
 
     @property
     def weights_version(self) -> int:
-        """The oldest version of the weights that wrote a part of the trajectory."""
-        return min(segment.weights_version for segment in self.written)
+        """The oldest version of the weights that wrote a part of the trajectory; NO_VERSION if none did."""
+        return min((segment.weights_version for segment in self.written), default=NO_VERSION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,17 +382,22 @@ class TrainingBatch:
 
     groups: tuple[Group, ...]
     sequences: tuple[Sequence, ...]
-    """Sequences, one for each trajectory, group after group, with advantages and the engines' log-probs."""
+    """Sequences, one for each of `trajectories`, with advantages and the engines' log-probs."""
 
     @cached_property
     def trajectories(self) -> tuple[Trajectory, ...]:
-        """Trajectories of all groups, in the order of `sequences`."""
-        return tuple(trajectory for group in self.groups for trajectory in group.trajectories)
+        """What the policy wrote, context by context of each attempt, group after group."""
+        return tuple(context for group in self.groups for one in group.trajectories for context in one.contexts)
 
     @cached_property
     def rewards(self) -> tuple[Reward, ...]:
-        """Rewards of all groups, in the order of `sequences`."""
-        return tuple(reward for group in self.groups for reward in group.rewards)
+        """Reward of each of `trajectories`; contexts of one attempt have one reward."""
+        return tuple(
+            reward
+            for group in self.groups
+            for one, reward in zip(group.trajectories, group.rewards, strict=True)
+            for _ in one.contexts
+        )
 
     def scored(self, scores: Scores) -> TrainingBatch:
         """The same batch with the score pass's log-probs, and the experts it chose."""
@@ -386,6 +416,17 @@ class TrainingBatch:
 
     def _with(self, sequences: Iterable[Sequence]) -> TrainingBatch:
         return TrainingBatch(self.groups, tuple(sequences))
+
+
+def _split(task: Task, segments: Iterable[Segment]) -> list[tuple[Task, tuple[Segment, ...]]]:
+    """Contexts of an attempt, each with its prompt."""
+    found: list[tuple[Task, list[Segment]]] = [(task, [])]
+    for segment in segments:
+        if segment.origin is Origin.CONTEXT:
+            found.append((task.with_prompt(segment.tokens), []))
+        else:
+            found[-1][1].append(segment)
+    return [(task, tuple(own)) for task, own in found]
 
 
 def _filled(sequence: Sequence, scored: torch.Tensor) -> torch.Tensor | None:

@@ -243,7 +243,7 @@ class Sampler:
         return self._hold(conversations, sampling, take, f"evaluate ({name})", lambda: None)
 
     def _conversation(self, task: Task, sample: int, seed: int, group: str, max_tokens: int) -> Conversation:
-        limits = Limits.of(self._config.environment.section, max_tokens)
+        limits = Limits.of(self._config.environment.section, max_tokens, self._config.data.max_prompt_tokens)
         return Conversation(task, sample, seed, group, limits, begun=self._environments is None)
 
     def _hold(

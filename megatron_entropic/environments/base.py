@@ -10,9 +10,20 @@ without is run in a thread of its own. `calculator.py` is an example to copy, `t
 from __future__ import annotations
 
 from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_entropic.types import Task
+
+
+@dataclass(frozen=True, slots=True)
+class NewContext:
+    """A reply after which the policy reads `tokens` alone, such as a summary or the task of a sub-agent."""
+
+    tokens: Sequence[int]
+
+
+Reply = Sequence[int] | NewContext | None
 
 
 class Environment(Protocol):
@@ -25,7 +36,7 @@ class Environment(Protocol):
     def begin(self, task: Task) -> Sequence[int] | Awaitable[Sequence[int]]:
         """Token ids that the policy reads first, such as `task.tokens`."""
 
-    def reply(self, response: Sequence[int]) -> Sequence[int] | Awaitable[Sequence[int] | None] | None:
+    def reply(self, response: Sequence[int]) -> Reply | Awaitable[Reply]:
         """Token ids that follow the policy's turn `response`; None: the conversation is over."""
 
     def reward(self) -> float | Awaitable[float | None] | None:

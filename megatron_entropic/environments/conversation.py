@@ -43,15 +43,17 @@ class Limits:
     max_turn_tokens: int
     """Most tokens that the policy may write in a turn."""
     max_tokens: int
-    """Most tokens after the prompt, those of the environment included."""
+    """Most tokens after a prompt, those of the environment included."""
+    max_prompt_tokens: int
+    """Most tokens that an environment may begin with."""
 
     @classmethod
-    def of(cls, config: EnvironmentConfig | None, max_response_tokens: int) -> Limits:
+    def of(cls, config: EnvironmentConfig | None, max_response_tokens: int, max_prompt_tokens: int) -> Limits:
         """Limits of `environment`; None: one turn."""
         if config is None:
-            return cls(1, max_response_tokens, max_response_tokens)
+            return cls(1, max_response_tokens, max_response_tokens, max_prompt_tokens)
         longest = min(config.max_turn_tokens or max_response_tokens, max_response_tokens)
-        return cls(config.max_turns, longest, max_response_tokens)
+        return cls(config.max_turns, longest, max_response_tokens, max_prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +78,15 @@ class Call:
     """What the environment began with and answered so far, to get to the same state in another process."""
     room: int
     """Most tokens that the answer may have."""
+    prompt_room: int
+    """Most tokens that a prompt may have: what it begins with, or a new context."""
     last: Ending = ""
-    """Limit that the conversation has reached, so that no turn can follow; empty: none."""
+    """Limit that the conversation has reached, so that no turn can follow in this context; empty: none."""
+
+    @property
+    def ends(self) -> bool:
+        """Whether no turn can follow in another context either."""
+        return self.last == "turns"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,6 +96,8 @@ class Answer:
     tokens: Tokens | None
     ending: Ending = ""
     """Why the conversation ends, where there are no tokens."""
+    new_context: bool = False
+    """Whether the tokens are a prompt that replaces all that was before."""
     reward: float | None = None
     """Its reward; None: a verifier judges it, or nobody can."""
     message: str = ""
@@ -138,6 +149,7 @@ class Conversation:
     group: str
     limits: Limits
     segments: list[Segment] = field(default_factory=list)
+    """All that was written, in all contexts, a new one beginning with a segment that is its prompt."""
     finish_reason: str = ""
     """Why the last turn ended, as vLLM says it; empty while it is being written."""
     ending: Ending = ""
@@ -157,7 +169,7 @@ class Conversation:
         before = Origin.ENVIRONMENT
         for segment in self.segments:
             if segment.origin is Origin.POLICY:
-                if before is Origin.ENVIRONMENT:
+                if before is not Origin.POLICY:
                     found.append([])
                 found[-1].append(segment.tokens)
             before = segment.origin
@@ -166,7 +178,7 @@ class Conversation:
     @property
     def turn(self) -> int:
         """Number of the turn that is being written or was last, counted from 1."""
-        waits = not self.segments or self.segments[-1].origin is Origin.ENVIRONMENT
+        waits = not self.segments or self.segments[-1].origin is not Origin.POLICY
         return len(self.turns) + waits
 
     @property
@@ -179,11 +191,11 @@ class Conversation:
         """What an engine is to continue: the turn from its beginning, or from where it was cut."""
         done = 0
         for segment in reversed(self.segments):
-            if segment.origin is Origin.ENVIRONMENT:
+            if segment.origin is not Origin.POLICY:
                 break
             done += segment.tokens.size
         seed = self.seed if self.turn == 1 else derived_seed(self.seed, "turn", self.turn)
-        tokens = np.concatenate([self.task.tokens, *(segment.tokens for segment in self.segments)])
+        tokens = np.concatenate(self.read(len(self.segments)))
         limit = min(self.limits.max_turn_tokens, self._room + done)
         return GenerationRequest(tokens, seed, done, limit)
 
@@ -191,16 +203,22 @@ class Conversation:
     def call(self) -> Call:
         """What the environment is to be asked now: to begin, or to answer the turn that has ended."""
         turns = tuple(self.turns) if self.begun else ()
-        answers = [segment.tokens for segment in self.segments if segment.origin is Origin.ENVIRONMENT]
+        answers = [segment.tokens for segment in self.segments if segment.origin is not Origin.POLICY]
         last: Ending = ""
-        if turns and self._room < 2:  # one token of an answer, and one to write after it
-            last = "length"
-        elif len(turns) == self.limits.max_turns:
+        if len(turns) == self.limits.max_turns:
             last = "turns"
-        # What it began with is the prompt, whose length the engine checks.
-        room = self._room - 1 if self.begun else self.limits.max_tokens
+        elif turns and self._room < 2:  # one token of an answer, and one to write after it
+            last = "length"
         key = Key(self.group, self.sample, len(turns))
-        return Call(key, self.task, turns, (self.task.tokens, *answers) if turns else (), max(room, 0), last)
+        said = (self.task.tokens, *answers) if turns else ()
+        return Call(key, self.task, turns, said, max(self._room - 1, 0), self.limits.max_prompt_tokens, last)
+
+    def read(self, number: int) -> list[Tokens]:
+        """Tokens that stand before the segment `number` where the policy reads on, the prompt first."""
+        before = self.segments[:number]
+        starts = [place for place, segment in enumerate(before) if segment.origin is Origin.CONTEXT]
+        parts = [segment.tokens for segment in before[starts[-1] if starts else 0 :]]
+        return parts if starts else [self.task.tokens, *parts]
 
     def add(self, response: Response) -> bool:
         """Take a part of a turn; returns whether the turn is at its end."""
@@ -219,7 +237,8 @@ class Conversation:
             self.begun = True
             self.task = self.task.with_prompt(answer.tokens)
         else:
-            self.segments.append(Segment.of_environment(answer.tokens))
+            said = Segment.of_context(answer.tokens) if answer.new_context else Segment.of_environment(answer.tokens)
+            self.segments.append(said)
             self.finish_reason = ""
 
     def end(self) -> None:
@@ -231,9 +250,10 @@ class Conversation:
         written = [segment.tokens for segment in self.segments if segment.origin is Origin.POLICY]
         text = decode(np.concatenate([np.empty(0, np.int32), *written]).tolist())
         reason = self.finish_reason or "stop"
-        return Trajectory(self.task, self.sample, tuple(self.segments), reason, text, self.verdict, self.ending)
+        whole = Trajectory(self.task, self.sample, (), reason, text, self.verdict, self.ending)
+        return whole.with_segments(self.segments)
 
     @property
     def _room(self) -> int:
         """Number of tokens that may still come after the prompt, whoever writes them."""
-        return self.limits.max_tokens - sum(segment.tokens.size for segment in self.segments)
+        return self.limits.max_tokens - sum(tokens.size for tokens in self.read(len(self.segments))[1:])

@@ -219,7 +219,7 @@ class EnvironmentHost:
             return
         answer = Answer(
             tokens=None if row["tokens"] is None else np.array(row["tokens"], np.int32),
-            **{name: row[name] for name in ("ending", "reward", "message", "seconds", "differences")},
+            **{name: row[name] for name in ("ending", "new_context", "reward", "message", "seconds", "differences")},
         )
         with self._lock:
             pending = process.pending.pop(row["number"], None)

@@ -109,6 +109,7 @@ def _row(key: Key, answer: Answer) -> dict[str, Any]:
         "turn": key.turn,
         "tokens": None if answer.tokens is None else answer.tokens.tolist(),
         "ending": answer.ending,
+        "new_context": answer.new_context,
         "reward": answer.reward,
         "message": answer.message,
         "seconds": answer.seconds,
@@ -117,5 +118,6 @@ def _row(key: Key, answer: Answer) -> dict[str, Any]:
 
 def _answer(row: dict[str, Any]) -> tuple[Key, Answer]:
     tokens = None if row["tokens"] is None else np.array(row["tokens"], np.int32)
-    answer = Answer(tokens, row["ending"], row["reward"], row["message"], row["seconds"])
+    said = {name: row[name] for name in ("ending", "new_context", "reward", "message", "seconds")}
+    answer = Answer(tokens, **said)
     return Key(row["group"], row["sample"], row["turn"]), answer

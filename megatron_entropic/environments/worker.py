@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +32,7 @@ from megatron_entropic.config.data import EnvironmentConfig
 from megatron_entropic.config.names import environment_target
 from megatron_entropic.config.plugins import find_attribute
 from megatron_entropic.data.tokenizer import Tokenizer, embedding_rows, load_tokenizer
+from megatron_entropic.environments.base import NewContext
 from megatron_entropic.environments.conversation import Answer, Call
 from megatron_entropic.errors import UserError
 
@@ -74,30 +75,25 @@ class Conversations:
             answer = Answer(None, "error", message=f"{type(error).__name__}: {error}"[:_LONGEST_MESSAGE])
         if answer.tokens is None:
             self._live.pop(key, None)
-        return Answer(
-            answer.tokens,
-            answer.ending,
-            answer.reward,
-            answer.message,
-            time.monotonic() - began_s,
-            answer.differences,
-        )
+        return replace(answer, seconds=time.monotonic() - began_s)
 
     async def _answer(self, key: tuple[str, int], call: Call) -> Answer:
         if not call.turns:
             self._live[key] = live = _Live(self.make())
             began = self._tokens(await self._within_time(live.environment.begin, call.task), "begin")
-            return Answer(began)
+            return Answer(_fitting(began, call, "begin"))
         live, differences = await self._at(key, call)
         replied = await self._within_time(live.environment.reply, call.turns[-1].tolist())
         live.answered += 1
         if replied is not None:
-            tokens = self._tokens(replied, "reply")
+            tokens, new_context = self._replied(replied)
+            if not call.ends and new_context:
+                return Answer(_fitting(tokens, call, "reply"), new_context=True, differences=differences)
             if not call.last and tokens.size <= call.room:
                 return Answer(tokens, differences=differences)
         reward = await self._within_time(live.environment.reward)
         ending = "over" if replied is None else call.last or "length"
-        return Answer(None, ending, _number(reward), differences=differences)
+        return Answer(None, ending, reward=_number(reward), differences=differences)
 
     async def _at(self, key: tuple[str, int], call: Call) -> tuple[_Live, int]:
         """The object that has answered all turns but the last, made anew where it is not here.
@@ -112,7 +108,7 @@ class Conversations:
         said = [self._tokens(await self._within_time(live.environment.begin, call.task), "begin")]
         for turn in call.turns[:-1]:
             replied = await self._within_time(live.environment.reply, turn.tolist())
-            said.append(np.empty(0, np.int32) if replied is None else self._tokens(replied, "reply"))
+            said.append(np.empty(0, np.int32) if replied is None else self._replied(replied)[0])
             live.answered += 1
         return live, sum(not np.array_equal(*pair) for pair in zip(said, call.answers, strict=True))
 
@@ -148,6 +144,11 @@ class Conversations:
     def _came_back(self, done: Future[Any]) -> None:
         self.stuck -= 1
 
+    def _replied(self, replied: Any) -> tuple[np.ndarray, bool]:
+        """Tokens of a reply, and whether they replace the context."""
+        new = isinstance(replied, NewContext)
+        return self._tokens(replied.tokens if new else replied, "reply"), new
+
     def _tokens(self, given: Any, method: str) -> np.ndarray:
         """What `begin` or `reply` returned, [n] int32.
 
@@ -162,6 +163,19 @@ class Conversations:
             wrong = tokens[(tokens < 0) | (tokens >= self.vocabulary)][0]
             raise UserError(f"{method}() returned the token {wrong}, but the model knows 0 to {self.vocabulary - 1}")
         return tokens.astype(np.int32)
+
+
+def _fitting(prompt: np.ndarray, call: Call, method: str) -> np.ndarray:
+    """A prompt that the engine can take.
+
+    Raises:
+        UserError: it is longer than `data.max_prompt_tokens`.
+    """
+    if prompt.size > call.prompt_room:
+        raise UserError(
+            f"{method}() returned a prompt of {prompt.size} tokens, data.max_prompt_tokens={call.prompt_room}"
+        )
+    return prompt
 
 
 def _run(done: Future[Any], method: Callable[[], Any]) -> None:
@@ -214,6 +228,7 @@ def _row(answer: Answer) -> dict[str, Any]:
     return {
         "tokens": None if answer.tokens is None else answer.tokens.tolist(),
         "ending": answer.ending,
+        "new_context": answer.new_context,
         "reward": answer.reward,
         "message": answer.message.encode("utf-8", "backslashreplace").decode(),
         "seconds": answer.seconds,

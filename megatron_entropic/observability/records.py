@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class RecordedResponse:
     """Entropies of the same policy at the same temperature, in nats, [R] float32."""
     reference_logprobs: np.ndarray | None
     """Log-probs of the frozen reference, [R] float32; None without a KL penalty."""
+    context: int = 0
+    """Number of the context among those of its attempt; 0 for all but conversations whose context was replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +52,20 @@ class RecordedStep:
     metrics: dict[str, Any]
     """Metrics of the step in metrics.jsonl, as far as they were known when the file was written."""
     responses: list[RecordedResponse]
-    """Responses in the order of the training batch."""
+    """Responses in the order of the training batch, context by context."""
+
+    @property
+    def trained(self) -> list[RecordedResponse]:
+        """Those that the policy learned from, in the order of the batch's sequences."""
+        return [response for response in self.responses if response.trajectory.response_length]
 
     def by_task(self) -> list[list[RecordedResponse]]:
         """Responses of each group. A task that comes twice in a row is two groups: its sample_index starts anew."""
         groups: list[list[RecordedResponse]] = []
         for response in self.responses:
             now, last = response.trajectory, groups[-1][-1].trajectory if groups else None
-            if last and now.task.index == last.task.index and now.sample_index > last.sample_index:
+            follows = last is not None and (now.sample_index > last.sample_index or response.context > 0)
+            if last and now.task.index == last.task.index and follows:
                 groups[-1].append(response)
             else:
                 groups.append([response])
@@ -65,9 +73,16 @@ class RecordedStep:
 
     def groups(self) -> list[Group]:
         """Groups that the step was trained on."""
-        return [
-            Group(tuple(r.trajectory for r in of_one), tuple(r.reward for r in of_one)) for of_one in self.by_task()
-        ]
+        groups = []
+        for of_one in self.by_task():
+            attempts: list[tuple[list[Trajectory], Reward]] = []
+            for response in of_one:
+                if not response.context:
+                    attempts.append(([], response.reward))
+                attempts[-1][0].append(response.trajectory)
+            whole = (replace(contexts[-1], earlier=tuple(contexts[:-1])) for contexts, _ in attempts)
+            groups.append(Group(tuple(whole), tuple(reward for _, reward in attempts)))
+        return groups
 
 
 def rollouts_path(run_dir: Path, step: int) -> Path:
@@ -93,11 +108,20 @@ def write_rollouts(path: Path, step: int, batch: TrainingBatch, scores: Scores, 
     """
     import pyarrow as pa
 
-    trajectories, sequences = batch.trajectories, batch.sequences
+    rows = list(_rows(batch))
+    trajectories, rewards, numbers, places = zip(*rows, strict=True)
     tasks = [trajectory.task for trajectory in trajectories]
+
+    def learned(name: str) -> list[Any]:
+        return [None if place is None else _array(getattr(batch.sequences[place], name)) for place in places]
+
+    def scored(values: Sequence[Any]) -> list[Any]:
+        return [[] if place is None else _array(values[place]) for place in places]
+
     columns = {
         "prompt_index": pa.array([task.index for task in tasks], pa.int64()),
         "sample_index": pa.array([one.sample_index for one in trajectories], pa.int32()),
+        "context": pa.array(numbers, pa.int32()),
         "prompt": pa.array([_storable(task.text) for task in tasks], pa.string()),
         "prompt_tokens": _lists([task.tokens for task in tasks], np.int32),
         "ground_truth": pa.array([_json(task.ground_truth) for task in tasks], pa.string()),
@@ -110,19 +134,34 @@ def write_rollouts(path: Path, step: int, batch: TrainingBatch, scores: Scores, 
         "weights_version": pa.array([one.weights_version for one in trajectories], pa.int64()),
         "segment_versions": _lists([[s.weights_version for s in one.segments] for one in trajectories], np.int64),
         "segment_tokens": _lists([[s.tokens.size for s in one.segments] for one in trajectories], np.int64),
-        "reward": pa.array([reward.value for reward in batch.rewards], pa.float64()),
-        "verifier_reward": pa.array([reward.verifier for reward in batch.rewards], pa.float64()),
-        "verifier_status": pa.array([reward.status for reward in batch.rewards], pa.string()),
+        "reward": pa.array([reward.value for reward in rewards], pa.float64()),
+        "verifier_reward": pa.array([reward.verifier for reward in rewards], pa.float64()),
+        "verifier_status": pa.array([reward.status for reward in rewards], pa.string()),
         "rollout_logprobs": _lists([one.rollout_logprobs for one in trajectories], np.float32),
-        "advantages": _lists([_array(sequence.advantages) for sequence in sequences], np.float32),
-        "old_logprobs": _lists([_array(values) for values in scores.logprobs], np.float32),
-        "entropies": _lists([_array(values) for values in scores.entropies], np.float32),
-        "reference_logprobs": _lists([_array(sequence.reference_logprobs) for sequence in sequences], np.float32),
-        "sampling_logprobs": _lists([_array(sequence.sampling_logprobs) for sequence in sequences], np.float32),
+        "advantages": _lists([[] if values is None else values for values in learned("advantages")], np.float32),
+        "old_logprobs": _lists(scored(scores.logprobs), np.float32),
+        "entropies": _lists(scored(scores.entropies), np.float32),
+        "reference_logprobs": _lists(learned("reference_logprobs"), np.float32),
+        "sampling_logprobs": _lists(learned("sampling_logprobs"), np.float32),
     }
     content = ROLLOUTS.stamp({"step": step, "metrics": dict(metrics)})
     table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(content).encode()})
     write_parquet(path, table)
+
+
+def _rows(batch: TrainingBatch) -> Iterator[tuple[Trajectory, Reward, int, int | None]]:
+    """Yields each context of each attempt with its reward, its number, and the place of its sequence.
+
+    An attempt in which the policy wrote nothing has one without a sequence: its reward counted for the others.
+    """
+    place = 0
+    for group in batch.groups:
+        for one, reward in zip(group.trajectories, group.rewards, strict=True):
+            if not one.contexts:
+                yield one, reward, 0, None
+            for number, context in enumerate(one.contexts):
+                yield context, reward, number, place
+                place += 1
 
 
 def read_rollouts(path: Path) -> RecordedStep:
@@ -213,6 +252,7 @@ def _response(row: dict[str, Any]) -> RecordedResponse:
         old_logprobs=np.array(row["old_logprobs"], np.float32),
         entropies=np.array(row["entropies"], np.float32),
         reference_logprobs=None if reference is None else np.array(reference, np.float32),
+        context=row.get("context") or 0,
     )
 
 

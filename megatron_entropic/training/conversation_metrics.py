@@ -3,7 +3,8 @@
 environment/turns_mean, turns_max   turns of the policy
 environment/tokens_mean             tokens that the environment wrote after the prompt
 environment/ended_NAME              share of the conversations that ended so, see `environments.conversation.Ending`
-entropy/turn_J                      mean entropy of the policy's tokens in turn J, nats; from TURNS_APART on together
+entropy/turn_J                      mean entropy of the policy's tokens in turn J of a context, nats; from TURNS_APART
+                                    on together
 authority/turn_J                    share of these tokens on which the entropy control can act: A != 0 and pi > tau
 """
 
@@ -24,12 +25,13 @@ def conversation_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]
     """Metrics environment/*."""
     if not any(one.ending for one in trajectories):
         return {}
-    turns = [int(one.turn_numbers[-1]) for one in trajectories if one.response_length]
+    turns = [sum(int(context.turn_numbers[-1]) for context in one.contexts) for one in trajectories]
+    said = [sum(part.continuation_length - part.response_length for part in one.contexts) for one in trajectories]
     endings = Counter(one.ending for one in trajectories)
     return {
-        "environment/turns_mean": fmean(turns) if turns else 0.0,
-        "environment/turns_max": float(max(turns, default=0)),
-        "environment/tokens_mean": fmean(one.continuation_length - one.response_length for one in trajectories),
+        "environment/turns_mean": fmean(turns),
+        "environment/turns_max": float(max(turns)),
+        "environment/tokens_mean": fmean(said),
         **{f"environment/ended_{name}": count / len(trajectories) for name, count in sorted(endings.items())},
     }
 

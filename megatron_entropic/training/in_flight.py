@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from megatron_entropic.environments.conversation import Ending
 from megatron_entropic.files.atomic import atomic_write
-from megatron_entropic.types import NO_VERSION, Segment, Tokens, Verdict
+from megatron_entropic.types import NEW_CONTEXT, NO_VERSION, Segment, Tokens, Verdict
 
 _FINISH_REASONS = ("", "stop", "length")
 _ENDINGS: tuple[Ending, ...] = get_args(Ending)
@@ -94,8 +94,9 @@ def load_in_flight(path: Path) -> list[SavedAttempt]:
         start = written = 0
         for number, version, size in content["segments"].tolist():
             own, start = tokens[start : start + size], start + size
-            if version == NO_VERSION:
-                segments[number].append(Segment.of_environment(own))
+            if version in (NO_VERSION, NEW_CONTEXT):
+                of_environment = Segment.of_environment if version == NO_VERSION else Segment.of_context
+                segments[number].append(of_environment(own))
                 continue
             piece, written = slice(written, written + size), written + size
             scored = None if np.isnan(policy_logprobs[piece]).any() else policy_logprobs[piece]

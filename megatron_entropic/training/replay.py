@@ -119,9 +119,9 @@ def _compare(recorded: RecordedStep, config: Config, policy: _OneRank, *, state:
         state=state,
         metrics={name: (recorded.metrics[name], computed[name]) for name in recorded.metrics if name in computed},
         largest_difference={
-            "old_logprobs": _largest([response.old_logprobs for response in recorded.responses], scores.logprobs),
-            "entropies": _largest([response.entropies for response in recorded.responses], scores.entropies),
-            "advantages": _largest([response.advantages for response in recorded.responses], advantages),
+            "old_logprobs": _largest([response.old_logprobs for response in recorded.trained], scores.logprobs),
+            "entropies": _largest([response.entropies for response in recorded.trained], scores.entropies),
+            "advantages": _largest([response.advantages for response in recorded.trained], advantages),
         },
     )
 

@@ -34,6 +34,7 @@ from megatron_entropic.training.run_directory import RunDirectory
 from megatron_entropic.training.step_ahead import Judges, StepAhead
 from megatron_entropic.types import (
     Group,
+    Origin,
 )
 
 
@@ -74,7 +75,8 @@ class RunAhead:
         by_step: dict[int, list[SavedAttempt]] = {}
         lag = self._config.rollout.lag
         for attempt in saved:
-            if any(attempt.step - 1 - one.weights_version > lag for one in attempt.segments):
+            written = [segment for segment in attempt.segments if segment.origin is Origin.POLICY]
+            if any(attempt.step - 1 - segment.weights_version > lag for segment in written):
                 continue  # the lag was larger before
             by_step.setdefault(attempt.step, []).append(attempt)
         last = min(step + 1 + lag, self._config.train.steps)

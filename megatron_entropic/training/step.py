@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from itertools import chain
+from itertools import accumulate, chain
 from statistics import fmean
 from typing import Protocol
 
@@ -24,6 +24,7 @@ from megatron_entropic.algorithms import (
 )
 from megatron_entropic.config.algorithm import AlgorithmConfig, DistillationConfig, FrozenName
 from megatron_entropic.config.run import Config, RolloutConfig
+from megatron_entropic.errors import RunError
 from megatron_entropic.training.conversation_metrics import conversation_metrics, turn_profile
 from megatron_entropic.types import Group, Scores, Sequence, TrainingBatch, Trajectory
 
@@ -39,7 +40,9 @@ class Learner(Protocol):
 
 
 def training_batch(groups: list[Group], advantage: str) -> TrainingBatch:
-    """Make one sequence of each trajectory, in order; the advantage of a trajectory holds for each of its tokens.
+    """Make one sequence of each context of each trajectory; the advantage holds for each token of them.
+
+    An attempt whose environment failed before the policy wrote anything has none.
 
     Each sequence carries the success of its whole group, wherever the group's sequences are trained.
 
@@ -51,8 +54,13 @@ def training_batch(groups: list[Group], advantage: str) -> TrainingBatch:
     values = advantages(advantage, rewards).flatten()
     judged = [(trajectory, group.success) for group in groups for trajectory in group.trajectories]
     sequences = tuple(
-        _sequence(trajectory, value, success) for (trajectory, success), value in zip(judged, values, strict=True)
+        _sequence(context, value, success)
+        for (trajectory, success), value in zip(judged, values, strict=True)
+        for context in trajectory.contexts
     )
+    if not sequences:
+        failure = next((one.verdict.message for one, _ in judged if one.verdict is not None), "")
+        raise RunError(f"no conversation of the step came to the policy's first word: {failure}")
     return TrainingBatch(tuple(groups), sequences)
 
 
@@ -136,8 +144,9 @@ def minibatches(batch: TrainingBatch, parts: int, order: str | None) -> list[lis
         parts: number of parts, which divides the number of groups.
         order: text of which the order of the groups is a function; None keeps that of the batch.
     """
-    size = len(batch.sequences) // len(batch.groups)
-    groups = [batch.sequences[start : start + size] for start in range(0, len(batch.sequences), size)]
+    sizes = [sum(len(one.contexts) for one in group.trajectories) for group in batch.groups]
+    starts = accumulate(sizes, initial=0)
+    groups = [batch.sequences[start : start + size] for start, size in zip(starts, sizes, strict=False)]
     if order is not None:
         random.Random(order).shuffle(groups)
     width = len(groups) // parts

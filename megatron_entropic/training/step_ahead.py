@@ -60,7 +60,7 @@ class Attempt:
 
     def up_to(self, number: int) -> Sequence:
         """Sequence whose response is the segment `number`, after all that comes before it."""
-        before = [self.conversation.task.tokens, *(segment.tokens for segment in self.segments[:number])]
+        before = self.conversation.read(number)
         tokens = np.concatenate([*before, self.segments[number].tokens])
         return Sequence(torch.from_numpy(tokens).long(), prompt_length=sum(part.size for part in before))
 
@@ -82,7 +82,8 @@ class StepAhead:
         self._config = config
         self._dispatcher = dispatcher
         self._judges = judges
-        self._limits = Limits.of(config.environment.section, config.rollout.max_response_tokens)
+        longest, longest_prompt = config.rollout.max_response_tokens, config.data.max_prompt_tokens
+        self._limits = Limits.of(config.environment.section, longest, longest_prompt)
         self._decode = partial(tokenizer.decode, skip_special_tokens=True)
         self._attempts: dict[tuple[int, int], Attempt] = {}
         self._saved: dict[tuple[int, int], SavedAttempt] = {}
@@ -110,9 +111,9 @@ class StepAhead:
     def result(self) -> tuple[list[Group], dict[str, float]]:
         """Groups of the step with all that is known of their segments by now, and metrics of judging them."""
         groups, metrics = self.rounds.result()
-        segments = {id(one.trajectory): tuple(one.segments) for one in self._attempts.values()}
+        segments = {id(one.trajectory): one.segments for one in self._attempts.values()}
         return [
-            replace(group, trajectories=tuple(replace(one, segments=segments[id(one)]) for one in group.trajectories))
+            replace(group, trajectories=tuple(one.with_segments(segments[id(one)]) for one in group.trajectories))
             for group in groups
         ], metrics
 

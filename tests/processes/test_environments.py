@@ -34,7 +34,7 @@ def _call(sample: int, what: str, turns: int) -> Call:
     task = task_of(1, [1, 2], truth=what)
     said = tuple(np.array([3 + number], np.int32) for number in range(turns))
     answers = (task.tokens, *(turn + 1 for turn in said[:-1])) if turns else ()
-    return Call(Key(f"1/{what}", sample, turns), task, said, answers, 50)
+    return Call(Key(f"1/{what}", sample, turns), task, said, answers, 50, 50)
 
 
 def _ask(environments: Environments, calls: list[Call]) -> list[Answer]:
@@ -75,7 +75,7 @@ def test_a_process_that_says_nothing_any_more_is_ended(environments: Environment
 
 
 def test_ten_megabytes_have_no_room(environments: EnvironmentHost) -> None:
-    one = Conversation(task_of(1, [1, 2], truth="10 MB"), 0, 7, "2/0", Limits(1000, 1, 3000))
+    one = Conversation(task_of(1, [1, 2], truth="10 MB"), 0, 7, "2/0", Limits(1000, 1, 3000, 99))
     turns = 0
     while not one.over:
         (answer,) = _ask(environments, [one.call])

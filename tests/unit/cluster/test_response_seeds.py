@@ -69,7 +69,7 @@ class Countdown:
     def ask(self, call: Call, answered: Answered) -> None:
         over = len(call.turns) == call.key.sample + 1
         tokens = call.task.tokens if not call.turns else np.array([call.task.index], np.int32)
-        answered(Answer(None, "over", float(call.key.sample)) if over else Answer(tokens))
+        answered(Answer(None, "over", reward=float(call.key.sample)) if over else Answer(tokens))
 
     def check(self) -> None: ...
 

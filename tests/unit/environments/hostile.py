@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_entropic.environments.base import NewContext
 from megatron_entropic.types import Task
 
 
@@ -25,7 +26,7 @@ class Hostile:
         self._what = str(task.ground_truth)
         return [] if self._what == "begins with nothing" else task.tokens.tolist()
 
-    async def reply(self, response: Sequence[int]) -> Sequence[int] | None:
+    async def reply(self, response: Sequence[int]) -> Sequence[int] | NewContext | None:
         self._left -= 1
         self._sum += sum(response)
         if self._what == "hangs":
@@ -51,6 +52,10 @@ class Hostile:
             "floats": [1.5],
             "nested": [[1]],
         }
+        if self._what == "summarises":
+            return NewContext([7, 8])
+        if self._what == "summarises at length":
+            return NewContext([7] * 60)
         if self._what in odd:
             return odd[self._what]  # type: ignore[no-any-return]
         return [token + 1 for token in response] if self._left else None

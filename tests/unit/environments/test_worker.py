@@ -22,7 +22,7 @@ def _call(
     task = task_of(1, [1, 2], truth=what)
     arrays = [np.array(turn, np.int32) for turn in turns]
     said = [np.array(answer, np.int32) for answer in answers or []]
-    return Call(Key("1/0", 0, len(turns)), task, tuple(arrays), tuple(said), room, last)
+    return Call(Key("1/0", 0, len(turns)), task, tuple(arrays), tuple(said), room, 50, last)
 
 
 def _answers(calls: list[Call], made: type = Hostile, timeout_s: float = 0.2) -> list[Answer]:
@@ -83,6 +83,25 @@ def test_what_hangs_ends_its_own_conversation_alone(made: type, what: str) -> No
 def test_an_answer_that_has_no_room_ends_the_conversation_with_its_reward() -> None:
     (answer,) = _answers([_call("10 MB", [[3]], answers=[[1, 2]])], timeout_s=30)
     assert (answer.tokens, answer.ending, answer.reward) == (None, "length", 3.0)
+
+
+def test_a_reply_may_replace_the_context() -> None:
+    (new,) = _answers([_call("summarises", [[3]], answers=[[1, 2]])])
+    assert new.tokens is not None
+    assert (new.tokens.tolist(), new.new_context) == ([7, 8], True)
+    full, over, long = _answers(
+        [
+            _call("summarises", [[3]], answers=[[1, 2]], last="length"),
+            _call("summarises", [[3], [4]], answers=[[1, 2], [7, 8]], last="turns"),
+            _call("summarises at length", [[3]], answers=[[1, 2]]),
+        ]
+    )
+    assert full.new_context, "there is room in another context"
+    assert (over.tokens, over.ending) == (None, "turns")
+    assert (long.ending, long.message) == (
+        "error",
+        "UserError: reply() returned a prompt of 60 tokens, data.max_prompt_tokens=50",
+    )
 
 
 def test_the_last_turn_is_heard_though_nothing_can_follow() -> None:

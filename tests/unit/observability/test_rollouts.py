@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from megatron_entropic.observability.records import (
     rollouts_path,
     write_rollouts,
 )
-from megatron_entropic.types import Group, Reward, Scores, Sequence, TrainingBatch
+from megatron_entropic.training.step import training_batch
+from megatron_entropic.types import Group, Reward, Scores, Segment, Sequence, TrainingBatch, Trajectory
 
 
 def step_of(*lengths: int, reference: bool) -> tuple[TrainingBatch, Scores]:
@@ -29,6 +31,8 @@ def step_of(*lengths: int, reference: bool) -> tuple[TrainingBatch, Scores]:
         values = [-torch.rand(length, generator=draw) for _ in range(3)]
         tokens = range(length)
         trajectories.append(trajectory_of(task, number, tokens, "a\ud800b", logprobs=values[0].tolist(), version=4))
+        if not length:
+            continue  # its environment failed before the policy's first word
         sequences.append(
             Sequence(
                 torch.tensor([1, 2, *tokens]),
@@ -48,16 +52,18 @@ def test_everything_comes_back(reference: bool, tmp_path: Path) -> None:
     batch, scores = step_of(3, 0, 5, reference=reference)
     path = rollouts_path(tmp_path, 12)
     write_rollouts(path, 12, batch, scores, {"entropy/alpha": -0.25})
+    attempts = batch.groups[0].trajectories
     assert recorded_lengths(path) == (
-        [len(one.task.tokens) for one in batch.trajectories],
-        [one.response_length for one in batch.trajectories],
+        [len(one.task.tokens) for one in attempts],
+        [one.response_length for one in attempts],
     )
     read = read_rollouts(path)
     assert recorded_steps(tmp_path) == [12]
     assert (read.step, read.metrics) == (12, {"entropy/alpha": -0.25})
     (group,) = read.groups()
     assert group.rewards == batch.groups[0].rewards
-    for index, response in enumerate(read.responses):
+    assert [one.response_length for one in group.trajectories] == [3, 0, 5]
+    for index, response in enumerate(read.trained):
         found, written, sequence = response.trajectory, batch.trajectories[index], batch.sequences[index]
         assert found.task.tokens.tolist() == written.task.tokens.tolist()
         for name in ("index", "text", "ground_truth", "data_source", "extra_info"):
@@ -96,3 +102,29 @@ def test_files_of_other_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write_rollouts(path, 12, batch, scores, {})
     with pytest.raises(UserError, match=r"step_000012\.parquet: written by a newer .* \(rollouts format 2"):
         read_rollouts(path)
+
+
+def test_contexts_of_an_attempt_come_back_as_one(tmp_path: Path) -> None:
+    task = task_of(7, [1, 2])
+
+    def policy(*tokens: int) -> Segment:
+        return Segment(np.array(tokens, np.int32), -np.array(tokens, np.float32), 3)
+
+    said = [policy(4, 5), Segment.of_environment(np.array([6], np.int32)), policy(7)]
+    summary = Segment.of_context(np.array([8, 9], np.int32))
+    plain = Trajectory(task, 0, (), "stop", "text", ending="over")
+    attempts = (plain.with_segments([*said, summary, policy(3)]), replace(plain, sample_index=1, segments=(policy(2),)))
+    batch = training_batch([Group(attempts, (Reward(1.0, 1.0, "ok"), Reward(0.0, 0.0, "ok")))], "grpo_no_std")
+    assert [one.tokens.tolist() for one in batch.sequences] == [[1, 2, 4, 5, 6, 7], [8, 9, 3], [1, 2, 2]]
+    values = [torch.zeros(one.response_length) for one in batch.sequences]
+    write_rollouts(rollouts_path(tmp_path, 1), 1, batch, Scores(values, values), {})
+    read = read_rollouts(rollouts_path(tmp_path, 1))
+    again = training_batch(read.groups(), "grpo_no_std")
+    for before, now in zip(batch.sequences, again.sequences, strict=True):
+        assert now.tokens.tolist() == before.tokens.tolist()
+        assert (now.mask is None) == (before.mask is None)
+        assert now.advantages is not None
+        assert before.advantages is not None
+        assert now.advantages.tolist() == before.advantages.tolist()
+    assert [len(one.earlier) for one in read.groups()[0].trajectories] == [1, 0]
+    assert [reward.value for reward in again.rewards] == [1.0, 1.0, 0.0]

@@ -15,7 +15,7 @@ from trajectories import reward_of, task_of
 
 from megatron_entropic.cluster.dispatch import Ask
 from megatron_entropic.config.run import Config
-from megatron_entropic.environments.conversation import Environments
+from megatron_entropic.environments.conversation import Answer, Answered, Call, Environments
 from megatron_entropic.rollout.schedule import Moment
 from megatron_entropic.training.in_flight import SavedAttempt
 from megatron_entropic.training.run_ahead import RunAhead
@@ -246,3 +246,64 @@ def test_what_was_in_flight_goes_on_where_it_was_in_its_order() -> None:
     desk.answer("4/1", 3, 1)
     groups, _ = ahead.of_step(4)
     assert [one.continuation.tolist() for one in groups[0].trajectories] == [[8, 1], [8, 1, 1]]
+
+
+class Talk:
+    """Environments that answer when the test says so."""
+
+    def __init__(self) -> None:
+        self.calls: dict[tuple[str, int, int], tuple[Call, Answered]] = {}
+
+    def ask(self, call: Call, answered: Answered) -> None:
+        self.calls[call.key.group, call.key.sample, call.key.turn] = call, answered
+
+    def say(self, group: str, sample: int, turn: int, *tokens: int, reward: float | None = None) -> None:
+        """Answer a call, with tokens or with the end."""
+        _, answered = self.calls.pop((group, sample, turn))
+        array = np.array(tokens, np.int32)
+        answered(Answer(array) if tokens else Answer(None, "over", reward=reward))
+
+    def check(self) -> None: ...
+
+    def take_metrics(self) -> dict[str, float]:
+        return {"environment/restarts": 0.0}
+
+
+def test_conversations_go_on_by_themselves_and_from_where_they_were() -> None:
+    talk = Talk()
+    ahead, desk, policy = _ahead(_config(lag=0, prompts_per_step=1), talk)
+    ahead.begin(0, Moment(0, 0, 0))
+    assert desk.asked == [], "nobody has said yet what the prompts are"
+    talk.say("1/0", 1, 0, 5, 6)
+    assert [(ask.group, dict(ask.requests)[1].tokens.tolist()) for ask in desk.asked] == [("1/0", [5, 6])]
+    desk.answer("1/0", 0, 7)
+    talk.say("1/0", 1, 1, 8, 8)
+    (second,) = (ask for ask in desk.asked if ask.group == "1/0/turn 2")
+    assert second.requests[1].tokens.tolist() == [5, 6, 7, 8, 8]
+    desk.answer("1/0/turn 2", 0, 9, reason=CUT)
+    # A checkpoint: one attempt in the middle of its second turn, one that has not begun.
+    desk.placed = lambda before: {("1/0/turn 2", 1): (0, 3)}  # type: ignore[attr-defined]
+    saved = ahead._saved(Moment(0, 1, 0))
+    assert [(one.sample, len(one.segments), one.finish_reason, one.engine) for one in saved] == [(1, 3, "", 0)]
+    again = Talk()
+    continued, desk, policy = _ahead(_config(lag=0, prompts_per_step=1), again)
+    continued.begin(0, Moment(0, 1, 0), saved)
+    assert list(again.calls) == [("1/0", 0, 0)], "that one begins"
+    (going,) = desk.asked
+    assert (going.group, going.engine) == ("1/0/turn 2", "engine 0")
+    assert (going.requests[1].tokens.tolist(), going.requests[1].done) == ([5, 6, 7, 8, 8, 9], 1)
+    desk.answer("1/0/turn 2", 0, 1)
+    call, _ = again.calls["1/0", 1, 2]
+    assert [turn.tolist() for turn in call.turns] == [[7], [9, 1]]
+    assert [said.tolist() for said in call.answers] == [[5, 6], [8, 8]]
+    again.say("1/0", 1, 2, reward=0.5)
+    again.say("1/0", 0, 0, 5)
+    desk.answer("1/0", 0, 2)
+    again.say("1/0", 0, 1, reward=1.0)
+    groups, metrics = continued.of_step(1)
+    first, other = groups[0].trajectories
+    assert (first.continuation.tolist(), other.continuation.tolist()) == ([2], [7, 8, 8, 9, 1])
+    assert other.mask is not None
+    assert other.mask.tolist() == [True, False, False, True, True]
+    assert (other.ending, metrics["environment/restarts"]) == ("over", 0.0)
+    continued.before_update(policy)  # type: ignore[arg-type]
