@@ -288,6 +288,7 @@ def test_every_option_at_once(countdown_run: Callable[..., Run], countdown_dir: 
         "algorithm.aggregation=seq-mean-token-sum-norm",
         "algorithm.optimizer_steps_per_rollout=2",
         "algorithm.kl.coefficient=0.1",
+        f"algorithm.distillation={{teacher_hf_dir: {countdown_dir / 'model'}, term: loss}}",
         "entropy_control.denominator=all_tokens",
         "entropy_control.ratio_clip=ppo",
         "train.steps=3",
@@ -300,6 +301,7 @@ def test_every_option_at_once(countdown_run: Callable[..., Run], countdown_dir: 
     assert max(row["mismatch/logprob_abs_max"] for row in rows) <= 1e-3
     assert all(math.isfinite(row["loss/policy"]) for row in rows)
     assert rows[-1]["loss/kl"] > 0, "the policy has left its reference"
+    assert all(0 < row["distillation/kl"] < 20 for row in rows), "an untrained teacher of the trained policy"
     assert all(row["memory/offloaded_mb"] > 1 and row["memory/rollout_mb"] > 100 for row in rows)
     assert [("evaluation/heldout/avg" in row) for row in rows] == [False, True, False]
     stored = pq.read_table(run.directory / "evaluations/step_000002/heldout.parquet").to_pylist()

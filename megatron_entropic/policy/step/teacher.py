@@ -9,6 +9,7 @@ hidden states are kept, since logits over the vocabulary are what nobody has roo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,8 +34,10 @@ class TeacherStates:
 
     def __init__(self, teacher: torch.nn.ModuleList, batch: list[MicroBatch], parallel: ParallelState) -> None:
         self._device = next(teacher.parameters()).device
+        # Experts that the policy's routers chose say nothing to the teacher's.
+        own = [replace(micro_batch, choices=None) for micro_batch in batch]
         # In pinned memory they would be there sooner, and micro-batches of one step are of many sizes.
-        collected = run_forward(teacher, batch, _to_host, OutputOptions(hidden=True))
+        collected = run_forward(teacher, own, _to_host, OutputOptions(hidden=True))
         self._states: dict[Places, torch.Tensor] = dict(collected)
         self._weight: torch.Tensor | None = None
         if parallel.is_last_stage:
