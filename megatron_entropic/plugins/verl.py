@@ -231,7 +231,7 @@ def _build_control(config: Any) -> HostedControl:
 def _success(batch: Any) -> Tensor:
     """Share of responses with a positive score among those to each row's prompt, [B, 1]."""
     data = _fields(batch, "uid", "rm_scores").to_padded_tensor()
-    prompts = [str(uid) for uid in data.get("uid").tolist()]
+    prompts = [str(uid) for uid in data.pop("uid").tolist()]
     right = (data["rm_scores"].sum(-1) > 0).tolist()
     found: dict[str, list[bool]] = {}
     for prompt, one in zip(prompts, right, strict=True):

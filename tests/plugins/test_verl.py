@@ -253,6 +253,32 @@ def test_recorded_steps_are_those_of_our_trainer(tmp_path: Path, monkeypatch: py
     assert_same(f"verl, loss {loss}", theirs, ours)
 
 
+def test_prompts_have_alphas_by_their_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two prompts of four responses: none of the first is right, all of the second are."""
+    trainer, workers, queue = driver(monkeypatch, tmp_path, controller="unsolved", tau=0.0)
+    step = recorded_steps()[0]
+    take = workers.take
+
+    def judged(given: RecordedStep) -> Any:
+        batch = take(given)
+        lengths = given.mask.sum(1).tolist()
+        queue.fields["uid"] = nested([torch.tensor([row // 4]) for row in range(8)])
+        queue.fields["rm_scores"] = nested(
+            [torch.full((length,), float(row > 3)) for row, length in enumerate(lengths)]
+        )
+        return batch
+
+    monkeypatch.setattr(workers, "take", judged)
+    one_step(trainer, workers, step, monkeypatch)
+    scaled = queue.fields["advantages"].to_padded_tensor(0.0)
+    steering = trainer.entropy_control.steering
+    assert steering.prompt_alpha is not None
+    alphas = steering.alphas(torch.tensor([0.0, 1.0])).repeat_interleave(4)
+    expected = step.advantages + alphas * step.advantages.abs()
+    assert alphas[0] < -0.1
+    torch.testing.assert_close(scaled[:, 0], expected)
+
+
 def test_state_survives_a_save_and_a_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[str] = []
     base = get_trainer_cls("sync").__mro__[1]
