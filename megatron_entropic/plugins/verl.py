@@ -56,7 +56,7 @@ HEAD_VARIABLE = "MEGATRON_ENTROPIC_VERL_HEAD"
 
 # verl hands a registered loss neither the batch nor anything of the step. What carries alpha from the batch to the
 # loss, in the one call in between, is a context variable: it has a value inside that call only.
-_term: ContextVar[tuple[float, float]] = ContextVar("entropic_term", default=(0.0, 0.0))
+_term: ContextVar[tuple[float, float] | None] = ContextVar("entropic_term", default=None)
 
 
 @register_policy_loss(_LOSS)
@@ -72,8 +72,17 @@ def entropic_policy_loss(
     """EntroPIC as published (arXiv 2511.15248): verl's clipped loss plus alpha times the term with the raw ratio.
 
     Arguments and result are those of every policy loss of verl; tensors are [B, R]. Alpha and tau come with the batch.
+
+    Raises:
+        UserError: the batch comes from a trainer without a controller.
     """
-    alpha, tau = _term.get()
+    carried = _term.get()
+    if carried is None:
+        raise UserError(
+            f"policy_loss.loss_mode={_LOSS} gets alpha from a trainer with entropy control: set "
+            "trainer.v1.trainer_mode=entropic_sync, entropic_colocate_async or entropic_separate_async"
+        )
+    alpha, tau = carried
     mask = response_mask.bool()
     low, high = (
         bound if bound is not None else config.clip_ratio for bound in (config.clip_ratio_low, config.clip_ratio_high)
@@ -97,8 +106,8 @@ def carry_term(loss: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(loss)
     def carried(config: Any, model_output: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
-        values = [tensordict_utils.get_non_tensor_data(data, key=key, default=0.0) for key in (_ALPHA, _TAU)]
-        token = _term.set((float(values[0]), float(values[1])))
+        alpha, tau = (tensordict_utils.get_non_tensor_data(data, key=key, default=None) for key in (_ALPHA, _TAU))
+        token = _term.set(None if alpha is None else (float(alpha), float(tau)))
         try:
             return loss(config, model_output, data, *args, **kwargs)
         finally:

@@ -308,6 +308,12 @@ def test_settings_without_effect_are_refused(tmp_path: Path, monkeypatch: pytest
         get_trainer_cls("entropic_sync")(OmegaConf.create({}))
 
 
+def test_the_published_loss_without_our_trainer_is_refused() -> None:
+    rows = torch.zeros(1, 2)
+    with pytest.raises(UserError, match="entropic_sync"):
+        plugin.entropic_policy_loss(rows, rows, rows, torch.ones(1, 2), config=actor_config(loss="entropic"))
+
+
 def test_our_operation_stands_in_for_verls_megatron_head() -> None:
     """Against the formula, a padded token's temperature of 0 included."""
     generator = torch.Generator().manual_seed(1)
