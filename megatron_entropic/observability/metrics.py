@@ -22,6 +22,8 @@ from megatron_entropic.files.paths import directory_problem
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_run_id"
+TURNS_APART = 8
+"""Number of turns whose metrics are apart; what comes later counts as the last of them."""
 ENTROPY_BAND = 0.1
 """Entropy within this fraction of its target counts as on target, wherever it is shown."""
 

@@ -6,7 +6,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
 
@@ -15,53 +15,25 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from megatron_entropic.observability.metrics import ENTROPY_BAND
+from megatron_entropic.observability.metrics import ENTROPY_BAND, TURNS_APART
+from megatron_entropic.reports.lines import (
+    Theme,
+    any_finite,
+    colours,
+    finish,
+    legend,
+    lines,
+    page_style,
+    short,
+)
 from megatron_entropic.reports.run import Run
 
 _WIDE, _HALF = (10.8, 3.6), (5.3, 3.1)
-_DPI = 160
-_LABEL_CHARACTERS = 40
 _BENCHMARK_METRIC = re.compile(r"evaluation/(.+)/avg")
 _MARKERS = "os^Dv"
 _PHASES = ("generate", "reward", "score", "update", "publish", "checkpoint")
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a figure; its background is that of the page's panels."""
-
-    name: str
-    panel: str
-    ink: str
-    muted: str
-    grid: str
-    good: str
-    runs: tuple[str, ...]
-    phases: tuple[str, ...]
-
-
-LIGHT = Theme(
-    "light",
-    panel="#ffffff",
-    ink="#1d2430",
-    muted="#697386",
-    grid="#e6e9ef",
-    good="#1f9d74",
-    runs=("#3461d1", "#e0702e", "#a8459b", "#b08a14", "#4d96ad", "#7b6ad6"),
-    phases=("#3461d1", "#a8459b", "#4d96ad", "#e0702e", "#1f9d74", "#b08a14", "#c3c9d4"),
-)
-DARK = Theme(
-    "dark",
-    panel="#171c26",
-    ink="#e7eaf0",
-    muted="#97a1b3",
-    grid="#2a3140",
-    good="#3ecf9b",
-    runs=("#7ea2ff", "#ff9d62", "#dc86d2", "#e3c04f", "#7cc8df", "#b3a4ff"),
-    phases=("#7ea2ff", "#dc86d2", "#7cc8df", "#ff9d62", "#3ecf9b", "#e3c04f", "#4a5365"),
-)
 
 
 @dataclass(frozen=True)
@@ -78,7 +50,7 @@ class Plot:
 
 def render(plot: Plot, runs: Sequence[Run], theme: Theme) -> bytes | None:
     """A figure as PNG, None if no run has the metrics for it."""
-    with matplotlib.rc_context(_style(theme)):
+    with matplotlib.rc_context(page_style(theme)):
         figure = Figure(figsize=_WIDE if plot.wide else _HALF, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         axes = figure.add_subplot()
@@ -92,43 +64,9 @@ def render(plot: Plot, runs: Sequence[Run], theme: Theme) -> bytes | None:
         return buffer.getvalue()
 
 
-def _style(theme: Theme) -> dict[Any, Any]:
-    return {
-        "figure.facecolor": theme.panel,
-        "axes.facecolor": theme.panel,
-        "savefig.facecolor": theme.panel,
-        "figure.dpi": _DPI,
-        "font.family": "sans-serif",
-        "font.size": 9.5,
-        "text.color": theme.ink,
-        "axes.labelcolor": theme.muted,
-        "axes.edgecolor": theme.grid,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
-        "axes.formatter.useoffset": False,
-        "grid.color": theme.grid,
-        "grid.linewidth": 0.8,
-        "xtick.color": theme.muted,
-        "ytick.color": theme.muted,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-        "lines.linewidth": 1.8,
-        "lines.solid_capstyle": "round",
-        "lines.solid_joinstyle": "round",
-        "legend.frameon": False,
-        "legend.fontsize": 9,
-        "legend.labelcolor": theme.ink,
-        # A run's name is text, not mathematics: a dollar sign in it stays one.
-        "text.parse_math": False,
-    }
-
-
 def _entropy(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     """Draw H of every run, and the band of each distinct target."""
-    drawn = _lines(axes, runs, "entropy/mean", theme)
+    drawn = lines(axes, runs, "entropy/mean", theme)
     stretches = [stretch for run in runs for stretch in run.stretches]
     for target in sorted({stretch.target for stretch in stretches if stretch.target is not None}):
         label = f"target {target:g} \u00b1 {ENTROPY_BAND:.0%}"
@@ -139,8 +77,8 @@ def _entropy(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
             axes.plot([first, last], [target] * 2, color=theme.good, linewidth=1.2, linestyle=(0, (5, 3)), label=label)
             label = ""
     axes.set_ylabel("nats per token")
-    _finish(axes, floor=0.0)
-    _legend(axes)
+    finish(axes, floor=0.0)
+    legend(axes)
     return drawn
 
 
@@ -151,9 +89,9 @@ def _alpha(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     """
     drawn = False
     dashes = {"entropy/proportional": (0, (1.2, 1.6)), "entropy/integral_term": (0, (5, 2))}
-    for run, colour in zip(runs, _colours(theme, len(runs)), strict=True):
+    for run, colour in zip(runs, colours(theme, len(runs)), strict=True):
         values = run.series("entropy/alpha")
-        if all(stretch.target is None for stretch in run.stretches) or not _any_finite(values):
+        if all(stretch.target is None for stretch in run.stretches) or not any_finite(values):
             continue
         drawn = True
         alone = len(runs) == 1
@@ -161,7 +99,7 @@ def _alpha(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
             (("entropy/proportional", "P"), ("entropy/integral_term", "I")), start=1
         ):
             part = run.series(name)
-            if _any_finite(part):
+            if any_finite(part):
                 style: dict[str, Any] = (
                     {"color": theme.runs[index], "label": f"{part_of} part"}
                     if alone
@@ -174,64 +112,93 @@ def _alpha(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     axes.axhline(0.0, color=theme.muted, linewidth=0.9)
     axes.set_ylim(-1.15, 1.15)
     axes.set_ylabel("raises H   \u2190   0   \u2192   lowers H")
-    _finish(axes)
-    _legend(axes)
+    finish(axes)
+    legend(axes)
     return drawn
 
 
 def _authority(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     """Draw the share of tokens with pi > tau (dashed), and of those with an advantage too, which alpha acts on."""
-    drawn = _lines(axes, runs, "entropy/actuated_fraction", theme, label="pi > tau and A \u2260 0")
-    drawn |= _lines(axes, runs, "entropy/high_prob_fraction", theme, label="pi > tau", dashed=True)
+    drawn = lines(axes, runs, "entropy/actuated_fraction", theme, label="pi > tau and A \u2260 0")
+    drawn |= lines(axes, runs, "entropy/high_prob_fraction", theme, label="pi > tau", dashed=True)
     axes.set_ylabel("share of tokens")
-    _finish(axes, floor=0.0)
-    _legend(axes)
+    finish(axes, floor=0.0)
+    legend(axes)
     return drawn
 
 
 def _outcome(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     """Draw the entropy of correct (solid) and wrong (dashed) responses."""
-    drawn = _lines(axes, runs, "entropy/correct", theme, smooth=True, label="correct")
-    drawn |= _lines(axes, runs, "entropy/wrong", theme, smooth=True, label="wrong", dashed=True)
+    drawn = lines(axes, runs, "entropy/correct", theme, smooth=True, label="correct")
+    drawn |= lines(axes, runs, "entropy/wrong", theme, smooth=True, label="wrong", dashed=True)
     axes.set_ylabel("nats per token")
-    _finish(axes, floor=0.0)
-    _legend(axes)
+    finish(axes, floor=0.0)
+    legend(axes)
     return drawn
 
 
 def _reward(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
-    drawn = _lines(axes, runs, "reward/mean", theme, smooth=True)
+    drawn = lines(axes, runs, "reward/mean", theme, smooth=True)
     axes.set_ylabel("mean reward")
-    _finish(axes)
-    _legend(axes, only_if=len(runs) > 1)
+    finish(axes)
+    legend(axes, only_if=len(runs) > 1)
     return drawn
 
 
 def _staleness(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     """Draw the age of tokens in weight versions."""
-    drawn = _lines(axes, runs, "staleness/versions_max", theme, label="oldest")
-    drawn |= _lines(axes, runs, "staleness/versions_mean", theme, label="mean", dashed=True)
+    drawn = lines(axes, runs, "staleness/versions_max", theme, label="oldest")
+    drawn |= lines(axes, runs, "staleness/versions_mean", theme, label="mean", dashed=True)
     axes.set_ylabel("versions")
-    _finish(axes, floor=0.0)
-    _legend(axes)
+    finish(axes, floor=0.0)
+    legend(axes)
     return drawn
 
 
 def _teacher(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     """Draw the divergence from the teacher."""
-    drawn = _lines(axes, runs, "distillation/kl", theme)
+    drawn = lines(axes, runs, "distillation/kl", theme)
     axes.set_ylabel("nats per token")
-    _finish(axes, floor=0.0)
-    _legend(axes, only_if=len(runs) > 1)
+    finish(axes, floor=0.0)
+    legend(axes, only_if=len(runs) > 1)
     return drawn
+
+
+def _turns(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
+    """Draw how many turns conversations have."""
+    drawn = lines(axes, runs, "environment/turns_mean", theme, smooth=True)
+    axes.set_ylabel("turns of the policy")
+    finish(axes, floor=0.0)
+    legend(axes, only_if=len(runs) > 1)
+    return drawn
+
+
+def _turn_entropy(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
+    """Draw the entropy of each turn of one run; of several runs that of the first turn and of the second."""
+    if len(runs) > 1:
+        drawn = lines(axes, runs, "entropy/turn_1", theme)
+        drawn |= lines(axes, runs, "entropy/turn_2", theme, dashed=True)
+    else:
+        drawn = False
+        for turn in range(1, TURNS_APART + 1):
+            drawn |= lines(axes, runs, f"entropy/turn_{turn}", _turned(theme, turn), label=str(turn))
+    axes.set_ylabel("nats")
+    finish(axes, floor=0.0)
+    legend(axes)
+    return drawn
+
+
+def _turned(theme: Theme, turn: int) -> Theme:
+    """The theme with the colour of a turn first."""
+    return replace(theme, runs=(colours(theme, turn)[-1],))
 
 
 def _engines(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     """Draw the share of the time in which engines worked."""
-    drawn = _lines(axes, runs, "rollout/busy_fraction", theme)
+    drawn = lines(axes, runs, "rollout/busy_fraction", theme)
     axes.set_ylim(0, 1.05)
-    _finish(axes)
-    _legend(axes)
+    finish(axes)
+    legend(axes)
     return drawn
 
 
@@ -242,8 +209,8 @@ def _benchmarks(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     """
     found = (_BENCHMARK_METRIC.fullmatch(key) for run in runs for row in run.rows for key in row)
     names = list(dict.fromkeys(match[1] for match in found if match))
-    for run, run_colour in zip(runs, _colours(theme, len(runs)), strict=True):
-        for name, benchmark_colour, marker in zip(names, _colours(theme, len(names)), cycle(_MARKERS), strict=False):
+    for run, run_colour in zip(runs, colours(theme, len(runs)), strict=True):
+        for name, benchmark_colour, marker in zip(names, colours(theme, len(names)), cycle(_MARKERS), strict=False):
             label = name if len(runs) == 1 else run.name if len(names) == 1 else f"{run.name}: {name}"
             colour = benchmark_colour if len(runs) == 1 else run_colour
             for metric, style in (("avg", {"label": label}), ("pass", {"linestyle": (0, (4, 2)), "linewidth": 1.3})):
@@ -253,39 +220,39 @@ def _benchmarks(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
                 if points:
                     axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, **style)
     axes.set_ylabel("share of responses or problems")
-    _finish(axes, floor=0.0)
-    _legend(axes)
+    finish(axes, floor=0.0)
+    legend(axes)
     return bool(names)
 
 
 def _mismatch(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     """Draw the largest (solid) and mean (dashed) difference of every run; a log scale has no zeros."""
-    drawn = _lines(axes, runs, "mismatch/logprob_abs_max", theme, positive=True, label="largest")
-    drawn |= _lines(axes, runs, "mismatch/logprob_abs_mean", theme, positive=True, label="mean", dashed=True)
+    drawn = lines(axes, runs, "mismatch/logprob_abs_max", theme, positive=True, label="largest")
+    drawn |= lines(axes, runs, "mismatch/logprob_abs_mean", theme, positive=True, label="mean", dashed=True)
     if drawn:
         axes.set_yscale("log")
         # The default labels are mathematics, which the style switches off.
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("nats")
-    _finish(axes)
-    _legend(axes)
+    finish(axes)
+    legend(axes)
     return drawn
 
 
 def _length(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
-    drawn = _lines(axes, runs, "response/length_mean", theme, smooth=True)
+    drawn = lines(axes, runs, "response/length_mean", theme, smooth=True)
     axes.set_ylabel("tokens")
-    _finish(axes)
-    _legend(axes, only_if=len(runs) > 1)
+    finish(axes)
+    legend(axes, only_if=len(runs) > 1)
     return drawn
 
 
 def _gradient(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
-    drawn = _lines(axes, runs, "grad_norm", theme, smooth=True)
+    drawn = lines(axes, runs, "grad_norm", theme, smooth=True)
     axes.set_ylabel("norm before clipping")
-    _finish(axes, floor=0.0)
-    _legend(axes, only_if=len(runs) > 1)
+    finish(axes, floor=0.0)
+    legend(axes, only_if=len(runs) > 1)
     return drawn
 
 
@@ -307,18 +274,18 @@ def _time(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
         # One slow step, such as the first, would flatten all the others.
         axes.set_ylim(0, 1.25 * max(float(np.percentile(seconds[0].sum(axis=0), 95)), 1e-3))
         axes.set_ylabel("seconds a step")
-        _finish(axes)
+        finish(axes)
     else:
         left = np.zeros(len(timed))
         for index, (label, colour) in enumerate(zip(labels, colours, strict=True)):
             width = np.array([part[index].mean() for part in seconds])
             axes.barh(range(len(timed)), width, left=left, color=colour, label=label, height=0.55)
             left += width
-        axes.set_yticks(range(len(timed)), [_short(run.name) for run in timed])
+        axes.set_yticks(range(len(timed)), [short(run.name) for run in timed])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("mean seconds a step")
-    _legend(axes)
+    legend(axes)
     return True
 
 
@@ -327,92 +294,6 @@ def _phase_seconds(run: Run, names: Sequence[str]) -> np.ndarray:
     parts = np.nan_to_num(np.array([run.series(f"time/{name}_s") for name in names]).reshape(len(names), -1))
     total = np.nan_to_num(np.array(run.series("time/step_s")))
     return np.vstack([parts, np.maximum(0.0, total - parts.sum(axis=0))])
-
-
-def _lines(
-    axes: Axes,
-    runs: Sequence[Run],
-    name: str,
-    theme: Theme,
-    *,
-    smooth: bool = False,
-    positive: bool = False,
-    dashed: bool = False,
-    label: str = "",
-) -> bool:
-    """Draw one line a run; smoothed ones keep the raw values as a faint line behind. False if no run has the metric.
-
-    A single run's line is called `label`, if given; several are called by their runs, the dashed ones not again.
-    """
-    drawn = False
-    for run, colour in zip(runs, _colours(theme, len(runs)), strict=True):
-        values = np.array(run.series(name))
-        if positive:
-            values[~(values > 0)] = np.nan
-        if not np.isfinite(values).any():
-            continue
-        drawn = True
-        window = max(1, len(values) // 15) if smooth else 1
-        if window > 1:
-            axes.plot(run.steps, values, color=colour, alpha=0.28, linewidth=1.0)
-        marker = "o" if len(values) == 1 else None
-        line = _rolling_mean(values, window)
-        axes.plot(
-            run.steps,
-            line,
-            color=colour,
-            label=(label or run.name) if len(runs) == 1 else "" if dashed else run.name,
-            marker=marker,
-            linestyle=(0, (4, 2)) if dashed else "-",
-            linewidth=1.3 if dashed else 1.8,
-        )
-    return drawn
-
-
-def _rolling_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` finite values at each position (of fewer at the start); [n] -> [n]."""
-    finite = np.isfinite(values)
-    totals = np.cumsum(np.where(finite, values, 0.0))
-    counts = np.cumsum(finite).astype(float)
-    totals[window:] -= totals[:-window].copy()
-    counts[window:] -= counts[:-window].copy()
-    with np.errstate(invalid="ignore"):
-        means: np.ndarray = totals / counts
-    return means
-
-
-def _colours(theme: Theme, count: int) -> list[str]:
-    return [theme.runs[index % len(theme.runs)] for index in range(count)]
-
-
-def _any_finite(values: Sequence[float]) -> bool:
-    return any(math.isfinite(value) for value in values)
-
-
-def _finish(axes: Axes, *, floor: float | None = None) -> None:
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.margins(x=0.01)
-    if floor is not None:
-        axes.set_ylim(bottom=floor)
-
-
-def _legend(axes: Axes, *, only_if: bool = True) -> None:
-    """Draw a legend above the axes, where it never covers a line; as many columns as its labels leave room for."""
-    handles, names = axes.get_legend_handles_labels()
-    if not only_if or not handles:
-        return
-    labels = [_short(name) for name in names]
-    characters = 14 * axes.figure.bbox.width / _DPI
-    columns = int(characters // (max(map(len, labels)) + 6))
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    figure.legend(handles, labels, loc="outside upper left", ncols=max(1, min(columns, len(labels))))
-
-
-def _short(name: str) -> str:
-    """A run's name, cut to the length that a figure has room for."""
-    return name if len(name) <= _LABEL_CHARACTERS else name[: _LABEL_CHARACTERS - 3] + "..."
 
 
 PLOTS = (
@@ -480,6 +361,21 @@ PLOTS = (
         "tasks, that is for the policy: a larger rollout.lag fills it.",
         False,
         _engines,
+    ),
+    Plot(
+        "turns",
+        "Conversations",
+        "Turns of the policy in a conversation, mean of a step, and its rolling mean.",
+        False,
+        _turns,
+    ),
+    Plot(
+        "turn_entropy",
+        "Entropy by turn",
+        "Mean entropy over the tokens that the policy wrote in each turn; in a comparison of the first turn (solid) "
+        "and the second (dashed).",
+        False,
+        _turn_entropy,
     ),
     Plot("response_length", "Response length", "Mean number of tokens of a response.", False, _length),
     Plot("gradient_norm", "Gradient norm", "Over all parameters, before clipping.", False, _gradient),

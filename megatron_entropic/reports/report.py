@@ -20,7 +20,7 @@ from megatron_entropic.observability.progress import duration
 from megatron_entropic.observability.settings_history import Change, changes, flatten
 from megatron_entropic.observability.values import as_number
 from megatron_entropic.observability.yardsticks import MismatchYardstick
-from megatron_entropic.reports import plots
+from megatron_entropic.reports import lines, plots
 from megatron_entropic.reports.advice import verdicts
 from megatron_entropic.reports.pages import render_page, write_page
 from megatron_entropic.reports.run import LAST_STEPS, Run, Summary, load_run, summarise
@@ -55,7 +55,7 @@ def write_report(run_dirs: Sequence[Path], output_dir: Path) -> Path:
     make_directory(output_dir)
     figures = []
     for plot in plots.PLOTS:
-        light, dark = (plots.render(plot, runs, theme) for theme in (plots.LIGHT, plots.DARK))
+        light, dark = (plots.render(plot, runs, theme) for theme in (lines.LIGHT, lines.DARK))
         if light is None or dark is None:
             continue
         (output_dir / f"{plot.slug}.png").write_bytes(light)
@@ -67,7 +67,7 @@ def write_report(run_dirs: Sequence[Path], output_dir: Path) -> Path:
         runs=[
             {
                 "run": run,
-                "colours": (plots.LIGHT.runs[i % len(plots.LIGHT.runs)], plots.DARK.runs[i % len(plots.DARK.runs)]),
+                "colours": (lines.LIGHT.runs[i % len(lines.LIGHT.runs)], lines.DARK.runs[i % len(lines.DARK.runs)]),
                 "facts": _facts(run, summary),
                 "cards": _cards(summary, run.stretches[-1].mismatch_yardstick),
                 "verdicts": verdicts(run),

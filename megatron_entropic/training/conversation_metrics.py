@@ -16,9 +16,8 @@ from statistics import fmean
 
 import numpy as np
 
+from megatron_entropic.observability.metrics import TURNS_APART
 from megatron_entropic.types import Scores, TrainingBatch, Trajectory
-
-TURNS_APART = 8
 
 
 def conversation_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.image
+import numpy as np
 import pytest
 import yaml
 from matplotlib.figure import Figure
 from trajectories import reward_of, task_of, trajectory_of
 
 from megatron_entropic.observability.records import SampleLog
-from megatron_entropic.reports import plots
+from megatron_entropic.reports import lines, plots
 from megatron_entropic.reports.report import write_report
 from megatron_entropic.reports.run import load_run, summarise
 from megatron_entropic.types import Group, Reward, TrainingBatch
@@ -137,10 +138,10 @@ def test_held_out_problems_are_drawn_where_they_were_answered(tmp_path: Path) ->
             (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             runs.append(run)
         axes = Figure().add_subplot()
-        assert plot.draw(axes, [load_run(run) for run in runs], plots.LIGHT)
-        lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()]
+        assert plot.draw(axes, [load_run(run) for run in runs], lines.LIGHT)
+        drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()]
         average = ([10, 20], [0.1, 0.2])
-        assert lines == [average, ([10, 20], [0.5, 0.5]), average] * count
+        assert drawn == [average, ([10, 20], [0.5, 0.5]), average] * count
         labels = axes.get_legend_handles_labels()[1]
         assert labels == (
             ["sums", "words"]
@@ -149,7 +150,7 @@ def test_held_out_problems_are_drawn_where_they_were_answered(tmp_path: Path) ->
         )
         write_report(runs, tmp_path / f"out {count}")
         assert (tmp_path / f"out {count}" / "benchmarks.png").is_file()
-    assert not plot.draw(Figure().add_subplot(), [load_run(make_run(tmp_path / "none", "none"))], plots.LIGHT)
+    assert not plot.draw(Figure().add_subplot(), [load_run(make_run(tmp_path / "none", "none"))], lines.LIGHT)
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -240,3 +241,25 @@ def test_every_unreadable_run_is_named(tmp_path: Path) -> None:
         assert str(tmp_path / name) in line
         assert reason in line
     assert not (tmp_path / "out").exists()
+
+
+def test_conversations_are_drawn_where_there_are_some(tmp_path: Path) -> None:
+    by_slug = {plot.slug: plot for plot in plots.PLOTS}
+    runs = []
+    for name in ("a", "b"):
+        run = make_run(tmp_path / name, name, steps=5)
+        rows = [metrics(step, controlled=True) for step in range(1, 6)]
+        for row in rows:
+            row |= {"environment/turns_mean": 2.0, "entropy/turn_1": 0.5, "entropy/turn_2": row["step"]}
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        runs.append(load_run(run))
+    for shown in (runs[:1], runs):
+        axes = Figure().add_subplot()
+        assert by_slug["turn_entropy"].draw(axes, shown, lines.LIGHT)
+        drawn = [list(line.get_ydata()) for line in axes.get_lines()]
+        np.testing.assert_allclose(sorted(drawn), sorted([[0.5] * 5, [1.0, 2.0, 3.0, 4.0, 5.0]] * len(shown)))
+        assert by_slug["turns"].draw(Figure().add_subplot(), shown, lines.DARK)
+    without = [load_run(make_run(tmp_path / "c", "c"))]
+    assert not any(
+        by_slug[slug].draw(Figure().add_subplot(), without, lines.LIGHT) for slug in ("turns", "turn_entropy")
+    )
