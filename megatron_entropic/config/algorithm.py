@@ -265,10 +265,11 @@ class EntropyControlConfig(Section):
         "module:Class.",
     )
     guards: GuardsConfig = GuardsConfig()
-    reanchor: Annotated[Literal["off", "detected"], BeforeValidator(off_is_a_word)] = Field(
+    reanchor: Annotated[Literal["off", "detected", "measured"], BeforeValidator(off_is_a_word)] = Field(
         "off",
         description="detected: a target such as 0.7x follows jumps of the data, a multiple of the first entropy as it "
-        "would have been on the new data.",
+        "would have been on the new data. measured: the same, and what the update itself did is measured, by one more "
+        "forward pass a step.",
     )
     weight_limit: float | None = Field(
         None,

@@ -89,6 +89,12 @@ def _guard(config: Config) -> Iterator[Violation]:
             ("entropy_control.guard", "entropy_control.reanchor", "entropy_control.feedback"),
             "entropy_control.guard and reanchor need one alpha for all ranks: not feedback=microbatch_local",
         )
+    if control.reanchor == "measured" and config.feedback != "score_pass":
+        yield Violation(
+            ("entropy_control.reanchor", "entropy_control.feedback"),
+            f"entropy_control.reanchor=measured compares two scoring passes: it needs feedback=score_pass, not "
+            f"{config.feedback}",
+        )
     if not bottom < top:
         yield Violation(
             ("entropy_control.guards.top", "entropy_control.guards.bottom"),

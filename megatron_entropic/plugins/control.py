@@ -228,6 +228,8 @@ def read_settings(settings: Mapping[str, Any], *, host: str, lacks: Mapping[str,
         problems.add(f"controller: off. Without control use {host}'s own trainer")
     if config.feedback not in ("auto", "score_pass", "previous_step"):
         problems.add(f"feedback: {config.feedback} exists in our own trainer only; choose score_pass or previous_step")
+    if config.reanchor == "measured":
+        problems.add(f"reanchor: {host} does not score responses again after a step; choose detected")
     if config.weight_limit is not None:
         problems.add("weight_limit: with denominator all_tokens weights are within 1 +- alpha; leave it out")
     if config.denominator != "all_tokens":

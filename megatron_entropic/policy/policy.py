@@ -190,6 +190,10 @@ class Policy:
         metrics = self._update.step(minibatch, self.optimizer, freshly_scored=self._freshly_scored)
         if not metrics["optimizer/skipped"]:
             self._freshly_scored = False
+        if isinstance(self._control, EntropyControl) and self._control.controller.measures_again:
+            # The weights were just changed, as in `score`: gathers that overlap the next pass must have come.
+            self.synchronize_parameters()
+            self._control.updated(self._measured(minibatch, self._scores(self.model, minibatch)))
         if self._machinery.routing is not None:
             metrics |= self._machinery.routing.metrics()
         if self._control is None and self._scored is not None:
@@ -383,12 +387,15 @@ class Policy:
         )
 
     def _measure(self, sequences: list[Sequence], scores: Scores | None) -> None:
+        self._scored = self._measured(sequences, scores)
+        self._freshly_scored = True
+        if isinstance(self._control, EntropyControl):
+            self._control.scored(self._scored)
+
+    def _measured(self, sequences: list[Sequence], scores: Scores | None) -> EntropyMeasurement:
         local = torch.zeros(2, dtype=torch.float64, device=self.platform.device)
         if scores is not None:
             config = self.config
             cap, measure = config.rollout.importance_cap, config.entropy_control.measure
             local += measured_entropy(sequences, scores, config.feedback, cap, measure)
-        self._scored = EntropyMeasurement(*sum_of_token_statistics(local, self.parallel).tolist())
-        self._freshly_scored = True
-        if isinstance(self._control, EntropyControl):
-            self._control.scored(self._scored)
+        return EntropyMeasurement(*sum_of_token_statistics(local, self.parallel).tolist())

@@ -50,6 +50,9 @@ def _cases(entropy: float, tau: float) -> dict[str, dict[str, Any]]:
     cases |= {
         name: {"entropy_control": {"controller": name, "tau": tau, **section}} for name, section in control.items()
     }
+    cases["pi measured again"] = {
+        "entropy_control": {**cases["pi"]["entropy_control"], "target": "0.5x", "reanchor": "measured"}
+    }
     # A low top, so that the ceiling has something to take back, and a limit that some weights exceed.
     cases["unsolved guarded"] = {
         "entropy_control": {

@@ -36,6 +36,8 @@ class Controller(ABC):
     """Kind of the state in a checkpoint: a controller of another kind starts fresh."""
     state_names: tuple[str, ...] = ()
     """Float attributes that are state beside the measurement, in checkpoints under the same names."""
+    measures_again = False
+    """Whether `measured_again` is to be called, which costs a forward pass after each optimizer step."""
 
     def __init__(self, target: float | Setpoint) -> None:
         self._setpoint = Setpoint.of(target)
@@ -109,6 +111,10 @@ class Controller(ABC):
             return
         self._steps += 1
         self._advance(has_advantage=has_advantage)
+
+    def measured_again(self, entropy: float) -> None:
+        """Take the entropy, nats, of the responses of the last step under the weights after it."""
+        return
 
     def metrics(self) -> dict[str, float]:
         """Metrics that a run logs each step; subclasses add theirs."""

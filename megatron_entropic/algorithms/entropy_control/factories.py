@@ -36,7 +36,13 @@ def build_controller(config: EntropyControlConfig) -> Controller:
     guard = _build_guard(config)
     if guard is None and config.reanchor == OFF:
         return source
-    return Guarded(source, guard, jump=config.guards.jump, reanchors=config.reanchor != OFF)
+    return Guarded(
+        source,
+        guard,
+        jump=config.guards.jump,
+        reanchors=config.reanchor != OFF,
+        measures_again=config.reanchor == "measured",
+    )
 
 
 def _build_source(config: EntropyControlConfig) -> Controller:

@@ -5,7 +5,8 @@
     H --Anchor--> x = smoothed H / anchor --Guard--> u
 
 The anchor is the entropy of the run's first steps, moved where the data change: one optimizer step moves entropy by
-hundredths of itself, new prompts by tenths.
+hundredths of itself, new prompts by tenths. Where the responses of a step are scored again after it, the difference of
+the next measurement from that is the data's alone.
 """
 
 from __future__ import annotations
@@ -44,15 +45,23 @@ class Anchor:
         """Smoothed H as a multiple of the anchor; 1 where there is no entropy to compare with."""
         return self.smoothed / self.entropy if self.entropy > 0 else 1.0
 
-    def after(self, entropy: float, jump: float) -> Anchor:
-        """The anchor after one more measurement, nats."""
+    def after(self, entropy: float, jump: float, before: float = 0.0) -> Anchor:
+        """The anchor after one more measurement, nats.
+
+        Args:
+            entropy: the measurement.
+            jump: see the class.
+            before: entropy of the responses before under the same weights; 0 where nobody has measured it, then the
+                moving mean stands for it.
+        """
         count = self.measurements + 1
         if count <= FIRST_STEPS:
             mean = self.entropy + (entropy - self.entropy) / count
             return Anchor(mean, mean, count)
-        if abs(entropy - self.smoothed) > jump * self.entropy and entropy > 0 and self.smoothed > 0:
-            factor = entropy / self.smoothed
-            return Anchor(self.entropy * factor, entropy, count, factor)
+        before = before or self.smoothed
+        if abs(entropy - before) > jump * self.entropy and entropy > 0 and before > 0:
+            factor = entropy / before
+            return Anchor(self.entropy * factor, self.smoothed * factor, count, factor)
         return Anchor(self.entropy, SMOOTHING * self.smoothed + (1.0 - SMOOTHING) * entropy, count)
 
 
@@ -151,22 +160,25 @@ class Guarded(Controller):
         guard: what overrides it; None: nothing does.
         jump: change of H in one step, as a share of the anchor, from which on it is put down to the data.
         reanchors: whether the source's relative target moves with the anchor.
+        measures_again: whether the data's part of a change is measured, by scoring responses again after their step.
     """
 
-    state_names = ("anchor", "smoothed", "measurements", "guard_integral")
+    state_names = ("anchor", "smoothed", "measurements", "guard_integral", "after_update")
 
-    def __init__(self, source: Controller, guard: Guard | None, *, jump: float, reanchors: bool) -> None:
+    def __init__(
+        self, source: Controller, guard: Guard | None, *, jump: float, reanchors: bool, measures_again: bool = False
+    ) -> None:
         super().__init__(source.target)
         self.source, self.guard = source, guard
         self.kind = f"{source.kind} {guard.kind if guard else 'reanchored'}"
-        self._jump, self._reanchors = jump, reanchors
+        self._jump, self._reanchors, self.measures_again = jump, reanchors, measures_again
         self._before = self._anchor = Anchor()
-        self._action = self._initial_before = 0.0
+        self._action = self._initial_before = self._after_update = 0.0
 
     def observe(self, entropy_sum: float, token_count: float) -> Steering:
         """Fix what the next optimizer step does; see `Controller.observe`."""
         if token_count > 0:
-            self._anchor = self._before.after(entropy_sum / token_count, self._jump)
+            self._anchor = self._before.after(entropy_sum / token_count, self._jump, self._after_update)
             if self._reanchors:
                 self._initial_before = self.source.initial_entropy
                 self.source.initial_entropy *= self._anchor.factor
@@ -200,6 +212,10 @@ class Guarded(Controller):
         if self.guard is not None and has_advantage:
             self.guard.advance(self._anchor.relative)
 
+    def measured_again(self, entropy: float) -> None:
+        """Keep it for the next measurement."""
+        self._after_update = entropy
+
     def metrics(self) -> dict[str, float]:
         """Metrics of the source, with the alpha that is used, and those of the guard."""
         return self.source.metrics() | {
@@ -211,13 +227,9 @@ class Guarded(Controller):
 
     def state_dict(self) -> dict[str, float | int]:
         """State of the source, the anchor and the guard."""
-        before = self._before
-        return self.source.state_dict() | {
-            "anchor": before.entropy,
-            "smoothed": before.smoothed,
-            "measurements": before.measurements,
-            "guard_integral": self.guard.integral if self.guard else 0.0,
-        }
+        before, integral = self._before, self.guard.integral if self.guard else 0.0
+        values = (before.entropy, before.smoothed, before.measurements, integral, self._after_update)
+        return self.source.state_dict() | dict(zip(self.state_names, values, strict=True))
 
     def load_state_dict(self, state: Mapping[str, float | int]) -> None:
         """Restore what `state_dict` returned.
@@ -226,7 +238,7 @@ class Guarded(Controller):
             ValueError: keys are missing or unknown, or a value is not finite.
         """
         self.source.load_state_dict({name: value for name, value in state.items() if name not in self.state_names})
-        anchor, smoothed, measurements, integral = (float(state[name]) for name in self.state_names)
+        anchor, smoothed, measurements, integral, self._after_update = (float(state[n]) for n in self.state_names)
         self._before = self._anchor = Anchor(anchor, smoothed, measurements)
-        if self.guard is not None:
+        if self.guard:
             self.guard.integral = integral

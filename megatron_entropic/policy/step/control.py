@@ -132,6 +132,11 @@ class EntropyControl:
         if self.measures_updates and measurement is not None and measurement.usable:
             self._feedback = measurement
 
+    def updated(self, measurement: EntropyMeasurement) -> None:
+        """Take the entropy of the step's own responses under the weights after it."""
+        if measurement.usable:
+            self.controller.measured_again(measurement.mean)
+
     def metrics(self) -> dict[str, float]:
         """Metrics of the controller, for the log."""
         return self.controller.metrics()

@@ -35,6 +35,8 @@ def run(subject: Controller, entropies: list[float]) -> list[Steering]:
     for entropy in entropies:
         steerings.append(subject.observe(entropy * TOKENS, TOKENS))
         subject.commit(stepped=True, has_advantage=True)
+        if subject.measures_again:
+            subject.measured_again(1.02 * entropy)
     return steerings
 
 
@@ -114,6 +116,23 @@ def test_an_anchor_keeps_its_ratio_over_a_jump() -> None:
     assert Anchor().after(0.0, jump=0.35).relative == 1.0, "no entropy, nothing to compare with"
 
 
+def test_a_jump_that_the_policy_made_is_not_put_down_to_the_data_where_it_is_measured() -> None:
+    """H goes from 0.5 to 0.9 in one step. Scored again after the step, the same responses say whose doing it was."""
+    section = {"controller": "p", "target": "0.8x", "kp": 1.0, "reanchor": "measured"}
+
+    def target_after(again: float) -> float:
+        subject = controller(**section)
+        assert subject.measures_again
+        run(subject, [0.5] * 8)
+        subject.measured_again(again)
+        subject.observe(0.9 * TOKENS, TOKENS)
+        return subject.target
+
+    assert target_after(0.88) == pytest.approx(0.8 * 0.5), "the policy's: the target stays"
+    assert target_after(0.5) == pytest.approx(0.8 * 0.9), "the data's: the target follows"
+    assert not controller(**{**section, "reanchor": "detected"}).measures_again
+
+
 def test_unsolved_retires_as_prompts_are_solved() -> None:
     subject = controller(controller="unsolved", denominator="high_prob_tokens")
     (steering,) = run(subject, [0.5])
@@ -143,7 +162,7 @@ SUBJECTS = [
     {"controller": source, "guard": guard, "reanchor": reanchor}
     for source in ("constant", "pi", "unsolved", "cascade")
     for guard in ("off", *GUARD_NAMES)
-    for reanchor in ("off", "detected")
+    for reanchor in ("off", "detected", "measured")
 ]
 
 

@@ -34,6 +34,7 @@ def problems(**entropy_control: Any) -> str:
         ({"guard": "ceiling", "controller": "off"}, "controller=off has none"),
         ({"guard": "band", "feedback": "microbatch_local"}, "one alpha for all ranks"),
         ({"reanchor": "detected", "feedback": "microbatch_local"}, "one alpha for all ranks"),
+        ({"reanchor": "measured", "feedback": "sampling"}, "it needs feedback=score_pass, not sampling"),
         ({"guard": "band", "guards": {"bottom": 1.3}}, "bottom=1.3 is not below top=1.2"),
         ({"controller": "cascade", "tau": 0.99}, "must lie within rivals.cascade_tau"),
         ({"controller": "repo_r", "rivals": {"repo_zeta": 2.0}}, "repo_zeta=2 must lie within repo_bounds"),
