@@ -143,6 +143,8 @@ def test_rollout_metrics(groups: list[Group]) -> None:
     metrics = rollout_metrics(groups)
     assert metrics["reward/mean"] == 0.25
     assert metrics["reward/solved_none"] == 0.5
+    shares = [metrics[f"reward/solved_share_{fifth}"] for fifth in range(1, 6)]
+    assert shares == [0.5, 0.0, 0.5, 0.0, 0.0], "one task of two never, the other half of the time"
     assert metrics["reward/solved_all"] == 0.0
     assert metrics["response/length_mean"] == 2.5
     assert metrics["response/length_max"] == 4
