@@ -13,7 +13,7 @@ import pytest
 
 from megatron_entropic import __version__
 from megatron_entropic.algorithms import find_policy_loss
-from megatron_entropic.cli import main
+from megatron_entropic.cli import _parser, main
 from megatron_entropic.commands import evaluate as evaluate_command
 from megatron_entropic.errors import UserError, missing_model
 
@@ -115,6 +115,24 @@ def test_lengths_of_an_evaluation_fit_the_model(
     assert evaluate_command._lengths(options) == lengths
     options.max_prompt_tokens, options.max_tokens = 7, 9
     assert evaluate_command._lengths(options) == (7, 9)
+
+
+def test_an_evaluation_holds_conversations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate_command, "evaluation_violations", lambda config: [])
+    command = ["evaluate", "--model", "m", "--benchmarks", "a=b", "--output-dir", "o", "--max-tokens", "40"]
+    options = ["--environment", "guess", "--environment-settings", '{"cost": 0.2}', "--max-turns", "3", "--stop", r"\n"]
+    config = evaluate_command.evaluation_config(_parser().parse_args([*command, *options]))
+    assert (config.environment.name, config.environment.settings, config.environment.max_turns) == (
+        "guess",
+        {"cost": 0.2},
+        3,
+    )
+    assert config.rollout.stop == ["\n"]
+    plain = evaluate_command.evaluation_config(_parser().parse_args(command))
+    assert plain.environment.section is None
+    for wrong in ("[1]", "{", "1e"):
+        with pytest.raises(SystemExit):
+            _parser().parse_args([*command, "--environment-settings", wrong])
 
 
 def test_every_command_that_takes_minutes_says_what_it_is_doing(
