@@ -54,8 +54,14 @@ CASE: dict[str, Any] = {
     "aggregation": "token-mean",
     "tau": 0.3,
     "max_response_tokens": 64,
+    "controller": "pi",  # one alpha for all sequences
 }
 ALPHA = 0.5
+
+
+def _turns(length: int) -> torch.Tensor:
+    """Turns of five tokens of the policy and three of an environment, [length] bool."""
+    return torch.arange(length) % 8 < 5
 
 
 def _teach(student: Path, teacher: Path, sequences: list[dict[str, Any]]) -> dict[str, Any]:
@@ -69,8 +75,9 @@ def _teach(student: Path, teacher: Path, sequences: list[dict[str, Any]]) -> dic
         own = (model(tokens).logits[0, prompt - 1 : -1] / TEMPERATURE).log_softmax(-1)
         with torch.no_grad():
             wanted = (frozen(tokens).logits[0, prompt - 1 : -1] / TEMPERATURE).log_softmax(-1)
-        divergences.append((own.exp() * (own - wanted)).sum(-1))
-        taught.append(wanted.gather(-1, tokens[0, prompt:, None]).squeeze(-1))
+        written = slice(None) if sequence["mask"] is None else sequence["mask"]
+        divergences.append((own.exp() * (own - wanted)).sum(-1)[written])
+        taught.append(wanted.gather(-1, tokens[0, prompt:, None]).squeeze(-1)[written])
     divergence = torch.cat(divergences).mean()
     (terms["policy"] + terms["entropic"] + COEFFICIENT * divergence).backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -89,7 +96,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     fields: dict[str, list[dict[str, Any]]] = {}
     for family in ("qwen3", "qwen2"):
         write_tiny_model(family, directory / family)
-        plain = [{"tokens": tokens, "prompt_length": prompt} for tokens, prompt in random_sequences()]
+        plain = [
+            {"tokens": tokens, "prompt_length": prompt, "mask": _turns(len(tokens) - prompt) if number % 2 else None}
+            for number, (tokens, prompt) in enumerate(random_sequences())
+        ]
         with torch.no_grad():
             stats = reference_update.statistics(reference_update.load_model(directory / family), plain, TEMPERATURE)
         for sequence, (logprobs, _) in zip(plain, stats, strict=True):
