@@ -29,6 +29,8 @@ _NULL = ("null", "Null", "NULL", "~")
 _SWITCHED_OFF = (*_NULL, "", "none", "None", "off", "Off")
 """Words by which people say that there is no number."""
 _FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_PLAIN_FLAGS = {"true": True, "false": False}
+"""Of what may be a text as well, such as the answer of a game."""
 _TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "merge", "value")}
 _QUOTES = "a text that begins with &, * or ! needs quotes in YAML"
 
@@ -98,7 +100,7 @@ def apply_override(reading: Reading, override: str, model: type[BaseModel]) -> N
     annotation: Any = model
     for depth, part in enumerate(parts):
         kind = _kind_of(annotation)
-        if kind.names and not (kind.section or kind.names & {"table"}):
+        if kind.names and not (kind.section or kind.names & {"table", "any"}):
             owner = ".".join(parts[:depth])
             reading.problems.append(f"unknown key {'.'.join(parts)}: {owner} is a value and has no keys of its own")
             return
@@ -137,7 +139,8 @@ class _Kind:
     """Kinds of values that a key takes, without pydantic's details."""
 
     names: frozenset[str]
-    """Names of the kinds: text, path, flag, whole, real, list, table, section; empty for a key that does not exist."""
+    """Names of the kinds: text, path, flag, whole, real, list, table, section, and any, which is what YAML makes of it;
+    empty for a key that does not exist."""
     nullable: bool = False
     item: Any = None
     """Annotation of the items of a list or a table."""
@@ -170,6 +173,8 @@ def _kind_of(annotation: Any) -> _Kind:
             next((option.item for option in options if option.item is not None), None),
             next((option.section for option in options if option.section is not None), None),
         )
+    if annotation is Any:
+        return _Kind(frozenset({"any"}), nullable=True, item=Any)
     if origin is Literal:
         return _Kind(frozenset({"text"}))
     if origin in (list, tuple):
@@ -183,7 +188,8 @@ def _kind_of(annotation: Any) -> _Kind:
 
 def _override_value(text: str, annotation: Any, key: str, reading: Reading) -> Any:
     kind = _kind_of(annotation)
-    if kind.names & {"table", "section"} or ("list" in kind.names and re.match(r"\s*(\[|-\s)", text)):
+    bracketed = re.match(r"\s*(\[|-\s)", text) or ("any" in kind.names and re.match(r"\s*\{", text))
+    if kind.names & {"table", "section"} or (kind.names & {"list", "any"} and bracketed):
         try:
             node = _compose(text)
         except Unreadable as error:
@@ -213,6 +219,11 @@ def _word(text: str, kind: _Kind, *, quoted: bool) -> Any:
         if kind.nullable and not quoted and text in (*_NULL, ""):
             return None
         return [_word(text, _kind_of(kind.item), quoted=quoted)]
+    if "any" in kind.names:
+        plain = text.strip()
+        if quoted or plain in (*_NULL, ""):
+            return text if quoted else None
+        return _PLAIN_FLAGS.get(plain.lower(), _number(text, whole=False))
     if "flag" in kind.names:
         null = kind.nullable and not quoted and text in (*_NULL, "")
         return None if null else _FLAGS.get(text.strip().lower(), text)
@@ -310,9 +321,9 @@ def _value(node: yaml.Node, annotation: Any, key: str, reading: Reading) -> Any:
     kind = _kind_of(annotation)
     if kind.section is not None and isinstance(node, yaml.MappingNode):
         return _section(node, kind.section, f"{key}.", reading)
-    if "table" in kind.names and isinstance(node, yaml.MappingNode):
+    if kind.names & {"table", "any"} and isinstance(node, yaml.MappingNode):
         return {name: _value(value, kind.item, key, reading) for name, value in _pairs(node, f"{key}.", reading)}
-    if "list" in kind.names and isinstance(node, yaml.SequenceNode):
+    if kind.names & {"list", "any"} and isinstance(node, yaml.SequenceNode):
         return [_value(item, kind.item, key, reading) for item in node.value]
     if not isinstance(node, yaml.ScalarNode):
         wanted = "keys of its own" if kind.names & {"section", "table"} else "a single value"

@@ -56,3 +56,26 @@ def test_what_cannot_be_is_told(tmp_path: Path, overrides: list[str], words: str
     path.write_text(FILE.format(""))
     with pytest.raises(ConfigError, match=words):
         load_config(path, overrides)
+
+
+SETTINGS = {
+    "environment: {name: guess, settings: {cost: 0.2, deep: {list: [1, a]}, words: 'yes', none: null}}\n": [],
+    "environment: guess\n": [
+        "environment.settings.cost=0.2",
+        "environment.settings.deep.list=[1, a]",
+        "environment.settings.words=yes",
+        "environment.settings.none=null",
+    ],
+    "": ["environment={name: guess, settings: {cost: 0.2, deep: {list: [1, a]}, words: yes, none: ~}}"],
+}
+
+
+@pytest.mark.parametrize("text", list(SETTINGS))
+def test_arguments_of_an_environment_are_what_yaml_says_they_are(tmp_path: Path, text: str) -> None:
+    """A number was a text when it came from the command line, and the game failed in its first turn."""
+    path = tmp_path / "run.yaml"
+    path.write_text(FILE.format(text))
+    settings = load_config(path, SETTINGS[text]).environment.settings
+    assert settings == {"cost": 0.2, "deep": {"list": [1, "a"]}, "words": "yes", "none": None}
+    quoted = load_config(path, [*SETTINGS[text], 'environment.settings.cost="0.2"', "environment.settings.on=true"])
+    assert (quoted.environment.settings["cost"], quoted.environment.settings["on"]) == ("0.2", True)
