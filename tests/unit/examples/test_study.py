@@ -101,7 +101,7 @@ def test_supervised_files_show_what_they_should() -> None:
 
 def test_held_out_problems_are_nowhere_else(assets: Path) -> None:
     prompts = {path.stem: {prompt_of(row) for row in rows_of(path)} for path in assets.glob("*.parquet")}
-    assert sorted(prompts) == ["clean", "corrupted", "heldout", "search", "train"]
+    assert sorted(prompts) == ["clean", "corrupted", "heldout", "long", "search", "short", "train"]
     for name in ("heldout", "search"):
         assert len(prompts[name]) == sum(chain.HELD_OUT.values())
         assert not prompts[name] & set().union(*(others for other, others in prompts.items() if other != name))
