@@ -32,6 +32,9 @@ EXTRAS = {
     # Trainers that `megatron_entropic.plugins` works inside; slime is installed from its checkout and brings Megatron.
     "trl": ["trl>=1.16,<1.17"],
     "verl": ["verl>=0.9.1,<0.10", "transferqueue>=0.1.11"],
+    # Environments of others; for OpenEnv, which vLLM's mcp excludes, see docs/environment_adapters.md.
+    "verifiers": ["verifiers>=0.4,<0.5"],
+    "openenv": ["openenv>=0.10,<0.11"],
     "quant": [*PROGRAM, "nvidia-modelopt==0.42.0"],
     # transformers reads GGUF files with the first and demands the second for it.
     "gguf": [*PROGRAM, "gguf>=0.17", "accelerate>=1.10"],

@@ -27,7 +27,7 @@ esac
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd "$checkout"
 lock=requirements/$platform.txt
-hosts_lock=requirements/plugins.txt
+hosts_locks=(requirements/plugins.txt requirements/openenv.txt)
 venv=${ME_VENV:-.venv}
 stamp=$venv/.environment_stamp
 uv_folder=.uv
@@ -40,7 +40,7 @@ fail() { say "$*"; exit 1; }
 # What the environment depends on: a change of any of these makes the stamp stale.
 wanted_stamp() {
   echo "$platform $checkout ${ME_WITHOUT_TE:-}"
-  sha256sum "$lock" "$hosts_lock" setup.py tools/environment.sh
+  sha256sum "$lock" "${hosts_locks[@]}" setup.py tools/environment.sh
   identity "$venv/bin/python" || echo "no interpreter"
 }
 
@@ -176,12 +176,15 @@ has_chosen_python() {
   [ -x "$venv/bin/python" ] && [ "$(identity "$venv/bin/python")" = "$(identity "$python")" ]
 }
 
-# Other trainers, for the tests of megatron_entropic.plugins: a folder of their own that only those tests have on their
-# path, before everything else. In the environment itself they would bring a second ANTLR, and pytest plug-ins.
+# Other trainers and environments, for the tests of megatron_entropic.plugins and environments.adapters: folders that only
+# those tests have on their path, before everything else. In the environment itself they would bring a second ANTLR,
+# pytest plug-ins, and an mcp that vLLM cannot use.
 install_hosts() {
-  rm -rf "$venv/hosts"
+  rm -rf "$venv/hosts" "$venv/hosts_openenv"
   "$uv" pip install --quiet --compile-bytecode --python "$venv" --no-deps --target "$venv/hosts" \
-    --requirements "$hosts_lock"
+    --requirements requirements/plugins.txt
+  "$uv" pip install --quiet --compile-bytecode --python "$venv" --no-deps --target "$venv/hosts_openenv" \
+    --requirements requirements/openenv.txt
 }
 
 is_ready() {

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Resolves requirements/PLATFORM.in anew and writes the locked versions to requirements/PLATFORM.txt.
 #
-#   bash tools/lock_requirements.sh cpu|gpu|plugins [uv pip compile options, such as --upgrade]
+#   bash tools/lock_requirements.sh cpu|gpu|plugins|openenv [uv pip compile options, such as --upgrade]
 #
-# `plugins` are the trainers of requirements/plugins.in, on top of the CPU environment: packages that requirements/cpu.txt
-# locks are left out.
+# `plugins` are the trainers and environments of requirements/plugins.in, on top of the CPU environment: packages that
+# requirements/cpu.txt locks are left out. `openenv` is one more of them, in a folder of its own.
 #
 # Needs uv: on PATH, or the one tools/environment.sh left in .uv. Versions already locked are kept unless --upgrade or
 # --upgrade-package NAME says otherwise; a conflict with one of them is an error that names it. Where the configured indexes have no CPU build of torch, add --torch-backend cpu.
 set -euo pipefail
-platform=${1:?usage: tools/lock_requirements.sh cpu|gpu|plugins [options]}
+platform=${1:?usage: tools/lock_requirements.sh cpu|gpu|plugins|openenv [options]}
 shift
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 uv=$(command -v uv || echo .uv/bin/uv)
@@ -20,8 +20,10 @@ case $platform in
   # torchvision, torchaudio and torchcodec have no matching CPU build everywhere and nothing here uses them.
   cpu) options=(--python-version 3.11 --override requirements/overrides_cpu.txt) ;;
   gpu) options=(--python-version 3.12 --python-platform x86_64-manylinux_2_28) ;;
-  plugins) options=(--python-version 3.11 --override requirements/overrides_plugins.txt) ;;
-  *) echo "lock_requirements: unknown platform '$platform', choose cpu, gpu or plugins" >&2; exit 2 ;;
+  # Each with the package that it needs in another version than cpu.txt.
+  plugins) options=(--python-version 3.11 --override requirements/overrides_plugins.txt) other=antlr4 ;;
+  openenv) options=(--python-version 3.11 --override requirements/overrides_openenv.txt) other=mcp ;;
+  *) echo "lock_requirements: unknown platform '$platform', choose cpu, gpu, plugins or openenv" >&2; exit 2 ;;
 esac
 # The locked versions are handed over as constraints, and not as what uv finds in its output file: for those it looks
 # at one of several indexes only, and gives up where that has the version for another Python ("no wheels with a
@@ -39,15 +41,14 @@ for argument in "$@"; do
   case $previous in --upgrade-package | -P) sed -i "/^$argument==/d" "$scratch/locked.txt" ;; esac
   previous=$argument
 done
-if [ "$platform" = plugins ]; then
-  # Not antlr4: the overrides name another version of it.
-  grep -v '^antlr4' requirements/cpu.txt >"$scratch/cpu.txt"
+if [ -n "${other:-}" ]; then
+  grep -v "^$other" requirements/cpu.txt >"$scratch/cpu.txt"
   cat "$scratch/cpu.txt" >>"$scratch/locked.txt"
 fi
 "$uv" pip compile "requirements/$platform.in" --output-file "$scratch/new.txt" --quiet \
   --constraints "$scratch/locked.txt" --index-strategy unsafe-best-match --no-header --no-annotate \
   --no-emit-package megatron-entropic "${options[@]}" "$@"
-if [ "$platform" = plugins ]; then
+if [ -n "${other:-}" ]; then
   grep -vxFf "$scratch/cpu.txt" "$scratch/new.txt" >"$lock"
 else
   mv "$scratch/new.txt" "$lock"
