@@ -80,6 +80,11 @@ class EnvironmentConfig(Section):
         30.0, description="Wall time of one call of the environment; a conversation whose call takes longer ends."
     )
     workers: int = Field(1, ge=1, le=1024, description="Processes that environments run in.")
+    packages_dir: Path | None = Field(
+        None,
+        description="Folder of Python packages that these processes look into before any other, for environments that "
+        "need other versions than this program. None: no folder.",
+    )
 
     @property
     def section(self) -> EnvironmentConfig | None:

@@ -187,6 +187,9 @@ VERIFIERS = {
 ENVIRONMENTS = {
     "calculator": "megatron_entropic.environments.calculator:Calculator",
     "guess": "megatron_entropic.environments.guess:Guess",
+    "verifiers": "megatron_entropic.environments.adapters.verifiers:Verifiers",
+    "openenv": "megatron_entropic.environments.adapters.openenv:OpenEnv",
+    "trl_tools": "megatron_entropic.environments.adapters.trl:TrlTools",
 }
 """Classes by value of environment.name; see `environments.base.Environment`."""
 

@@ -19,13 +19,13 @@ def is_module_name(name: str) -> bool:
     return bool(separator) and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
-def find_attribute(key: str, name: str, *, arguments: int, kind: type | None = None) -> Any:
+def find_attribute(key: str, name: str, *, arguments: int | None, kind: type | None = None) -> Any:
     """Find the function or class that `module:attribute` names; the current directory is looked through too.
 
     Args:
         key: key of the configuration, for messages.
         name: value of the key.
-        arguments: number of arguments that it must take.
+        arguments: number of arguments that it must take; None: whoever calls it looks.
         kind: class whose instances will do as well.
 
     Raises:
@@ -45,7 +45,8 @@ def find_attribute(key: str, name: str, *, arguments: int, kind: type | None = N
     if not callable(found):
         raise UserError(f"{key}={name}: there is no function or class {attribute} in {module_name}")
     try:
-        inspect.signature(found).bind(*[None] * arguments)
+        if arguments is not None:
+            inspect.signature(found).bind(*[None] * arguments)
     except TypeError as error:
         raise UserError(f"{key}={name}: is called with {arguments} arguments: {error}") from error
     except ValueError:

@@ -171,13 +171,23 @@ class EnvironmentHost:
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env=self._variables(),
             start_new_session=True,
         )
         process = _Process(popen)
         for work in (self._writing, self._reading):
             threading.Thread(target=work, args=(process,), name=f"environments {popen.pid}", daemon=True).start()
         return process
+
+    def _variables(self) -> dict[str, str]:
+        """The variables of a process's environment, in the other sense of the word."""
+        variables = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if (folder := self._config.packages_dir) is not None:
+            if not folder.is_dir():
+                raise UserError(f"environment.packages_dir={folder}: there is no such folder")
+            before = os.environ.get("PYTHONPATH")
+            variables["PYTHONPATH"] = os.pathsep.join([str(folder.resolve()), *([before] if before else [])])
+        return variables
 
     def _await_ready(self, process: _Process) -> None:
         in_time = process.ready.wait(_STARTUP_TIMEOUT_S)

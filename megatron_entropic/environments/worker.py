@@ -248,7 +248,7 @@ def environment_maker(config: EnvironmentConfig, tokenizer: Tokenizer) -> functo
         UserError: there is no such class, it cannot be made with these settings, or it lacks a method.
     """
     assert config.name is not None, "there is an environment"
-    made = find_attribute("environment", environment_target(config.name), arguments=1)
+    made = find_attribute("environment", environment_target(config.name), arguments=None)
     make = functools.partial(made, tokenizer, **config.settings)
     try:
         one = make()

@@ -34,7 +34,9 @@ OWNERS = {
     "vllm": {"rollout"},
     "ray": {"cluster"},
     "wandb": {"observability"},
-    **{host: {"plugins"} for host in ("trl", "verl", "slime", "transfer_queue", "omegaconf")},
+    **{host: {"plugins"} for host in ("verl", "slime", "transfer_queue", "omegaconf")},
+    **{host: {"environments"} for host in ("verifiers", "openenv")},
+    "trl": {"plugins", "environments"},  # a trainer, and classes of environments
 }
 
 

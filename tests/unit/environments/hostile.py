@@ -77,6 +77,14 @@ class Sync(Hostile):
         return [token + 1 for token in response] if self._left else None
 
 
+class Wants(Hostile):
+    """Cannot do without a setting."""
+
+    def __init__(self, tokenizer: Any, *, url: str) -> None:
+        super().__init__(tokenizer)
+        self.url = url
+
+
 class NoReward:
     """Lacks a method."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from trajectories import task_of
 
 from megatron_entropic.config.data import EnvironmentConfig
 from megatron_entropic.environments.conversation import Answer, Call, Ending, Key
+from megatron_entropic.environments.host import EnvironmentHost
 from megatron_entropic.environments.worker import Conversations, environment_maker
 from megatron_entropic.errors import UserError
 
@@ -143,3 +145,23 @@ def test_another_process_gets_to_the_same_state_and_counts_what_is_different_now
 def test_an_environment_that_cannot_be_made_says_why(name: str, settings: dict[str, int], words: str) -> None:
     with pytest.raises(UserError, match=words):
         environment_maker(EnvironmentConfig(name=name, settings=settings), None)
+
+
+def test_a_setting_may_be_an_argument_without_a_default() -> None:
+    """The class was refused before its settings were looked at: `missing a required argument`."""
+    made = environment_maker(EnvironmentConfig(name="hostile:Wants", settings={"url": "http://here"}), None)()
+    assert made.url == "http://here"
+    with pytest.raises(UserError, match=r"environment.settings=\{\}: TypeError: .*'url'"):
+        environment_maker(EnvironmentConfig(name="hostile:Wants"), None)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("verifiers", "verifiers"), ("openenv", "openenv"), ("trl_tools", "trl")])
+def test_a_package_that_is_not_there_is_named(name: str, extra: str) -> None:
+    with pytest.raises(UserError, match=rf"pip install 'megatron_entropic\[{extra}\]'"):
+        environment_maker(EnvironmentConfig(name=name), None)
+
+
+def test_a_folder_of_packages_that_is_not_there_is_named(tmp_path: Path) -> None:
+    config = EnvironmentConfig(name="guess", packages_dir=tmp_path / "none")
+    with pytest.raises(UserError, match=r"environment.packages_dir=.*/none: there is no such folder"):
+        EnvironmentHost(config, tmp_path)

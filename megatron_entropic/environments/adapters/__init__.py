@@ -1,0 +1,1 @@
+"""Environments of other packages behind the three methods of `environments.base`, one file each."""
