@@ -156,11 +156,13 @@ class Conversation:
     verdict: Verdict | None = None
     begun: bool = False
     """Whether the environment has said what the prompt is."""
+    complete: bool = False
+    """Whether it is a single answer at its end."""
 
     @property
     def over(self) -> bool:
         """Whether there is nothing more to come."""
-        return bool(self.ending)
+        return self.complete or bool(self.ending)
 
     @property
     def turns(self) -> list[Tokens]:
@@ -243,7 +245,7 @@ class Conversation:
 
     def end(self) -> None:
         """End a single answer, which no environment has a say in."""
-        self.ending = "over"
+        self.complete = True
 
     def trajectory(self, decode: Callable[[list[int]], str]) -> Trajectory:
         """The conversation as it is to be judged; `decode` makes text of tokens."""

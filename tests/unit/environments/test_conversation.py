@@ -11,6 +11,7 @@ from trajectories import reward_of, task_of
 from megatron_entropic.config.data import EnvironmentConfig
 from megatron_entropic.environments.conversation import Answer, Conversation, Limits
 from megatron_entropic.errors import RunError
+from megatron_entropic.training.conversation_metrics import conversation_metrics
 from megatron_entropic.training.step import minibatches, training_batch
 from megatron_entropic.types import CUT, Group, Origin, Response, Segment
 
@@ -88,7 +89,8 @@ def test_a_single_answer_is_asked_for_as_before() -> None:
     one.end()
     trajectory = one.trajectory(str)
     assert trajectory.mask is None
-    assert (trajectory.text, trajectory.finish_reason) == ("[4, 5, 6]", "stop")
+    assert (trajectory.text, trajectory.finish_reason, trajectory.ending) == ("[4, 5, 6]", "stop", "")
+    assert conversation_metrics([trajectory]) == {}, "a run without an environment says nothing of conversations"
 
 
 def test_each_turn_has_a_seed_and_a_name_of_its_own() -> None:
