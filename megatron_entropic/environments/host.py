@@ -57,6 +57,8 @@ class _Process:
     ready: threading.Event = field(default_factory=threading.Event)
     failure: str = ""
     """Words for why it cannot work, from itself."""
+    begun: bool = False
+    """Whether it has made an environment; one that has not is no better a second time."""
     pending: dict[int, _Pending] = field(default_factory=dict)
     live: set[tuple[str, int]] = field(default_factory=set)
     """Conversations that it has."""
@@ -193,7 +195,7 @@ class EnvironmentHost:
         in_time = process.ready.wait(_STARTUP_TIMEOUT_S)
         if process.failure:
             raise UserError(process.failure)
-        if not in_time or process.popen.poll() is not None:
+        if not process.begun:
             how = "ended while starting" if in_time else f"was not ready within {_STARTUP_TIMEOUT_S:g} s"
             raise RunError(f"a process of the environment {self._config.name!r} {how}; what it said is above")
 
@@ -222,9 +224,10 @@ class EnvironmentHost:
     def _take(self, process: _Process, row: dict[str, Any]) -> None:
         if "failed" in row:
             process.failure = row["failed"]
+            process.ready.set()
             return
         if "ready" in row:
-            self.gives_reward = row["gives_reward"]
+            self.gives_reward, process.begun = row["gives_reward"], True
             process.ready.set()
             return
         answer = Answer(
@@ -243,23 +246,19 @@ class EnvironmentHost:
 
     def _lost(self, process: _Process) -> None:
         """Replace a process that ended; what it had in hand goes to another one, or was one too many."""
-        if self._closed.is_set():
-            return
-        process.ready.wait(0)
-        with self._lock:
-            left, process.pending = list(process.pending.values()), {}
-            known = process in self._processes
-        if not known:
-            return  # it was never ready, or the host is closed
+        if self._closed.is_set() or not process.begun:
+            return  # whoever waits for it to be ready says why it is not
         code = process.popen.wait()
         _end(process)
         fresh = self._started()
         with self._lock:
-            if self._closed.is_set():
+            if process not in self._processes:  # the host was closed meanwhile
                 _end(fresh)
                 return
             self._processes[self._processes.index(process)] = fresh
             self._restarts += 1
+            # From now on nothing goes to the old one any more.
+            left, process.pending = list(process.pending.values()), {}
         self._await_ready(fresh)
         now = time.monotonic()
         for pending in left:
