@@ -180,18 +180,26 @@ def _problems(case: Case, task: Task | None, earlier: dict[str, Case]) -> Iterat
         yield f"{case.name}: after={case.after}: tuned settings do not go on to another case"
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The content of a study's file; keys that begin with a dot only hold what others refer to, and are left out.
+
+    Raises:
+        ValueError: it is no YAML.
+    """
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    return {key: value for key, value in content.items() if not key.startswith(".")}
+
+
 def load_cases(path: Path) -> Cases:
     """Read a study of control, and the configuration of each of its legs.
 
     Raises:
         ValueError: what is wrong with it, and everything that is wrong with any of the configurations.
     """
-    try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
-    # Keys that begin with a dot only hold what others refer to.
-    cases = Cases.model_validate({key: value for key, value in content.items() if not key.startswith(".")})
+    cases = Cases.model_validate(read_yaml(path))
     problems: dict[str, None] = {}
     for run in cases.runs():
         if run.seed == run.case.seeds[0]:

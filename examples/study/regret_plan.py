@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-from cases import ROOT, Case, Cases, Leg, Task
+from cases import ROOT, Case, Cases, Leg, Task, read_yaml
 from grid import Overrides, arguments
 from pydantic import Field, model_validator
 
@@ -134,11 +133,7 @@ def load_plan(path: Path) -> Plan:
     Raises:
         ValueError: what is wrong with it, and everything that is wrong with any of the configurations.
     """
-    try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
-    plan = Plan.model_validate({key: value for key, value in content.items() if not key.startswith(".")})
+    plan = Plan.model_validate(read_yaml(path))
     problems: dict[str, None] = {}
     for name in ("choose", "report"):
         cases = plan.cases(name, plan.stage(name).seeds[0])

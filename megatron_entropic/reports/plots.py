@@ -64,6 +64,21 @@ def render(plot: Plot, runs: Sequence[Run], theme: Theme) -> bytes | None:
         return buffer.getvalue()
 
 
+def _metric(
+    name: str, unit: str, *, smooth: bool = True, floor: float | None = None
+) -> Callable[[Axes, Sequence[Run], Theme], bool]:
+    """Function that draws one metric, a line a run."""
+
+    def draw(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
+        drawn = lines(axes, runs, name, theme, smooth=smooth)
+        axes.set_ylabel(unit)
+        finish(axes, floor=floor)
+        legend(axes, only_if=len(runs) > 1)
+        return drawn
+
+    return draw
+
+
 def _entropy(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     """Draw H of every run, and the band of each distinct target."""
     drawn = lines(axes, runs, "entropy/mean", theme)
@@ -137,14 +152,6 @@ def _outcome(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     return drawn
 
 
-def _reward(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
-    drawn = lines(axes, runs, "reward/mean", theme, smooth=True)
-    axes.set_ylabel("mean reward")
-    finish(axes)
-    legend(axes, only_if=len(runs) > 1)
-    return drawn
-
-
 def _staleness(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     """Draw the age of tokens in weight versions."""
     drawn = lines(axes, runs, "staleness/versions_max", theme, label="oldest")
@@ -152,24 +159,6 @@ def _staleness(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     axes.set_ylabel("versions")
     finish(axes, floor=0.0)
     legend(axes)
-    return drawn
-
-
-def _teacher(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
-    """Draw the divergence from the teacher."""
-    drawn = lines(axes, runs, "distillation/kl", theme)
-    axes.set_ylabel("nats per token")
-    finish(axes, floor=0.0)
-    legend(axes, only_if=len(runs) > 1)
-    return drawn
-
-
-def _turns(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
-    """Draw how many turns conversations have."""
-    drawn = lines(axes, runs, "environment/turns_mean", theme, smooth=True)
-    axes.set_ylabel("turns of the policy")
-    finish(axes, floor=0.0)
-    legend(axes, only_if=len(runs) > 1)
     return drawn
 
 
@@ -237,22 +226,6 @@ def _mismatch(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     axes.set_ylabel("nats")
     finish(axes)
     legend(axes)
-    return drawn
-
-
-def _length(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
-    drawn = lines(axes, runs, "response/length_mean", theme, smooth=True)
-    axes.set_ylabel("tokens")
-    finish(axes)
-    legend(axes, only_if=len(runs) > 1)
-    return drawn
-
-
-def _gradient(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
-    drawn = lines(axes, runs, "grad_norm", theme, smooth=True)
-    axes.set_ylabel("norm before clipping")
-    finish(axes, floor=0.0)
-    legend(axes, only_if=len(runs) > 1)
     return drawn
 
 
@@ -329,7 +302,13 @@ PLOTS = (
         False,
         _outcome,
     ),
-    Plot("reward", "Reward", "Mean reward of a step's responses, and its rolling mean.", False, _reward),
+    Plot(
+        "reward",
+        "Reward",
+        "Mean reward of a step's responses, and its rolling mean.",
+        False,
+        _metric("reward/mean", "mean reward"),
+    ),
     Plot(
         "benchmarks",
         "Held-out problems",
@@ -337,7 +316,13 @@ PLOTS = (
         False,
         _benchmarks,
     ),
-    Plot("teacher", "Distance to the teacher", "KL(policy || teacher) of a token, mean of a step.", False, _teacher),
+    Plot(
+        "teacher",
+        "Distance to the teacher",
+        "KL(policy || teacher) of a token, mean of a step.",
+        False,
+        _metric("distillation/kl", "nats per token", smooth=False, floor=0.0),
+    ),
     Plot(
         "mismatch",
         "Training against rollout",
@@ -367,7 +352,7 @@ PLOTS = (
         "Conversations",
         "Turns of the policy in a conversation, mean of a step, and its rolling mean.",
         False,
-        _turns,
+        _metric("environment/turns_mean", "turns of the policy", floor=0.0),
     ),
     Plot(
         "turn_entropy",
@@ -377,7 +362,19 @@ PLOTS = (
         False,
         _turn_entropy,
     ),
-    Plot("response_length", "Response length", "Mean number of tokens of a response.", False, _length),
-    Plot("gradient_norm", "Gradient norm", "Over all parameters, before clipping.", False, _gradient),
+    Plot(
+        "response_length",
+        "Response length",
+        "Mean number of tokens of a response.",
+        False,
+        _metric("response/length_mean", "tokens"),
+    ),
+    Plot(
+        "gradient_norm",
+        "Gradient norm",
+        "Over all parameters, before clipping.",
+        False,
+        _metric("grad_norm", "norm before clipping", floor=0.0),
+    ),
     Plot("time", "Where the time goes", "Wall time by phase of a step.", True, _time),
 )

@@ -8,36 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from steered_runs import TOKENS, controller, run
 
 from megatron_entropic.algorithms.entropy_control import (
     GUARDS,
     Controller,
     EntropyController,
     PromptAlpha,
-    Steering,
-    build_controller,
 )
 from megatron_entropic.algorithms.entropy_control.guards import Anchor
-from megatron_entropic.config.algorithm import EntropyControlConfig
 from megatron_entropic.errors import UserError
 
-TOKENS = 100
 FLAT = [0.5] * 8
 GUARD_NAMES = list(GUARDS)
-
-
-def controller(**section: Any) -> Controller:
-    return build_controller(EntropyControlConfig(**section))
-
-
-def run(subject: Controller, entropies: list[float]) -> list[Steering]:
-    steerings = []
-    for entropy in entropies:
-        steerings.append(subject.observe(entropy * TOKENS, TOKENS))
-        subject.commit(stepped=True, has_advantage=True)
-        if subject.measures_again:
-            subject.measured_again(1.02 * entropy)
-    return steerings
 
 
 def alphas(subject: Controller, entropies: list[float]) -> list[float]:

@@ -10,32 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from steered_runs import TOKENS, controller, run
 
 from megatron_entropic.algorithms.entropy_control import (
     CONTROLLERS,
-    Controller,
     EntropyController,
     Schedule,
     Setpoint,
     Steering,
-    build_controller,
 )
 from megatron_entropic.config.algorithm import EntropyControlConfig
 from megatron_entropic.errors import UserError
-
-TOKENS = 100
-
-
-def controller(**section: Any) -> Controller:
-    return build_controller(EntropyControlConfig(**section))
-
-
-def run(subject: Controller, entropies: list[float]) -> list[Steering]:
-    steerings = []
-    for entropy in entropies:
-        steerings.append(subject.observe(entropy * TOKENS, TOKENS))
-        subject.commit(stepped=True, has_advantage=True)
-    return steerings
 
 
 def test_schedules() -> None:

@@ -7,24 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_qwen3 import QWEN3
 
 from megatron_entropic.config.checks import violations
 from megatron_entropic.config.run import Config
 from megatron_entropic.training.machine import machine_violations
 
-QWEN3 = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "num_hidden_layers": 4,
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 17,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-}
 KEY = "algorithm.distillation"
 
 
