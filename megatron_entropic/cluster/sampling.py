@@ -11,7 +11,13 @@ from megatron_entropic.cluster.cluster import Cluster
 from megatron_entropic.cluster.dispatch import Arrived, Ask, Dispatcher
 from megatron_entropic.config.run import Config, Sampling
 from megatron_entropic.data.tokenizer import Tokenizer
-from megatron_entropic.environments.conversation import Answer, Conversation, Environments, Limits
+from megatron_entropic.environments.conversation import (
+    Answer,
+    Conversation,
+    Environments,
+    new_conversation,
+    training_attempt,
+)
 from megatron_entropic.types import (
     CUT,
     GenerationRequest,
@@ -178,7 +184,7 @@ class Sampler:
         self._config = config
         self._answerer = answerer
         self._tokenizer = tokenizer
-        self._environments = environments
+        self.environments = environments
 
     def generate(
         self,
@@ -191,8 +197,7 @@ class Sampler:
     ) -> list[Trajectory]:
         """Sample `samples_per_prompt` attempts at each task, grouped by task, in the caller's order.
 
-        Every attempt has a seed of its own, made from run, step, the task's place in the step, and sample: what is
-        sampled depends neither on the number of engines nor on restarts, and a task that comes twice is sampled anew.
+        Every attempt has a seed of its own, see `training_attempt`.
 
         Args:
             tasks: tasks of the step.
@@ -201,18 +206,9 @@ class Sampler:
             first_place: place of the first task among all that the step asks, replacements included.
             while_waiting: called at least about once a second; may raise.
         """
-        seed, rollout = self._config.run.seed, self._config.rollout
+        config, rollout = self._config, self._config.rollout
         conversations = [
-            [
-                self._conversation(
-                    task,
-                    sample,
-                    derived_seed(seed, step, place, sample),
-                    f"{step}/{place}",
-                    rollout.max_response_tokens,
-                )
-                for sample in range(rollout.samples_per_prompt)
-            ]
+            [training_attempt(config, task, step, place, sample) for sample in range(rollout.samples_per_prompt)]
             for place, task in enumerate(tasks, first_place)
         ]
         return self._hold(conversations, rollout.sampling, take, f"generate (step {step})", while_waiting)
@@ -226,25 +222,19 @@ class Sampler:
         `take` as in `generate`.
         """
         evaluation, sampling = self._config.evaluation, self._config.evaluation_sampling
-        longest = sampling.max_response_tokens
         conversations = [
             [
-                self._conversation(
-                    problem,
-                    sample,
-                    derived_seed("evaluation", evaluation.seed, name, problem.index, sample),
-                    f"evaluate ({name}), version {self._answerer.version}/{place}",
-                    longest,
+                new_conversation(
+                    *(self._config, problem, sample),
+                    seed=derived_seed("evaluation", evaluation.seed, name, problem.index, sample),
+                    group=f"evaluate ({name}), version {self._answerer.version}/{place}",
+                    max_response_tokens=sampling.max_response_tokens,
                 )
                 for sample in range(evaluation.samples(name))
             ]
             for place, problem in enumerate(problems)
         ]
         return self._hold(conversations, sampling, take, f"evaluate ({name})", lambda: None)
-
-    def _conversation(self, task: Task, sample: int, seed: int, group: str, max_tokens: int) -> Conversation:
-        limits = Limits.of(self._config.environment.section, max_tokens, self._config.data.max_prompt_tokens)
-        return Conversation(task, sample, seed, group, limits, begun=self._environments is None)
 
     def _hold(
         self,
@@ -276,18 +266,17 @@ class Sampler:
                 else:
                     replies.ask(asked[position])
 
-        replies = None if self._environments is None else _Replies(self._environments, while_waiting)
-        going, turn = groups, 0
+        replies = None if self.environments is None else _Replies(self.environments, while_waiting)
         if replies is not None:
             for group in groups:
                 for one in group:
                     replies.ask(one)
             replies.wait(finish)
-            going = [[one for one in group if not one.over] for group in groups]
-        while asked := [one for group in going for one in group]:
+        turn = 0
+        while asked := [one for group in groups for one in group if not one.over]:
             turn += 1
             self._answerer.answer(
-                [[one.request for one in group] for group in going],
+                [[one.request for one in group if not one.over] for group in groups],
                 sampling,
                 arrived,
                 phase=phase if turn == 1 else f"{phase}, turn {turn}",
@@ -295,7 +284,6 @@ class Sampler:
             )
             if replies is not None:
                 replies.wait(finish)
-            going = [[one for one in group if not one.over] for group in going]
         trajectories = [trajectory for trajectory in found if trajectory is not None]
         assert len(trajectories) == len(found), "every conversation must have come to its end"
         return trajectories

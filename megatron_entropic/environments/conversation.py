@@ -8,13 +8,14 @@ environment a conversation is over with its first turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from megatron_entropic.config.data import EnvironmentConfig
+from megatron_entropic.config.run import Config
 from megatron_entropic.types import (
     CUT,
     GenerationRequest,
@@ -89,6 +90,10 @@ class Call:
         return self.last == "turns"
 
 
+_JSON_FIELDS = ("ending", "new_context", "reward", "seconds", "differences")
+"""Fields of an `Answer` that JSON holds as they are."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer:
     """What an environment says: tokens to go on with, or the end."""
@@ -106,6 +111,19 @@ class Answer:
     """Time that it took, of which others may have had the process."""
     differences: int = 0
     """Number of answers that were others when they were asked for again, in another process."""
+
+    def row(self) -> dict[str, Any]:
+        """The answer as JSON types."""
+        # A broken tool's words may hold half a surrogate pair, which no UTF-8 has.
+        message = self.message.encode("utf-8", "backslashreplace").decode()
+        tokens = None if self.tokens is None else self.tokens.tolist()
+        return {name: getattr(self, name) for name in _JSON_FIELDS} | {"tokens": tokens, "message": message}
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> Answer:
+        """The answer that `row` wrote; other keys are not looked at."""
+        tokens = None if row["tokens"] is None else np.array(row["tokens"], np.int32)
+        return cls(tokens, message=row["message"], **{name: row[name] for name in _JSON_FIELDS})
 
     @property
     def verdict(self) -> Verdict | None:
@@ -259,3 +277,23 @@ class Conversation:
     def _room(self) -> int:
         """Number of tokens that may still come after the prompt, whoever writes them."""
         return self.limits.max_tokens - sum(tokens.size for tokens in self.read(len(self.segments))[1:])
+
+
+def new_conversation(
+    config: Config, task: Task, sample: int, *, seed: int, group: str, max_response_tokens: int
+) -> Conversation:
+    """A conversation that has not begun; without an environment its first turn can be asked for at once."""
+    section = config.environment.section
+    limits = Limits.of(section, max_response_tokens, config.data.max_prompt_tokens)
+    return Conversation(task, sample, seed, group, limits, begun=section is None)
+
+
+def training_attempt(config: Config, task: Task, step: int, place: int, sample: int) -> Conversation:
+    """An attempt at the task at a place of a training step, replacements included.
+
+    Its seed is made from run, step, place and sample: what is sampled depends neither on the number of engines nor on
+    restarts or a lag, and a task that comes twice is sampled anew.
+    """
+    seed = derived_seed(config.run.seed, step, place, sample)
+    longest = config.rollout.max_response_tokens
+    return new_conversation(config, task, sample, seed=seed, group=f"{step}/{place}", max_response_tokens=longest)

@@ -15,7 +15,6 @@ import json
 import os
 import pickle
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -26,11 +25,10 @@ from statistics import fmean
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
 from megatron_entropic.config.data import EnvironmentConfig
 from megatron_entropic.environments.conversation import Answer, Answered, Call
 from megatron_entropic.errors import RunError, UserError
+from megatron_entropic.rewards.pool import kill_group
 
 _STARTUP_TIMEOUT_S = 180.0
 _GRACE_S = 15.0
@@ -230,10 +228,7 @@ class EnvironmentHost:
             self.gives_reward, process.begun = row["gives_reward"], True
             process.ready.set()
             return
-        answer = Answer(
-            tokens=None if row["tokens"] is None else np.array(row["tokens"], np.int32),
-            **{name: row[name] for name in ("ending", "new_context", "reward", "message", "seconds", "differences")},
-        )
+        answer = Answer.of_row(row)
         with self._lock:
             pending = process.pending.pop(row["number"], None)
             process.stuck = row["stuck"]
@@ -285,10 +280,9 @@ class EnvironmentHost:
 
 
 def _kill(process: _Process) -> None:
-    """Send SIGKILL to the process and its children. It has not been waited for, so its id cannot be another's."""
+    """Kill the process and its children, unless it has been waited for: its id may be another's by now."""
     if process.popen.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.popen.pid, signal.SIGKILL)
+        kill_group(process.popen)
 
 
 def _end(process: _Process) -> None:

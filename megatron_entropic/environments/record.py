@@ -9,10 +9,10 @@ file several times, because the run continued from an earlier checkpoint, the la
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megatron_entropic.environments.conversation import Answer, Answered, Call, Environments, Key
 from megatron_entropic.files.jsonl import JsonLinesWriter, read_json_lines
@@ -21,11 +21,20 @@ CONVERSATIONS_FOLDER = "conversations"
 _OPEN_FILES = 16
 
 
-def recorded_environments(environments: Environments, run_dir: Path, replayed: Path | None) -> Environments:
-    """Environments whose answers are written down in `run_dir`; they are those of the run `replayed`, if given."""
-    if replayed is not None:
-        environments = PlayedBack(environments, replayed)
-    return RecordedEnvironments(environments, run_dir)
+@contextmanager
+def recorded_environments(
+    environments: Environments | None, run_dir: Path, replayed: Path | None
+) -> Iterator[Environments | None]:
+    """Yields environments whose answers are written down in `run_dir`; they are those of the run `replayed`, if given.
+
+    Without environments there is nothing to write down.
+    """
+    if environments is None:
+        yield None
+        return
+    recorded = RecordedEnvironments(environments if replayed is None else PlayedBack(environments, replayed), run_dir)
+    with closing(recorded):
+        yield recorded
 
 
 class RecordedEnvironments:
@@ -36,12 +45,15 @@ class RecordedEnvironments:
         self._environments, self._folder = environments, run_dir / CONVERSATIONS_FOLDER
         self._lock = threading.Lock()
         self._files: dict[str, JsonLinesWriter] = {}
+        self._closed = False
 
     def ask(self, call: Call, answered: Answered) -> None:
         """See `Environments`."""
 
         def write(answer: Answer) -> None:
             with self._lock:
+                if self._closed:
+                    return  # whoever asked is gone: the run has ended, or begins anew
                 # Without a sync: a run that continues after a crash asks again for what is missing.
                 self._file_of(call.key.group).append_all([_row(call.key, answer)], durable=False)
             answered(answer)
@@ -55,6 +67,13 @@ class RecordedEnvironments:
     def take_metrics(self) -> dict[str, float]:
         """See `Environments`."""
         return self._environments.take_metrics()
+
+    def close(self) -> None:
+        """Close the files; what is said from now on is neither written down nor handed on."""
+        with self._lock:
+            self._closed = True
+            for file in self._files.values():
+                file.close()
 
     def _file_of(self, group: str) -> JsonLinesWriter:
         """The file of a group's step; the newest few stay open, as those of steps that are in flight together."""
@@ -103,21 +122,8 @@ def _file_name(group: str) -> str:
 
 
 def _row(key: Key, answer: Answer) -> dict[str, Any]:
-    return {
-        "group": key.group,
-        "sample": key.sample,
-        "turn": key.turn,
-        "tokens": None if answer.tokens is None else answer.tokens.tolist(),
-        "ending": answer.ending,
-        "new_context": answer.new_context,
-        "reward": answer.reward,
-        "message": answer.message,
-        "seconds": answer.seconds,
-    }
+    return {"group": key.group, "sample": key.sample, "turn": key.turn, **answer.row()}
 
 
 def _answer(row: dict[str, Any]) -> tuple[Key, Answer]:
-    tokens = None if row["tokens"] is None else np.array(row["tokens"], np.int32)
-    said = {name: row[name] for name in ("ending", "new_context", "reward", "message", "seconds")}
-    answer = Answer(tokens, **said)
-    return Key(row["group"], row["sample"], row["turn"]), answer
+    return Key(row["group"], row["sample"], row["turn"]), Answer.of_row(row)

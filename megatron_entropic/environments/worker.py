@@ -215,25 +215,13 @@ async def _serve(conversations: Conversations, answers: IO[str]) -> None:
 
     async def answer(number: int, call: Call) -> None:
         found = await conversations.answer(call)
-        _write(answers, {"number": number, **_row(found), "stuck": conversations.stuck})
+        _write(answers, {"number": number, **found.row(), "stuck": conversations.stuck})
 
     threading.Thread(target=read, daemon=True).start()
     while (numbered := await calls.get()) is not None:
         task = asyncio.create_task(answer(*numbered))
         running.add(task)
         task.add_done_callback(running.discard)
-
-
-def _row(answer: Answer) -> dict[str, Any]:
-    return {
-        "tokens": None if answer.tokens is None else answer.tokens.tolist(),
-        "ending": answer.ending,
-        "new_context": answer.new_context,
-        "reward": answer.reward,
-        "message": answer.message.encode("utf-8", "backslashreplace").decode(),
-        "seconds": answer.seconds,
-        "differences": answer.differences,
-    }
 
 
 def _write(answers: IO[str], value: dict[str, Any]) -> None:

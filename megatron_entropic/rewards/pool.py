@@ -294,7 +294,7 @@ class VerifierProcess:
         """Kill the process and whatever it started; returns its exit status, None if there was no process."""
         if self._process is None:
             return None
-        _kill_group(self._process)
+        kill_group(self._process)
         for pipe in self._pipes():
             _close_quietly(pipe)
         process, self._process = self._process, None
@@ -349,7 +349,7 @@ class VerifierProcess:
         return Verdict("error", message=f"the verifier process died (status {code})")
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
+def kill_group(process: subprocess.Popen[bytes]) -> None:
     """Send SIGKILL to the process and its children. It has not been waited for, so its id cannot belong to another."""
     try:
         os.killpg(process.pid, signal.SIGKILL)

@@ -20,7 +20,6 @@ from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.cluster.sampling import Sampler
 from megatron_entropic.config.run import RolloutConfig
 from megatron_entropic.data import TaskDataset
-from megatron_entropic.environments.conversation import Environments
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.rollout.schedule import Moment
 from megatron_entropic.training.in_flight import SavedAttempt
@@ -113,7 +112,6 @@ class JudgedRollouts:
     scorer: RewardScorer
     journal: Journal
     stop: StopRequest
-    environments: Environments | None = None
 
     def of_step(self, step: int) -> tuple[list[Group], dict[str, float]]:
         """Generate and judge the groups of a step; returns them and the metrics reward/verifier_* and resampling/*."""
@@ -121,7 +119,8 @@ class JudgedRollouts:
         while tasks := rounds.next_tasks():
             rounds.judged(*self._answered(step, tasks, first_place=rounds.first_place))
         groups, metrics = rounds.result()
-        return groups, metrics | (self.environments.take_metrics() if self.environments is not None else {})
+        environments = self.sampler.environments
+        return groups, metrics | (environments.take_metrics() if environments is not None else {})
 
     def before_update(self, policy: PolicyGroup) -> None:
         """Nothing: all that these weights sampled has been scored."""

@@ -204,19 +204,17 @@ def open_rollouts(
     step: int, config: Config, cluster: Cluster, inputs: Inputs, run: RunDirectory, stop: StopRequest
 ) -> Iterator[tuple[Rollouts, Sampler]]:
     """Yields the source of the steps after `step`, whose weights engines have, and what answers benchmarks."""
-    tokenizer, journal, environments = inputs.tasks.tokenizer, run.journal, None
-    if inputs.environments is not None:
-        environments = recorded_environments(inputs.environments, run.path, config.rollout.schedule_of)
-    if not config.rollout.lag:
-        sampler = Sampler(config, DealtOut(cluster), tokenizer, environments)
-        source = JudgedRollouts(config.rollout, inputs.tasks, sampler, inputs.scorer, journal, stop, environments)
-        yield source, sampler
-        return
-    moment, saved = run.checkpoints.in_flight(step)
-    judges = Judges(inputs.scorer, environments)
-    with (
-        Dispatcher(config, cluster) as dispatcher,
-        RunAhead(config, inputs.tasks, cluster, dispatcher, judges, journal, stop) as ahead,
-    ):
-        ahead.begin(step, moment, saved)
-        yield ahead, Sampler(config, Queued(dispatcher), tokenizer, environments)
+    tokenizer, journal = inputs.tasks.tokenizer, run.journal
+    with recorded_environments(inputs.environments, run.path, config.rollout.schedule_of) as environments:
+        if not config.rollout.lag:
+            sampler = Sampler(config, DealtOut(cluster), tokenizer, environments)
+            yield JudgedRollouts(config.rollout, inputs.tasks, sampler, inputs.scorer, journal, stop), sampler
+            return
+        moment, saved = run.checkpoints.in_flight(step)
+        judges = Judges(inputs.scorer, environments)
+        with (
+            Dispatcher(config, cluster) as dispatcher,
+            RunAhead(config, inputs.tasks, cluster, dispatcher, judges, journal, stop) as ahead,
+        ):
+            ahead.begin(step, moment, saved)
+            yield ahead, Sampler(config, Queued(dispatcher), tokenizer, environments)

@@ -13,7 +13,7 @@ import torch
 from megatron_entropic.cluster.dispatch import Ask, Dispatcher
 from megatron_entropic.config.run import Config
 from megatron_entropic.data.tokenizer import Tokenizer
-from megatron_entropic.environments.conversation import Answer, Conversation, Environments, Limits
+from megatron_entropic.environments.conversation import Answer, Conversation, Environments, training_attempt
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.rewards.scorer import Scoring
 from megatron_entropic.rollout.schedule import Moment
@@ -27,7 +27,6 @@ from megatron_entropic.types import (
     Sequence,
     Task,
     Trajectory,
-    derived_seed,
 )
 
 
@@ -82,8 +81,6 @@ class StepAhead:
         self._config = config
         self._dispatcher = dispatcher
         self._judges = judges
-        longest, longest_prompt = config.rollout.max_response_tokens, config.data.max_prompt_tokens
-        self._limits = Limits.of(config.environment.section, longest, longest_prompt)
         self._decode = partial(tokenizer.decode, skip_special_tokens=True)
         self._attempts: dict[tuple[int, int], Attempt] = {}
         self._saved: dict[tuple[int, int], SavedAttempt] = {}
@@ -165,8 +162,8 @@ class StepAhead:
         together: dict[int, GenerationRequest] = {}
         asks = []
         for sample in range(self._config.rollout.samples_per_prompt):
-            attempt = self._attempts[place, sample] = Attempt(self._conversation(place, sample, task))
-            one, was = attempt.conversation, self._saved.pop((place, sample), None)
+            one = training_attempt(self._config, task, self._step, place, sample)
+            self._attempts[place, sample], was = Attempt(one), self._saved.pop((place, sample), None)
             if was is not None:
                 one.segments = list(was.segments)
                 one.finish_reason, one.ending, one.verdict = was.finish_reason, was.ending, was.verdict
@@ -186,11 +183,6 @@ class StepAhead:
             else:
                 together[sample] = one.request
         return [*asks, self._ask(place, together)] if together else asks
-
-    def _conversation(self, place: int, sample: int, task: Task) -> Conversation:
-        seed = derived_seed(self._config.run.seed, self._step, place, sample)
-        begun = self._judges.environments is None
-        return Conversation(task, sample, seed, f"{self._step}/{place}", self._limits, begun=begun)
 
     def _ask(
         self,

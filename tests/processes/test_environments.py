@@ -100,8 +100,9 @@ def test_what_was_said_is_played_back_to_a_replay(environments: EnvironmentHost,
         def take_metrics(self) -> dict[str, float]:
             return {}
 
-    again = recorded_environments(Silent(), tmp_path / "replay", tmp_path / "run")
-    second = [_ask(again, [call])[0] for call in calls]
+    with recorded_environments(Silent(), tmp_path / "replay", tmp_path / "run") as again:
+        assert again is not None
+        second = [_ask(again, [call])[0] for call in calls]
     for before, now in zip(first, second, strict=True):
         assert before.tokens is not None
         assert now.tokens is not None

@@ -14,6 +14,7 @@ import torch
 from trajectories import reward_of, task_of
 
 from megatron_entropic.cluster.dispatch import Ask
+from megatron_entropic.config.data import EnvironmentConfig
 from megatron_entropic.config.run import Config
 from megatron_entropic.environments.conversation import Answer, Answered, Call, Environments
 from megatron_entropic.rollout.schedule import Moment
@@ -271,7 +272,9 @@ class Talk:
 
 def test_conversations_go_on_by_themselves_and_from_where_they_were() -> None:
     talk = Talk()
-    ahead, desk, policy = _ahead(_config(lag=0, prompts_per_step=1), talk)
+    config = _config(lag=0, prompts_per_step=1)
+    config.environment = EnvironmentConfig(name="guess")
+    ahead, desk, policy = _ahead(config, talk)
     ahead.begin(0, Moment(0, 0, 0))
     assert desk.asked == [], "nobody has said yet what the prompts are"
     talk.say("1/0", 1, 0, 5, 6)
@@ -286,7 +289,7 @@ def test_conversations_go_on_by_themselves_and_from_where_they_were() -> None:
     saved = ahead._saved(Moment(0, 1, 0))
     assert [(one.sample, len(one.segments), one.finish_reason, one.engine) for one in saved] == [(1, 3, "", 0)]
     again = Talk()
-    continued, desk, policy = _ahead(_config(lag=0, prompts_per_step=1), again)
+    continued, desk, policy = _ahead(config, again)
     continued.begin(0, Moment(0, 1, 0), saved)
     assert list(again.calls) == [("1/0", 0, 0)], "that one begins"
     (going,) = desk.asked
