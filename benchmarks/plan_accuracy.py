@@ -26,7 +26,8 @@ from megatron_entropic.planning.memory import GIB, rollout_memory, stage_memory
 from megatron_entropic.planning.parameters import KNOWN_MODELS, ParameterTable, read_model
 from megatron_entropic.planning.plan import publication, publication_time_s
 from megatron_entropic.planning.roofline import score_time_s, switch_time_s, update_time_s
-from megatron_entropic.planning.schedule import Lengths, Schedule, make_schedule
+from megatron_entropic.planning.schedule import Lengths, make_schedule
+from megatron_entropic.planning.step import PlannedStep
 
 _STATE_BYTES = {"gradients": 4, "optimizer": 12}
 FOLDER = Path(__file__).parent / "published"
@@ -73,7 +74,8 @@ def predicted(measurement: Measurement) -> float:
     schedule = make_schedule(measurement.config, measurement.lengths)
     if measurement.padded:
         schedule = replace(schedule, tokens=measurement.config.policy.tokens_per_microbatch)
-    return _PREDICTIONS[measurement.kind](measurement, schedule)
+    step = PlannedStep(measurement.config, measurement.table, schedule, measurement.machine.hardware)
+    return _PREDICTIONS[measurement.kind](measurement, step)
 
 
 def main() -> None:
@@ -151,42 +153,37 @@ def _table(model: str, layers: int | None) -> ParameterTable:
         return ParameterTable(read_model(changed, model))
 
 
-def _update_s(measurement: Measurement, schedule: Schedule) -> float:
-    return update_time_s(measurement.config, measurement.table, schedule, measurement.machine.hardware)
+def _update_s(measurement: Measurement, step: PlannedStep) -> float:
+    return update_time_s(step)
 
 
-def _memory_gb(measurement: Measurement, schedule: Schedule) -> float:
-    stage = range(measurement.config.policy.pipeline_parallel)[measurement.stage]
-    memory = stage_memory(measurement.config, measurement.table, schedule, stage)
+def _memory_gb(measurement: Measurement, step: PlannedStep) -> float:
+    memory = stage_memory(step, range(step.policy.pipeline_parallel)[measurement.stage])
     used = memory.total - memory.runtime
     for kind, item in measurement.state_bytes.items():
         used += getattr(memory, kind) * (item / _STATE_BYTES[kind] - 1)
     return used / 1e9
 
 
-def _step_s(measurement: Measurement, schedule: Schedule) -> float:
-    config, table = measurement.config, measurement.table
+def _step_s(measurement: Measurement, step: PlannedStep) -> float:
     return (
-        _generation_s(measurement, schedule)
-        + score_time_s(config, table, schedule, measurement.machine.hardware)
-        + update_time_s(config, table, schedule, measurement.machine.hardware)
-        + _publication_s(measurement, schedule)
-        + switch_time_s(config, table, schedule, measurement.machine.hardware)
+        _generation_s(measurement, step)
+        + score_time_s(step)
+        + update_time_s(step)
+        + _publication_s(measurement, step)
+        + switch_time_s(step)
     )
 
 
-def _generation_s(measurement: Measurement, schedule: Schedule) -> float:
-    config, table = measurement.config, measurement.table
-    memory = rollout_memory(config, table, int(measurement.machine.gpu_memory_gb * GIB))
-    return generation_time(config, table, schedule, memory, measurement.machine.hardware).total_s
+def _generation_s(measurement: Measurement, step: PlannedStep) -> float:
+    return generation_time(step, rollout_memory(step, int(measurement.machine.gpu_memory_gb * GIB))).total_s
 
 
-def _publication_s(measurement: Measurement, schedule: Schedule) -> float:
-    config, table = measurement.config, measurement.table
-    return publication_time_s(config, publication(config, table), measurement.machine.hardware)
+def _publication_s(measurement: Measurement, step: PlannedStep) -> float:
+    return publication_time_s(step, publication(step))
 
 
-_PREDICTIONS: dict[str, Callable[[Measurement, Schedule], float]] = {
+_PREDICTIONS: dict[str, Callable[[Measurement, PlannedStep], float]] = {
     "dense_training": _update_s,
     "moe_training": _update_s,
     "memory": _memory_gb,

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
-from megatron_entropic.config.run import Config, PolicyConfig
+from megatron_entropic.config.run import PolicyConfig
 from megatron_entropic.planning.activations import expert_token_share, rank_tokens
 from megatron_entropic.planning.compute import Direction
 from megatron_entropic.planning.hardware import Hardware
-from megatron_entropic.planning.memory import overlaps, repeats_feed_forward
-from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable, PlannedModel
+from megatron_entropic.planning.parameters import PlannedModel
+from megatron_entropic.planning.step import PlannedStep
 
 Kind = Literal["tensor", "context", "expert", "pipeline", "data"]
 
@@ -44,51 +45,40 @@ class Traffic:
         return self.sent_bytes / hardware.link_bytes_per_s(self.across_nodes, self.members_per_node)
 
 
-def microbatch_traffic(
-    config: Config, table: ParameterTable, hardware: Hardware, tokens: float, direction: Direction
-) -> list[Traffic]:
-    """Traffic of one micro-batch of `tokens` tokens.
+def microbatch_traffic(step: PlannedStep, direction: Direction) -> list[Traffic]:
+    """Traffic of one micro-batch.
 
     `forward` is a pass without gradients; `update` is forward, backward and, with policy.recompute=full, a second
     forward of the layers.
     """
-    found = [
-        *_tensor(config, table, hardware, tokens, direction),
-        *_context(config, table, hardware, tokens, direction),
-        *_expert(config, table, hardware, tokens, direction),
-        *_pipeline(config, table, hardware, tokens, direction),
-    ]
+    found = chain.from_iterable(kind(step, direction) for kind in (_tensor, _context, _expert, _pipeline))
     return [traffic for traffic in found if traffic.ranks > 1]
 
 
-def gradient_traffic(config: Config, table: ParameterTable, hardware: Hardware) -> list[Traffic]:
+def gradient_traffic(step: PlannedStep) -> list[Traffic]:
     """Traffic of one optimizer step, once for all its micro-batches: gradients, and parameters that others updated."""
-    policy = config.policy
-    # Stages between the second and the last are like the second.
-    stages = sorted({0, min(1, policy.pipeline_parallel - 1), policy.pipeline_parallel - 1})
-    per_stage = [list(_gradients(config, table, hardware, stage)) for stage in stages]
+    policy = step.policy
+    per_stage = [list(_gradients(step, stage)) for stage in step.end_stages]
     found = max(per_stage, key=lambda rows: sum(row.sent_bytes for row in rows))
-    if table.model.dimensions.tie_word_embeddings and policy.pipeline_parallel > 1:
-        shard = next(s for s in table.stage(policy, 0).shards if s.part == "embedding")
-        crosses = _crosses(policy, hardware, "pipeline")
+    if step.table.model.dimensions.tie_word_embeddings and policy.pipeline_parallel > 1:
+        shard = next(s for s in step.table.stage(policy, 0).shards if s.part == "embedding")
+        crosses = _crosses(policy, step.hardware, "pipeline")
         found.append(
             Traffic("pipeline", "all-reduce of the tied embedding's gradient", 2, crosses, 1, 4 * shard.elements)
         )
     return [traffic for traffic in found if traffic.ranks > 1]
 
 
-def _tensor(
-    config: Config, table: ParameterTable, hardware: Hardware, tokens: float, direction: Direction
-) -> Iterator[Traffic]:
+def _tensor(step: PlannedStep, direction: Direction) -> Iterator[Traffic]:
     """Traffic of hidden states in and out of attention and of the feed-forward part, of embedding and output head.
 
     Without sequence parallelism two all-reduces forward and two backward in each layer (Shoeybi et al. 2019, section
     3). With it an all-gather and a reduce-scatter in place of each (Korthikanti et al. 2022, section 4.2), and the two
     inputs gathered once more for the gradients of the weights.
     """
-    policy, model = config.policy, table.model
+    policy, model, hardware = step.policy, step.table.model, step.hardware
     ranks, layers = policy.tensor_parallel, _most_layers(model, policy)
-    size = _hidden_bytes(config, table, tokens)
+    size = _hidden_bytes(step)
     # Shared experts gather and scatter as a dense feed-forward part does.
     shared = model.experts is not None and model.experts.shared_ffn_hidden_size > 0
     blocks = layers * (2 if shared or model.experts is None else 1)
@@ -96,7 +86,7 @@ def _tensor(
     # Embedding and head are on different stages, unless there is one: the busiest has one of them or both.
     ends = 2 if policy.pipeline_parallel == 1 else 1
     halves = passes * blocks + ends * (1 if direction == "forward" else 2)
-    if direction == "update" and policy.recompute == "selective" and repeats_feed_forward(config):
+    if direction == "update" and policy.recompute == "selective" and step.repeats_feed_forward:
         halves += blocks // 2 if shared or model.experts is None else 0
     if policy.sequence_parallel:
         again = blocks if direction == "update" else 0
@@ -107,35 +97,31 @@ def _tensor(
     yield Traffic("tensor", operation, ranks, _crosses(policy, hardware, "tensor"), count, sent)
 
 
-def _context(
-    config: Config, table: ParameterTable, hardware: Hardware, tokens: float, direction: Direction
-) -> Iterator[Traffic]:
+def _context(step: PlannedStep, direction: Direction) -> Iterator[Traffic]:
     """Traffic of the keys and values of the other ranks' tokens in every layer, and of their gradients back."""
-    policy, dimensions = config.policy, table.model.dimensions
-    ranks, layers = policy.context_parallel, _most_layers(table.model, policy)
+    policy, dimensions = step.policy, step.table.model.dimensions
+    ranks, layers = policy.context_parallel, _most_layers(step.table.model, policy)
     heads = dimensions.num_query_groups / policy.tensor_parallel
     width = heads * (dimensions.head_dim + dimensions.value_head_dim)
-    size = tokens / ranks * width * ITEM_BYTES[config.model.dtype]
+    size = step.schedule.tokens / ranks * width * step.item_bytes
     passes = 1 if direction == "forward" else 4 if policy.recompute == "full" else 3
-    crosses = _crosses(policy, hardware, "context")
+    crosses = _crosses(policy, step.hardware, "context")
     yield Traffic("context", "keys and values", ranks, crosses, passes * layers, passes * layers * size * (ranks - 1))
 
 
-def _expert(
-    config: Config, table: ParameterTable, hardware: Hardware, tokens: float, direction: Direction
-) -> Iterator[Traffic]:
+def _expert(step: PlannedStep, direction: Direction) -> Iterator[Traffic]:
     """Traffic of each token's copies to its experts and back; over tensor ranks too, since these share every expert.
 
     Experts are chosen evenly. megatron-core's all-to-all sends a copy for each of the k experts of a token, of which
     the share that stays inside the node goes over its links. Dispatchers that send a token once to each node that needs
     it (DeepEP, HybridEP) hand it on to ranks there: (n - 1) (1 - (1 - 1/n)^k) copies go to n - 1 other nodes.
     """
-    policy, model = config.policy, table.model
+    policy, model, hardware = step.policy, step.table.model, step.hardware
     if model.experts is None:
         return
     layers = _most_layers(model, policy)
-    exchanges = 2 * layers * (1 if direction == "forward" else 3 if repeats_feed_forward(config) else 2)
-    per_token, hidden = model.experts.per_token, _hidden_bytes(config, table, tokens)
+    exchanges = 2 * layers * (1 if direction == "forward" else 3 if step.repeats_feed_forward else 2)
+    per_token, hidden = model.experts.per_token, _hidden_bytes(step)
     own = hidden / (policy.tensor_parallel if policy.sequence_parallel else 1)
     ranks = policy.expert_parallel
     nodes = -(-ranks * policy.expert_tensor_size // hardware.gpus_per_node)
@@ -160,24 +146,22 @@ def _reached(places: int, copies: int) -> float:
     return (places - 1) * (1 - (1 - 1 / places) ** copies)
 
 
-def _pipeline(
-    config: Config, table: ParameterTable, hardware: Hardware, tokens: float, direction: Direction
-) -> Iterator[Traffic]:
+def _pipeline(step: PlannedStep, direction: Direction) -> Iterator[Traffic]:
     """Traffic of hidden states to the next stage and of their gradients to the one before."""
-    policy = config.policy
-    size = _hidden_bytes(config, table, tokens) / (policy.tensor_parallel if policy.sequence_parallel else 1)
+    policy = step.policy
+    size = _hidden_bytes(step) / (policy.tensor_parallel if policy.sequence_parallel else 1)
     # A stage between two others sends both ways, and so does every stage with several chunks.
     chunks = policy.virtual_pipeline_parallel
     both_ways = policy.pipeline_parallel > 2 or chunks > 1
     count = chunks * (2 if direction == "update" and both_ways else 1)
-    crosses = _crosses(policy, hardware, "pipeline")
+    crosses = _crosses(policy, step.hardware, "pipeline")
     yield Traffic("pipeline", "point to point", policy.pipeline_parallel, crosses, count, count * size)
 
 
-def _gradients(config: Config, table: ParameterTable, hardware: Hardware, stage: int) -> Iterator[Traffic]:
+def _gradients(step: PlannedStep, stage: int) -> Iterator[Traffic]:
     """Traffic of float32 gradients; the distributed optimizer sums them by parts and gathers what each rank updated."""
-    policy, item = config.policy, ITEM_BYTES[config.model.dtype]
-    for buffer in table.buffers(policy, stage, overlap=overlaps(config)):
+    policy, hardware, item = step.policy, step.hardware, step.item_bytes
+    for buffer in step.buffers(stage):
         ranks, count = buffer.data_ranks, len(buffer.buckets)
         share = (ranks - 1) / ranks
         crosses = _crosses(policy, hardware, "data")
@@ -198,10 +182,10 @@ def _most_layers(model: PlannedModel, policy: PolicyConfig) -> int:
     return max(model.dimensions.pipeline_stages(policy).layers)
 
 
-def _hidden_bytes(config: Config, table: ParameterTable, tokens: float) -> float:
-    """Bytes of all hidden states of a context-parallel rank's tokens."""
-    own_tokens = rank_tokens(config.policy, round(tokens))
-    return own_tokens * table.model.dimensions.hidden_size * ITEM_BYTES[config.model.dtype]
+def _hidden_bytes(step: PlannedStep) -> float:
+    """Bytes of all hidden states of a micro-batch's tokens on a context-parallel rank."""
+    own_tokens = rank_tokens(step.policy, round(step.schedule.tokens))
+    return own_tokens * step.table.model.dimensions.hidden_size * step.item_bytes
 
 
 def _crosses(policy: PolicyConfig, hardware: Hardware, kind: Kind) -> bool:

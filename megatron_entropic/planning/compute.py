@@ -18,12 +18,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_entropic.config.run import Config
 from megatron_entropic.planning.activations import layer_bytes, rank_tokens
-from megatron_entropic.planning.hardware import Hardware
-from megatron_entropic.planning.memory import attention_kind, repeats_feed_forward
-from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable
-from megatron_entropic.planning.schedule import Schedule
+from megatron_entropic.planning.parameters import ParameterTable
+from megatron_entropic.planning.step import PlannedStep
 
 Direction = Literal["forward", "update"]
 
@@ -58,95 +55,80 @@ def work(table: ParameterTable, mean_tokens: float) -> Work:
     )
 
 
-def device_s(
-    config: Config, table: ParameterTable, schedule: Schedule, hardware: Hardware, direction: Direction
-) -> float:
+def device_s(step: PlannedStep, direction: Direction) -> float:
     """Seconds of the slowest stage's GPU on one micro-batch, communication not included."""
-    turn = _Turn(config, table, schedule, hardware, direction)
-    last = config.policy.pipeline_parallel - 1
-    # Stages between the second and the last are like the second.
-    return max(turn.device_s(stage) for stage in sorted({0, min(1, last), last}))
+    return max(_stage_s(step, direction, stage) for stage in step.end_stages)
 
 
-def divergence_s(
-    config: Config, table: ParameterTable, teacher: ParameterTable, schedule: Schedule, hardware: Hardware
-) -> float:
+def divergence_s(step: PlannedStep, teacher: ParameterTable) -> float:
     """Seconds of the last stage's GPU on the divergence of one micro-batch from the teacher (`fused_reverse_kl`)."""
-    policy, vocabulary = config.policy, table.model.dimensions.vocab_size
-    width = 8 * table.model.dimensions.hidden_size + 4 * teacher.model.dimensions.hidden_size
-    rate = hardware.product_efficiency * hardware.flop_per_s(config.model.dtype)
-    return schedule.tokens * vocabulary * width / (rate * policy.tensor_parallel * policy.context_parallel)
+    policy, dimensions, hardware = step.policy, step.table.model.dimensions, step.hardware
+    width = 8 * dimensions.hidden_size + 4 * teacher.model.dimensions.hidden_size
+    rate = hardware.product_efficiency * hardware.flop_per_s(step.dtype)
+    done = step.schedule.tokens * dimensions.vocab_size * width
+    return done / (rate * policy.tensor_parallel * policy.context_parallel)
 
 
-def host_s(config: Config, table: ParameterTable, hardware: Hardware, direction: Direction) -> float:
+def host_s(step: PlannedStep, direction: Direction) -> float:
     """Seconds of a rank's Python on one micro-batch, which a GPU cannot be faster than."""
-    if config.cluster.device == "cpu":
+    if step.config.cluster.device == "cpu":
         return 0.0
-    dimensions = table.model.dimensions
+    dimensions, hardware = step.table.model.dimensions, step.hardware
     sparse = sum(dimensions.has_experts(layer) for layer in range(dimensions.num_layers))
     seconds = sparse * hardware.expert_layer_host_s + (dimensions.num_layers - sparse) * hardware.layer_host_s
     share = _FORWARD_HOST_SHARE
     if direction == "update":
-        share = 1 + (_FORWARD_HOST_SHARE if config.policy.recompute == "full" else 0)
-    most = max(dimensions.pipeline_stages(config.policy).layers)
+        share = 1 + (_FORWARD_HOST_SHARE if step.policy.recompute == "full" else 0)
+    most = max(dimensions.pipeline_stages(step.policy).layers)
     return share * seconds * most / dimensions.num_layers
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """One micro-batch on the GPUs of the policy."""
+def _stage_s(step: PlannedStep, direction: Direction, stage: int) -> float:
+    """Seconds of a GPU of one stage on one micro-batch."""
+    hardware, dimensions = step.hardware, step.table.model.dimensions
+    share = dimensions.pipeline_stages(step.policy).layers[stage] / dimensions.num_layers
+    is_last = stage == step.policy.pipeline_parallel - 1
+    memory_rate = hardware.memory_efficiency * hardware.memory_bytes_per_s
+    return _product_s(step, direction, share, is_last) + _memory_bytes(step, direction, stage) / memory_rate
 
-    config: Config
-    table: ParameterTable
-    schedule: Schedule
-    hardware: Hardware
-    direction: Direction
 
-    def device_s(self, stage: int) -> float:
-        """Seconds of a GPU of one stage."""
-        hardware, policy = self.hardware, self.config.policy
-        layers = self.table.model.dimensions.pipeline_stages(policy).layers[stage]
-        share = layers / self.table.model.dimensions.num_layers
-        is_last = stage == policy.pipeline_parallel - 1
-        memory_rate = hardware.memory_efficiency * hardware.memory_bytes_per_s
-        return self._product_s(share, is_last) + self._memory_bytes(stage, share, is_last) / memory_rate
+def _product_s(step: PlannedStep, direction: Direction, share: float, is_last: bool) -> float:
+    """Seconds of the products of a share of the layers, and of the output layer."""
+    hardware, policy, dtype = step.hardware, step.policy, step.dtype
+    done = work(step.table, step.schedule.mean_tokens)
+    layers, again, head = 1, 0.0, 1
+    if direction == "update":
+        layers = 4 if policy.recompute == "full" else 3
+        again = done.feed_forward if policy.recompute == "selective" and step.repeats_feed_forward else 0.0
+        head = 4 if step.config.output_head == "recompute" else 3
+    wide = hardware.product_efficiency * hardware.flop_per_s(dtype)
+    narrow = hardware.product_efficiency * hardware.flop_per_s(dtype, float8=policy.fp8 != "off")
+    attention = hardware.attention_efficiency * hardware.flop_per_s(dtype)
+    per_token = share * ((layers * done.layers + again) / narrow + layers * done.attention / attention)
+    if is_last:
+        per_token += head * done.head / wide
+    return step.schedule.tokens * per_token / (policy.tensor_parallel * policy.context_parallel)
 
-    def _product_s(self, share: float, is_last: bool) -> float:
-        """Seconds of the products of a share of the layers, and of the output layer."""
-        config, hardware, policy = self.config, self.hardware, self.config.policy
-        done = work(self.table, self.schedule.mean_tokens)
-        layers, again, head = 1, 0.0, 1
-        if self.direction == "update":
-            layers = 4 if policy.recompute == "full" else 3
-            again = done.feed_forward if policy.recompute == "selective" and repeats_feed_forward(config) else 0.0
-            head = 4 if config.output_head == "recompute" else 3
-        wide = hardware.product_efficiency * hardware.flop_per_s(config.model.dtype)
-        narrow = hardware.product_efficiency * hardware.flop_per_s(config.model.dtype, float8=policy.fp8 != "off")
-        attention = hardware.attention_efficiency * hardware.flop_per_s(config.model.dtype)
-        per_token = share * ((layers * done.layers + again) / narrow + layers * done.attention / attention)
-        if is_last:
-            per_token += head * done.head / wide
-        return self.schedule.tokens * per_token / (policy.tensor_parallel * policy.context_parallel)
 
-    def _memory_bytes(self, stage: int, share: float, is_last: bool) -> float:
-        """Bytes that a stage reads and writes: activations, parameters with their gradients, logits."""
-        policy, model, dtype = self.config.policy, self.table.model, self.config.model.dtype
-        dimensions, tokens, item = model.dimensions, round(self.schedule.tokens), ITEM_BYTES[dtype]
-        update, again = self.direction == "update", policy.recompute == "full"
-        passes = _FORWARD_PASSES if not update else _UPDATE_PASSES + (_FORWARD_PASSES if again else 0)
-        sparse = sum(dimensions.has_experts(layer) for layer in range(dimensions.num_layers))
-        attention = attention_kind(self.config)
-        kept = sum(
-            count * layer_bytes(model, policy, tokens, dtype=dtype, attention=attention, experts=experts).complete
-            for experts, count in ((True, sparse), (False, dimensions.num_layers - sparse))
-            if count
-        )
-        logits = 0.0
-        if is_last:
-            columns = dimensions.padded_vocab_size(policy.tensor_parallel) / policy.tensor_parallel
-            logits = item * rank_tokens(policy, tokens) * columns
-        touched = item if not update else (3 if again else 2) * item + 8
-        return passes * (share * kept + logits) + touched * self.table.stage(policy, stage).elements
+def _memory_bytes(step: PlannedStep, direction: Direction, stage: int) -> float:
+    """Bytes that a stage reads and writes: activations, parameters with their gradients, logits."""
+    policy, model, dtype, item = step.policy, step.table.model, step.dtype, step.item_bytes
+    dimensions, tokens = model.dimensions, round(step.schedule.tokens)
+    update, again = direction == "update", policy.recompute == "full"
+    passes = _FORWARD_PASSES if not update else _UPDATE_PASSES + (_FORWARD_PASSES if again else 0)
+    sparse = sum(dimensions.has_experts(layer) for layer in range(dimensions.num_layers))
+    kept = sum(
+        count * layer_bytes(model, policy, tokens, dtype=dtype, attention=step.attention, experts=experts).complete
+        for experts, count in ((True, sparse), (False, dimensions.num_layers - sparse))
+        if count
+    )
+    share = dimensions.pipeline_stages(policy).layers[stage] / dimensions.num_layers
+    logits = 0.0
+    if stage == policy.pipeline_parallel - 1:
+        columns = dimensions.padded_vocab_size(policy.tensor_parallel) / policy.tensor_parallel
+        logits = item * rank_tokens(policy, tokens) * columns
+    touched = item if not update else (3 if again else 2) * item + 8
+    return passes * (share * kept + logits) + touched * step.table.stage(policy, stage).elements
 
 
 def _feed_forward_elements(table: ParameterTable) -> float:

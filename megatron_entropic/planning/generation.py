@@ -15,11 +15,8 @@ import random
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from megatron_entropic.config.run import Config
-from megatron_entropic.planning.hardware import Hardware
 from megatron_entropic.planning.memory import RolloutMemory
-from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable
-from megatron_entropic.planning.schedule import Schedule
+from megatron_entropic.planning.step import PlannedStep
 
 MOST_SIMULATED = 512
 """Number of sequences of an engine that are simulated; of more, each stands for several of its length."""
@@ -82,22 +79,18 @@ class EngineLoad:
     """Seconds of one token of a prompt."""
 
 
-def generation_time(
-    config: Config, table: ParameterTable, schedule: Schedule, memory: RolloutMemory, hardware: Hardware
-) -> GenerationTime:
+def generation_time(step: PlannedStep, memory: RolloutMemory) -> GenerationTime:
     """Time in which the engines generate all responses of a training step."""
-    load = engine_load(config, table, schedule, memory, hardware)
+    load = engine_load(step, memory)
     prompt = (load.prompt_tokens, load.prompt_tokens * load.prefill_token_s)
     return _simulate(load.lengths, load.weight, load.at_once, load.rates, prompt)
 
 
-def engine_load(
-    config: Config, table: ParameterTable, schedule: Schedule, memory: RolloutMemory, hardware: Hardware
-) -> EngineLoad:
+def engine_load(step: PlannedStep, memory: RolloutMemory) -> EngineLoad:
     """What the slowest engine does in a training step."""
-    rollout = config.rollout
+    rollout, schedule = step.config.rollout, step.schedule
     per_engine = max(1, math.ceil(schedule.responses / rollout.engines))
-    lengths = _lengths(config, schedule, min(per_engine, MOST_SIMULATED))
+    lengths = _lengths(step, min(per_engine, MOST_SIMULATED))
     weight = per_engine / len(lengths)
     room = memory.tokens / (schedule.mean_prompt_tokens + schedule.mean_response_tokens / 2)
     at_once = max(1, int(min(rollout.max_concurrent_sequences, room) / weight))
@@ -105,49 +98,51 @@ def engine_load(
         lengths,
         weight,
         at_once,
-        step_rates(config, table, memory, hardware),
+        step_rates(step, memory),
         prompt_tokens=schedule.mean_prompt_tokens,
-        prefill_token_s=_product_s(config, table, hardware, hardware.prefill_efficiency),
+        prefill_token_s=_product_s(step, step.hardware.prefill_efficiency),
     )
 
 
-def step_rates(config: Config, table: ParameterTable, memory: RolloutMemory, hardware: Hardware) -> StepRates:
+def step_rates(step: PlannedStep, memory: RolloutMemory) -> StepRates:
     """Costs of a decoding step of one engine."""
-    ranks, dimensions, experts = config.rollout.tensor_parallel, table.model.dimensions, table.model.experts
+    rollout, hardware, item = step.config.rollout, step.hardware, step.item_bytes
+    ranks, dimensions, experts = rollout.tensor_parallel, step.table.model.dimensions, step.table.model.experts
     read_rate = hardware.decode_efficiency * hardware.memory_bytes_per_s
     sparse = sum(dimensions.has_experts(layer) for layer in range(dimensions.num_layers))
     share = 0.0
     expert_bytes = 0.0
     if experts is not None:
         elements = 3 * dimensions.hidden_size * experts.ffn_hidden_size * experts.count * sparse
-        item = 1 if config.rollout.quantization == "fp8" else ITEM_BYTES[config.model.dtype]
-        expert_bytes, share = elements * item / ranks, experts.per_token / experts.count
+        expert_item = 1 if rollout.quantization == "fp8" else item
+        expert_bytes, share = elements * expert_item / ranks, experts.per_token / experts.count
     fixed_s, sequence_s = hardware.decode_overhead_s + sparse * hardware.expert_decode_s, hardware.decode_sequence_s
     if ranks > 1:
         crosses = ranks > hardware.gpus_per_node
-        reduced = 2 * 2 * dimensions.hidden_size * ITEM_BYTES[config.model.dtype] * (ranks - 1) / ranks
+        reduced = 2 * 2 * dimensions.hidden_size * item * (ranks - 1) / ranks
         fixed_s += 2 * dimensions.num_layers * hardware.all_reduce_latency_s * (_ACROSS_NODES if crosses else 1)
         sequence_s += dimensions.num_layers * reduced / hardware.link_bytes_per_s(crosses, hardware.gpus_per_node)
-    if config.rollout.enforce_eager:
+    if rollout.enforce_eager:
         fixed_s += dimensions.num_layers * hardware.eager_layer_s
     # The embedding is looked up, not read, unless it is the output layer too.
     embedding = 0 if dimensions.tie_word_embeddings else dimensions.vocab_size * dimensions.hidden_size
-    others = memory.weights - expert_bytes - embedding * ITEM_BYTES[config.model.dtype] / ranks
+    others = memory.weights - expert_bytes - embedding * item / ranks
     return StepRates(
         weights_s=max(0.0, others) / read_rate,
         experts_s=expert_bytes / read_rate,
         expert_share=share,
-        product_s=_product_s(config, table, hardware, hardware.product_efficiency),
+        product_s=_product_s(step, hardware.product_efficiency),
         cache_s=memory.kv_bytes_per_token / read_rate,
         fixed_s=fixed_s,
         sequence_s=sequence_s,
     )
 
 
-def _product_s(config: Config, table: ParameterTable, hardware: Hardware, efficiency: float) -> float:
+def _product_s(step: PlannedStep, efficiency: float) -> float:
     """Seconds of one token's products on an engine's GPUs."""
-    rate = hardware.flop_per_s(config.model.dtype, float8=config.rollout.quantization == "fp8")
-    return 2 * table.active_elements / config.rollout.tensor_parallel / (efficiency * rate)
+    rollout = step.config.rollout
+    rate = step.hardware.flop_per_s(step.dtype, float8=rollout.quantization == "fp8")
+    return 2 * step.table.active_elements / rollout.tensor_parallel / (efficiency * rate)
 
 
 def _simulate(
@@ -184,9 +179,10 @@ def _simulate(
     return GenerationTime(now_s, now_s - (now_s if tail_from_s is None else tail_from_s))
 
 
-def _lengths(config: Config, schedule: Schedule, count: int) -> list[int]:
+def _lengths(step: PlannedStep, count: int) -> list[int]:
     """Response lengths of the slowest engine: quantiles of the distribution, the last one that of all responses."""
-    limit, mean = config.rollout.max_response_tokens, schedule.mean_response_tokens
+    schedule = step.schedule
+    limit, mean = step.config.rollout.max_response_tokens, schedule.mean_response_tokens
     places = [(index + 0.5) / count for index in range(count - 1)] + [1 - 0.5 / max(1, schedule.responses)]
     if schedule.response_deviation == 0 or mean >= limit:
         return [max(1, round(min(mean, limit)))] * count

@@ -9,16 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from math import prod
 
-from megatron_entropic.config.run import Config, Dtype
-from megatron_entropic.planning.activations import (
-    Attention,
-    backward_bytes,
-    divergence_bytes,
-    head_bytes,
-    layer_bytes,
-)
-from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable, PlannedModel
-from megatron_entropic.planning.schedule import Schedule, in_flight
+from megatron_entropic.config.run import Dtype
+from megatron_entropic.planning.activations import backward_bytes, divergence_bytes, head_bytes, layer_bytes
+from megatron_entropic.planning.parameters import ParameterTable
+from megatron_entropic.planning.schedule import in_flight
+from megatron_entropic.planning.step import PlannedStep
 
 GIB = 1 << 30
 """A GB of GPU memory here and in `rollout.kv_cache_gb`: 2**30 bytes."""
@@ -79,86 +74,65 @@ def optimizer_bytes_per_element(dtype: Dtype) -> int:
     return 8 if dtype == "float32" else 12
 
 
-def attention_kind(config: Config) -> Attention:
-    """Attention whose layers run: torch's (`sdpa`) on a CPU, flash attention on a GPU."""
-    return "sdpa" if config.cluster.device == "cpu" else "flash"
-
-
-def repeats_feed_forward(config: Config) -> bool:
-    """Whether backward computes the feed-forward parts again, which on a GPU is what selective recomputation is."""
-    recompute = config.policy.recompute
-    return recompute == "full" or (recompute == "selective" and attention_kind(config) == "flash")
-
-
-def overlaps(config: Config) -> bool:
-    """Whether gradients travel during backward, which they do over NCCL."""
-    return config.cluster.device != "cpu"
-
-
-def stage_memory(config: Config, table: ParameterTable, schedule: Schedule, stage: int) -> StageMemory:
+def stage_memory(step: PlannedStep, stage: int) -> StageMemory:
     """Peak memory of one pipeline stage's GPUs."""
-    policy, dtype = config.policy, config.model.dtype
-    item = ITEM_BYTES[dtype]
-    buffers = table.buffers(policy, stage, overlap=overlaps(config))
+    policy, dtype, item, buffers = step.policy, step.dtype, step.item_bytes, step.buffers(stage)
     weights = sum(b.padded_elements if policy.distributed_optimizer else b.elements for b in buffers) * item
-    last = stage == policy.pipeline_parallel - 1
     head = 0
-    if last:
-        head = head_bytes(table.model, policy, schedule.largest_tokens, dtype=dtype, head=config.output_head)
-        if config.algorithm.distillation.as_loss:
-            teacher = table.frozen(config.algorithm)["teacher"].model
-            head += divergence_bytes(table.model, teacher, policy, schedule.largest_tokens, dtype=dtype)
+    if stage == policy.pipeline_parallel - 1:
+        model, tokens = step.table.model, step.schedule.largest_tokens
+        head = head_bytes(model, policy, tokens, dtype=dtype, head=step.config.output_head)
+        if step.config.algorithm.distillation.as_loss:
+            head += divergence_bytes(model, step.frozen["teacher"].model, policy, tokens, dtype=dtype)
     return StageMemory(
         stage=stage,
         weights=weights,
-        frozen=item * sum(beside.stage(policy, stage).elements for beside in table.frozen(config.algorithm).values()),
+        frozen=item * sum(beside.stage(policy, stage).elements for beside in step.frozen.values()),
         gradients=sum(buffer.padded_elements for buffer in buffers) * 4,
         optimizer=sum(buffer.owned_elements(0) for buffer in buffers) * optimizer_bytes_per_element(dtype),
-        activations=_activation_bytes(config, table.model, schedule, stage),
+        activations=_activation_bytes(step, stage),
         head=head,
         runtime=RUNTIME_BYTES,
     )
 
 
-def teacher_host_bytes(config: Config, table: ParameterTable, schedule: Schedule) -> int:
+def teacher_host_bytes(step: PlannedStep) -> int:
     """Host bytes of the teacher's hidden states on a rank of the last stage; 0 unless it is part of the loss.
 
     They are those of an optimizer step's response tokens, a context-parallel rank's own (`policy/step/teacher.py`).
     """
-    if not config.algorithm.distillation.as_loss:
+    if not step.config.algorithm.distillation.as_loss:
         return 0
+    schedule = step.schedule
     tokens = schedule.responses / schedule.optimizer_steps * schedule.mean_response_tokens
-    hidden = table.frozen(config.algorithm)["teacher"].model.dimensions.hidden_size
-    ranks = config.policy.data_parallel * config.policy.context_parallel
-    return round(tokens * hidden * ITEM_BYTES[config.model.dtype] / ranks)
+    hidden = step.frozen["teacher"].model.dimensions.hidden_size
+    return round(tokens * hidden * step.item_bytes / (step.policy.data_parallel * step.policy.context_parallel))
 
 
-def _activation_bytes(config: Config, model: PlannedModel, schedule: Schedule, stage: int) -> int:
+def _activation_bytes(step: PlannedStep, stage: int) -> int:
     """Bytes that a stage holds when its first backward pass begins: micro-batches of its chunks (`in_flight`)."""
-    policy, tokens = config.policy, schedule.largest_tokens
+    policy, model, tokens = step.policy, step.table.model, step.schedule.largest_tokens
     chunks = policy.virtual_pipeline_parallel
     layers = model.dimensions.pipeline_stages(policy).of_stage(stage)
     sparse = [model.dimensions.has_experts(layer) for layer in layers]
     kinds = {
-        experts: layer_bytes(
-            model, policy, tokens, dtype=config.model.dtype, attention=attention_kind(config), experts=experts
-        )
+        experts: layer_bytes(model, policy, tokens, dtype=step.dtype, attention=step.attention, experts=experts)
         for experts in set(sparse)
     }
-    alive = in_flight(policy.pipeline_parallel, stage, schedule.microbatches_at_most, chunks)
+    alive = in_flight(policy.pipeline_parallel, stage, step.schedule.microbatches_at_most, chunks)
     # A micro-batch in flight is in one chunk, and chunks of a stage differ little.
     total = alive * sum(kinds[experts].saved for experts in sparse) / chunks
     if stage == policy.pipeline_parallel - 1:
         total += kinds[sparse[-1]].final
     # One layer at a time computes again what was not kept.
     total += max(layer.complete - layer.saved for layer in kinds.values())
-    return round(total) + backward_bytes(model, policy, tokens, dtype=config.model.dtype)
+    return round(total) + backward_bytes(model, policy, tokens, dtype=step.dtype)
 
 
-def rollout_memory(config: Config, table: ParameterTable, gpu_memory_bytes: int) -> RolloutMemory:
+def rollout_memory(step: PlannedStep, gpu_memory_bytes: int) -> RolloutMemory:
     """Memory that vLLM has on each of an engine's GPUs; on a CPU `rollout.kv_cache_gb` is the cache."""
+    config, table, item = step.config, step.table, step.item_bytes
     dimensions, ranks = table.model.dimensions, config.rollout.tensor_parallel
-    item = ITEM_BYTES[config.model.dtype]
     weights = engine_weight_elements(table, ranks) * item
     if config.rollout.quantization == "fp8":
         # Embedding and output layer stay as they are; scales of the others are some parts in ten thousand.

@@ -16,21 +16,21 @@ from megatron_entropic.planning.memory import (
     RolloutMemory,
     StageMemory,
     optimizer_bytes_per_element,
-    overlaps,
     rollout_memory,
     sequences_that_fit,
     stage_memory,
 )
-from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable, PlannedModel, StageParameters
+from megatron_entropic.planning.parameters import ParameterTable, PlannedModel, StageParameters
 from megatron_entropic.planning.roofline import StepTime, score_time_s, switch_time_s, update_time_s
-from megatron_entropic.planning.schedule import Lengths, Schedule, make_schedule
+from megatron_entropic.planning.schedule import Lengths, make_schedule
+from megatron_entropic.planning.step import PlannedStep
 
 
 @dataclass(frozen=True)
 class Numbers:
     """Everything that a layout which divides the model implies."""
 
-    schedule: Schedule
+    step: PlannedStep
     stages: tuple[StageParameters, ...]
     memory: tuple[StageMemory, ...]
     checkpoint_host_bytes: int
@@ -80,7 +80,8 @@ def make_plan(
     problems = [*known_problems, *layout_problems(config, table.model, gpus), *frozen_problems(config, table)]
     numbers = None
     if divides(config, table):
-        numbers = _numbers(config, table, machine, make_schedule(config, lengths))
+        step = PlannedStep(config, table, make_schedule(config, lengths), machine.hardware)
+        numbers = _numbers(step, int(machine.gpu_memory_gb * GIB))
         problems += memory_problems(config, numbers.memory, numbers.rollout, machine.gpu_memory_gb)
     return Plan(
         config, table, gpus, machine.gpu_memory_gb, machine.hardware, tuple(problems), numbers, lengths is not None
@@ -93,37 +94,33 @@ def divides(config: Config, table: ParameterTable) -> bool:
     return not any(one.model.dimensions.layout_problems(config.policy) for one in tables)
 
 
-def publication_time_s(config: Config, published: Publication, hardware: Hardware) -> float:
+def publication_time_s(step: PlannedStep, published: Publication) -> float:
     """Seconds of a publication, over the network if the GPUs are more than a node's."""
-    across_nodes = gpus_in_use(config) > hardware.gpus_per_node
-    return published.time_s(hardware, across_nodes=across_nodes, colocated=config.cluster.colocate)
+    across_nodes = gpus_in_use(step.config) > step.hardware.gpus_per_node
+    return published.time_s(step.hardware, across_nodes=across_nodes, colocated=step.config.cluster.colocate)
 
 
-def _numbers(config: Config, table: ParameterTable, machine: Machine, schedule: Schedule) -> Numbers:
-    hardware = machine.hardware
-    rollout = rollout_memory(config, table, int(machine.gpu_memory_gb * GIB))
-    generation = generation_time(config, table, schedule, rollout, hardware)
-    published = publication(config, table)
-    microbatch = microbatch_traffic(config, table, hardware, schedule.tokens, "update")
+def _numbers(step: PlannedStep, gpu_memory_bytes: int) -> Numbers:
+    rollout = rollout_memory(step, gpu_memory_bytes)
+    generation = generation_time(step, rollout)
+    published = publication(step)
+    microbatch = [one.times(step.schedule.microbatches) for one in microbatch_traffic(step, "update")]
     return Numbers(
-        schedule=schedule,
-        stages=table.stages(config.policy),
-        memory=tuple(stage_memory(config, table, schedule, stage) for stage in range(config.policy.pipeline_parallel)),
-        checkpoint_host_bytes=checkpoint_host_bytes(config, table, hardware.gpus_per_node),
+        step=step,
+        stages=step.table.stages(step.policy),
+        memory=tuple(stage_memory(step, stage) for stage in range(step.policy.pipeline_parallel)),
+        checkpoint_host_bytes=checkpoint_host_bytes(step),
         rollout=rollout,
-        traffic=(
-            *(traffic.times(schedule.microbatches) for traffic in microbatch),
-            *gradient_traffic(config, table, hardware),
-        ),
+        traffic=(*microbatch, *gradient_traffic(step)),
         publication=published,
         time=StepTime(
             rollout_s=generation.total_s,
-            score_s=score_time_s(config, table, schedule, hardware),
-            update_s=update_time_s(config, table, schedule, hardware),
-            publish_s=publication_time_s(config, published, hardware),
-            switch_s=switch_time_s(config, table, schedule, hardware),
+            score_s=score_time_s(step),
+            update_s=update_time_s(step),
+            publish_s=publication_time_s(step, published),
+            switch_s=switch_time_s(step),
             tail_s=generation.tail_s,
-            runs_ahead=config.rollout.lag > 0,
+            runs_ahead=step.config.rollout.lag > 0,
         ),
     )
 
@@ -210,18 +207,18 @@ Measured with benchmarks/checkpoint_memory.py: 3,143 MB on each of four ranks th
 """
 
 
-def checkpoint_host_bytes(config: Config, table: ParameterTable, ranks_per_node: int) -> int:
+def checkpoint_host_bytes(step: PlannedStep) -> int:
     """Host bytes of a checkpoint on the fullest node, nodes being filled with policy ranks one after the other.
 
     A rank copies its part of the optimizer state, the first replica also the weights. With rollouts that run ahead each
     rank has two more copies of its weights beside it (`policy/state/kept_weights.py`).
     """
-    policy = config.policy
+    policy, config, ranks_per_node = step.policy, step.config, step.hardware.gpus_per_node
     keeps = config.rollout.lag > 0 and config.rollout.split_staleness and not config.cluster.colocate
-    copies_bytes = 2 * ITEM_BYTES[config.model.dtype] if keeps else 0
-    of_stage = [_stage_bytes(config, table, stage) for stage in range(policy.pipeline_parallel)]
+    copies_bytes = 2 * step.item_bytes if keeps else 0
+    of_stage = [_stage_bytes(step, stage) for stage in range(policy.pipeline_parallel)]
     of_rank = [
-        _rank_bytes(policy, of_stage[stage], place) + copies_bytes * table.stage(policy, stage).elements
+        _rank_bytes(policy, of_stage[stage], place) + copies_bytes * step.table.stage(policy, stage).elements
         for stage in range(policy.pipeline_parallel)
         for place in range(policy.stage_ranks)
     ]
@@ -243,16 +240,15 @@ class _StageBytes:
     """Bytes of optimizer state for each byte of written weights, where every replica has all of it; else None."""
 
 
-def _stage_bytes(config: Config, table: ParameterTable, stage: int) -> _StageBytes:
-    policy, dtype = config.policy, config.model.dtype
-    parameters, item = table.stage(policy, stage), ITEM_BYTES[dtype]
-    if policy.distributed_optimizer and config.checkpoint.format == "fully_reshardable":
+def _stage_bytes(step: PlannedStep, stage: int) -> _StageBytes:
+    policy, item, parameters = step.policy, step.item_bytes, step.table.stage(step.policy, stage)
+    if policy.distributed_optimizer and step.config.checkpoint.format == "fully_reshardable":
         return _StageBytes(0, 0, WHOLE_BYTES_PER_PARAMETER * parameters.elements, None)
     dense, experts = parameters.elements - parameters.expert_elements, parameters.expert_elements
-    state = optimizer_bytes_per_element(dtype)
+    state = optimizer_bytes_per_element(step.dtype)
     if not policy.distributed_optimizer:
         return _StageBytes(dense * item, experts * item, 0, state // item)
-    kept = sum(buffer.owned_elements(0) for buffer in table.buffers(policy, stage, overlap=overlaps(config)))
+    kept = sum(buffer.owned_elements(0) for buffer in step.buffers(stage))
     return _StageBytes(dense * item, experts * item, kept * state, None)
 
 
@@ -300,10 +296,9 @@ class Publication:
         return hardware.publish_s + max(moved_s, sent_s) + loaded_s
 
 
-def publication(config: Config, table: ParameterTable) -> Publication:
-    """The publication of a configuration's weights; the layout must divide the model."""
-    policy, dtype = config.policy, config.model.dtype
-    plan = table.publish_plan(policy, dtype, BUCKET_BYTES)
+def publication(step: PlannedStep) -> Publication:
+    """The publication of a step's weights; the layout must divide the model."""
+    policy, plan = step.policy, step.table.publish_plan(step.policy, step.dtype, BUCKET_BYTES)
     per_stage = [
         sum(b.shard_bytes * (plan.gather_ranks(b) - 1) for b in plan.buckets if b.owner_stage == stage)
         for stage in range(policy.pipeline_parallel)

@@ -42,7 +42,7 @@ def sections(plan: Plan, lags: Sequence[int] = ()) -> Iterator[Section]:
     yield _parameters(plan, plan.numbers)
     yield _memory(plan, plan.numbers)
     yield _rollout(plan, plan.numbers)
-    yield _schedule(plan, plan.numbers.schedule)
+    yield _schedule(plan, plan.numbers.step.schedule)
     yield _traffic(plan.numbers.traffic)
     yield _publication(plan.numbers)
     yield _time(plan, plan.numbers)
@@ -155,28 +155,28 @@ def _memory(plan: Plan, numbers: Numbers) -> Section:
                 in_flight(
                     plan.config.policy.pipeline_parallel,
                     stage.stage,
-                    numbers.schedule.microbatches_at_most,
+                    numbers.step.schedule.microbatches_at_most,
                     plan.config.policy.virtual_pipeline_parallel,
                 )
             ),
         )
         for stage in numbers.memory
     )
-    policy, schedule = plan.config.policy, numbers.schedule
+    policy, schedule = plan.config.policy, numbers.step.schedule
     notes: tuple[str, ...] = (
         f"activations of micro-batches of {schedule.largest_tokens:,} tokens, recompute {policy.recompute}, sequence "
         f"parallel {str(policy.sequence_parallel).lower()}; output head {plan.config.output_head}",
         f"host memory of a checkpoint: {_gb(numbers.checkpoint_host_bytes)} GB on the fullest node of "
         f"{plan.hardware.gpus_per_node} policy GPUs, checkpoint.format {plan.config.checkpoint.format}",
     )
-    if states := teacher_host_bytes(plan.config, plan.table, schedule):
-        teacher = plan.table.frozen(plan.config.algorithm)["teacher"].model.name
+    if states := teacher_host_bytes(numbers.step):
+        teacher = numbers.step.frozen["teacher"].model.name
         notes += (f"host memory of hidden states of the teacher {teacher}: {_gb(states)} GB on each last-stage rank",)
     return Section("GB on each policy GPU", ("stage", *kinds, "total", "in flight"), rows, notes)
 
 
 def _rollout(plan: Plan, numbers: Numbers) -> Section:
-    memory, schedule, config = numbers.rollout, numbers.schedule, plan.config
+    memory, schedule, config = numbers.rollout, numbers.step.schedule, plan.config
     long, mean = (sequences_that_fit(memory, n) for n in (config.max_sequence_tokens, schedule.mean_tokens))
     rows = (
         ("weights", f"{_gb(memory.weights)} GB"),
@@ -297,7 +297,7 @@ def _slow_phases(config: Config, time: StepTime) -> list[str]:
 
 def _ahead(plan: Plan, numbers: Numbers, lags: Sequence[int]) -> Section:
     config, time = plan.config, numbers.time
-    load = engine_load(config, plan.table, numbers.schedule, numbers.rollout, plan.hardware)
+    load = engine_load(numbers.step, numbers.rollout)
     rows = []
     for lag in lags:
         learning = Learning(

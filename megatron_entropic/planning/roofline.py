@@ -13,13 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_entropic.config.names import POLICY_LOSSES
-from megatron_entropic.config.run import Config
 from megatron_entropic.planning.communication import gradient_traffic, microbatch_traffic
 from megatron_entropic.planning.compute import Direction, device_s, divergence_s, host_s
-from megatron_entropic.planning.hardware import Hardware
-from megatron_entropic.planning.memory import overlaps, stage_memory
-from megatron_entropic.planning.parameters import ParameterTable
-from megatron_entropic.planning.schedule import Schedule
+from megatron_entropic.planning.memory import stage_memory
+from megatron_entropic.planning.step import PlannedStep
 
 OPTIMIZER_BYTES_PER_ELEMENT = 32
 """Bytes AdamW moves: gradient, parameter, two moments read in float32, the last three and a bfloat16 copy written."""
@@ -48,71 +45,67 @@ class StepTime:
         return both_s + self.publish_s + self.switch_s
 
 
-def score_time_s(config: Config, table: ParameterTable, schedule: Schedule, hardware: Hardware) -> float:
+def score_time_s(step: PlannedStep) -> float:
     """Seconds of scoring all responses for their old log-probs, and of what else needs a pass without gradients.
 
     The KL penalty scores under the reference too, a teacher that gives advantages under its own weights, decoupled PPO
     before each epoch, a loss that ranks tokens of the whole optimizer step before each of these. With the denominator
     high_prob_tokens, tokens are counted once more before every optimizer step but the first.
     """
-    algorithm, steps, passes = config.algorithm, schedule.optimizer_steps, 1.0
+    algorithm, control, schedule = step.config.algorithm, step.config.entropy_control, step.schedule
+    steps, passes = schedule.optimizer_steps, 1.0
     if algorithm.proximal_logprobs == "each_epoch":
         passes += algorithm.epochs_per_rollout - 1
     if (entry := POLICY_LOSSES.get(algorithm.policy_loss)) and entry.plan:
         passes += algorithm.epochs_per_rollout
-    if config.entropy_control.steers_alpha and config.entropy_control.denominator == "high_prob_tokens":
+    if control.steers_alpha and control.denominator == "high_prob_tokens":
         passes += (algorithm.updates_per_rollout - 1) / steps
-    policy = config.policy
+    policy = step.policy
     turns = schedule.microbatches * steps + (policy.pipeline_parallel - 1) / policy.virtual_pipeline_parallel
-    seconds = passes * _turn_s(config, table, schedule, hardware, "forward")
-    for name, frozen in table.frozen(algorithm).items():
+    seconds = passes * _turn_s(step, "forward")
+    for name, frozen in step.frozen.items():
         if name == "reference" or algorithm.distillation.as_advantage:
-            seconds += _turn_s(config, frozen, schedule, hardware, "forward")
+            seconds += _turn_s(step.of(frozen), "forward")
     return turns * seconds
 
 
-def update_time_s(config: Config, table: ParameterTable, schedule: Schedule, hardware: Hardware) -> float:
+def update_time_s(step: PlannedStep) -> float:
     """Seconds of all optimizer steps of a training step."""
-    policy = config.policy
+    policy, schedule, hardware = step.policy, step.schedule, step.hardware
     turns = schedule.microbatches + (policy.pipeline_parallel - 1) / policy.virtual_pipeline_parallel
-    traffic_s = sum(traffic.time_s(hardware) for traffic in gradient_traffic(config, table, hardware))
-    if overlaps(config):
+    traffic_s = sum(traffic.time_s(hardware) for traffic in gradient_traffic(step))
+    if step.overlaps:
         traffic_s *= hardware.exposed_gradient_share
-    owned = max(
-        sum(b.owned_elements(0) for b in table.buffers(policy, stage, overlap=overlaps(config)))
-        for stage in {0, policy.pipeline_parallel - 1}
-    )
+    ends = {0, policy.pipeline_parallel - 1}
+    owned = max(sum(buffer.owned_elements(0) for buffer in step.buffers(stage)) for stage in ends)
     adam_s = owned * OPTIMIZER_BYTES_PER_ELEMENT / (hardware.memory_efficiency * hardware.memory_bytes_per_s)
-    turn_s = _turn_s(config, table, schedule, hardware, "update")
-    if config.algorithm.distillation.as_loss:
+    turn_s = _turn_s(step, "update")
+    if step.config.algorithm.distillation.as_loss:
         # The teacher's pass before the step; the blocks of both models' logits, computed twice and differentiated once.
-        teacher = table.frozen(config.algorithm)["teacher"]
-        turn_s += _turn_s(config, teacher, schedule, hardware, "forward")
-        turn_s += divergence_s(config, table, teacher, schedule, hardware)
+        teacher = step.frozen["teacher"]
+        turn_s += _turn_s(step.of(teacher), "forward") + divergence_s(step, teacher)
     one = turns * turn_s + traffic_s + adam_s
-    return schedule.optimizer_steps * config.algorithm.epochs_per_rollout * one
+    return schedule.optimizer_steps * step.config.algorithm.epochs_per_rollout * one
 
 
-def switch_time_s(config: Config, table: ParameterTable, schedule: Schedule, hardware: Hardware) -> float:
+def switch_time_s(step: PlannedStep) -> float:
     """Seconds that colocation costs a step: engines sleep and wake, what policy.offload names moves out and back."""
-    if not config.cluster.colocate:
+    if not step.config.cluster.colocate:
         return 0.0
-    memory = stage_memory(config, table, schedule, 0)
+    memory, hardware = stage_memory(step, 0), step.hardware
     sizes = {"optimizer": memory.optimizer, "gradients": memory.gradients, "parameters": memory.weights + memory.frozen}
     # Gradient buffers are thrown away and made again, not copied.
-    moved = sum(sizes[part] for part in config.policy.offloaded_parts if part != "gradients")
+    moved = sum(sizes[part] for part in step.policy.offloaded_parts if part != "gradients")
     return hardware.switch_s + 2 * moved / hardware.host_link_bytes_per_s
 
 
-def _turn_s(
-    config: Config, table: ParameterTable, schedule: Schedule, hardware: Hardware, direction: Direction
-) -> float:
+def _turn_s(step: PlannedStep, direction: Direction) -> float:
     """Seconds that the slowest stage needs for one micro-batch, its communication included.
 
     Python runs ahead of the device, but for messages between stages it waits.
     """
-    traffic = microbatch_traffic(config, table, hardware, schedule.tokens, direction)
-    within = sum(entry.time_s(hardware) for entry in traffic if entry.kind != "pipeline")
-    between = sum(entry.time_s(hardware) for entry in traffic if entry.kind == "pipeline")
-    busy_s = device_s(config, table, schedule, hardware, direction) + within
-    return max(busy_s, host_s(config, table, hardware, direction)) + between
+    traffic = microbatch_traffic(step, direction)
+    within = sum(entry.time_s(step.hardware) for entry in traffic if entry.kind != "pipeline")
+    between = sum(entry.time_s(step.hardware) for entry in traffic if entry.kind == "pipeline")
+    busy_s = device_s(step, direction) + within
+    return max(busy_s, host_s(step, direction)) + between

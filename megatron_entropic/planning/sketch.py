@@ -7,12 +7,12 @@ padding between parameters and the ends of buckets are lost: sums differ by part
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
 from math import prod
 
-from megatron_entropic.config.run import Config, PolicyConfig
-from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterShard, ParameterTable
+from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.planning.parameters import ParameterShard, ParameterTable
 from megatron_entropic.planning.plan import BUCKET_BYTES, Publication
+from megatron_entropic.planning.step import PlannedStep
 
 
 class SketchedTable(ParameterTable):
@@ -22,11 +22,6 @@ class SketchedTable(ParameterTable):
         beside = {name: SketchedTable(frozen) for name, frozen in table.beside.items()}
         super().__init__(table.model, table.map, beside=beside)
         self._layers: dict[tuple[bool, int, int, int], tuple[int, int]] = {}
-
-    @cached_property
-    def hf_tensors(self) -> int:
-        """Number of tensors of the whole model as Hugging Face counts them."""
-        return len(self.map.hf_tensors)
 
     def layer_elements(self, sparse: bool, policy: PolicyConfig) -> tuple[int, int]:
         """Numbers of elements of a layer on each rank: dense ones, and those of the rank's experts."""
@@ -65,12 +60,12 @@ class SketchedTable(ParameterTable):
             yield ParameterShard("output", "output", output + dimensions.hidden_size, chunk=chunks - 1)
 
 
-def sketched_publication(config: Config, table: SketchedTable) -> Publication:
-    """The publication of a configuration's weights, without its buckets one by one."""
-    policy, item = config.policy, ITEM_BYTES[config.model.dtype]
+def sketched_publication(step: PlannedStep) -> Publication:
+    """The publication of a step's weights, without its buckets one by one."""
+    policy, table, item = step.policy, step.table, step.item_bytes
     engine_bytes = table.elements * item
     gathered, forwarded = 0, 0
-    for stage in {0, min(1, policy.pipeline_parallel - 1), policy.pipeline_parallel - 1}:
+    for stage in step.end_stages:
         parameters = table.stage(policy, stage)
         dense = (parameters.elements - parameters.expert_elements) * (policy.tensor_parallel - 1)
         experts = parameters.expert_elements * (policy.expert_tensor_size * policy.expert_parallel - 1)
@@ -78,4 +73,4 @@ def sketched_publication(config: Config, table: SketchedTable) -> Publication:
     if policy.pipeline_parallel > 1:
         forwarded = round(engine_bytes * (1 - 1 / policy.pipeline_parallel))
     buckets = -(-engine_bytes // BUCKET_BYTES)
-    return Publication(engine_bytes, table.hf_tensors, buckets, 3 * buckets, gathered, forwarded)
+    return Publication(engine_bytes, len(table.map.hf_tensors), buckets, 3 * buckets, gathered, forwarded)

@@ -34,6 +34,7 @@ from megatron_entropic.planning.plan import (
 from megatron_entropic.planning.roofline import score_time_s, update_time_s
 from megatron_entropic.planning.schedule import Lengths, make_schedule
 from megatron_entropic.planning.sketch import SketchedTable, sketched_publication
+from megatron_entropic.planning.step import PlannedStep
 
 RECOMPUTE = ("none", "selective", "full")
 """Kinds of recomputation, fastest first: the next is tried where the one before does not fit."""
@@ -136,6 +137,10 @@ class _Search:
     lengths: Lengths | None
     rejections: Rejections
 
+    def step(self, config: Config) -> PlannedStep:
+        """The training step of one of the configurations that are tried."""
+        return PlannedStep(config, self.table, make_schedule(config, self.lengths), self.machine.hardware)
+
 
 def suggest(
     config: Config,
@@ -225,15 +230,13 @@ def _engines(search: _Search, gpus: int, tensor: int) -> _Half | None:
     if gpus % tensor or search.table.model.dimensions.num_attention_heads % tensor:
         return None
     changes = {"engines": gpus // tensor, "tensor_parallel": tensor}
-    changed = _changed(search.config, {}, changes)
-    memory = rollout_memory(changed, search.table, int(search.machine.gpu_memory_gb * GIB))
-    if problems := list(memory_problems(changed, (), memory, search.machine.gpu_memory_gb)):
+    step = search.step(_changed(search.config, {}, changes))
+    memory = rollout_memory(step, int(search.machine.gpu_memory_gb * GIB))
+    if problems := list(memory_problems(step.config, (), memory, search.machine.gpu_memory_gb)):
         if search.rejections.engines is None or tensor >= search.rejections.engines[0]:
             search.rejections.engines = tensor, problems[0]
         return None
-    schedule = make_schedule(changed, search.lengths)
-    time = generation_time(changed, search.table, schedule, memory, search.machine.hardware)
-    return _Half(changes, gpus, time.total_s)
+    return _Half(changes, gpus, generation_time(step, memory).total_s)
 
 
 def _policies(search: _Search, config: Config, gpus: int) -> Sequence[_Half]:
@@ -276,7 +279,7 @@ def _laid_out(search: _Search, config: Config, sizes: dict[str, Any]) -> _Half |
     """A layout with the fastest recomputation that fits; None if none fits or the layout does not divide the model."""
     if sizes["data_parallel"] > config.sequences_per_optimizer_step:
         return None
-    hardware, limit = search.machine.hardware, MEMORY_SHARE * search.machine.gpu_memory_gb * GIB
+    limit = MEMORY_SHARE * search.machine.gpu_memory_gb * GIB
     largest: tuple[StageMemory, PolicyConfig] | None = None
     for recompute in RECOMPUTE:
         changes = sizes | {"distributed_optimizer": True, "recompute": recompute}
@@ -285,17 +288,12 @@ def _laid_out(search: _Search, config: Config, sizes: dict[str, Any]) -> _Half |
             if any(_own_problems(changed, search.table)):
                 return None
             search.rejections.layouts += 1
-        schedule, policy = make_schedule(changed, search.lengths), changed.policy
-        stages = sorted({0, min(1, policy.pipeline_parallel - 1), policy.pipeline_parallel - 1})
-        memories = (stage_memory(changed, search.table, schedule, stage) for stage in stages)
+        step, policy = search.step(changed), changed.policy
+        memories = (stage_memory(step, stage) for stage in step.end_stages)
         memory = next((stage for stage in memories if stage.total > limit), None)
         if memory is None:
-            time_s = (
-                score_time_s(changed, search.table, schedule, hardware)
-                + update_time_s(changed, search.table, schedule, hardware)
-                + publication_time_s(changed, sketched_publication(changed, search.table), hardware)
-            )
-            return _Half(changes, policy.world_size, time_s)
+            publish_s = publication_time_s(step, sketched_publication(step))
+            return _Half(changes, policy.world_size, score_time_s(step) + update_time_s(step) + publish_s)
         largest = memory, policy
     assert largest is not None
     search.rejections.too_large(*largest)

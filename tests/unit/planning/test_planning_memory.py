@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib
 
 import pytest
-from planned import example, known
+from planned import example, known, planned
 
 from megatron_entropic.config.run import PolicyConfig
 from megatron_entropic.planning import activations
 from megatron_entropic.planning import plan as publishing
 from megatron_entropic.planning.activations import head_bytes, layer_bytes
 from megatron_entropic.planning.communication import gradient_traffic, microbatch_traffic
-from megatron_entropic.planning.hardware import Hardware
 from megatron_entropic.planning.memory import GIB, rollout_memory, stage_memory
 from megatron_entropic.planning.parameters import ParameterTable
 from megatron_entropic.planning.plan import checkpoint_host_bytes, publication
@@ -58,17 +57,21 @@ def test_schedule_of_the_published_setting() -> None:
 def test_host_memory_of_a_checkpoint() -> None:
     table = known("OpenReasoning-Nemotron-1.5B")
     # Four replicas: an optimizer state among them (its last parts are padding), and the weights once.
-    shards = checkpoint_host_bytes(example("nemotron_1_5b"), table, 8)
+    shards = checkpoint_host_bytes(planned(example("nemotron_1_5b"), table, gpus_per_node=8))
     assert shards == pytest.approx((12 + 2) * table.elements, rel=1e-5)
-    alone = checkpoint_host_bytes(example("nemotron_1_5b"), table, 1)
+    alone = checkpoint_host_bytes(planned(example("nemotron_1_5b"), table, gpus_per_node=1))
     assert alone == pytest.approx((12 / 4 + 2) * table.elements, rel=1e-5)
-    ahead = checkpoint_host_bytes(example("nemotron_1_5b", "rollout.lag=1"), table, 8)
+    ahead = checkpoint_host_bytes(planned(example("nemotron_1_5b", "rollout.lag=1"), table, gpus_per_node=8))
     policy = example("nemotron_1_5b").policy
     ranks = min(8, policy.world_size)
     assert ahead - shards == ranks * 2 * 2 * table.stage(policy, 0).elements
-    whole = checkpoint_host_bytes(example("nemotron_1_5b", "checkpoint.format=fully_reshardable"), table, 8)
+    whole = checkpoint_host_bytes(
+        planned(example("nemotron_1_5b", "checkpoint.format=fully_reshardable"), table, gpus_per_node=8)
+    )
     assert whole == 4 * 27 * table.elements
-    plain = checkpoint_host_bytes(example("nemotron_1_5b", "policy.distributed_optimizer=false"), table, 8)
+    plain = checkpoint_host_bytes(
+        planned(example("nemotron_1_5b", "policy.distributed_optimizer=false"), table, gpus_per_node=8)
+    )
     assert plain == 14 * table.elements
 
 
@@ -76,20 +79,20 @@ def test_host_memory_of_experts_is_on_the_ranks_that_hold_them() -> None:
     config = example("qwen3_30b_a3b")
     table = known("Qwen3-30B-A3B")
     ranks = config.policy.stage_ranks * config.policy.pipeline_parallel
-    total = checkpoint_host_bytes(config, table, ranks)
+    total = checkpoint_host_bytes(planned(config, table, gpus_per_node=ranks))
     assert total == pytest.approx(14 * table.elements, rel=0.01)
 
 
 def test_static_memory_of_one_gpu() -> None:
     config = example("nemotron_1_5b", "policy.data_parallel=1", "policy.distributed_optimizer=false")
     table = known("OpenReasoning-Nemotron-1.5B")
-    memory = stage_memory(config, table, make_schedule(config), 0)
+    memory = stage_memory(planned(config, table), 0)
     assert memory.weights == 2 * table.elements
     assert memory.gradients == 4 * table.elements
     assert memory.optimizer == 12 * table.elements
     assert memory.frozen == 0
     penalised = example("nemotron_1_5b", "algorithm.kl.coefficient=0.1")
-    assert stage_memory(penalised, table, make_schedule(config), 0).frozen == 2 * table.elements
+    assert stage_memory(planned(penalised, table), 0).frozen == 2 * table.elements
 
 
 def test_a_teacher_counts_with_its_own_sizes() -> None:
@@ -102,15 +105,11 @@ def test_a_teacher_counts_with_its_own_sizes() -> None:
         *("policy.data_parallel=1", "algorithm.distillation.teacher_hf_dir=Qwen3-8B"),
         "algorithm.distillation.term=loss",
     )
-    without, advantage, loss = (
-        stage_memory(config, table, make_schedule(config), 0) for config in (plain, given, lossy)
-    )
+    without, advantage, loss = (stage_memory(planned(config, table), 0) for config in (plain, given, lossy))
     assert advantage.frozen == loss.frozen == 2 * teacher.elements
     assert advantage.head == without.head < loss.head
-    times = [
-        (score_time_s(c, table, make_schedule(c), Hardware()), update_time_s(c, table, make_schedule(c), Hardware()))
-        for c in (plain, given, lossy)
-    ]
+    steps = [planned(config, table) for config in (plain, given, lossy)]
+    times = [(score_time_s(step), update_time_s(step)) for step in steps]
     assert times[1][0] > 3 * times[0][0], "the teacher is five times as large"
     assert times[1][1] == times[0][1]
     assert times[2][0] == times[0][0]
@@ -119,7 +118,7 @@ def test_a_teacher_counts_with_its_own_sizes() -> None:
 
 def test_the_distributed_optimizer_divides_its_state() -> None:
     config, table = example("nemotron_1_5b"), known("OpenReasoning-Nemotron-1.5B")
-    memory = stage_memory(config, table, make_schedule(config), 0)
+    memory = stage_memory(planned(config, table), 0)
     assert memory.optimizer == pytest.approx(12 * table.elements / 4, rel=1e-4)
     assert memory.gradients == pytest.approx(4 * table.elements, rel=1e-4)
 
@@ -160,7 +159,7 @@ def test_logits_are_the_most_that_a_head_can_take() -> None:
 
 def test_a_rollout_gpu() -> None:
     config, table = example("qwen3_8b", "rollout.tensor_parallel=2", "rollout.engines=4"), known("Qwen3-8B")
-    memory = rollout_memory(config, table, 80 * GIB)
+    memory = rollout_memory(planned(config, table), 80 * GIB)
     assert memory.kv_bytes_per_token == 2 * 36 * 4 * 128 * 2
     norms = 36 * (2 * 4096 + 2 * 128) + 4096
     assert memory.weights == 2 * ((table.elements - norms) // 2 + norms)
@@ -169,23 +168,23 @@ def test_a_rollout_gpu() -> None:
 
 def test_traffic_of_a_micro_batch() -> None:
     config, table = example("qwen3_8b", "policy.recompute=none"), known("Qwen3-8B")
-    traffic = {t.kind: t for t in microbatch_traffic(config, table, Hardware(), 1000, "update")}
+    traffic = {t.kind: t for t in microbatch_traffic(planned(config, table, 1000), "update")}
     hidden = 1000 * 4096 * 2
     # 18 layers x 2 blocks: all-gather and reduce-scatter, forward and backward, inputs once more; one end the same.
     assert traffic["tensor"].count == 2 * (2 * 36 + 2) + 36
     assert traffic["tensor"].sent_bytes == traffic["tensor"].count * hidden / 2
     assert traffic["pipeline"].sent_bytes == hidden / 2
-    forward = {t.kind: t for t in microbatch_traffic(config, table, Hardware(), 1000, "forward")}
+    forward = {t.kind: t for t in microbatch_traffic(planned(config, table, 1000), "forward")}
     assert forward["tensor"].count == 2 * (36 + 1)
     config = example("qwen3_8b", "policy.recompute=selective")
-    selective = {t.kind: t for t in microbatch_traffic(config, table, Hardware(), 1000, "update")}
+    selective = {t.kind: t for t in microbatch_traffic(planned(config, table, 1000), "update")}
     assert selective["tensor"].count == traffic["tensor"].count + 2 * 18
 
 
 def test_gradients_are_summed_or_scattered() -> None:
     table = known("Qwen3-8B")
-    scattered = gradient_traffic(example("qwen3_8b"), table, Hardware())
-    summed = gradient_traffic(example("qwen3_8b", "policy.distributed_optimizer=false"), table, Hardware())
+    scattered = gradient_traffic(planned(example("qwen3_8b"), table))
+    summed = gradient_traffic(planned(example("qwen3_8b", "policy.distributed_optimizer=false"), table))
     elements = table.stage(example("qwen3_8b").policy, 1).elements
     assert [t.sent_bytes for t in scattered] == pytest.approx([4 * elements / 2, 2 * elements / 2], rel=1e-4)
     assert [t.sent_bytes for t in summed] == [8 * elements / 2]
@@ -194,18 +193,18 @@ def test_gradients_are_summed_or_scattered() -> None:
 def test_links_leave_the_node_when_a_group_does() -> None:
     layout = ["policy.pipeline_parallel=2", "policy.data_parallel=4"]
     config, table = example("qwen3_32b", *layout), known("Qwen3-32B")
-    crossing = {t.kind: t.across_nodes for t in microbatch_traffic(config, table, Hardware(), 1000, "update")}
+    crossing = {t.kind: t.across_nodes for t in microbatch_traffic(planned(config, table, 1000), "update")}
     assert crossing == {"tensor": False, "pipeline": True}
-    assert all(t.across_nodes for t in gradient_traffic(config, table, Hardware()))
+    assert all(t.across_nodes for t in gradient_traffic(planned(config, table)))
 
 
 def test_publication_is_that_of_the_weights_plan() -> None:
     table = known("Qwen3-8B")
-    published = publication(example("qwen3_8b"), table)
+    published = publication(planned(example("qwen3_8b"), table))
     assert published.engine_bytes == 2 * table.elements
     assert published.buckets * 2 < published.collectives < published.buckets * 3
     vocabulary = 151_936 * 4096
     layers = table.elements - 2 * vocabulary - 4096
     assert published.forwarded_bytes == 2 * (layers // 2 + 4096 + vocabulary)
-    experts = publication(example("qwen3_30b_a3b"), known("Qwen3-30B-A3B"))
+    experts = publication(planned(example("qwen3_30b_a3b"), known("Qwen3-30B-A3B")))
     assert experts.engine_bytes == 2 * 30_532_122_624

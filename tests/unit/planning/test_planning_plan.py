@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from planned import EXAMPLES, example, known, tiny_config
+from planned import EXAMPLES, example, known, planned, tiny_config
 from rich.console import Console
 
 from megatron_entropic.cli import main
@@ -218,8 +218,8 @@ def test_the_sketch_of_a_search_agrees_with_the_exact_plan(name: str, model: str
         exact, sketched = table.stage(config.policy, stage), sketch.stage(config.policy, stage)
         assert sketched.elements == exact.elements
         assert sketched.expert_elements == exact.expert_elements
-    close = sketched_publication(config, sketch)
-    published = publication(config, table)
+    close = sketched_publication(planned(config, sketch))
+    published = publication(planned(config, table))
     assert close.engine_bytes == published.engine_bytes
     assert close.tensors == published.tensors
     assert close.gathered_bytes == pytest.approx(published.gathered_bytes, rel=0.01)
