@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_entropic.tensor_parallel.eager import EagerBackend
+from megatron_entropic.tensor_parallel.statistics import GradientInputs
 
 BackendName = Literal["auto", "eager", "triton"]
 
@@ -36,20 +37,7 @@ class Backend(Protocol):
                 only along T.
         """
 
-    def gradient(
-        self,
-        x: Tensor,
-        column: Tensor,
-        inverse_temperature: Tensor,
-        maximum: Tensor,
-        total: Tensor,
-        entropy: Tensor | None,
-        g: Tensor,
-        h: Tensor | None,
-        *,
-        valid: int,
-        out: Tensor,
-    ) -> None:
+    def gradient(self, x: Tensor, inputs: GradientInputs, *, valid: int, out: Tensor) -> None:
         """Compute dL/dx in one read and one write; zero in columns that do not exist.
 
         With d = (x - M) / temperature, p = exp(d) / S and log p + H = d + (H - log S), a row is
@@ -60,13 +48,7 @@ class Backend(Protocol):
 
         Args:
             x: [T, n] the logits that `statistics` has seen.
-            column: [T] int64, as in `statistics`.
-            inverse_temperature: [T].
-            maximum: [T] M of the whole vocabulary, as `total` (S) and `entropy` (H, read with `h` only).
-            total: [T].
-            entropy: [T] or None.
-            g: [T] gradient of the loss with respect to the log-probability.
-            h: [T] gradient of the loss with respect to the entropy; None is zero.
+            inputs: what else a token's gradient depends on: M, S, H, g, h.
             valid: as in `statistics`.
             out: [T, n], may be x itself, and may be of another dtype. Its autograd version counter is raised.
         """

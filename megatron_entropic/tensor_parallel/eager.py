@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megatron_entropic.tensor_parallel.statistics import MIN_EXPONENT, by_piece, piece_bounds
+from megatron_entropic.tensor_parallel.statistics import MIN_EXPONENT, GradientInputs, by_piece, piece_bounds
 
 CACHE_CHUNK_BYTES = 640 << 10
 """Bytes of a buffer on a CPU.
@@ -36,32 +36,20 @@ class EagerBackend:
         owned = column >= 0
         out[-1] = torch.where(owned, x.gather(1, column.clamp(min=0)[:, None]).squeeze(1).to(out.dtype), 0.0)
 
-    def gradient(
-        self,
-        x: Tensor,
-        column: Tensor,
-        inverse_temperature: Tensor,
-        maximum: Tensor,
-        total: Tensor,
-        entropy: Tensor | None,
-        g: Tensor,
-        h: Tensor | None,
-        *,
-        valid: int,
-        out: Tensor,
-    ) -> None:
+    def gradient(self, x: Tensor, inputs: GradientInputs, *, valid: int, out: Tensor) -> None:
         """Compute dL/dx chunk of rows by chunk of rows."""
         out[:, valid:].zero_()
         if valid == 0:
             return
+        inverse_temperature, maximum, total = inputs.inverse_temperature, inputs.merged.maximum, inputs.merged.total
         scale = -inverse_temperature / total
-        constant, slope = g * scale, None
-        if h is not None:
-            assert entropy is not None, "a gradient for an entropy that is not differentiable"
-            slope = h * scale
-            constant = constant + slope * (entropy - total.log())
-        own = torch.where(column >= 0, g * inverse_temperature, 0.0)
-        column = column.clamp(min=0)
+        constant, slope = inputs.g * scale, None
+        if inputs.h is not None:
+            assert inputs.merged.entropy is not None, "a gradient for an entropy that is not differentiable"
+            slope = inputs.h * scale
+            constant = constant + slope * (inputs.merged.entropy - total.log())
+        own = torch.where(inputs.column >= 0, inputs.g * inverse_temperature, 0.0)
+        column = inputs.column.clamp(min=0)
         buffers = _scratch(x, valid, total.dtype)
         for rows in _row_chunks(len(x), valid, x.device):
             d, e = (buffer[: rows.stop - rows.start] for buffer in buffers)

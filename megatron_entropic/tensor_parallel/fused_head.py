@@ -18,15 +18,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_entropic.tensor_parallel.backends import BackendName, select_backend
-from megatron_entropic.tensor_parallel.head import (
-    Head,
-    weight_gradient_buffer,
-    weight_gradient_for_autograd,
-)
+from megatron_entropic.tensor_parallel.head import Head
 from megatron_entropic.tensor_parallel.liger_backend import liger_logprob_and_entropy
 from megatron_entropic.tensor_parallel.logprob_entropy import check_tokens, inverse_temperatures, refuse_double_backward
 from megatron_entropic.tensor_parallel.products import low_precision_tiles
-from megatron_entropic.tensor_parallel.statistics import Merged, Shard, arithmetic_dtype, gather_and_merge
+from megatron_entropic.tensor_parallel.statistics import (
+    GradientInputs,
+    Merged,
+    Shard,
+    arithmetic_dtype,
+    gather_and_merge,
+)
 
 CPU_CHUNKS = (256, 8192)
 """Tokens and columns of a block on a CPU: 8 MB of float32."""
@@ -111,7 +113,7 @@ def fused_logprob_and_entropy(
             **shared,
         )
         inverse = inverse_temperatures(temperature, target, hidden.dtype)
-        logprob, entropy = _FusedHead.apply(hidden, weight, target, inverse, head, entropy_gradient, main_grad)
+        logprob, entropy = _FusedHead.apply(hidden, weight, target, inverse, head, entropy_gradient)
     if loss_mask is None:
         return logprob, entropy
     return unmasked(logprob, loss_mask, rows), None if entropy is None else unmasked(entropy, loss_mask, rows)
@@ -190,6 +192,7 @@ def build_head(
         need_entropy=need_entropy,
         sequence_parallel=sequence_parallel,
         rows=rows,
+        main_grad=main_grad,
     )
 
 
@@ -212,7 +215,6 @@ class _FusedHead(torch.autograd.Function):
         inverse_temperature: Tensor,
         head: Head,
         entropy_gradient: bool,
-        main_grad: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         column = head.shard.columns(target)
         with low_precision_tiles(hidden):
@@ -222,7 +224,7 @@ class _FusedHead(torch.autograd.Function):
         )
         entropy = merged.entropy if entropy_gradient else None
         ctx.save_for_backward(hidden, weight, column, inverse_temperature, merged.maximum, merged.total, entropy)
-        ctx.head, ctx.main_grad, ctx.weight = head, main_grad, weight
+        ctx.head, ctx.weight = head, weight
         ctx.set_materialize_grads(False)
         if merged.entropy is not None and not entropy_gradient:
             ctx.mark_non_differentiable(merged.entropy)
@@ -232,17 +234,14 @@ class _FusedHead(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         hidden, weight, column, inverse_temperature, maximum, total, entropy = ctx.saved_tensors
-        head, main_grad = ctx.head, ctx.main_grad
-        nothing = (None,) * 5
+        head: Head = ctx.head
+        nothing = (None,) * 4
         if g is None and h is None:
             return None, None, *nothing
         g = torch.zeros_like(total) if g is None else g
         merged = Merged(maximum, total, logprob=g, entropy=entropy)
-        weight_gradient = weight_gradient_buffer(weight, main_grad) if ctx.needs_input_grad[1] else None
-        x = head.select(hidden)
+        inputs = GradientInputs(column, inverse_temperature, merged, g, h)
+        weight_gradient = head.weight_gradient(weight) if ctx.needs_input_grad[1] else None
         with low_precision_tiles(hidden):
-            dx = head.gradients(x, weight, column, inverse_temperature, merged, g, h, weight_gradient)
-        dhidden = head.reduce(dx, hidden)
-        if weight_gradient is None:
-            return dhidden, None, *nothing
-        return dhidden, weight_gradient_for_autograd(ctx.weight, weight_gradient, main_grad), *nothing
+            dx = head.gradients(head.select(hidden), weight, inputs, weight_gradient)
+        return head.reduce(dx, hidden), head.for_autograd(ctx.weight, weight_gradient), *nothing

@@ -22,14 +22,16 @@ from torch import Tensor
 
 from megatron_entropic.tensor_parallel.backends import BackendName
 from megatron_entropic.tensor_parallel.fused_head import build_head, masked_rows, unmasked
-from megatron_entropic.tensor_parallel.head import (
-    Head,
-    weight_gradient_buffer,
-    weight_gradient_for_autograd,
-)
+from megatron_entropic.tensor_parallel.head import Head
 from megatron_entropic.tensor_parallel.logprob_entropy import inverse_temperatures, refuse_double_backward
 from megatron_entropic.tensor_parallel.products import low_precision_tiles, multiply, multiply_add, operand
-from megatron_entropic.tensor_parallel.statistics import Merged, arithmetic_dtype, empty_statistics, gather_and_merge
+from megatron_entropic.tensor_parallel.statistics import (
+    GradientInputs,
+    Merged,
+    arithmetic_dtype,
+    empty_statistics,
+    gather_and_merge,
+)
 
 TokenLoss = Callable[[Tensor, Tensor | None, slice], Tensor]
 """Function (logprob [c], entropy [c] or None, slice of tokens that they are) -> their share of the loss, a scalar.
@@ -132,7 +134,7 @@ def fused_policy_loss(
         torch.is_grad_enabled() and weight.requires_grad,
     )
     loss, logprob, entropy = _FusedPolicyLoss.apply(
-        hidden, weight, target, inverse, head, token_loss, main_grad, gradient_scale, wanted
+        hidden, weight, target, inverse, head, token_loss, gradient_scale, wanted
     )
     if loss_mask is None:
         return loss, logprob, entropy
@@ -191,7 +193,8 @@ class _ChunkedLoss:
                 assert merged.entropy is not None
                 entropy[tokens] = merged.entropy
             if differentiate:
-                self._logits_gradient(logits, tokens, merged, g, h, out=d)
+                inputs = GradientInputs(self._column[tokens], self._inverse_temperature[tokens], merged, g, h)
+                head.backend.gradient(logits, inputs, valid=logits.shape[1], out=d)
                 self._multiply_back(some, tokens, d, dx, weight_gradient)
         return loss, logprob, entropy
 
@@ -226,22 +229,6 @@ class _ChunkedLoss:
         g = torch.zeros_like(merged.logprob) if gradients[0] is None else gradients[0]
         return share.detach(), g, gradients[1] if len(gradients) == 2 else None
 
-    def _logits_gradient(
-        self, logits: Tensor, tokens: slice, merged: Merged, g: Tensor, h: Tensor | None, *, out: Tensor
-    ) -> None:
-        self._head.backend.gradient(
-            logits,
-            self._column[tokens],
-            self._inverse_temperature[tokens],
-            merged.maximum,
-            merged.total,
-            merged.entropy,
-            g,
-            h,
-            valid=logits.shape[1],
-            out=out,
-        )
-
     def _multiply_back(
         self, some: Tensor, tokens: slice, d: Tensor, dx: Tensor | None, weight_gradient: Tensor | None
     ) -> None:
@@ -268,20 +255,19 @@ class _FusedPolicyLoss(torch.autograd.Function):
         inverse_temperature: Tensor,
         head: Head,
         token_loss: TokenLoss,
-        main_grad: Tensor | None,
         gradient_scale: float,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         x = head.select(hidden)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else None
-        weight_gradient = weight_gradient_buffer(weight, main_grad) if wanted[1] else None
+        weight_gradient = head.weight_gradient(weight) if wanted[1] else None
         passes = _ChunkedLoss(head, weight, target, inverse_temperature, token_loss, gradient_scale)
         with low_precision_tiles(x):
             loss, logprob, entropy = passes.run(x, dx, weight_gradient)
         dhidden = None if dx is None else head.reduce(dx, hidden)
         # Not save_for_backward: the backward pass scales them in place and hands them out.
         ctx.gradients = (dhidden, weight_gradient)
-        ctx.weight, ctx.main_grad, ctx.gradient_scale = weight, main_grad, gradient_scale
+        ctx.weight, ctx.head, ctx.gradient_scale = weight, head, gradient_scale
         ctx.mark_non_differentiable(*(value for value in (logprob, entropy) if value is not None))
         ctx.set_materialize_grads(False)
         return loss, logprob, entropy
@@ -289,22 +275,20 @@ class _FusedPolicyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, incoming: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        nothing = (None,) * 7
+        nothing = (None,) * 6
         if incoming is None:
             return None, None, *nothing
         if ctx.gradients is None:
             raise RuntimeError("fused_policy_loss: a second backward pass; the gradients were given away in the first")
         (dhidden, weight_gradient), ctx.gradients = ctx.gradients, None
-        if ctx.main_grad is not None:
+        if ctx.head.main_grad is not None:
             _require_scale(incoming, ctx.gradient_scale)
         else:
             factor = incoming / ctx.gradient_scale
             for gradient in (dhidden, weight_gradient):
                 if gradient is not None:
                     gradient.mul_(factor)
-        if weight_gradient is None:
-            return dhidden, None, *nothing
-        return dhidden, weight_gradient_for_autograd(ctx.weight, weight_gradient, ctx.main_grad), *nothing
+        return dhidden, ctx.head.for_autograd(ctx.weight, weight_gradient), *nothing
 
 
 def _require_scale(incoming: Tensor, expected: float) -> None:

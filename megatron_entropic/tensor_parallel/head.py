@@ -9,7 +9,7 @@ Only such blocks of logits ever exist. The vocabulary's padding enters no produc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,13 @@ from torch import Tensor
 
 from megatron_entropic.tensor_parallel.backends import Backend
 from megatron_entropic.tensor_parallel.products import chunk_operands, multiply, multiply_add, operand
-from megatron_entropic.tensor_parallel.statistics import Merged, Shard, arithmetic_dtype, combine, empty_statistics
+from megatron_entropic.tensor_parallel.statistics import (
+    GradientInputs,
+    Shard,
+    arithmetic_dtype,
+    combine,
+    empty_statistics,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,8 @@ class Head:
     """Whether each rank holds its own part of the tokens, [T/R, H]; else all ranks hold all of them."""
     rows: Tensor | None
     """Indices of those of the T tokens that count, [N] int64; None: all count."""
+    main_grad: Tensor | None
+    """Megatron's buffer of the weight's gradient, [V/R, H], in which dL/dweight accumulates; None: autograd gets it."""
 
     def select(self, hidden: Tensor) -> Tensor:
         """Select the tokens that count, x [N, H], gathered over the group under sequence parallelism."""
@@ -91,27 +99,13 @@ class Head:
                 out[-1, tokens] = chunk_parts[:, -1].sum(0)
         return out
 
-    def gradients(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        column: Tensor,
-        inverse_temperature: Tensor,
-        merged: Merged,
-        g: Tensor,
-        h: Tensor | None,
-        weight_gradient: Tensor | None,
-    ) -> Tensor:
+    def gradients(self, x: Tensor, weight: Tensor, inputs: GradientInputs, weight_gradient: Tensor | None) -> Tensor:
         """Compute this rank's part of dL/dx [N, H]; the logits are computed once more.
 
         Args:
             x: [N, H].
             weight: [V/R, H].
-            column: [N] targets as columns of this shard, or -1.
-            inverse_temperature: [N].
-            merged: statistics of the whole vocabulary.
-            g: [N] dL/dlogprob.
-            h: [N] dL/dentropy, or None.
+            inputs: of the N tokens, with columns of this shard.
             weight_gradient: [V/R, H] in the dtype of the arithmetic, to which dL/dweight is added; None: not wanted.
         """
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -120,53 +114,44 @@ class Head:
         total = block.new_empty(self.token_chunk, x.shape[1])
         for tokens in self.token_chunks(len(x)):
             some, summed = operand(x[tokens]), total[: tokens.stop - tokens.start].zero_()
-            of_chunk = [None if value is None else value[tokens] for value in (merged.entropy, h)]
+            of_chunk = inputs.of(tokens)
             for columns, part in self.weight_chunks(weight):
                 logits, d = _cut(block, some, columns), _cut(low, some, columns)
                 multiply(some, part.t(), out=logits)
-                self.backend.gradient(
-                    logits,
-                    _within(column[tokens], columns),
-                    inverse_temperature[tokens],
-                    merged.maximum[tokens],
-                    merged.total[tokens],
-                    of_chunk[0],
-                    g[tokens],
-                    of_chunk[1],
-                    valid=logits.shape[1],
-                    out=d,
-                )
+                of_block = replace(of_chunk, column=_within(of_chunk.column, columns))
+                self.backend.gradient(logits, of_block, valid=logits.shape[1], out=d)
                 multiply_add(d, part, out=summed)
                 if weight_gradient is not None:
                     multiply_add(d.t(), some, out=weight_gradient[columns])
             dx[tokens] = summed
         return dx
 
+    def weight_gradient(self, weight: Tensor) -> Tensor:
+        """Buffer in which dL/dweight accumulates: Megatron's, or zeros [V/R, H] in the dtype of the arithmetic."""
+        if self.main_grad is not None:
+            return self.main_grad
+        return torch.zeros_like(weight, dtype=arithmetic_dtype(weight.dtype))
+
+    def for_autograd(self, weight: Tensor, accumulated: Tensor | None) -> Tensor | None:
+        """Gradient that the backward pass returns for the weight, of what `weight_gradient` accumulated; None of none.
+
+        With `main_grad` the gradient is in Megatron's buffer already. Autograd must still deliver a tensor, because the
+        hook of Megatron's DistributedDataParallel, which starts the reduction of that buffer, fires on delivery; it
+        ignores the values if `grad_added_to_main_grad` is set. Where the weight is also the embedding's,
+        `zero_out_wgrad` is set too: then autograd adds the embedding's gradient to this tensor and the hook adds the
+        sum to the buffer.
+        """
+        if accumulated is None:
+            return None
+        if self.main_grad is None:
+            return accumulated.to(weight.dtype)
+        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+
     def _block(self, x: Tensor) -> Tensor:
         """Room for one block of logits, uninitialised."""
         rows, columns = min(self.token_chunk, len(x)), min(self.vocab_chunk, self.shard.valid)
         return torch.empty(rows, columns, dtype=arithmetic_dtype(x.dtype), device=x.device)
-
-
-def weight_gradient_buffer(weight: Tensor, main_grad: Tensor | None) -> Tensor:
-    """Buffer in which dL/dweight accumulates: Megatron's buffer, or zeros [V/R, H] in the dtype of the arithmetic."""
-    if main_grad is not None:
-        return main_grad
-    return torch.zeros_like(weight, dtype=arithmetic_dtype(weight.dtype))
-
-
-def weight_gradient_for_autograd(weight: Tensor, accumulated: Tensor, main_grad: Tensor | None) -> Tensor:
-    """Gradient that the backward pass returns for the weight.
-
-    With `main_grad` the gradient is in Megatron's buffer already. Autograd must still deliver a tensor, because the
-    hook of Megatron's DistributedDataParallel, which starts the reduction of that buffer, fires on delivery; it ignores
-    the values if `grad_added_to_main_grad` is set. Where the weight is also the embedding's, `zero_out_wgrad` is set
-    too: then autograd adds the embedding's gradient to this tensor and the hook adds the sum to the buffer.
-    """
-    if main_grad is None:
-        return accumulated.to(weight.dtype)
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:

@@ -19,6 +19,8 @@ from torch import Tensor
 from megatron_entropic.tensor_parallel.backends import Backend, BackendName, select_backend
 from megatron_entropic.tensor_parallel.statistics import (
     INVARIANT_PIECES,
+    GradientInputs,
+    Merged,
     Shard,
     arithmetic_dtype,
     empty_statistics,
@@ -172,9 +174,8 @@ class _LogprobEntropy(torch.autograd.Function):
         x = logits.detach()
         gradient = x if ctx.in_place else torch.empty_like(x)
         g = torch.zeros_like(total) if g is None else g
-        ctx.backend.gradient(
-            x, column, inverse_temperature, maximum, total, entropy, g, h, valid=ctx.shard.valid, out=gradient
-        )
+        inputs = GradientInputs(column, inverse_temperature, Merged(maximum, total, logprob=g, entropy=entropy), g, h)
+        ctx.backend.gradient(x, inputs, valid=ctx.shard.valid, out=gradient)
         return gradient, *nothing
 
 

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_entropic.tensor_parallel.fused_head import build_head
-from megatron_entropic.tensor_parallel.head import Head, weight_gradient_buffer, weight_gradient_for_autograd
+from megatron_entropic.tensor_parallel.head import Head
 from megatron_entropic.tensor_parallel.logprob_entropy import inverse_temperatures, refuse_double_backward
 from megatron_entropic.tensor_parallel.products import low_precision_tiles, multiply, multiply_add, operand
 from megatron_entropic.tensor_parallel.statistics import MIN_EXPONENT, arithmetic_dtype
@@ -111,7 +111,7 @@ def fused_reverse_kl(
         of_teacher = inverse_temperatures(teacher_temperature, teacher_hidden[:, 0], hidden.dtype)
     inverse = torch.stack((of_policy, of_teacher))
     teacher = teacher_hidden.detach(), teacher_weight.detach()
-    divergence: Tensor = _ReverseKl.apply(hidden, weight, *teacher, inverse, head, main_grad)
+    divergence: Tensor = _ReverseKl.apply(hidden, weight, *teacher, inverse, head)
     return divergence
 
 
@@ -244,14 +244,13 @@ class _ReverseKl(torch.autograd.Function):
         teacher_weight: Tensor,
         inverse: Tensor,
         head: Head,
-        main_grad: Tensor | None,
     ) -> Tensor:
         x = head.select(hidden)
         with low_precision_tiles(hidden):
             local = _local_statistics(head, x, weight, teacher_hidden, teacher_weight, inverse)
         merged = _gather_and_merge(local, inverse, head)
         ctx.save_for_backward(hidden, weight, teacher_hidden, teacher_weight, inverse, *merged[:4])
-        ctx.head, ctx.main_grad, ctx.weight = head, main_grad, weight
+        ctx.head, ctx.weight = head, weight
         return merged.divergence
 
     @staticmethod
@@ -261,16 +260,12 @@ class _ReverseKl(torch.autograd.Function):
             ctx.saved_tensors
         )
         head: Head = ctx.head
-        weight_gradient = weight_gradient_buffer(weight, ctx.main_grad) if ctx.needs_input_grad[1] else None
+        weight_gradient = head.weight_gradient(weight) if ctx.needs_input_grad[1] else None
         layers = (head.select(hidden), weight), (teacher_hidden, teacher_weight)
         with low_precision_tiles(hidden):
             merged = _Merged(maximum, total, mean, teacher_maximum, divergence=incoming)
             dx = _gradients(head, layers, inverse, merged, weight_gradient)
-        dhidden = head.reduce(dx, hidden)
-        nothing = (None,) * 5
-        if weight_gradient is None:
-            return dhidden, None, *nothing
-        return dhidden, weight_gradient_for_autograd(ctx.weight, weight_gradient, ctx.main_grad), *nothing
+        return head.reduce(dx, hidden), head.for_autograd(ctx.weight, weight_gradient), None, None, None, None
 
 
 def _gradients(

@@ -85,6 +85,28 @@ class Merged:
     """Entropy in nats; None when it was not asked for."""
 
 
+@dataclass(frozen=True, slots=True)
+class GradientInputs:
+    """What turns the logits of tokens into the gradient of the loss with respect to them, each [T]."""
+
+    column: Tensor
+    """The target as a column of this block or shard, int64; -1 where another one owns it."""
+    inverse_temperature: Tensor
+    merged: Merged
+    """Statistics of the whole vocabulary; its log-probs are not read."""
+    g: Tensor
+    """Gradient of the loss with respect to the log-probability."""
+    h: Tensor | None
+    """Gradient of the loss with respect to the entropy; None is zero."""
+
+    def of(self, tokens: slice) -> GradientInputs:
+        """The inputs of some of the tokens."""
+        merged, h = self.merged, None if self.h is None else self.h[tokens]
+        entropy = None if merged.entropy is None else merged.entropy[tokens]
+        some = Merged(merged.maximum[tokens], merged.total[tokens], merged.logprob[tokens], entropy)
+        return GradientInputs(self.column[tokens], self.inverse_temperature[tokens], some, self.g[tokens], h)
+
+
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of the arithmetic: float32 for every dtype but float64, which stays."""
     return torch.promote_types(dtype, torch.float32)

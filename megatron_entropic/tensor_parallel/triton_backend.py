@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from megatron_entropic.tensor_parallel.statistics import GradientInputs
 from megatron_entropic.tensor_parallel.triton_kernels import gradient_kernel, statistics_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -61,20 +62,7 @@ class TritonBackend:
             )
         torch.autograd.graph.increment_version(out)
 
-    def gradient(
-        self,
-        x: Tensor,
-        column: Tensor,
-        inverse_temperature: Tensor,
-        maximum: Tensor,
-        total: Tensor,
-        entropy: Tensor | None,
-        g: Tensor,
-        h: Tensor | None,
-        *,
-        valid: int,
-        out: Tensor,
-    ) -> None:
+    def gradient(self, x: Tensor, inputs: GradientInputs, *, valid: int, out: Tensor) -> None:
         """Compute dL/dx with one program for each row and block of columns.
 
         Raises:
@@ -87,25 +75,25 @@ class TritonBackend:
             raise ValueError(f"backend='triton' cannot write a gradient whose rows overlap (stride {out.stride(0)})")
         if tokens == 0 or width == 0:
             return
-        warps = _warps(width)
+        warps, merged = _warps(width), inputs.merged
         block = warps * COLUMNS_OF_WARP
         # contiguous(): autograd hands over views, such as the expanded gradient of a sum.
         with torch.cuda.device_of(x):
             gradient_kernel[(tokens, triton.cdiv(width, block))](
                 x,
                 out,
-                column.contiguous(),
-                inverse_temperature.contiguous(),
-                maximum.contiguous(),
-                total.contiguous(),
-                None if entropy is None else entropy.contiguous(),
-                g.contiguous(),
-                None if h is None else h.contiguous(),
+                inputs.column.contiguous(),
+                inputs.inverse_temperature.contiguous(),
+                merged.maximum.contiguous(),
+                merged.total.contiguous(),
+                None if merged.entropy is None else merged.entropy.contiguous(),
+                inputs.g.contiguous(),
+                None if inputs.h is None else inputs.h.contiguous(),
                 x.stride(0),
                 out.stride(0),
                 width,
                 valid,
-                HAS_ENTROPY_GRADIENT=h is not None,
+                HAS_ENTROPY_GRADIENT=inputs.h is not None,
                 BLOCK=block,
                 num_warps=warps,
                 enable_fp_fusion=FUSED_MULTIPLY_ADD,

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_entropic.tensor_parallel import logprob_and_entropy
 from megatron_entropic.tensor_parallel.backends import Backend, select_backend
 from megatron_entropic.tensor_parallel.eager import EagerBackend
-from megatron_entropic.tensor_parallel.statistics import Merged, Shard, empty_statistics, merge
+from megatron_entropic.tensor_parallel.statistics import GradientInputs, Merged, Shard, empty_statistics, merge
 from megatron_entropic.tensor_parallel.triton_backend import TritonBackend
 
 VOCABULARY = 151936
@@ -90,8 +90,8 @@ def backward(
     for rank in range(ranks):
         shard = Shard(rank * width, width, ranks, vocab_size)
         block = logits[:, shard.start : shard.start + width].clone(memory_format=torch.contiguous_format)
-        totals = merged.maximum, merged.total, merged.entropy
-        backend.gradient(block, shard.columns(target), inverse, *totals, g, h, valid=shard.valid, out=block)
+        inputs = GradientInputs(shard.columns(target), inverse, merged, g, h)
+        backend.gradient(block, inputs, valid=shard.valid, out=block)
         blocks.append(block)
     return torch.cat(blocks, 1)
 
@@ -175,8 +175,7 @@ def test_a_block_inside_a_wider_matrix_agrees_with_eager(
     torch.testing.assert_close(got.logprob, want.logprob, rtol=1e-6, atol=5e-6)
     torch.testing.assert_close(got.entropy, want.entropy, rtol=0, atol=ENTROPY_LIMIT)
     exact = backward(EagerBackend(), 1, block, target, inverse, want, g, h, columns)
-    totals = got.maximum, got.total, got.entropy
-    TRITON.gradient(block, target, inverse, *totals, g, h, valid=columns, out=block)
+    TRITON.gradient(block, GradientInputs(target, inverse, got, g, h), valid=columns, out=block)
     torch.testing.assert_close(
         block, exact, rtol={torch.float32: 1e-4, torch.bfloat16: 2**-7, torch.float16: 2**-9}[dtype], atol=2e-6
     )

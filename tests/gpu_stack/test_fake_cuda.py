@@ -49,7 +49,8 @@ def test_a_fused_head_computes_statistics_and_gradients(
     columns = head.shard.columns(target)
     local = head.statistics(chosen, weight, columns, inverse)
     merged = statistics.gather_and_merge(local, target, inverse, head.shard, None, need_entropy=True)
-    gradient = head.gradients(chosen, weight, columns, inverse, merged, inverse, inverse, main_grad)
+    inputs = statistics.GradientInputs(columns, inverse, merged, inverse, inverse)
+    gradient = head.gradients(chosen, weight, inputs, main_grad)
     for result in (chosen, local, gradient, head.reduce(gradient, hidden)):
         assert result.device.type == "cuda"
     assert chosen.shape == (TOKENS, HIDDEN)

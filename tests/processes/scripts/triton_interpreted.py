@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_entropic.tensor_parallel import logprob_and_entropy
 from megatron_entropic.tensor_parallel.eager import EagerBackend
-from megatron_entropic.tensor_parallel.statistics import Merged, Shard, empty_statistics, merge
+from megatron_entropic.tensor_parallel.statistics import GradientInputs, Merged, Shard, empty_statistics, merge
 from megatron_entropic.tensor_parallel.triton_backend import TritonBackend
 
 TRITON = TritonBackend()
@@ -80,19 +80,8 @@ def backward(
     blocks = []
     for shard in shards(ranks, width, vocab_size):
         block = logits[:, shard.start : shard.start + width].clone()
-        column = shard.columns(target)
-        TRITON.gradient(
-            block,
-            column,
-            inverse,
-            merged.maximum,
-            merged.total,
-            merged.entropy,
-            g,
-            h,
-            valid=shard.valid,
-            out=block,
-        )
+        inputs = GradientInputs(shard.columns(target), inverse, merged, g, h)
+        TRITON.gradient(block, inputs, valid=shard.valid, out=block)
         blocks.append(block)
     return torch.cat(blocks, 1)
 
@@ -229,9 +218,7 @@ def test_gradient_agrees_with_eager_in_any_dtype(dtype: torch.dtype, out_dtype: 
     got, want = (torch.full((5, 2600), 7.0, dtype=out_dtype) for _ in "ab")
     untouched = logits.clone()
     for backend, out in ((TRITON, got), (EagerBackend(), want)):
-        backend.gradient(
-            logits, column, inverse, merged.maximum, merged.total, merged.entropy, g, h, valid=2500, out=out
-        )
+        backend.gradient(logits, GradientInputs(column, inverse, merged, g, h), valid=2500, out=out)
     assert torch.equal(logits, untouched)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: BFLOAT16_LIMIT, torch.float16: 2**-10}[out_dtype]
     torch.testing.assert_close(got, want, rtol=tolerance, atol=1e-7)
@@ -268,7 +255,7 @@ def test_a_block_inside_a_wider_matrix(first: int, dtype: torch.dtype) -> None:
     assert bool((room[4] == 7).all())
     assert bool((room[:, :2] == 7).all())
     assert bool((room[:, 6:] == 7).all())
-    TRITON.gradient(inside, target, inverse, merged.maximum, merged.total, merged.entropy, g, h, valid=1300, out=inside)
+    TRITON.gradient(inside, GradientInputs(target, inverse, merged, g, h), valid=1300, out=inside)
     assert torch.equal(inside, backward(1, logits, target, inverse, merged, g, h, 1300))
     assert bool(wide[:, :first].isnan().all())
     assert bool(wide[:, first + 1300 :].isnan().all())
@@ -283,7 +270,7 @@ def test_blocks_of_no_tokens_and_of_no_columns(tokens: int, width: int, valid: i
     TRITON.statistics(x, column, ones, valid=valid, pieces=2, out=out)
     if valid == 0:
         assert out.T.tolist() == [[-torch.inf, 0, 0, -torch.inf, 0, 0, 0]] * tokens
-    TRITON.gradient(x, column, ones, ones, ones, ones, ones, ones, valid=valid, out=x)
+    TRITON.gradient(x, GradientInputs(column, ones, Merged(*[ones] * 4), ones, ones), valid=valid, out=x)
     assert bool((x[:, valid:] == 0).all())
     assert bool(x.isfinite().all())
 
@@ -342,7 +329,8 @@ def test_what_the_kernels_would_get_wrong_is_refused() -> None:
     with pytest.raises(ValueError, match="needs logits with unit stride along the vocabulary"):
         logprob_and_entropy(logits.T, torch.zeros(40, dtype=torch.int64), backend="triton")
     ones = torch.ones(4)
+    inputs = GradientInputs(target, ones, Merged(ones, ones, ones, None), ones, None)
     with pytest.raises(ValueError, match="rows overlap"):
-        TRITON.gradient(logits, target, ones, ones, ones, None, ones, None, valid=40, out=torch.zeros(40).expand(4, 40))
+        TRITON.gradient(logits, inputs, valid=40, out=torch.zeros(40).expand(4, 40))
     with pytest.raises(ValueError, match=r"takes no torch\.float64 gradient"):
-        TRITON.gradient(logits, target, ones, ones, ones, None, ones, None, valid=40, out=logits.double())
+        TRITON.gradient(logits, inputs, valid=40, out=logits.double())

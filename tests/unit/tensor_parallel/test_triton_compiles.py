@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
 
+from megatron_entropic.tensor_parallel.statistics import GradientInputs, Merged
 from megatron_entropic.tensor_parallel.triton_backend import COLUMNS_OF_WARP, DEPTH, TritonBackend
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -63,7 +64,8 @@ def launch_statistics(x: Tensor, *, pieces: int = 1, need_entropy: bool = True) 
 def launch_gradient(x: Tensor, out: Tensor, *, entropy_gradient: bool = True) -> None:
     column, v = torch.zeros(len(x), dtype=torch.int64), torch.ones(len(x))
     h = v if entropy_gradient else None
-    BACKEND.gradient(x, column, v, v, v, v, v, h, valid=max(x.shape[1] - 3, 1), out=out)
+    inputs = GradientInputs(column, v, Merged(v, v, v, v), v, h)
+    BACKEND.gradient(x, inputs, valid=max(x.shape[1] - 3, 1), out=out)
 
 
 def tool(*command: str | Path) -> str:
