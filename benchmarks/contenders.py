@@ -49,13 +49,13 @@ def head_contenders(device: torch.device) -> list[Contender]:
     """For hidden states and an output layer; the first is what ratios refer to."""
     found = [
         Contender(HEAD_OURS, _gemm_and_ours),
-        Contender(FUSED_RECOMPUTE, _fused("auto")),
+        Contender(FUSED_RECOMPUTE, _fused),
         Contender(FUSED_GRADIENT, _fused_gradient),
     ]
     if _has_megatron():
         found.append(Contender(HEAD_TEXTBOOK, _gemm_and_textbook))
     if device.type == "cuda" and _has_liger():
-        found.append(Contender("Liger", _fused("liger")))
+        found.append(Contender("Liger", _liger))
     return found
 
 
@@ -113,20 +113,34 @@ def _gemm_and_textbook(problem: Problem, hidden: Tensor, weight: Tensor) -> Outc
     return _textbook(problem, column_parallel_logits(hidden, weight, problem.group))
 
 
-def _fused(backend: Any) -> Callable[..., Outcome]:
-    def forward(problem: Problem, hidden: Tensor, weight: Tensor) -> Outcome:
-        logprob, entropy = fused_logprob_and_entropy(
-            hidden,
-            weight,
-            problem.target,
-            group=problem.group,
-            entropy_gradient=problem.h is not None,
-            backend=backend,
-        )
-        assert entropy is not None
-        return problem.whole_loss(logprob, entropy), logprob, entropy
+def _fused(problem: Problem, hidden: Tensor, weight: Tensor) -> Outcome:
+    logprob, entropy = fused_logprob_and_entropy(
+        hidden, weight, problem.target, group=problem.group, entropy_gradient=problem.h is not None
+    )
+    assert entropy is not None
+    return problem.whole_loss(logprob, entropy), logprob, entropy
 
-    return forward
+
+def _liger(problem: Problem, hidden: Tensor, weight: Tensor) -> Outcome:
+    logprob, entropy = liger_logprob_and_entropy(hidden, weight, problem.target, group=problem.group)
+    entropy = entropy if problem.h is not None else entropy.detach()
+    return problem.whole_loss(logprob, entropy), logprob, entropy
+
+
+def liger_logprob_and_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, group: Any, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies by Liger's tensor-parallel fused linear cross-entropy (liger-kernel >= 0.8.3), on a GPU.
+
+    Liger chooses between kernels of its own and chunks of PyTorch without saying so. In the latter logits are rounded
+    to the dtype of the model, the gradient of the weight is summed in it, and the entropy is not centred.
+    """
+    from liger_kernel.transformers.functional import liger_fused_linear_scaled_cross_entropy_tp
+
+    loss, entropy = liger_fused_linear_scaled_cross_entropy_tp(
+        hidden, weight, target, group, temperature=temperature, return_entropy=True
+    )
+    return -loss.float(), entropy.float()
 
 
 def _fused_gradient(problem: Problem, hidden: Tensor, weight: Tensor) -> Outcome:

@@ -11,7 +11,7 @@ this rank's part of them is kept, and dL/dhidden is reduce-scattered.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from megatron_entropic.tensor_parallel.backends import BackendName, select_backend
 from megatron_entropic.tensor_parallel.head import Head
-from megatron_entropic.tensor_parallel.liger_backend import liger_logprob_and_entropy
 from megatron_entropic.tensor_parallel.logprob_entropy import check_tokens, inverse_temperatures, refuse_double_backward
 from megatron_entropic.tensor_parallel.products import low_precision_tiles
 from megatron_entropic.tensor_parallel.statistics import (
@@ -56,7 +55,7 @@ def fused_logprob_and_entropy(
     main_grad: Tensor | None = None,
     loss_mask: Tensor | None = None,
     rows: Tensor | None = None,
-    backend: BackendName | Literal["liger"] = "auto",
+    backend: BackendName = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Compute `logprob_and_entropy` of the logits hidden @ weight^T, which are never stored.
 
@@ -78,7 +77,7 @@ def fused_logprob_and_entropy(
         loss_mask: [T] bool. Tokens where it is False enter no product; their results and gradients are 0. Finding the
             others makes the host wait for a GPU once.
         rows: [N] int64, distinct: the positions that count, if they are known. Results are then [N].
-        backend: "auto" (triton on a GPU, else eager), "eager" or "triton"; or "liger", see `liger_backend`.
+        backend: "auto" (triton on a GPU, else eager), "eager" or "triton".
 
     Returns:
         (logprob [T], entropy [T] in nats or None without `need_entropy`), or [N] with `rows`; float32 (float64 for
@@ -90,30 +89,23 @@ def fused_logprob_and_entropy(
     """
     if loss_mask is not None:
         rows, target, temperature = masked_rows(loss_mask, rows, target, temperature)
-    shared: dict[str, Any] = {
-        "group": group,
-        "vocab_size": vocab_size,
-        "need_entropy": need_entropy,
-        "entropy_gradient": entropy_gradient,
-        "sequence_parallel": sequence_parallel,
-        "main_grad": main_grad,
-    }
-    if backend == "liger":
-        chosen = hidden if rows is None else hidden.index_select(0, rows)
-        logprob, entropy = liger_logprob_and_entropy(chosen, weight, target, temperature=temperature, **shared)
-    else:
-        head = build_head(
-            hidden,
-            weight,
-            target,
-            temperature,
-            chunks=(token_chunk, vocab_chunk),
-            rows=rows,
-            backend=backend,
-            **shared,
-        )
-        inverse = inverse_temperatures(temperature, target, hidden.dtype)
-        logprob, entropy = _FusedHead.apply(hidden, weight, target, inverse, head, entropy_gradient)
+    head = build_head(
+        hidden,
+        weight,
+        target,
+        temperature,
+        group=group,
+        vocab_size=vocab_size,
+        need_entropy=need_entropy,
+        entropy_gradient=entropy_gradient,
+        sequence_parallel=sequence_parallel,
+        chunks=(token_chunk, vocab_chunk),
+        main_grad=main_grad,
+        rows=rows,
+        backend=backend,
+    )
+    inverse = inverse_temperatures(temperature, target, hidden.dtype)
+    logprob, entropy = _FusedHead.apply(hidden, weight, target, inverse, head, entropy_gradient)
     if loss_mask is None:
         return logprob, entropy
     return unmasked(logprob, loss_mask, rows), None if entropy is None else unmasked(entropy, loss_mask, rows)

@@ -223,9 +223,8 @@ PACKAGE_NAMES = {
     "modelopt": "nvidia-modelopt",
     "transfer_queue": "transferqueue",
 }
-BROUGHT_BY_OTHERS = {"triton", "liger_kernel", "slime", "omegaconf", "tensordict"}
-"""triton comes with torch, and Liger's kernels are one of several backends, imported where they are asked for. slime is
-no package of an index, and verl brings the last two."""
+BROUGHT_BY_OTHERS = {"triton", "slime", "omegaconf", "tensordict"}
+"""triton comes with torch, slime is no package of an index, and verl brings the last two."""
 
 
 def test_every_package_that_is_imported_is_in_setup_py() -> None:

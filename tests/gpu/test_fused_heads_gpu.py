@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.contenders import liger_logprob_and_entropy
 from megatron_entropic.tensor_parallel import fused_logprob_and_entropy, fused_policy_loss
 
 HIDDEN, WIDTH, VOCABULARY = 1024, 32000, 31900
@@ -103,8 +104,8 @@ def test_liger_agrees(gpu: torch.device, nccl: dist.ProcessGroup) -> None:
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
     hidden, weight, target, _, _ = example(gpu, 300, torch.bfloat16)
     results = [
-        fused_logprob_and_entropy(hidden, weight, target, group=nccl, temperature=0.7, backend=backend)
-        for backend in ("auto", "liger")
+        compute(hidden, weight, target, group=nccl, temperature=0.7)
+        for compute in (fused_logprob_and_entropy, liger_logprob_and_entropy)
     ]
     torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=0.1)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=0.1)

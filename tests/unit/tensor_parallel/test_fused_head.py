@@ -369,22 +369,6 @@ def test_double_backward_is_refused() -> None:
         torch.autograd.grad(loss, hidden, create_graph=True)
 
 
-def test_liger_says_all_that_keeps_it_from_running() -> None:
-    data = case()
-    with pytest.raises(ValueError, match="backend='liger' cannot be used here") as error:
-        fused_logprob_and_entropy(
-            data.hidden,
-            data.weight,
-            data.target,
-            backend="liger",
-            temperature=data.temperature,
-            vocab_size=VOCAB,
-            main_grad=torch.zeros(WIDTH, HIDDEN),
-        )
-    for reason in ("it needs a GPU, not cpu", "one temperature", "counts padding", "does not write to main_grad"):
-        assert reason in str(error.value)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
