@@ -134,20 +134,18 @@ def _read_headers(hf_dir: Path, expected: Mapping[str, Shape], problems: Problem
             explained |= promised
             continue
         try:
-            header, damage = read_header(path)
-        except ValueError as error:
+            header = read_header(path)
+        except UserError as error:
             problems.add("unusable files", f"{path.name}: {error}")
             explained |= promised
             continue
-        if damage:
-            problems.add("unusable files", f"{path.name}: {damage}")
         unnamed = [name for name in header if name in expected and name not in promised]
         for name in unnamed:
             problems.add(f"tensors that {INDEX_FILE} does not name in their file", f"{name}: in {path.name}")
-        for name, tensor in header.items():
+        for name, (dtype, shape) in header.items():
             if name in stored:
                 problems.add("tensors stored twice", f"{name}: in {stored[name].path.name} and {path.name}")
-            stored[name] = _Stored(path, tensor["dtype"], tuple(tensor["shape"]))
+            stored[name] = _Stored(path, dtype, shape)
     for name in expected:
         if name not in stored and name not in explained:
             problems.add("missing tensors", name)
