@@ -276,5 +276,5 @@ def test_headers_with_gaps_are_damaged(tmp_path: Path):
     path = tmp_path / "x.safetensors"
     header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(ValueError, match="damaged header: .*offset for tensor `a`"):
+    with pytest.raises(ValueError, match=r"damaged header: .*offset for tensor `a`"):
         read_header(path)
