@@ -46,7 +46,7 @@ class ControllerEntry:
     """Where the code of a value of entropy_control.controller is, and what it acts on."""
 
     target: str
-    """Function of the set point and the `entropy_control` section that returns the controller."""
+    """Subclass of `Controller`."""
     steers_alpha: bool = True
     """Whether the loss may have EntroPIC's term."""
     answers_error: bool = False
@@ -58,26 +58,28 @@ class ControllerEntry:
 
 
 CONTROLLERS = {
-    "p": ControllerEntry(f"{_CONTROLLERS}.factories:entropic", answers_error=True),
-    "pi": ControllerEntry(f"{_CONTROLLERS}.factories:entropic", answers_error=True),
-    "constant": ControllerEntry(f"{_CONTROLLERS}.factories:constant", reads_target=False),
-    "unsolved": ControllerEntry(f"{_CONTROLLERS}.factories:unsolved", reads_target=False, asks=("prompt_alpha",)),
-    "cascade": ControllerEntry(f"{_CONTROLLERS}.factories:cascade"),
-    "probe": ControllerEntry(f"{_CONTROLLERS}.factories:probe", reads_target=False),
+    "p": ControllerEntry(f"{_CONTROLLERS}.proportional_integral:EntropyController", answers_error=True),
+    "pi": ControllerEntry(f"{_CONTROLLERS}.proportional_integral:EntropyController", answers_error=True),
+    "constant": ControllerEntry(f"{_CONTROLLERS}.baselines:ConstantAlpha", reads_target=False),
+    "unsolved": ControllerEntry(f"{_CONTROLLERS}.sources:Unsolved", reads_target=False, asks=("prompt_alpha",)),
+    "cascade": ControllerEntry(f"{_CONTROLLERS}.sources:Cascade"),
+    "probe": ControllerEntry(f"{_CONTROLLERS}.baselines:Probe", reads_target=False),
     "entropy_bonus": ControllerEntry(
-        f"{_CONTROLLERS}.factories:entropy_bonus", steers_alpha=False, reads_target=False, asks=("entropy_coefficient",)
+        f"{_CONTROLLERS}.baselines:EntropyBonus", steers_alpha=False, reads_target=False, asks=("entropy_coefficient",)
     ),
-    "aec": ControllerEntry(f"{_CONTROLLERS}.factories:aec", steers_alpha=False, asks=("entropy_coefficient",)),
+    "aec": ControllerEntry(
+        f"{_CONTROLLERS}.baselines:AdaptiveEntropyCoefficient", steers_alpha=False, asks=("entropy_coefficient",)
+    ),
     "entrocraft": ControllerEntry(
-        f"{_CONTROLLERS}.factories:entrocraft", reads_target=False, steers_alpha=False, asks=("samples",)
+        f"{_CONTROLLERS}.baselines:Entrocraft", reads_target=False, steers_alpha=False, asks=("samples",)
     ),
-    "dmmpt": ControllerEntry(f"{_CONTROLLERS}.factories:dmmpt", steers_alpha=False, asks=("drop_positive_above",)),
-    "repo_r": ControllerEntry(f"{_CONTROLLERS}.factories:repo_r", steers_alpha=False, asks=("logprob_scale",)),
-    "adapo": ControllerEntry(f"{_CONTROLLERS}.factories:adapo", steers_alpha=False, asks=("clip_high",)),
+    "dmmpt": ControllerEntry(f"{_CONTROLLERS}.baselines:Dmmpt", steers_alpha=False, asks=("drop_positive_above",)),
+    "repo_r": ControllerEntry(f"{_CONTROLLERS}.adaptive:RepoR", steers_alpha=False, asks=("logprob_scale",)),
+    "adapo": ControllerEntry(f"{_CONTROLLERS}.adaptive:Adapo", steers_alpha=False, asks=("clip_high",)),
     "aer": ControllerEntry(
-        f"{_CONTROLLERS}.factories:aer", steers_alpha=False, asks=("entropy_coefficient", "bonus_threshold")
+        f"{_CONTROLLERS}.adaptive:Aer", steers_alpha=False, asks=("entropy_coefficient", "bonus_threshold")
     ),
-    "fade": ControllerEntry(f"{_CONTROLLERS}.factories:fade", reads_target=False, steers_alpha=False, asks=("focus",)),
+    "fade": ControllerEntry(f"{_CONTROLLERS}.adaptive:Fade", reads_target=False, steers_alpha=False, asks=("focus",)),
 }
 OFF = "off"
 """The value of entropy_control.controller that leaves the loss as it is, and of its guard."""

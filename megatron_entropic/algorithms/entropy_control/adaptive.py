@@ -5,8 +5,13 @@ Formulas are as far as they could be read; what had to be filled in is said at e
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from megatron_entropic.algorithms.entropy_control.controller import Controller, Setpoint
 from megatron_entropic.algorithms.entropy_control.steering import Focus, Steering
+
+if TYPE_CHECKING:
+    from megatron_entropic.config.algorithm import EntropyControlConfig
 
 
 class RepoR(Controller):
@@ -32,6 +37,11 @@ class RepoR(Controller):
         super().__init__(target)
         self.zeta = zeta
         self._least, self._largest = bounds
+
+    @classmethod
+    def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> RepoR:
+        """Make the controller from the `entropy_control` section."""
+        return cls(target, config.rivals.repo_zeta, config.rivals.repo_bounds)
 
     def _steer(self) -> Steering:
         return Steering(logprob_scale=self.zeta)
@@ -72,6 +82,12 @@ class Adapo(Controller):
         self.clip = clip
         self._bounds, self._factor = bounds, factor
 
+    @classmethod
+    def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> Adapo:
+        """Make the controller from the `entropy_control` section."""
+        rivals = config.rivals
+        return cls(target, rivals.adapo_clip, rivals.adapo_bounds, rivals.adapo_factor)
+
     def _steer(self) -> Steering:
         return Steering(clip_high=self.clip)
 
@@ -107,6 +123,12 @@ class Aer(Controller):
         self._rho, self._eta, self._limit = rho, eta, limit
         self.coefficient = 0.0
 
+    @classmethod
+    def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> Aer:
+        """Make the controller from the `entropy_control` section."""
+        rivals = config.rivals
+        return cls(target, rivals.aer_rho, rivals.aer_eta, rivals.aer_limit)
+
     def _steer(self) -> Steering:
         return Steering(entropy_coefficient=self.coefficient, bonus_threshold=self._rho)
 
@@ -132,6 +154,11 @@ class Fade(Controller):
     def __init__(self, target: float | Setpoint, suppression: float) -> None:
         super().__init__(target)
         self._suppression = suppression
+
+    @classmethod
+    def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> Fade:
+        """Make the controller from the `entropy_control` section."""
+        return cls(target, config.rivals.fade_suppression)
 
     def _steer(self) -> Steering:
         explore = min(self.entropy / self.initial_entropy, 1.0) if self.initial_entropy > 0 else 0.0

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from megatron_entropic.algorithms.entropy_control.controller import Controller, Schedule, Setpoint
 from megatron_entropic.algorithms.entropy_control.steering import Steering
+
+if TYPE_CHECKING:
+    from megatron_entropic.config.algorithm import EntropyControlConfig
 
 
 class ConstantAlpha(Controller):
@@ -19,6 +24,11 @@ class ConstantAlpha(Controller):
     def __init__(self, target: float | Setpoint, alpha: float) -> None:
         super().__init__(target)
         self._alpha = alpha
+
+    @classmethod
+    def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> ConstantAlpha:
+        """Make the controller from the `entropy_control` section."""
+        return cls(target, config.rivals.alpha)
 
     def _steer(self) -> Steering:
         return Steering(alpha=self._alpha)
@@ -37,6 +47,11 @@ class EntropyBonus(Controller):
     def __init__(self, target: float | Setpoint, coefficient: float) -> None:
         super().__init__(target)
         self._coefficient = coefficient
+
+    @classmethod
+    def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> EntropyBonus:
+        """Make the controller from the `entropy_control` section."""
+        return cls(target, config.rivals.bonus)
 
     def _steer(self) -> Steering:
         return Steering(entropy_coefficient=self._coefficient)
@@ -62,6 +77,11 @@ class AdaptiveEntropyCoefficient(Controller):
         self._change = step
         self._limit = limit
         self.coefficient = 0.0
+
+    @classmethod
+    def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> AdaptiveEntropyCoefficient:
+        """Make the controller from the `entropy_control` section."""
+        return cls(target, config.rivals.aec_step, config.rivals.aec_limit)
 
     def _steer(self) -> Steering:
         return Steering(entropy_coefficient=self.coefficient if self.error < 0 else 0.0)
@@ -89,6 +109,13 @@ class Entrocraft(Controller):
         self._upper = upper
         self._lower = lower
 
+    @classmethod
+    def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> Entrocraft:
+        """Make the controller from the `entropy_control` section."""
+        steps = config.rivals.entrocraft_steps
+        bounds = (config.rivals.entrocraft_upper, config.rivals.entrocraft_lower)
+        return cls(target, *(Schedule(first, last, "linear", steps) for first, last in bounds))
+
     def _steer(self) -> Steering:
         if self.entropy > self._upper.at(self.step):
             return Steering(samples="positive")
@@ -112,6 +139,11 @@ class Dmmpt(Controller):
     def __init__(self, target: float | Setpoint, probability: float) -> None:
         super().__init__(target)
         self._probability = probability
+
+    @classmethod
+    def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> Dmmpt:
+        """Make the controller from the `entropy_control` section."""
+        return cls(target, config.rivals.dmmpt_probability)
 
     def _steer(self) -> Steering:
         return Steering(drop_positive_above=self._probability if self.error < 0 else None)
@@ -143,6 +175,12 @@ class Probe(Controller):
         self._centre = centre
         self._amplitude = amplitude
         self._half_period = half_period
+
+    @classmethod
+    def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> Probe:
+        """Make the controller from the `entropy_control` section."""
+        rivals = config.rivals
+        return cls(target, rivals.alpha, rivals.probe_amplitude, rivals.probe_half_period)
 
     def _steer(self) -> Steering:
         side = 1.0 if self.step // self._half_period % 2 else -1.0

@@ -10,14 +10,13 @@ falls. Too little gives alpha < 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megatron_entropic.algorithms.entropy_control.controller import (
-    Controller,
-    Schedule,
-    Setpoint,
-    check_gains,
-)
+from megatron_entropic.algorithms.entropy_control.controller import Controller, Schedule, Setpoint, check_gains
 from megatron_entropic.algorithms.entropy_control.steering import Steering
+
+if TYPE_CHECKING:
+    from megatron_entropic.config.algorithm import EntropyControlConfig
 
 
 class EntropyController(Controller):
@@ -69,6 +68,22 @@ class EntropyController(Controller):
         self.proportional_term = self.integral_term = 0.0
         self.alpha_unclipped = self.alpha = 0.0
         self.crossed = self.side = 0.0
+
+    @classmethod
+    def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> EntropyController:
+        """Make the controller from the `entropy_control` section, p or pi."""
+        return cls(
+            target,
+            config.kp,
+            config.ki if config.controller == "pi" else 0.0,
+            gain=Schedule.of_gain(config.gain_schedule),
+            anti_windup=config.anti_windup,
+            start=config.start,
+            integral_limit=config.integral_limit,
+            integral_leak=config.integral_leak,
+            dead_band=config.dead_band,
+            initial_alpha=config.initial_alpha,
+        )
 
     @property
     def integral(self) -> float:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from megatron_entropic.algorithms.entropy_control.controller import Controller, Setpoint
 from megatron_entropic.algorithms.entropy_control.steering import PromptAlpha, Steering
+
+if TYPE_CHECKING:
+    from megatron_entropic.config.algorithm import EntropyControlConfig
 
 
 class Unsolved(Controller):
@@ -25,6 +30,14 @@ class Unsolved(Controller):
     def __init__(self, target: float | Setpoint, gain: float, limit: float) -> None:
         super().__init__(target)
         self._prompt_alpha = PromptAlpha(gain=gain, limit=limit, low=-limit, high=0.0)
+
+    @classmethod
+    def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> Unsolved:
+        """Make the controller from the `entropy_control` section."""
+        limit = config.rivals.unsolved_limit
+        if limit is None:
+            limit = 1.0 if config.denominator == "all_tokens" else 1.5
+        return cls(target, config.rivals.unsolved_gain, limit)
 
     def _steer(self) -> Steering:
         return Steering(prompt_alpha=self._prompt_alpha)
@@ -63,6 +76,13 @@ class Cascade(Controller):
         self.acc = 0.0
         self.tau = tau
         self._wanted = tau
+
+    @classmethod
+    def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> Cascade:
+        """Make the controller from the `entropy_control` section."""
+        rivals = config.rivals
+        gains = rivals.cascade_kp, rivals.cascade_ki
+        return cls(target, alpha=rivals.cascade_alpha, tau=config.tau, gains=gains, bounds=rivals.cascade_tau)
 
     def _steer(self) -> Steering:
         kp, ki = self._gains
