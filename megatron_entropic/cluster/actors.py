@@ -20,7 +20,7 @@ from megatron_entropic.config.names import TRANSPORTS
 from megatron_entropic.config.plugins import find_attribute
 from megatron_entropic.config.run import ClusterConfig, Config, Device, Sampling
 from megatron_entropic.observability.stacks import offer_stacks
-from megatron_entropic.types import GenerationRequest, Response, Sequence
+from megatron_entropic.types import GenerationRequest, Response
 from megatron_entropic.weight_sync.checksums import Piece
 from megatron_entropic.weight_sync.plan import PublishPlan
 
@@ -118,18 +118,8 @@ class PolicyWorker:
         return self._policy.parallel.data_rank
 
     def call(self, method: Callable[Concatenate[Policy, P], R], *arguments: P.args, **options: P.kwargs) -> R:
-        """Run a method of `Policy` on this rank."""
+        """Run a method of `Policy` on this rank; of arguments that are references it gets what they stand for."""
         return method(self._policy, *arguments, **options)
-
-    def call_with(
-        self,
-        method: Callable[Concatenate[Policy, list[Sequence], P], R],
-        sequences: list[Sequence],
-        *arguments: P.args,
-        **options: P.kwargs,
-    ) -> R:
-        """Run a method of `Policy` on this replica's sequences, which arrive through the object store."""
-        return method(self._policy, sequences, *arguments, **options)
 
 
 @ray.remote(max_restarts=0)

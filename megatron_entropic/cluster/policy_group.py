@@ -97,11 +97,12 @@ class PolicyGroup:
 
     def update(self, minibatch: list[Sequence]) -> dict[str, float]:
         """Take one optimizer step on `minibatch`; returns metrics, which are global and equal on every rank."""
-        return self._optimizer_step(Policy.update, minibatch)
+        return self._on_replicas(Policy.update, minibatch, self._deal(minibatch), self._limits.update_timeout_s)[0]
 
     def warm_start_step(self, sequences: list[Sequence]) -> dict[str, float]:
         """Take one supervised optimizer step, maximum likelihood of the responses; returns its metrics."""
-        return self._optimizer_step(Policy.warm_start_step, sequences)
+        shards, timeout_s = self._deal(sequences), self._limits.update_timeout_s
+        return self._on_replicas(Policy.warm_start_step, sequences, shards, timeout_s)[0]
 
     def begin_reinforcement_learning(self) -> None:
         """Begin with a fresh optimizer state and the schedule of `optimizer`, after a warm start."""
@@ -168,11 +169,6 @@ class PolicyGroup:
         peak = max(self._on_all(Policy.peak_memory_mb, self._limits.score_timeout_s))
         return {"memory/peak_mb": peak, **self._offload_metrics}
 
-    def _optimizer_step(
-        self, method: Callable[[Policy, list[Sequence]], dict[str, float]], sequences: list[Sequence]
-    ) -> dict[str, float]:
-        return self._on_replicas(method, sequences, self._deal(sequences), self._limits.update_timeout_s)[0]
-
     def _deal(self, sequences: list[Sequence]) -> list[list[int]]:
         """Indices of the sequences of each data-parallel replica."""
         costs = sequence_costs([sequence.tokens.numel() for sequence in sequences], self._attention_weight)
@@ -191,7 +187,7 @@ class PolicyGroup:
         # One object per replica: its ranks on one node read the same shared memory.
         parts = [ray.put([sequences[index] for index in shard]) for shard in shards]
         calls = {
-            self._name(rank): actor.call_with.remote(method, parts[self._replica_of[rank]], *arguments, **options)
+            self._name(rank): actor.call.remote(method, parts[self._replica_of[rank]], *arguments, **options)
             for rank, actor in enumerate(self._actors)
         }
         return list(gather(calls, phase=method.__name__, timeout_s=timeout_s).values())

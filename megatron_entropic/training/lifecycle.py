@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -110,20 +110,38 @@ class SkipLimit:
 # Going on after the loss of a process: everything is started anew and continues from the newest checkpoint.
 
 
-def with_restarts(attempt: Callable[[], None], journal: Journal, stop: StopRequest, max_restarts: int) -> None:
-    """Call `attempt` until it returns, at most `max_restarts` times more than once.
+def attempts(journal: Journal, stop: StopRequest, max_restarts: int) -> Iterator[Attempt]:
+    """Yields an attempt at the run, and after each that lost a process another one, at most `max_restarts` of them.
 
-    Only what another attempt can cure leads to one: a process that is gone or does not answer.
-
-    Raises:
-        RunError: the last attempt's, or one that another attempt would meet again.
+    for attempt in attempts(journal, stop, max_restarts):
+        with attempt:
+            ...
     """
-    for restart in range(1, max_restarts + 1):
-        try:
-            attempt()
+    for restart in range(1, max_restarts + 2):
+        attempt = Attempt(stop, is_last=restart > max_restarts)
+        yield attempt
+        if attempt.loss is None:
             return
-        except (PeerDied, PhaseTimeout) as error:
-            if stop.asked:
-                raise
-            journal.record_restart(restart, max_restarts, error)
-    attempt()
+        journal.record_restart(restart, max_restarts, attempt.loss)
+
+
+class Attempt:
+    """Context of one attempt, out of which comes no error that another attempt can cure.
+
+    That is a process that is gone or does not answer.
+    """
+
+    def __init__(self, stop: StopRequest, *, is_last: bool) -> None:
+        self._stop, self._is_last = stop, is_last
+        self.loss: RunError | None = None
+        """Error that another attempt can cure, when the attempt has ended with one."""
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if isinstance(error, PeerDied | PhaseTimeout) and not self._is_last and not self._stop.asked:
+            self.loss = error
+        return self.loss is not None

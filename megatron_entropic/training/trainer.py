@@ -23,7 +23,7 @@ from pathlib import Path
 from megatron_entropic.cluster.cluster import Cluster
 from megatron_entropic.cluster.launch import launch
 from megatron_entropic.config.run import Config
-from megatron_entropic.training.lifecycle import SkipLimit, StopRequest, with_restarts
+from megatron_entropic.training.lifecycle import SkipLimit, StopRequest, attempts
 from megatron_entropic.training.preconditions import Inputs, open_inputs
 from megatron_entropic.training.rollouts import Rollouts
 from megatron_entropic.training.run_ahead import open_rollouts
@@ -51,8 +51,8 @@ def train(config: Config) -> Path:
         inputs = opened.enter_context(open_inputs(config))
         run.journal.report_data(inputs.tasks.report.lines())
 
-        def attempt() -> None:
-            with launch(config, starting) as cluster:
+        for attempt in attempts(run.journal, stop, config.cluster.max_restarts):
+            with attempt, launch(config, starting) as cluster:
                 stop.listen()  # Ray's own handlers would end the process
                 starting("looking for a checkpoint to continue from")
                 step = run.resume(cluster)
@@ -63,8 +63,6 @@ def train(config: Config) -> Path:
                 run.checkpoints.export(cluster, step, resumed=True)
                 starting("the first step")
                 loop(step, config, cluster, inputs, run, stop)
-
-        with_restarts(attempt, run.journal, stop, config.cluster.max_restarts)
     return run.path
 
 

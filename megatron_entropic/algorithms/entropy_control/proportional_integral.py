@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from megatron_entropic.config.algorithm import EntropyControlConfig
 
 
+_OPTIONS = ("anti_windup", "start", "integral_limit", "integral_leak", "dead_band", "initial_alpha")
+"""Keys of the section `entropy_control` that are the controller's options under the same name."""
+
+
 class EntropyController(Controller):
     """EntroPIC's controller from the global entropy: P with `ki` = 0, else PI.
 
@@ -65,25 +69,13 @@ class EntropyController(Controller):
         self.rule = IntegralRule(anti_windup, integral_limit, integral_leak)
         self.start, self.dead_band = start, dead_band
         self.acc = initial_alpha / ki if ki > 0 else 0.0
-        self.proportional_term = self.integral_term = 0.0
-        self.alpha_unclipped = self.alpha = 0.0
-        self.crossed = self.side = 0.0
+        self.proportional_term = self.integral_term = self.alpha_unclipped = self.alpha = self.crossed = self.side = 0.0
 
     @classmethod
     def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> EntropyController:
         """Make the controller from the `entropy_control` section, p or pi."""
-        return cls(
-            target,
-            config.kp,
-            config.ki if config.controller == "pi" else 0.0,
-            gain=Schedule.of_gain(config.gain_schedule),
-            anti_windup=config.anti_windup,
-            start=config.start,
-            integral_limit=config.integral_limit,
-            integral_leak=config.integral_leak,
-            dead_band=config.dead_band,
-            initial_alpha=config.initial_alpha,
-        )
+        ki, gain = config.ki if config.controller == "pi" else 0.0, Schedule.of_gain(config.gain_schedule)
+        return cls(target, config.kp, ki, gain=gain, **{name: getattr(config, name) for name in _OPTIONS})
 
     @property
     def integral(self) -> float:
@@ -106,10 +98,8 @@ class EntropyController(Controller):
     def _notice_crossing(self) -> None:
         """Note the side of the target that the first measurement is on, and the first one that is on another."""
         side = float((self.error > 0) - (self.error < 0))
-        if self.side == 0.0:
-            self.side = side
-        if side != self.side or side == 0.0:
-            self.crossed = 1.0
+        self.side = self.side or side
+        self.crossed = float(self.crossed or side != self.side or side == 0.0)
 
     def _advance(self, *, has_advantage: bool) -> None:
         waiting = self.start != "immediately" and not self.crossed

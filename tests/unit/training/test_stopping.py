@@ -15,7 +15,7 @@ import pytest
 from megatron_entropic.config.run import Config
 from megatron_entropic.errors import Interrupted, PeerDied, PhaseTimeout, RunError, StopAsked
 from megatron_entropic.training import trainer
-from megatron_entropic.training.lifecycle import SkipLimit, StopRequest, with_restarts
+from megatron_entropic.training.lifecycle import SkipLimit, StopRequest, attempts
 from megatron_entropic.training.sft import warm_start
 
 
@@ -37,15 +37,13 @@ class Restarts:
         self.causes.append(error)
 
 
-def attempts(*outcomes: RunError | None) -> Callable[[], None]:
-    """A function that raises the outcomes one after the other."""
+def attempted(outcomes: list[RunError | None], run: Any, stop: StopRequest, max_restarts: int) -> None:
+    """A run whose attempts end with the outcomes, one after the other."""
     left = iter(outcomes)
-
-    def attempt() -> None:
-        if (outcome := next(left)) is not None:
-            raise outcome
-
-    return attempt
+    for attempt in attempts(run, stop, max_restarts):
+        with attempt:
+            if (outcome := next(left)) is not None:
+                raise outcome
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -127,7 +125,7 @@ def signalled_run(run: Any, number: signal.Signals, outcome: RunError) -> None:
     """A run that may start again five times, is signalled and loses a process."""
     with StopRequest() as stop:
         os.kill(os.getpid(), number)
-        with_restarts(attempts(outcome), run, stop, max_restarts=5)
+        attempted([outcome], run, stop, max_restarts=5)
 
 
 def test_processes_that_go_after_the_signal_belong_to_the_request() -> None:
@@ -146,7 +144,7 @@ def test_lost_processes_lead_to_new_attempts() -> None:
     run: Any = Restarts()
     causes = [PeerDied("rank 1"), PhaseTimeout("engine 0")]
     with StopRequest() as stop:
-        with_restarts(attempts(*causes, None), run, stop, max_restarts=2)
+        attempted([*causes, None], run, stop, max_restarts=2)
     assert run.causes == causes
 
 
@@ -154,9 +152,9 @@ def test_the_last_attempt_and_other_errors_end_the_run() -> None:
     run: Any = Restarts()
     with StopRequest() as stop:
         with pytest.raises(PeerDied, match="second"):
-            with_restarts(attempts(PeerDied("first"), PeerDied("second")), run, stop, max_restarts=1)
+            attempted([PeerDied("first"), PeerDied("second")], run, stop, max_restarts=1)
         with pytest.raises(RunError, match="out of memory"):
-            with_restarts(attempts(RunError("out of memory")), run, stop, max_restarts=5)
+            attempted([RunError("out of memory")], run, stop, max_restarts=5)
     assert len(run.causes) == 1
 
 
