@@ -84,8 +84,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lives(directory: Path) -> dict[str, dict[str, Any]]:
-    """The reports of engines in processes of their own: one that has a past, the same scheduling as on a GPU, and one
-    that starts with the new weights."""
+    """The reports of engines in processes of their own: one that has a past, one that starts with the new weights, one
+    with the scheduling of a GPU, and one with scheduling and model runner of a GPU."""
     processes = {
         life: subprocess.Popen(
             [sys.executable, str(SCRIPT), str(directory), life],
@@ -94,7 +94,7 @@ def lives(directory: Path) -> dict[str, dict[str, Any]]:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for life in ("full", "resumed", "asynchronous")
+        for life in ("full", "resumed", "asynchronous", "second_runner")
     }
     try:
         for life, process in processes.items():
@@ -156,6 +156,29 @@ def test_scheduling_ahead_of_the_last_tokens_changes_no_response(lives):
             assert sample["response"] == expected["response"], batch
             assert sample["version"] == expected["version"]
             assert sample["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-5)
+
+
+def test_the_model_runner_of_a_gpu_samples_updates_and_scores_rightly(lives, directory):
+    """vLLM's second, which draws tokens with kernels of its own: other tokens, but a function of weights and seeds."""
+    second, full = lives["second_runner"], lives["full"]
+    old, new = load(directory / "old"), load(directory / "new")
+    assert distances(old, second["before"]).max() < 1e-5
+    assert second["repeated"] == second["before"]
+    assert second["cached before"] > 0
+    responses = {tuple(sample["response"]) for sample in second["before"]}
+    assert len(responses) == len(second["before"]), "samples of one prompt have seeds of their own"
+    assert "incomplete" in second["incomplete"]
+    assert second["cached after"] == 0
+    assert second["vllm version after"] == "2"
+    assert second["pieces"] == full["pieces"]
+    for samples in (second["after"], second["step 2"]):
+        assert {sample["version"] for sample in samples} == {2}
+        assert distances(new, samples).max() < 1e-5
+    assert distances(old, second["after"]).max() > 0.1
+    fitting = [sample for sample in second["after"] if len(sample["prompt"]) < 200]
+    for sample, scored in zip(fitting, second["scored"], strict=True):
+        reference = reference_logprobs(new, sample["prompt"], sample["response"], 1.0)
+        assert (torch.tensor(scored) - reference).abs().max() < 1e-5
 
 
 def test_an_update_replaces_all_weights_and_empties_the_prefix_cache(lives, directory):

@@ -1,17 +1,21 @@
 """One life of a rollout engine in a fresh process; what it saw goes into a file for the test to judge.
 
-python rollout_engine_run.py DIRECTORY full|resumed|asynchronous
+python rollout_engine_run.py DIRECTORY full|resumed|asynchronous|second_runner
 
 full     generates with the starting weights, fails an update, takes in new weights, generates again, scores.
 resumed  takes in the same new weights at once and generates, as a restarted run would.
 asynchronous  as full, with the next forward pass scheduled before the last one's tokens are known, as on a GPU.
+second_runner  as asynchronous, by the model runner that vLLM takes on a GPU, its Triton kernels interpreted; a few
+    short responses, since those are slow.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -127,25 +131,42 @@ def schedule_asynchronously() -> None:
     CpuPlatform.check_and_update_config = staticmethod(check)
 
 
+def take_the_second_runner() -> None:
+    """Has vLLM run its Triton kernels in Triton's interpreter, for which it believes in a Triton made for CPUs.
+
+    Before vLLM is imported.
+    """
+    os.environ.update(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
+    from triton.backends import backends
+
+    driver: Any = SimpleNamespace(is_active=lambda: True)
+    backends["cpu"] = SimpleNamespace(compiler=None, driver=driver)
+
+
 def main(directory: Path, life: str) -> None:
-    if life == "asynchronous":
+    requests, response_tokens = None, RESPONSE_TOKENS
+    if life == "second_runner":
+        take_the_second_runner()
+        requests, response_tokens = 8, 6
+    if life in ("asynchronous", "second_runner"):
         schedule_asynchronously()
     old, new = directory / "old", directory / "new"
     parameter_map = ParameterMap(read_dimensions(old))
     vocabulary = parameter_map.dimensions.vocab_size
     config = RolloutConfig(
-        max_response_tokens=RESPONSE_TOKENS, temperature=0.7, kv_cache_gb=0.1, max_concurrent_sequences=16
+        max_response_tokens=response_tokens, temperature=0.7, kv_cache_gb=0.1, max_concurrent_sequences=16
     )
     engine = RolloutEngine(
-        old, "float32", config, max_model_tokens=LONGEST_PROMPT + RESPONSE_TOKENS, seed=1, device="cpu"
+        old, "float32", config, max_model_tokens=LONGEST_PROMPT + response_tokens, seed=1, device="cpu"
     )
     in_flight = engine._llm.llm_engine.engine_core.engine_core.batch_queue_size
-    assert in_flight == (2 if life == "asynchronous" else 1), f"{in_flight} forward passes at a time"
+    assert in_flight == (1 if life in ("full", "resumed") else 2), f"{in_flight} forward passes at a time"
+    assert engine._llm.llm_engine.vllm_config.use_v2_model_runner == (life == "second_runner")
     plan = publish_plan(parameter_map, PolicyConfig(pipeline_parallel=2), bucket_bytes=50_000, dtype="float32")
     tensors = load_file(new / "model.safetensors")
     seen: dict[str, Any] = {"buckets": len(plan.buckets)}
     if life != "resumed":
-        first = requests_of_step(1, vocabulary)
+        first = requests_of_step(1, vocabulary)[:requests]
         longest = first[0].tokens.tolist()
         seen["before"] = plain(first, engine.generate(first))
         seen["repeated"] = plain(first, engine.generate(first))
@@ -166,8 +187,9 @@ def main(directory: Path, life: str) -> None:
         seen["after"] = plain(first, engine.generate(first))
         # The same state as that of a restarted engine, which has generated nothing yet.
         publish(engine, plan, tensors, version=2)
-    second = requests_of_step(2, vocabulary)
+    second = requests_of_step(2, vocabulary)[:requests]
     seen["step 2"] = plain(second, engine.generate(second))
+    seen["pieces"] = sorted((p.name, p.row, p.column, p.checksum) for p in engine.weight_pieces())
     if life != "resumed":
         # vLLM needs room for one token more, which the longest do not leave.
         fitting = [s for s in seen["after"] if len(s["prompt"]) < LONGEST_PROMPT]
