@@ -21,6 +21,11 @@ from megatron_entropic.planning.sketch import SketchedTable, sketched_publicatio
 from megatron_entropic.planning.suggest import MEMORY_SHARE, Suggestion, suggest
 
 GOLDEN = Path(__file__).parent / "nemotron_1_5b.txt"
+PAPER_MODELS = {
+    "nemotron_1_5b": "OpenReasoning-Nemotron-1.5B",
+    **dict.fromkeys(("qwen3_8b", "qwen3_8b_colocated", "qwen3_8b_grpo", "qwen3_8b_offpolicy"), "Qwen3-8B"),
+    "qwen3_32b": "Qwen3-32B",
+}
 
 
 def objections(config: Config) -> list[str]:
@@ -39,6 +44,22 @@ def test_plain_text_report(capsys: pytest.CaptureFixture[str]) -> None:
     """After a change that is meant: megatron-entropic plan examples/nemotron_1_5b.yaml > the file named GOLDEN."""
     assert main(["plan", str(EXAMPLES / "nemotron_1_5b.yaml")]) == 0
     assert capsys.readouterr().out == GOLDEN.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("page", "column"), [("performance.md", 3), ("reproducing_the_paper.md", 2)])
+def test_the_pages_say_what_plan_says(page: str, column: int) -> None:
+    """Seconds of a step of the shipped layouts; those with experts take seconds each and are left out."""
+    lines = (EXAMPLES.parent / "docs" / page).read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    said = {cells[0].removesuffix(".yaml"): cells[column] for cells in rows if len(cells) > column}
+    compared = 0
+    for name, model in PAPER_MODELS.items():
+        if name in said:
+            numbers = make_plan(example(name), known(model), machine()).numbers
+            assert numbers is not None
+            assert said[name] == f"{numbers.time.total_s:,.0f}", f"{name} in docs/{page}"
+            compared += 1
+    assert compared >= 4
 
 
 def test_the_buckets_of_a_publication_are_listed_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
