@@ -240,7 +240,7 @@ def select_platform(device: Device = "auto") -> Platform:
     silence_known_noise()
     # One hardware queue keeps megatron-core's communication ahead of the computation it overlaps with; it insists.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # float32 is to mean float32, also in Transformer Engine's products (`cluster.workers.engine_environment`).
+    # float32 is to mean float32, also in Transformer Engine's products (`cluster/actors.py`).
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return CudaPlatform()

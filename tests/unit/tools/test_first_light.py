@@ -60,3 +60,17 @@ def test_a_part_that_fails_is_reported_with_its_log(tmp_path: Path) -> None:
     assert (tmp_path / "out/summary.txt").read_text().split()[3:] == ["machine", "failed", "0", "heads", "passed", "0"]
     assert "this is tests/gpu/machine.py" in run.stdout
     assert "vocab_parallel_gpu.py" in (tmp_path / "out/heads.log").read_text()
+
+
+def test_a_part_whose_tests_were_all_skipped_has_not_passed(tmp_path: Path) -> None:
+    """As without a GPU; one test that lacks another program, as the comparison with Liger, may be skipped."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        "case $* in *fused_heads*) echo '56 skipped in 3.85s';; *colocated*) echo '1 passed, 1 skipped in 9s';; esac\n"
+    )
+    python.chmod(0o755)
+    run = first_light("--output", tmp_path / "out", "kernels", "colocated", PYTHON=str(python))
+    assert run.returncode == 1
+    said = (tmp_path / "out/summary.txt").read_text().split()[3:]
+    assert said == ["kernels", "skipped", "0", "colocated", "passed", "0"]
