@@ -87,42 +87,41 @@ def page_style(theme: Theme) -> dict[Any, Any]:
     }
 
 
-def lines(
-    axes: Axes,
-    runs: Sequence[Run],
-    name: str,
-    theme: Theme,
-    *,
-    smooth: bool = False,
-    positive: bool = False,
-    dashed: bool = False,
-    label: str = "",
-) -> bool:
-    """Draw one line a run; smoothed ones keep the raw values as a faint line behind. False if no run has the metric.
+@dataclass(frozen=True)
+class Line:
+    """A metric as one line a run."""
 
-    A single run's line is called `label`, if given; several are called by their runs, the dashed ones not again.
-    """
+    metric: str
+    label: str = ""
+    """What a single run's line is called, if not by the run; several are, the dashed ones not again."""
+    smooth: bool = False
+    """Whether it is a rolling mean, with the raw values as a faint line behind."""
+    positive: bool = False
+    """Whether values that are not positive are left out, as a logarithmic scale needs it."""
+    dashed: bool = False
+
+
+def draw_line(axes: Axes, runs: Sequence[Run], line: Line, theme: Theme) -> bool:
+    """Draw a metric of all runs; False if none has it."""
     drawn = False
     for run, colour in zip(runs, colours(theme, len(runs)), strict=True):
-        values = np.array(run.series(name))
-        if positive:
+        values = np.array(run.series(line.metric))
+        if line.positive:
             values[~(values > 0)] = np.nan
         if not np.isfinite(values).any():
             continue
         drawn = True
-        window = max(1, len(values) // 15) if smooth else 1
+        window = max(1, len(values) // 15) if line.smooth else 1
         if window > 1:
             axes.plot(run.steps, values, color=colour, alpha=0.28, linewidth=1.0)
-        marker = "o" if len(values) == 1 else None
-        line = rolling_mean(values, window)
         axes.plot(
             run.steps,
-            line,
+            rolling_mean(values, window),
             color=colour,
-            label=(label or run.name) if len(runs) == 1 else "" if dashed else run.name,
-            marker=marker,
-            linestyle=(0, (4, 2)) if dashed else "-",
-            linewidth=1.3 if dashed else 1.8,
+            label=(line.label or run.name) if len(runs) == 1 else "" if line.dashed else run.name,
+            marker="o" if len(values) == 1 else None,
+            linestyle=(0, (4, 2)) if line.dashed else "-",
+            linewidth=1.3 if line.dashed else 1.8,
         )
     return drawn
 

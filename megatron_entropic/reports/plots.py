@@ -19,12 +19,13 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from megatron_entropic.observability.metrics import ENTROPY_BAND, TURNS_APART
 from megatron_entropic.reports.lines import (
+    Line,
     Theme,
     any_finite,
     colours,
+    draw_line,
     finish,
     legend,
-    lines,
     page_style,
     short,
 )
@@ -36,6 +37,9 @@ _MARKERS = "os^Dv"
 _PHASES = ("generate", "reward", "score", "update", "publish", "checkpoint")
 
 
+Draw = Callable[[Axes, Sequence[Run], Theme], bool]
+
+
 @dataclass(frozen=True)
 class Plot:
     """A figure of the report: how it is called, what to look for, and how it is drawn."""
@@ -44,7 +48,7 @@ class Plot:
     title: str
     caption: str
     wide: bool
-    draw: Callable[[Axes, Sequence[Run], Theme], bool]
+    draw: Draw
     """Function that draws on the axes; it returns False if there is nothing to show."""
 
 
@@ -64,24 +68,22 @@ def render(plot: Plot, runs: Sequence[Run], theme: Theme) -> bytes | None:
         return buffer.getvalue()
 
 
-def _metric(
-    name: str, unit: str, *, smooth: bool = True, floor: float | None = None
-) -> Callable[[Axes, Sequence[Run], Theme], bool]:
-    """Function that draws one metric, a line a run."""
+def _lines(*shown: Line, unit: str, floor: float | None = None) -> Draw:
+    """Function that draws metrics, a line a run each."""
 
     def draw(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
-        drawn = lines(axes, runs, name, theme, smooth=smooth)
+        drawn = [draw_line(axes, runs, line, theme) for line in shown]
         axes.set_ylabel(unit)
         finish(axes, floor=floor)
-        legend(axes, only_if=len(runs) > 1)
-        return drawn
+        legend(axes, only_if=len(runs) > 1 or len(shown) > 1)
+        return any(drawn)
 
     return draw
 
 
 def _entropy(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     """Draw H of every run, and the band of each distinct target."""
-    drawn = lines(axes, runs, "entropy/mean", theme)
+    drawn = draw_line(axes, runs, Line("entropy/mean"), theme)
     stretches = [stretch for run in runs for stretch in run.stretches]
     for target in sorted({stretch.target for stretch in stretches if stretch.target is not None}):
         label = f"target {target:g} \u00b1 {ENTROPY_BAND:.0%}"
@@ -132,49 +134,18 @@ def _alpha(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     return drawn
 
 
-def _authority(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
-    """Draw the share of tokens with pi > tau (dashed), and of those with an advantage too, which alpha acts on."""
-    drawn = lines(axes, runs, "entropy/actuated_fraction", theme, label="pi > tau and A \u2260 0")
-    drawn |= lines(axes, runs, "entropy/high_prob_fraction", theme, label="pi > tau", dashed=True)
-    axes.set_ylabel("share of tokens")
-    finish(axes, floor=0.0)
-    legend(axes)
-    return drawn
-
-
-def _outcome(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
-    """Draw the entropy of correct (solid) and wrong (dashed) responses."""
-    drawn = lines(axes, runs, "entropy/correct", theme, smooth=True, label="correct")
-    drawn |= lines(axes, runs, "entropy/wrong", theme, smooth=True, label="wrong", dashed=True)
-    axes.set_ylabel("nats per token")
-    finish(axes, floor=0.0)
-    legend(axes)
-    return drawn
-
-
-def _staleness(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
-    """Draw the age of tokens in weight versions."""
-    drawn = lines(axes, runs, "staleness/versions_max", theme, label="oldest")
-    drawn |= lines(axes, runs, "staleness/versions_mean", theme, label="mean", dashed=True)
-    axes.set_ylabel("versions")
-    finish(axes, floor=0.0)
-    legend(axes)
-    return drawn
-
-
 def _turn_entropy(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     """Draw the entropy of each turn of one run; of several runs that of the first turn and of the second."""
     if len(runs) > 1:
-        drawn = lines(axes, runs, "entropy/turn_1", theme)
-        drawn |= lines(axes, runs, "entropy/turn_2", theme, dashed=True)
+        shown = [(Line("entropy/turn_1"), theme), (Line("entropy/turn_2", dashed=True), theme)]
     else:
-        drawn = False
-        for turn in range(1, TURNS_APART + 1):
-            drawn |= lines(axes, runs, f"entropy/turn_{turn}", _turned(theme, turn), label=str(turn))
+        turns = range(1, TURNS_APART + 1)
+        shown = [(Line(f"entropy/turn_{turn}", str(turn)), _turned(theme, turn)) for turn in turns]
+    drawn = [draw_line(axes, runs, line, colours_of_line) for line, colours_of_line in shown]
     axes.set_ylabel("nats")
     finish(axes, floor=0.0)
     legend(axes)
-    return drawn
+    return any(drawn)
 
 
 def _turned(theme: Theme, turn: int) -> Theme:
@@ -184,7 +155,7 @@ def _turned(theme: Theme, turn: int) -> Theme:
 
 def _engines(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     """Draw the share of the time in which engines worked."""
-    drawn = lines(axes, runs, "rollout/busy_fraction", theme)
+    drawn = draw_line(axes, runs, Line("rollout/busy_fraction"), theme)
     axes.set_ylim(0, 1.05)
     finish(axes)
     legend(axes)
@@ -216,17 +187,15 @@ def _benchmarks(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
 
 def _mismatch(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
     """Draw the largest (solid) and mean (dashed) difference of every run; a log scale has no zeros."""
-    drawn = lines(axes, runs, "mismatch/logprob_abs_max", theme, positive=True, label="largest")
-    drawn |= lines(axes, runs, "mismatch/logprob_abs_mean", theme, positive=True, label="mean", dashed=True)
-    if drawn:
-        axes.set_yscale("log")
-        # The default labels are mathematics, which the style switches off.
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylabel("nats")
-    finish(axes)
-    legend(axes)
-    return drawn
+    largest = Line("mismatch/logprob_abs_max", "largest", positive=True)
+    drawn = _lines(largest, Line("mismatch/logprob_abs_mean", "mean", positive=True, dashed=True), unit="nats")
+    if not drawn(axes, runs, theme):
+        return False
+    axes.set_yscale("log")
+    # The default labels are mathematics, which the style switches off.
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    return True
 
 
 def _time(axes: Axes, runs: Sequence[Run], theme: Theme) -> bool:
@@ -293,21 +262,31 @@ PLOTS = (
         "Share of tokens with pi > tau (dashed), and of those that also have an advantage (solid): near 0 the "
         "controller has nothing to move.",
         False,
-        _authority,
+        _lines(
+            Line("entropy/actuated_fraction", "pi > tau and A \u2260 0"),
+            Line("entropy/high_prob_fraction", "pi > tau", dashed=True),
+            unit="share of tokens",
+            floor=0.0,
+        ),
     ),
     Plot(
         "entropy_by_outcome",
         "Entropy by outcome",
         "Mean entropy over the tokens of correct (solid) and wrong (dashed) responses.",
         False,
-        _outcome,
+        _lines(
+            Line("entropy/correct", "correct", smooth=True),
+            Line("entropy/wrong", "wrong", smooth=True, dashed=True),
+            unit="nats per token",
+            floor=0.0,
+        ),
     ),
     Plot(
         "reward",
         "Reward",
         "Mean reward of a step's responses, and its rolling mean.",
         False,
-        _metric("reward/mean", "mean reward"),
+        _lines(Line("reward/mean", smooth=True), unit="mean reward"),
     ),
     Plot(
         "benchmarks",
@@ -321,7 +300,7 @@ PLOTS = (
         "Distance to the teacher",
         "KL(policy || teacher) of a token, mean of a step.",
         False,
-        _metric("distillation/kl", "nats per token", smooth=False, floor=0.0),
+        _lines(Line("distillation/kl"), unit="nats per token", floor=0.0),
     ),
     Plot(
         "mismatch",
@@ -337,7 +316,12 @@ PLOTS = (
         "Weight versions by which a step's tokens are older than the policy that learns from them: the oldest (solid) "
         "and the mean (dashed). rollout.lag bounds it.",
         False,
-        _staleness,
+        _lines(
+            Line("staleness/versions_max", "oldest"),
+            Line("staleness/versions_mean", "mean", dashed=True),
+            unit="versions",
+            floor=0.0,
+        ),
     ),
     Plot(
         "engines",
@@ -352,7 +336,7 @@ PLOTS = (
         "Conversations",
         "Turns of the policy in a conversation, mean of a step, and its rolling mean.",
         False,
-        _metric("environment/turns_mean", "turns of the policy", floor=0.0),
+        _lines(Line("environment/turns_mean", smooth=True), unit="turns of the policy", floor=0.0),
     ),
     Plot(
         "turn_entropy",
@@ -367,14 +351,14 @@ PLOTS = (
         "Response length",
         "Mean number of tokens of a response.",
         False,
-        _metric("response/length_mean", "tokens"),
+        _lines(Line("response/length_mean", smooth=True), unit="tokens"),
     ),
     Plot(
         "gradient_norm",
         "Gradient norm",
         "Over all parameters, before clipping.",
         False,
-        _metric("grad_norm", "norm before clipping", floor=0.0),
+        _lines(Line("grad_norm", smooth=True), unit="norm before clipping", floor=0.0),
     ),
     Plot("time", "Where the time goes", "Wall time by phase of a step.", True, _time),
 )
