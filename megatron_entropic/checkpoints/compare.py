@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_entropic.checkpoints.convert import PIECE_BYTES
+from megatron_entropic.checkpoints.convert import PIECE_BYTES, UNTOLD, Progress
 from megatron_entropic.checkpoints.hf import HfReader
 from megatron_entropic.checkpoints.open_weights import MegatronCheckpoint
 from megatron_entropic.checkpoints.pieces import pieces_of
@@ -39,27 +38,20 @@ class Difference:
         """Whether the bits are the same, after conversion where dtypes differ, and no value is NaN on either side."""
         return not (self.differing or self.hf_nan or self.megatron_nan)
 
-    @property
-    def was_converted(self) -> bool:
-        """Whether the dtypes differ."""
-        return self.hf_dtype != self.megatron_dtype
-
 
 def compare_weights(
     hf_dir: Path,
     megatron_dir: Path,
     *,
     workers: int = 2,
-    begin: Callable[[int], None],
-    report: Callable[[int], None],
+    progress: Progress = UNTOLD,
 ) -> list[Difference]:
     """Compare all tensors of the model; the result is in the order of the forward pass.
 
     Args:
         hf_dir, megatron_dir: directories, which are only read.
         workers: number of threads.
-        begin: called once with the number of bytes of all tensors.
-        report: called with the number of bytes just compared.
+        progress: is told how much is compared.
 
     Raises:
         ValueError: from `HfReader` or `MegatronCheckpoint`: one of them is not the whole model.
@@ -67,17 +59,17 @@ def compare_weights(
     reader = HfReader(hf_dir)
     checkpoint = MegatronCheckpoint(megatron_dir, reader.parameter_map)
     entries = [entry for entry in reader.parameter_map.entries if entry.exported]
-    begin(sum(prod(entry.shape) * checkpoint.dtype(entry).itemsize for entry in entries))
+    progress.begin(sum(prod(entry.shape) * checkpoint.dtype(entry).itemsize for entry in entries))
 
     def compare(entry: Entry) -> list[Difference]:
-        return _compare_entry(reader, checkpoint, entry, report)
+        return _compare_entry(reader, checkpoint, entry, progress)
 
     with ThreadPoolExecutor(workers, thread_name_prefix="compare") as pool:
         return [difference for some in pool.map(compare, entries) for difference in some]
 
 
 def _compare_entry(
-    reader: HfReader, checkpoint: MegatronCheckpoint, entry: Entry, report: Callable[[int], None]
+    reader: HfReader, checkpoint: MegatronCheckpoint, entry: Entry, progress: Progress
 ) -> list[Difference]:
     dimensions, dtype = reader.parameter_map.dimensions, checkpoint.dtype(entry)
     differences = {
@@ -88,7 +80,7 @@ def _compare_entry(
         values = checkpoint.rows(entry, piece.start, piece.stop)
         for rows, found in zip(piece.sources, piece.separate(dimensions, values), strict=True):
             _compare_values(differences[rows.name], reader[rows.name][rows.start : rows.stop], found)
-        report(values.nbytes)
+        progress.advance(values.nbytes)
     return list(differences.values())
 
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial as bind
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,8 +38,25 @@ take four times as long as copying it.
 """
 _ADVICE = ", or be given one with --dtype"
 
-Report = Callable[[int], None]
-"""Function called from any thread with the number of bytes converted since the last call."""
+
+class Progress(Protocol):
+    """Whoever is told how far a copy has come."""
+
+    def begin(self, total_bytes: int) -> None:
+        """Take the number of bytes of the whole, once, when everything has been checked."""
+
+    def advance(self, nbytes: int) -> None:
+        """Take the number of bytes done since the last call; comes from any thread."""
+
+
+class _Untold:
+    def begin(self, total_bytes: int) -> None: ...
+
+    def advance(self, nbytes: int) -> None: ...
+
+
+UNTOLD: Progress = _Untold()
+"""Progress that nobody is told of."""
 
 
 def hf_to_megatron(
@@ -47,8 +65,7 @@ def hf_to_megatron(
     *,
     dtype: torch.dtype | None = None,
     workers: int = 2,
-    begin: Report | None = None,
-    report: Report | None = None,
+    progress: Progress = UNTOLD,
 ) -> None:
     """Write a distributed checkpoint with the weights of a Hugging Face directory, and its configuration beside them.
 
@@ -57,8 +74,7 @@ def hf_to_megatron(
         output_dir: directory that must not exist, or be empty.
         dtype: dtype of the output's parameters; None keeps the dtype of the input. Buffers keep theirs.
         workers: number of threads.
-        begin: called once with the number of bytes to write, when everything has been checked.
-        report: called with progress.
+        progress: is told how much is written.
 
     Raises:
         UserError: from `HfReader`, or one error that lists why nothing can be written; or tensors hold NaN or
@@ -70,10 +86,10 @@ def hf_to_megatron(
     stored = {name: reader.stored_dtype(name) for name in reader.names if name not in reader.parameter_map.buffers}
     target = dtype or _only_dtype(stored, reader.hf_dir, _ADVICE)
     invalid = UnusableTensors()
-    chunks = list(_chunks(reader, target, invalid, report or _nobody))
+    chunks = list(_chunks(reader, target, invalid, progress))
     total = sum(chunk.nbytes for chunk in chunks)
     _refuse(output_dir, total, workers=workers)
-    (begin or _nobody)(total)
+    progress.begin(total)
     with appears_when_complete(output_dir) as directory:
         write_torch_dist(directory, chunks, workers=workers)
         invalid.raise_if_any(hf_dir, "not converted")
@@ -87,8 +103,7 @@ def megatron_to_hf(
     template_dir: Path | None = None,
     max_shard_bytes: int = 5 * 10**9,
     workers: int = 2,
-    begin: Report | None = None,
-    report: Report | None = None,
+    progress: Progress = UNTOLD,
 ) -> None:
     """Write a Hugging Face directory with the weights of a distributed checkpoint.
 
@@ -98,7 +113,7 @@ def megatron_to_hf(
         template_dir: Hugging Face directory with the model's configuration and tokenizer; None: they are in
             `megatron_dir`, as a conversion leaves them.
         max_shard_bytes: size of a weight file, as in `write_hf_directory`.
-        workers, begin, report: as in `hf_to_megatron`.
+        workers, progress: as in `hf_to_megatron`.
 
     Raises:
         UserError: from `read_dimensions` or `MegatronCheckpoint`, or one error that lists why nothing can be written;
@@ -114,13 +129,13 @@ def megatron_to_hf(
     dtypes = {name: checkpoint.dtype(entry) for entry in exported for name in entry.hf_names}
     total = sum(prod(entry.shape) * checkpoint.dtype(entry).itemsize for entry in exported)
     _refuse(output_dir, total, workers=workers, max_shard_bytes=max_shard_bytes)
-    (begin or _nobody)(total)
+    progress.begin(total)
     invalid = UnusableTensors()
     with appears_when_complete(output_dir) as directory:
         writers = create_weight_files(directory, parameter_map.hf_tensors, dtypes, max_shard_bytes)
         limit = PIECE_BYTES // dtype.itemsize
         pieces = [piece for entry in exported for piece in pieces_of(entry, parameter_map.dimensions, limit)]
-        _for_each(pieces, bind(_write_piece, checkpoint, writers, invalid, report or _nobody), workers)
+        _for_each(pieces, bind(_write_piece, checkpoint, writers, invalid, progress), workers)
         invalid.raise_if_any(megatron_dir, "not converted")
         copy_companions(directory, template_dir, dtype)
 
@@ -140,7 +155,7 @@ def read_template(megatron_dir: Path, template_dir: Path | None) -> tuple[Path, 
     return directory, ParameterMap(read_dimensions(directory))
 
 
-def _chunks(reader: HfReader, dtype: torch.dtype, invalid: UnusableTensors, report: Report) -> Iterator[Chunk]:
+def _chunks(reader: HfReader, dtype: torch.dtype, invalid: UnusableTensors, progress: Progress) -> Iterator[Chunk]:
     """All chunks of the checkpoint, in the order of the forward pass."""
     dimensions = reader.parameter_map.dimensions
     for entry in reader.parameter_map.entries:
@@ -149,7 +164,7 @@ def _chunks(reader: HfReader, dtype: torch.dtype, invalid: UnusableTensors, repo
         own_dtype = reader.stored_dtype(entry.hf_names[0]) if entry.buffer else dtype
         for piece in pieces_of(entry, dimensions, PIECE_BYTES // own_dtype.itemsize):
             for place in places_to_write(entry, dimensions):
-                read = bind(_read_piece, reader, piece, own_dtype, invalid, report)
+                read = bind(_read_piece, reader, piece, own_dtype, invalid, progress)
                 yield Chunk(
                     place.key,
                     shape=place.shape(entry),
@@ -160,13 +175,15 @@ def _chunks(reader: HfReader, dtype: torch.dtype, invalid: UnusableTensors, repo
                 )
 
 
-def _read_piece(reader: HfReader, piece: Piece, dtype: torch.dtype, invalid: UnusableTensors, report: Report) -> Tensor:
+def _read_piece(
+    reader: HfReader, piece: Piece, dtype: torch.dtype, invalid: UnusableTensors, progress: Progress
+) -> Tensor:
     """Rows of a parameter from the Hugging Face directory, in `dtype`; a view of the map where that is possible."""
     parts = [reader[rows.name][rows.start : rows.stop].to(dtype) for rows in piece.sources]
     for rows, part in zip(piece.sources, parts, strict=True):
         invalid.check(rows.name, part)
     values = piece.combine(reader.parameter_map.dimensions, parts)
-    report(values.nbytes)
+    progress.advance(values.nbytes)
     return values
 
 
@@ -174,7 +191,7 @@ def _write_piece(
     checkpoint: MegatronCheckpoint,
     writers: dict[str, SafetensorsWriter],
     invalid: UnusableTensors,
-    report: Report,
+    progress: Progress,
     piece: Piece,
 ) -> None:
     """Write rows of a parameter from the checkpoint to the files of their Hugging Face tensors."""
@@ -182,7 +199,7 @@ def _write_piece(
     for rows, part in zip(piece.sources, piece.separate(checkpoint.parameter_map.dimensions, values), strict=True):
         invalid.check(rows.name, part)
         writers[rows.name].write(rows.name, part, first_row=rows.start)
-    report(values.nbytes)
+    progress.advance(values.nbytes)
 
 
 def _for_each(pieces: Sequence[Piece], action: Callable[[Piece], None], workers: int) -> None:
@@ -238,7 +255,3 @@ def _refuse(output_dir: Path, total_bytes: int, **numbers: int) -> None:
     for problem in output_problems(output_dir, total_bytes):
         problems.add(problem)
     problems.raise_if_any("nothing was written:")
-
-
-def _nobody(_nbytes: int) -> None:
-    """Takes progress that nobody asked for."""

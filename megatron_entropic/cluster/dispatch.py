@@ -92,7 +92,7 @@ class Dispatcher:
     def __init__(self, config: Config, cluster: Cluster) -> None:
         """Prepare; engines do nothing before `begin`."""
         rollout = config.rollout
-        self._cluster, self._engines = cluster, cluster.engines
+        self.cluster, self._engines = cluster, cluster.engines
         self._colocated = config.cluster.colocate
         self._limit = rollout.max_concurrent_sequences
         self._timeout_s = config.cluster.generate_timeout_s
@@ -163,7 +163,7 @@ class Dispatcher:
         Args:
             while_waiting: called at least about once a second of a wait; may raise.
         """
-        with self._cluster.rollout(), self._changed:
+        with self.cluster.rollout(), self._changed:
             self._paused = False
             self._changed.notify_all()
         try:
@@ -202,9 +202,9 @@ class Dispatcher:
             self._require_movement(phase)
             if lost := self._lost:
                 self._engines.replace(lost)
-                self._cluster.renew_weights()
+                self.cluster.renew_weights()
                 self.begin(Moment(self.version, 0, 0))
-                with self._cluster.rollout():  # whose turn it was
+                with self.cluster.rollout():  # whose turn it was
                     continue
 
     @property

@@ -103,8 +103,7 @@ def _hf_to_megatron(options: argparse.Namespace) -> None:
             options.output_dir,
             dtype=None if options.dtype is None else getattr(torch, options.dtype),
             workers=options.workers,
-            begin=progress.begin,
-            report=progress.advance,
+            progress=progress,
         )
     _say(console, f"wrote {options.output_dir}")
 
@@ -120,8 +119,7 @@ def _megatron_to_hf(options: argparse.Namespace) -> None:
             template_dir=options.hf_template,
             max_shard_bytes=int(options.max_shard_gb * 1e9),
             workers=options.workers,
-            begin=progress.begin,
-            report=progress.advance,
+            progress=progress,
         )
     _say(console, f"wrote {options.output_dir}")
 
@@ -157,8 +155,7 @@ def _verify(options: argparse.Namespace) -> int:
                 options.hf_dir,
                 options.megatron_dir,
                 workers=options.workers,
-                begin=progress.begin,
-                report=progress.advance,
+                progress=progress,
             )
         different = [difference for difference in differences if not difference.is_equal]
         if different:

@@ -18,7 +18,7 @@ from megatron_entropic.errors import UserError
 from megatron_entropic.files.text import printable, shortened
 from megatron_entropic.observability.records import read_rollouts, recorded_steps, rollouts_path
 from megatron_entropic.reports.pages import write_page
-from megatron_entropic.reports.rollouts import ResponseView, StepView, rollouts_page, view_step
+from megatron_entropic.reports.rollouts import Excerpt, ResponseView, StepView, rollouts_page, view_step
 from megatron_entropic.reports.run import Run, load_run
 from megatron_entropic.rewards import build_reader
 from megatron_entropic.rewards.verifier import Reader
@@ -71,9 +71,7 @@ def _rollouts(options: argparse.Namespace) -> None:
         _tokenizer(options.tokenizer, run),
         _reader(run, console),
         tau=_tau(run),
-        prompts=options.prompt,
-        max_prompts=options.prompts,
-        max_tokens=options.max_tokens,
+        excerpt=Excerpt(options.prompt, options.prompts, options.max_tokens),
     )
     if options.html is None:
         show(view, console)

@@ -98,15 +98,25 @@ class StepView:
     groups: list[GroupView]
 
 
+@dataclass(frozen=True, slots=True)
+class Excerpt:
+    """How much of a step is shown."""
+
+    prompts: Sequence[int] = ()
+    """Indices of prompts; empty: the first ones of the step, those whose rewards differ before the others."""
+    max_prompts: int = 2
+    """Number of prompts shown when none are named."""
+    max_tokens: int = 2000
+    """Most tokens shown of a response; from a longer one the middle is left out."""
+
+
 def view_step(
     recorded: RecordedStep,
     tokenizer: Any,
     read_answer: Callable[[str], str | None],
     *,
     tau: float | None,
-    prompts: Sequence[int] = (),
-    max_prompts: int = 2,
-    max_tokens: int = 2000,
+    excerpt: Excerpt = Excerpt(),
 ) -> StepView:
     """Choose prompts of a recorded step and prepare what is shown of them.
 
@@ -115,22 +125,21 @@ def view_step(
         tokenizer: tokenizer of the model.
         read_answer: function: response -> the answer that the verifier takes from it, None without one.
         tau: threshold of the entropy control; None if it acts on no token.
-        prompts: indices to show; empty: the first ones of the step, those whose rewards differ before the others.
-        max_prompts: number of prompts shown when `prompts` is empty.
-        max_tokens: most tokens shown of a response; from a longer one the middle is left out.
+        excerpt: how much is shown.
 
     Raises:
         UserError: a prompt that is not in the step; naming some that are.
     """
     groups = [(members[0].trajectory.task.index, members) for members in recorded.by_task()]
     present = [index for index, _ in groups]
-    missing = [index for index in prompts if index not in present]
+    missing = [index for index in excerpt.prompts if index not in present]
     if missing:
         some = ", ".join(map(str, present[:10]))
         raise UserError(f"step {recorded.step} has no prompt {', '.join(map(str, missing))}; it has {some}, ...")
     # Groups whose rewards are all alike have no advantage and teach nothing; sorting keeps the order of the step.
     with_signal_first = sorted(groups, key=lambda group: len({member.reward.value for member in group[1]}) < 2)
-    chosen = [group for group in groups if group[0] in prompts] if prompts else with_signal_first[:max_prompts]
+    named = [group for group in groups if group[0] in excerpt.prompts]
+    chosen = named if excerpt.prompts else with_signal_first[: excerpt.max_prompts]
     entropies = np.concatenate([response.entropies for response in recorded.responses])
     return StepView(
         step=recorded.step,
@@ -143,7 +152,10 @@ def view_step(
                 index,
                 members[0].trajectory.task.text,
                 members[0].trajectory.task.ground_truth,
-                [_response(one, tokenizer, read_answer(one.trajectory.text), tau, max_tokens) for one in members],
+                [
+                    _response(one, tokenizer, read_answer(one.trajectory.text), tau, excerpt.max_tokens)
+                    for one in members
+                ],
             )
             for index, members in chosen
         ],

@@ -32,10 +32,7 @@ from megatron_entropic.training.preconditions import Inputs
 from megatron_entropic.training.rollouts import JudgedRollouts, Rollouts, Rounds
 from megatron_entropic.training.run_directory import RunDirectory
 from megatron_entropic.training.step_ahead import Judges, StepAhead
-from megatron_entropic.types import (
-    Group,
-    Origin,
-)
+from megatron_entropic.types import Group, Origin
 
 
 class RunAhead:
@@ -45,7 +42,6 @@ class RunAhead:
         self,
         config: Config,
         tasks: TaskDataset,
-        cluster: Cluster,
         dispatcher: Dispatcher,
         judges: Judges,
         journal: Journal,
@@ -54,7 +50,6 @@ class RunAhead:
         """Prepare; nothing is asked for before `begin`."""
         self._config = config
         self._tasks = tasks
-        self._cluster = cluster
         self._dispatcher = dispatcher
         self._judges = judges
         self._journal = journal
@@ -120,7 +115,7 @@ class RunAhead:
             self._open(following, [])  # before anything else, so that no engine waits for it
         if self._splits and not self._config.cluster.colocate:
             self._dispatcher.settle(f"publish (weights version {step})")
-            with self._cluster.training() as policy:
+            with self._dispatcher.cluster.training() as policy:
                 self._score_sampled_by(step - 1, policy)
 
     def in_flight(self, step: int) -> tuple[Moment, list[SavedAttempt]]:
@@ -214,7 +209,7 @@ def open_rollouts(
         judges = Judges(inputs.scorer, environments)
         with (
             Dispatcher(config, cluster) as dispatcher,
-            RunAhead(config, inputs.tasks, cluster, dispatcher, judges, journal, stop) as ahead,
+            RunAhead(config, inputs.tasks, dispatcher, judges, journal, stop) as ahead,
         ):
             ahead.begin(step, moment, saved)
             yield ahead, Sampler(config, Queued(dispatcher), tokenizer, environments)

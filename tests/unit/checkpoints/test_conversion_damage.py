@@ -180,8 +180,11 @@ def test_failed_writes_leave_nothing(tmp_path: Path, qwen3_dir: Path, megatron_d
 
 def test_a_killed_conversion_leaves_no_output_and_the_next_succeeds(tmp_path: Path, qwen3_dir: Path):
     script = (
-        "import sys, time; from pathlib import Path; from megatron_entropic.checkpoints.convert import hf_to_megatron\n"
-        "hf_to_megatron(Path(sys.argv[1]), Path(sys.argv[2]), report=lambda _: time.sleep(60))"
+        "import sys, time; from pathlib import Path; from megatron_entropic.checkpoints import convert\n"
+        "class Slow:\n"
+        "    def begin(self, total): pass\n"
+        "    def advance(self, count): time.sleep(60)\n"
+        "convert.hf_to_megatron(Path(sys.argv[1]), Path(sys.argv[2]), progress=Slow())"
     )
     output = tmp_path / "out"
     with subprocess.Popen([sys.executable, "-c", script, qwen3_dir, output], cwd=ROOT) as process:

@@ -17,10 +17,6 @@ from megatron_entropic.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_entropic.checkpoints.hf import HfReader
 
 
-def nobody(_nbytes: int) -> None:
-    """Takes progress."""
-
-
 def tensors(hf_dir: Path) -> dict[str, torch.Tensor]:
     """All tensors of a directory, from all of its files."""
     return {name: value for path in hf_dir.glob("*.safetensors") for name, value in load_file(path).items()}
@@ -54,7 +50,7 @@ def test_every_family_comes_back_bit_for_bit(
     reader = HfReader(hf_dir)
     assert same_bits({name: reader[name] for name in reader}, tensors(back))
     assert (back / "tokenizer.json").read_text() == "{}"
-    differences = compare_weights(hf_dir, megatron_dir, begin=nobody, report=nobody)
+    differences = compare_weights(hf_dir, megatron_dir)
     assert {difference.name for difference in differences} == set(reader)
     assert all(difference.is_equal for difference in differences)
 
@@ -78,7 +74,7 @@ def test_dtype_is_converted_when_asked(tmp_path: Path, qwen3_dir: Path):
     wanted = {name: value.to(torch.bfloat16) for name, value in tensors(qwen3_dir).items()}
     assert same_bits(wanted, tensors(tmp_path / "back"))
     assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == "bfloat16"
-    differences = compare_weights(qwen3_dir, tmp_path / "megatron", begin=nobody, report=nobody)
+    differences = compare_weights(qwen3_dir, tmp_path / "megatron")
     assert all(one.is_equal and one.hf_dtype != one.megatron_dtype for one in differences), (
         "another dtype, with the values it should have"
     )
@@ -90,7 +86,7 @@ def test_comparison_finds_a_changed_value(tmp_path: Path, qwen3_dir: Path):
     changed = tensors(qwen3_dir)
     changed[name][3, 4] += 0.5
     save_file(changed, qwen3_dir / "model.safetensors")
-    differences = compare_weights(qwen3_dir, tmp_path / "megatron", begin=nobody, report=nobody)
+    differences = compare_weights(qwen3_dir, tmp_path / "megatron")
     (found,) = [one for one in differences if not one.is_equal]
     assert (found.name, found.differing, found.hf_nan) == (name, 1, 0)
     assert found.largest == pytest.approx(0.5)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_entropic.cli import main
 from megatron_entropic.observability.records import read_rollouts, rollouts_path, write_rollouts
-from megatron_entropic.reports.rollouts import token_texts, view_step
+from megatron_entropic.reports.rollouts import Excerpt, token_texts, view_step
 from megatron_entropic.types import Group, Scores, Sequence, TrainingBatch
 
 TEXT = "So <b>x</b> is \\boxed{4} or \u00e9\u6f22\U0001f642 done"
@@ -72,7 +72,7 @@ def test_token_texts_add_up_whatever_characters_are_cut_into(tokenizer: Any) -> 
 
 def test_marks_are_those_of_tau_and_the_advantage(run: Path, tokenizer: Any) -> None:
     recorded = read_rollouts(rollouts_path(run, 3))
-    view = view_step(recorded, tokenizer, lambda text: "4", tau=0.95, prompts=[11], max_tokens=10)
+    view = view_step(recorded, tokenizer, lambda text: "4", tau=0.95, excerpt=Excerpt([11], max_tokens=10))
     (group,) = view.groups
     assert (group.index, view.prompts, view.alpha) == (11, 3, -0.125)
     for response, mark in zip(group.responses, ("up", "down"), strict=True):
@@ -85,7 +85,7 @@ def test_marks_are_those_of_tau_and_the_advantage(run: Path, tokenizer: Any) -> 
         for token in g.responses[0].tokens
     )
     with pytest.raises(ValueError, match="step 3 has no prompt 99; it has 10, 11, 12"):
-        view_step(recorded, tokenizer, str, tau=None, prompts=[99])
+        view_step(recorded, tokenizer, str, tau=None, excerpt=Excerpt([99]))
 
 
 def test_the_terminal_shows_everything(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +122,9 @@ def test_a_prompt_that_comes_twice_in_a_row_is_shown_as_two_groups(run: Path, to
     recorded = read_rollouts(rollouts_path(run, 3))
     task = recorded.responses[0].trajectory.task
     same = [replace(one, trajectory=replace(one.trajectory, task=task)) for one in recorded.responses]
-    view = view_step(replace(recorded, responses=same), tokenizer, lambda text: "4", tau=0.95, max_prompts=9)
+    view = view_step(
+        replace(recorded, responses=same), tokenizer, lambda text: "4", tau=0.95, excerpt=Excerpt(max_prompts=9)
+    )
     assert [(group.index, len(group.responses)) for group in view.groups] == [(10, 2)] * 3
 
 
@@ -130,13 +132,7 @@ def test_prompts_whose_rewards_differ_are_shown_first(run: Path, tokenizer: Any)
     recorded = read_rollouts(rollouts_path(run, 3))
     alike = [replace(one, reward=reward_of(0.0)) for one in recorded.responses[:2]]
     recorded = replace(recorded, responses=[*alike, *recorded.responses[2:]])
-    view = view_step(
-        recorded,
-        tokenizer,
-        lambda text: "4",
-        tau=0.95,
-        max_prompts=3,
-    )
+    view = view_step(recorded, tokenizer, lambda text: "4", tau=0.95, excerpt=Excerpt(max_prompts=3))
     assert [group.index for group in view.groups] == [11, 12, 10]
 
 

@@ -135,13 +135,13 @@ def _ahead(config: Config, environments: Environments | None = None) -> tuple[Ru
     journal: Any = SimpleNamespace(
         phase=lambda name: nullcontext(), timeline=SimpleNamespace(count=lambda *a: None, span=lambda *a, **k: None)
     )
-    cluster: Any = SimpleNamespace(training=lambda: nullcontext(policy))
     stop: Any = SimpleNamespace(raise_if_asked=lambda: None)
     tasks: Any = Tasks()
     scorer: Any = Scorer()
     judges = Judges(scorer, environments)
     dispatcher: Any = desk
-    return RunAhead(config, tasks, cluster, dispatcher, judges, journal, stop), desk, policy
+    dispatcher.cluster = SimpleNamespace(training=lambda: nullcontext(policy))
+    return RunAhead(config, tasks, dispatcher, judges, journal, stop), desk, policy
 
 
 def _names(desk: Desk) -> list[str]:
