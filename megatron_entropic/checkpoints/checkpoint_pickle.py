@@ -103,7 +103,6 @@ def read_checkpoint_metadata(path: Path, *, only_known: bool = False) -> Checkpo
     """Read a `.metadata` file.
 
     Args:
-        path: the file.
         only_known: refuse names that are not in the lists above. Reading here is safe either way, because they are
             ignored; but another reader (torch's own) would call them.
 

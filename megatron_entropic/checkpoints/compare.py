@@ -50,7 +50,6 @@ def compare_weights(
 
     Args:
         hf_dir, megatron_dir: directories, which are only read.
-        workers: number of threads.
         progress: is told how much is compared.
 
     Raises:

@@ -73,7 +73,6 @@ def hf_to_megatron(
         hf_dir: Hugging Face directory, which is only read.
         output_dir: directory that must not exist, or be empty.
         dtype: dtype of the output's parameters; None keeps the dtype of the input. Buffers keep theirs.
-        workers: number of threads.
         progress: is told how much is written.
 
     Raises:

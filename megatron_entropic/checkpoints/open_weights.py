@@ -164,7 +164,6 @@ def open_weights(hf_dir: Path, megatron_dir: Path | None = None) -> HfReader | M
     """The tensors of a model by name, with its `parameter_map`; nothing but headers and metadata is read yet.
 
     Args:
-        hf_dir: Hugging Face directory of the model.
         megatron_dir: distributed checkpoint from which its weights are taken instead.
 
     Raises:

@@ -67,7 +67,6 @@ def write_torch_dist(directory: Path, chunks: Sequence[Chunk], *, workers: int) 
     Args:
         directory: an existing directory.
         chunks: blocks that together cover every tensor exactly once.
-        workers: number of threads that read and write.
 
     Raises:
         OSError: the disk is full or not writable.

@@ -176,7 +176,6 @@ class Sampler:
         """Sample as `rollout` and `evaluation` say.
 
         Args:
-            config: configuration of the run.
             answerer: what lets engines answer.
             tokenizer: gives responses their text.
             environments: what answers the turns of the policy; None: a response is one turn.

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 from megatron_entropic.config.algorithm import DistillationConfig
 from megatron_entropic.config.base import Violation
+from megatron_entropic.config.data import EnvironmentConfig
 from megatron_entropic.config.entropy_checks import entropy_violations
-from megatron_entropic.config.environment_checks import environment_violations
 from megatron_entropic.config.names import (
     ADVANTAGES,
+    ENVIRONMENTS,
     OFF,
     POLICY_LOSSES,
     TRANSPORTS,
@@ -221,6 +222,24 @@ def _data(config: Config) -> Iterator[Violation]:
         yield Violation(
             ("data.pass_rates", "data.pass_rate_min", "data.pass_rate_max"),
             "data.pass_rate_min and pass_rate_max need data.pass_rates, a file of recorded responses",
+        )
+
+
+def environment_violations(config: Config) -> Iterator[Violation]:
+    """Yields environments that do not exist, and limits that cannot be reached or have no use."""
+    environment, longest = config.environment, config.rollout.max_response_tokens
+    if environment.name is None:
+        before, now = EnvironmentConfig().model_dump(), environment.model_dump()
+        if used := ", ".join(f"environment.{key}" for key in now if now[key] != before[key]):
+            yield Violation(("environment.name",), f"{used} has no use without environment.name")
+        return
+    if problem := unknown_name(environment.name, ENVIRONMENTS, own="module:Class"):
+        yield Violation(("environment.name",), f"environment.name={environment.name!r}: {problem}")
+    if (environment.max_turn_tokens or 0) > longest:
+        yield Violation(
+            ("environment.max_turn_tokens", "rollout.max_response_tokens"),
+            f"environment.max_turn_tokens={environment.max_turn_tokens} is more than rollout.max_response_tokens="
+            f"{longest}, which counts all turns and what the environment writes between them",
         )
 
 

@@ -273,7 +273,6 @@ def unknown_name(name: str, table: Collection[str], *, own: str | None = None) -
     """Words for why a name cannot be chosen; None if it can.
 
     Args:
-        name: the name.
         table: the names that there are.
         own: form of a name of one's own code, such as `module:function`; None where it cannot be.
     """

@@ -51,7 +51,6 @@ class TaskDataset:
 
         Args:
             config: the files, their columns, and what is left out.
-            tokenizer: tokenizer of the model.
             seed: seed of the order.
             check_truths: the verifier's opinion of the ground truths.
             benchmarks: problems of each benchmark, to look for among the training problems.

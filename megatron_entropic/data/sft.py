@@ -28,7 +28,6 @@ class WarmStartPairs:
 
         Args:
             file: parquet or JSON lines.
-            tokenizer: tokenizer of the model.
             max_sequence_tokens: longest prompt and response together, end-of-sequence token included.
             form: form of the prompts, as training has it (default: `PromptForm()`).
 

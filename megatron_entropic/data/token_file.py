@@ -34,7 +34,6 @@ def read_token_file(path: Path, vocab_size: int) -> list[TokenLine]:
     """Read and check every line; blank lines are skipped.
 
     Args:
-        path: JSON lines.
         vocab_size: size of the vocabulary: token ids must lie in [0, vocab_size).
 
     Raises:

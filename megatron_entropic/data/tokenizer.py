@@ -310,7 +310,6 @@ def stop_token_ids(hf_dir: Path, texts: Sequence[str] = ()) -> list[int]:
     """End-of-sequence token ids of generation_config.json and config.json, ascending; empty if neither names one.
 
     Args:
-        hf_dir: directory of the model.
         texts: texts whose tokens end a response too.
 
     Raises:

@@ -22,7 +22,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from types import TracebackType
 from typing import Any
 
 from megatron_entropic.config.data import EnvironmentConfig
@@ -137,9 +136,7 @@ class EnvironmentHost:
     def __enter__(self) -> EnvironmentHost:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _send(self, pending: _Pending) -> None:

@@ -76,7 +76,6 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """Yields a file that appears in place of `path` when the block succeeds, with the folders above it.
 
     Args:
-        path: the file to write.
         durable: whether the file is on the disk by then, not only in the system's memory.
 
     Raises:

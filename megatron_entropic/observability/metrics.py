@@ -12,7 +12,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, Protocol
 
 from megatron_entropic.config.run import LoggingConfig
@@ -108,9 +108,7 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open_sinks(self, first_step: int) -> list[_Sink]:
@@ -205,7 +203,6 @@ class _WandbSink:
         """Start the W&B run.
 
         Args:
-            output_dir: the run's directory.
             mode: online or offline.
             required: whether the run fails without W&B's server; otherwise it is recorded offline.
             named: project, name and configuration of the W&B run.

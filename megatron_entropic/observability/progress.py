@@ -10,18 +10,19 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from statistics import median
 from types import TracebackType
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from megatron_entropic.files.text import printable
-from megatron_entropic.observability.live import live_display
 from megatron_entropic.observability.metrics import ENTROPY_BAND
 from megatron_entropic.observability.yardsticks import MismatchYardstick
 
@@ -293,3 +294,23 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+@contextmanager
+def live_display(console: Console, render: Callable[[], RenderableType], *, transient: bool) -> Iterator[None]:
+    """Draw what `render` returns below the printed lines four times a second; nothing where there is no terminal.
+
+    Args:
+        console: where to draw.
+        render: returns what to draw now.
+        transient: whether the last drawing is wiped at the end.
+    """
+    if not console.is_terminal:
+        yield
+        return
+    live = Live(get_renderable=render, console=console, refresh_per_second=4, transient=transient)
+    live.start(refresh=True)
+    try:
+        yield
+    finally:
+        live.stop()

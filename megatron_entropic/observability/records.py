@@ -100,7 +100,6 @@ def write_rollouts(path: Path, step: int, batch: TrainingBatch, scores: Scores, 
     """Write a step's rollouts as a whole: the file appears when it is complete.
 
     Args:
-        path: the file to write.
         step: the step whose rollouts they are.
         batch: batch of the step, with advantages and reference log-probs.
         scores: scores of its sequences, before the first update.

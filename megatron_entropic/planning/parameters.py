@@ -167,7 +167,6 @@ class ParameterTable:
     """Parameters of every rank of one model under any layout; each part is worked out once.
 
     Args:
-        model: the model.
         parameter_map: its parameters, where they are known already.
         beside: tables of the frozen models that are held beside it and have sizes of their own.
     """
@@ -224,7 +223,6 @@ class ParameterTable:
         """The buffers of each rank of a stage: for each chunk of dense parameters, and of experts if it has any.
 
         Args:
-            policy: the layout.
             stage: number of the pipeline stage, from 0.
             overlap: whether gradients travel during backward, as on a GPU; then the first stage has buckets.
         """

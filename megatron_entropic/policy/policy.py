@@ -57,7 +57,6 @@ class Policy:
     """One rank's part of the policy: process group, model, optimizer, entropy control.
 
     Args:
-        config: configuration of the run.
         rendezvous: address at which all policy ranks meet, and this rank's number among them.
         device: "auto" takes CUDA where there is one.
         sender_type: class that carries weights to the rollout engines.

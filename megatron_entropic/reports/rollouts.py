@@ -122,7 +122,6 @@ def view_step(
 
     Args:
         recorded: the step.
-        tokenizer: tokenizer of the model.
         read_answer: function: response -> the answer that the verifier takes from it, None without one.
         tau: threshold of the entropy control; None if it acts on no token.
         excerpt: how much is shown.

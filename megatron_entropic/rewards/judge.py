@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from types import TracebackType
 
 from megatron_entropic.config.names import ANSWERS, VerifierEntry, is_instant, verifier_entry
 from megatron_entropic.config.run import RewardConfig
@@ -166,9 +165,7 @@ class Judging:
     def __enter__(self) -> Judging:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.cancel()
 
     def _submitted(self, jobs: list[Job]) -> Future[list[Verdict]]:

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
-from types import TracebackType
 from typing import Any
 
 from megatron_entropic.config.names import PROMPT, verifier_entry
@@ -91,9 +90,7 @@ class RewardScorer:
     def __enter__(self) -> RewardScorer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _judge_of(self, name: str, judges: ExitStack, settings: RewardConfig | None = None) -> Judge:
@@ -155,9 +152,7 @@ class Scoring:
     def __enter__(self) -> Scoring:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for judging in self._judgings.values():
             judging.cancel()
 

@@ -23,7 +23,6 @@ def score_file(hf_dir: Path, tokens_path: Path, output_path: Path, dtype: Dtype,
     """Score every line of a token file in one engine; entropies are null, vLLM does not report them.
 
     Args:
-        hf_dir: Hugging Face directory of the model.
         tokens_path: JSON lines {"tokens": [...], "prompt_length": n}.
         output_path: file for the same lines with log-probs added.
         dtype: dtype of weights and activations.

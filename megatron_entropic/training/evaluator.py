@@ -82,7 +82,6 @@ class Evaluator:
         """Names of the benchmarks whose responses are not in `directory` yet.
 
         Args:
-            directory: folder of an evaluation.
             model: identity of the weights.
 
         Raises:
@@ -114,7 +113,6 @@ class Evaluator:
         """Let the engines answer one benchmark, judge the responses as they come, and store them.
 
         Args:
-            name: the benchmark.
             sampler: engines that answer.
             scorer: verifier that judges.
             directory: folder of the evaluation.

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from types import TracebackType
 from typing import Any
 
 from megatron_entropic.checkpoints.run_checkpoints import latest_checkpoint
@@ -58,9 +57,7 @@ class Journal:
             self._open_files = files.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._open_files:
             self.timeline.write()
 

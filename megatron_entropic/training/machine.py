@@ -15,8 +15,7 @@ import psutil
 
 from megatron_entropic.config.algorithm import FROZEN_KEYS
 from megatron_entropic.config.base import Violation
-from megatron_entropic.config.checks import violations
-from megatron_entropic.config.environment_checks import environment_violations
+from megatron_entropic.config.checks import environment_violations, violations
 from megatron_entropic.config.load import load_config
 from megatron_entropic.config.reward_checks import benchmark_violations, reward_violations
 from megatron_entropic.config.run import Config

@@ -64,7 +64,6 @@ def replay(run_dir: Path, step: int, checkpoint: Path | None = None, *, begin: C
     """Compute a recorded step again.
 
     Args:
-        run_dir: directory of the run.
         step: number of the step, whose rollouts were kept.
         checkpoint: checkpoint to start from instead of that of the step before.
         begin: called with words for each part that begins.

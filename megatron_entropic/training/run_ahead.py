@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from types import TracebackType
 
 from megatron_entropic.cluster.cluster import Cluster
 from megatron_entropic.cluster.dispatch import Dispatcher
@@ -138,9 +137,7 @@ class RunAhead:
     def __enter__(self) -> RunAhead:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for ahead in self._ahead.values():
             ahead.close()
 

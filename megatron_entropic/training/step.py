@@ -71,8 +71,6 @@ def score_batch(
 
     Args:
         policy: the policy before the step's first update.
-        batch: a batch of `training_batch`.
-        config: configuration of the run.
         version: version of the policy's weights.
     """
     if config.algorithm.kl.coefficient:

@@ -173,7 +173,6 @@ def publish_plan(parameter_map: ParameterMap, layout: PolicyConfig, *, bucket_by
     model is left out: engines tie it themselves. Buffers travel apart, in float32.
 
     Args:
-        parameter_map: parameters of the model.
         layout: sizes of tensor, pipeline, virtual pipeline and expert parallelism.
         bucket_bytes: limit of one bucket.
         dtype: dtype of the parameters as they travel.

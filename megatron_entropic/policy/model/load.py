@@ -23,7 +23,6 @@ def named_entries(
 
     Args:
         model: the chunks of this rank's stage, not wrapped.
-        parameter_map: parameters of the model.
         state: this rank's place.
 
     Raises:
@@ -48,7 +47,6 @@ def load_weights(
 
     Args:
         model: the chunks of this rank's stage, not wrapped.
-        hf_dir: Hugging Face directory of the model.
         state: this rank's place.
         megatron_dir: distributed checkpoint with the weights; None: they are in `hf_dir`.
 

@@ -134,7 +134,6 @@ def collect_choices(
         recorded: choices of this rank, by layer with experts (from 0, over the whole model): [t, k] of each
             micro-batch.
         micro_batches: micro-batches of the pass, in its order.
-        parallel: this rank's place.
         device: device of the process groups.
         shape: (layers, k).
         dtype: dtype of the choices.

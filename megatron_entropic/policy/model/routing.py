@@ -28,7 +28,6 @@ class Routing:
 
     Args:
         model: the chunks of this rank's stage, wrapped or not, of a model with experts.
-        parallel: this rank's place.
     """
 
     def __init__(self, model: torch.nn.ModuleList, parallel: ParallelState) -> None:

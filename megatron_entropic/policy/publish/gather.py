@@ -76,8 +76,6 @@ def gather_bucket(
     Args:
         bucket: bucket of the plan that all ranks share.
         values: this rank's shards by global Megatron name.
-        parameter_map: parameters of the model.
-        parallel: this rank's place.
         phase: words for what the run is doing, for messages.
         workspace: buffers of this pass.
         to_first_stage: whether to bring it to rank 0; otherwise it stays on the first tensor rank of its own stage.

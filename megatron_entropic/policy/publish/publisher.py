@@ -80,9 +80,7 @@ class Publisher:
 
         Args:
             plan: buckets in the order in which the engines receive them.
-            parameter_map: parameters of the model.
             model: the chunks of this rank's stage, not wrapped.
-            parallel: this rank's place.
             host: address of this rank that the engines can reach.
             timeout_s: limit of the rendezvous and of each broadcast; keep it below the limit of the whole publication,
                 so that the more telling message comes first.

@@ -33,8 +33,6 @@ def export_hf(
         output_dir: new directory; an earlier export there is replaced when the new one is complete.
         model: the chunks of this rank's stage, not wrapped, with synchronised parameters.
         plan: buckets in which parameters are gathered, and their dtype.
-        parameter_map: parameters of the model.
-        parallel: this rank's place.
         template_dir: Hugging Face directory whose config and tokenizer are copied.
 
     Raises:
