@@ -8,6 +8,7 @@ owner stage:    shards of a bucket, flat --one gather over TP--> unshard --> Hug
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -61,45 +62,118 @@ def peers(*, of_experts: bool) -> str:
     return "the expert-parallel ranks of its stage" if of_experts else "the tensor ranks of its stage"
 
 
-def gather_bucket(
-    bucket: Bucket,
-    values: Mapping[str, torch.Tensor],
-    parameter_map: ParameterMap,
-    parallel: ParallelState,
-    phase: str,
-    workspace: Workspace,
-    *,
-    to_first_stage: bool = True,
-) -> torch.Tensor | None:
-    """Bring one bucket to one rank; called by all ranks for which `sends_weights` holds.
+@dataclass
+class BucketGathering:
+    """A pass over buckets, in which each is brought to one rank; all ranks for which `sends_weights` holds make it."""
 
-    Args:
-        bucket: bucket of the plan that all ranks share.
-        values: this rank's shards by global Megatron name.
-        phase: words for what the run is doing, for messages.
-        workspace: buffers of this pass.
-        to_first_stage: whether to bring it to rank 0; otherwise it stays on the first tensor rank of its own stage.
+    parameter_map: ParameterMap
+    parallel: ParallelState
+    phase: str
+    """Words for what the run is doing, for messages."""
+    workspace: Workspace = field(default_factory=Workspace)
 
-    Returns:
-        [bucket.elements] of the bucket's dtype on that rank, in the order of `bucket.hf_names`, in the workspace: its
-        memory is taken again for the bucket after the next. None on other ranks.
+    def bring(
+        self, bucket: Bucket, values: Mapping[str, torch.Tensor], *, to_first_stage: bool = True
+    ) -> torch.Tensor | None:
+        """Bring one bucket, of the plan that all ranks share, to one rank.
 
-    Raises:
-        PhaseTimeout, PeerDied: naming bucket, this rank and its peers.
-    """
-    where = f"{phase}: bucket {bucket.index} ({bucket.items[0].entry.megatron_name} ..)"
-    flat = None
-    if parallel.pipeline_rank == bucket.owner_stage and takes_part(parallel, of_experts=bucket.of_experts):
-        with named_wait(where, f"policy {parallel.describe()}", peers(of_experts=bucket.of_experts)):
-            flats = workspace.shared.get(bucket.of_experts)
-            if flats is not None:
-                whole = _write_together(bucket, values, parameter_map, parallel, flats)
-                flat = whole if parallel.is_first_of_stage else None
-            elif (shards := _gather_shards(bucket, values, parallel, workspace)) is not None:
-                flat = _join(bucket, shards, parameter_map, workspace)
-    if not to_first_stage or bucket.owner_stage == 0 or not parallel.is_first_of_stage:
+        Args:
+            values: this rank's shards by global Megatron name.
+            to_first_stage: whether to bring it to rank 0; otherwise it stays on the first tensor rank of its own stage.
+
+        Returns:
+            [bucket.elements] of the bucket's dtype on that rank, in the order of `bucket.hf_names`, in the workspace:
+            its memory is taken again for the bucket after the next. None on other ranks.
+
+        Raises:
+            PhaseTimeout, PeerDied: naming bucket, this rank and its peers.
+        """
+        parallel, flat = self.parallel, None
+        where = f"{self.phase}: bucket {bucket.index} ({bucket.items[0].entry.megatron_name} ..)"
+        if parallel.pipeline_rank == bucket.owner_stage and takes_part(parallel, of_experts=bucket.of_experts):
+            with named_wait(where, f"policy {parallel.describe()}", peers(of_experts=bucket.of_experts)):
+                flats = self.workspace.shared.get(bucket.of_experts)
+                if flats is not None:
+                    whole = self._write_together(bucket, values, flats)
+                    flat = whole if parallel.is_first_of_stage else None
+                elif (shards := self._gather_shards(bucket, values)) is not None:
+                    flat = self._join(bucket, shards)
+        if not to_first_stage or bucket.owner_stage == 0 or not parallel.is_first_of_stage:
+            return flat
+        return self._send_to_first_stage(bucket, flat, values, where)
+
+    def _gather_shards(self, bucket: Bucket, values: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Gather every rank's part in one collective: [ranks, shard_elements] on the stage's first rank."""
+        parallel, workspace = self.parallel, self.workspace
+        dtype, device = DTYPES[bucket.dtype], next(iter(values.values())).device
+        group = parallel.expert_group if bucket.of_experts else parallel.tensor_group
+        gathered = None
+        if parallel.is_first_of_stage:
+            size = group.size() * bucket.shard_elements
+            gathered = workspace.take("gathered", size, dtype, device).view(group.size(), -1)
+        mine = workspace.take("mine", bucket.shard_elements, dtype, device) if gathered is None else gathered[0]
+        held = [values[item.entry.megatron_name].detach() for item in bucket.held_by(parallel.expert_rank)]
+        for part, shard in zip(mine.split([value.numel() for value in held]), held, strict=True):
+            part.copy_(shard.flatten())
+        if group.size() > 1:
+            parts = None if gathered is None else list(gathered)
+            dist.gather(mine, parts, dst=dist.get_global_rank(group, 0), group=group)
+        return gathered
+
+    def _join(self, bucket: Bucket, shards: torch.Tensor) -> torch.Tensor:
+        """Join shards [ranks, shard_elements] into whole Hugging Face tensors without padding, [bucket.elements]."""
+        flat = self.workspace.take(f"flat {bucket.index % 2}", bucket.elements, shards.dtype, shards.device)
+        owners = 1 + max(item.expert_rank for item in bucket.items)
+        for owner, of_owner in enumerate(shards.unflatten(0, (owners, -1))):
+            held = bucket.held_by(owner)
+            for tensor_rank, shard in enumerate(of_owner):
+                parts = shard.split([item.shard_elements for item in held])
+                values = [part.view(item.shard_shape) for item, part in zip(held, parts, strict=True)]
+                self._write_part(flat, bucket, held, values, (tensor_rank, of_owner.shape[0]))
         return flat
-    return _send_to_first_stage(bucket, flat, values, parallel, where, workspace)
+
+    def _write_together(self, bucket: Bucket, values: Mapping[str, torch.Tensor], flats: SharedFlats) -> torch.Tensor:
+        """Flat buffer [bucket.elements] in memory that all ranks of the gathering see, each part written by its rank."""
+        flat = flats.take(bucket.index % 2, bucket.elements, DTYPES[bucket.dtype])
+        flats.wait_for_all()  # the first rank comes when the memory is free
+        held = bucket.held_by(self.parallel.expert_rank)
+        own = [values[item.entry.megatron_name].detach() for item in held]
+        self._write_part(flat, bucket, held, own, self.parallel.tensor_place(of_expert=bucket.of_experts))
+        flats.wait_for_all()
+        return flat
+
+    def _write_part(
+        self,
+        flat: torch.Tensor,
+        bucket: Bucket,
+        held: Sequence[BucketItem],
+        values: Sequence[torch.Tensor],
+        tensor_place: tuple[int, int],
+    ) -> None:
+        """Write one rank's parameters to their places in the bucket's flat buffer [bucket.elements]."""
+        tensors = dict(FlatContents.of_bucket(bucket).split(flat))
+        for item, value in zip(held, values, strict=True):
+            self.parameter_map.write_to_hf(item.entry, value, tensors, *tensor_place)
+
+    def _send_to_first_stage(
+        self, bucket: Bucket, flat: torch.Tensor | None, values: Mapping[str, torch.Tensor], where: str
+    ) -> torch.Tensor | None:
+        """Send a bucket from its owner stage to the first; stages that are neither only pass by."""
+        parallel, group = self.parallel, self.parallel.pipeline_group
+        if parallel.pipeline_rank == bucket.owner_stage:
+            assert flat is not None
+            first = dist.get_global_rank(group, 0)
+            with named_wait(where, f"policy {parallel.describe()}", f"policy rank {first}, to which it sends"):
+                dist.send(flat, dst=first, group=group)
+            return None
+        if not parallel.is_first_stage:
+            return None
+        owner = dist.get_global_rank(group, bucket.owner_stage)
+        device = next(iter(values.values())).device
+        received = self.workspace.take(f"flat {bucket.index % 2}", bucket.elements, DTYPES[bucket.dtype], device)
+        with named_wait(where, f"policy {parallel.describe()}", f"policy rank {owner}, which owns the bucket"):
+            dist.recv(received, src=owner, group=group)
+        return received
 
 
 def gather_hf_tensors(
@@ -114,98 +188,8 @@ def gather_hf_tensors(
     All ranks for which `sends_weights` holds must exhaust it. A tensor is a view of its bucket's buffer, which holds
     it until the next but one bucket begins: copy what is kept.
     """
-    workspace = Workspace()
+    gathering = BucketGathering(parameter_map, parallel, phase)
     for bucket in plan.buckets:
-        flat = gather_bucket(bucket, values, parameter_map, parallel, phase, workspace)
+        flat = gathering.bring(bucket, values)
         if flat is not None:
             yield from FlatContents.of_bucket(bucket).split(flat)
-
-
-def _gather_shards(
-    bucket: Bucket, values: Mapping[str, torch.Tensor], parallel: ParallelState, workspace: Workspace
-) -> torch.Tensor | None:
-    """Gather every rank's part of the bucket in one collective: [ranks, shard_elements] on the stage's first rank."""
-    dtype, device = DTYPES[bucket.dtype], next(iter(values.values())).device
-    group = parallel.expert_group if bucket.of_experts else parallel.tensor_group
-    gathered = None
-    if parallel.is_first_of_stage:
-        size = group.size() * bucket.shard_elements
-        gathered = workspace.take("gathered", size, dtype, device).view(group.size(), -1)
-    mine = workspace.take("mine", bucket.shard_elements, dtype, device) if gathered is None else gathered[0]
-    held = [values[item.entry.megatron_name].detach() for item in bucket.held_by(parallel.expert_rank)]
-    for part, shard in zip(mine.split([value.numel() for value in held]), held, strict=True):
-        part.copy_(shard.flatten())
-    if group.size() > 1:
-        parts = None if gathered is None else list(gathered)
-        dist.gather(mine, parts, dst=dist.get_global_rank(group, 0), group=group)
-    return gathered
-
-
-def _join(bucket: Bucket, shards: torch.Tensor, parameter_map: ParameterMap, workspace: Workspace) -> torch.Tensor:
-    """Join shards [ranks, shard_elements] into whole Hugging Face tensors without padding, [bucket.elements]."""
-    flat = workspace.take(f"flat {bucket.index % 2}", bucket.elements, shards.dtype, shards.device)
-    owners = 1 + max(item.expert_rank for item in bucket.items)
-    for owner, of_owner in enumerate(shards.unflatten(0, (owners, -1))):
-        held = bucket.held_by(owner)
-        for tensor_rank, shard in enumerate(of_owner):
-            parts = shard.split([item.shard_elements for item in held])
-            values = [part.view(item.shard_shape) for item, part in zip(held, parts, strict=True)]
-            _write_part(flat, bucket, held, values, parameter_map, (tensor_rank, of_owner.shape[0]))
-    return flat
-
-
-def _write_together(
-    bucket: Bucket,
-    values: Mapping[str, torch.Tensor],
-    parameter_map: ParameterMap,
-    parallel: ParallelState,
-    flats: SharedFlats,
-) -> torch.Tensor:
-    """Flat buffer [bucket.elements] in memory that all ranks of the gathering see; each has written its own part."""
-    flat = flats.take(bucket.index % 2, bucket.elements, DTYPES[bucket.dtype])
-    flats.wait_for_all()  # the first rank comes when the memory is free
-    held = bucket.held_by(parallel.expert_rank)
-    own = [values[item.entry.megatron_name].detach() for item in held]
-    _write_part(flat, bucket, held, own, parameter_map, parallel.tensor_place(of_expert=bucket.of_experts))
-    flats.wait_for_all()
-    return flat
-
-
-def _write_part(
-    flat: torch.Tensor,
-    bucket: Bucket,
-    held: Sequence[BucketItem],
-    values: Sequence[torch.Tensor],
-    parameter_map: ParameterMap,
-    tensor_place: tuple[int, int],
-) -> None:
-    """Write one rank's parameters to their places in the bucket's flat buffer [bucket.elements]."""
-    tensors = dict(FlatContents.of_bucket(bucket).split(flat))
-    for item, value in zip(held, values, strict=True):
-        parameter_map.write_to_hf(item.entry, value, tensors, *tensor_place)
-
-
-def _send_to_first_stage(
-    bucket: Bucket,
-    flat: torch.Tensor | None,
-    values: Mapping[str, torch.Tensor],
-    parallel: ParallelState,
-    where: str,
-    workspace: Workspace,
-) -> torch.Tensor | None:
-    """Send a bucket from its owner stage to the first; stages that are neither only pass by."""
-    group = parallel.pipeline_group
-    if parallel.pipeline_rank == bucket.owner_stage:
-        assert flat is not None
-        first = dist.get_global_rank(group, 0)
-        with named_wait(where, f"policy {parallel.describe()}", f"policy rank {first}, to which it sends"):
-            dist.send(flat, dst=first, group=group)
-        return None
-    if not parallel.is_first_stage:
-        return None
-    owner = dist.get_global_rank(group, bucket.owner_stage)
-    device = next(iter(values.values())).device
-    received = workspace.take(f"flat {bucket.index % 2}", bucket.elements, DTYPES[bucket.dtype], device)
-    with named_wait(where, f"policy {parallel.describe()}", f"policy rank {owner}, which owns the bucket"):
-        dist.recv(received, src=owner, group=group)
-    return received

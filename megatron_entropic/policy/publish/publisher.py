@@ -1,6 +1,6 @@
 """The policy's side of bringing new weights to the rollout engines.
 
-    ranks of a stage --gather_bucket--> its first tensor rank --send--> workers of all engines    for each bucket
+    ranks of a stage --BucketGathering--> its first tensor rank --send--> workers of all engines    for each bucket
 
 Who sends depends on the transport (`SendingRanks`): over gloo every pipeline stage sends its own buckets at the same
 time as the others; over NCCL rank 0 sends them all; through the memory of a GPU that rank and engine share, every rank
@@ -24,7 +24,7 @@ from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.policy.megatron.parallel import ParallelState
 from megatron_entropic.policy.model.load import named_entries
 from megatron_entropic.policy.model.transformer_config import DTYPES
-from megatron_entropic.policy.publish.gather import Workspace, gather_bucket, peers, sends_weights, takes_part
+from megatron_entropic.policy.publish.gather import BucketGathering, peers, sends_weights, takes_part
 from megatron_entropic.policy.publish.shared_flats import SharedFlats
 from megatron_entropic.weight_sync.checksums import checksums
 from megatron_entropic.weight_sync.gloo import FlatContents, GlooSender, SendingRanks, WeightSender, named_wait
@@ -96,7 +96,8 @@ class Publisher:
         self._mode = mode
         self._sender_type = sender_type
         self._sending_ranks = sender_type.sending_ranks
-        self._workspace = Workspace()
+        self._gathering = BucketGathering(parameter_map, parallel, "publish")
+        self._workspace = self._gathering.workspace
         self._sender: WeightSender | None = None
         self._receivers = 0
 
@@ -186,15 +187,7 @@ class Publisher:
         Raises:
             PhaseTimeout, PeerDied: naming bucket, this rank and its peers.
         """
-        flat = gather_bucket(
-            bucket,
-            values,
-            self._parameter_map,
-            self._parallel,
-            "publish",
-            self._workspace,
-            to_first_stage=self._sending_ranks == "first",
-        )
+        flat = self._gathering.bring(bucket, values, to_first_stage=self._sending_ranks == "first")
         if self._sending_ranks != "each":
             return flat
         if flat is None:
