@@ -133,7 +133,7 @@ class BucketGathering:
         return flat
 
     def _write_together(self, bucket: Bucket, values: Mapping[str, torch.Tensor], flats: SharedFlats) -> torch.Tensor:
-        """Flat buffer [bucket.elements] in memory that all ranks of the gathering see, each part written by its rank."""
+        """Flat buffer [bucket.elements] in memory that all these ranks see, each part written by its rank."""
         flat = flats.take(bucket.index % 2, bucket.elements, DTYPES[bucket.dtype])
         flats.wait_for_all()  # the first rank comes when the memory is free
         held = bucket.held_by(self.parallel.expert_rank)
