@@ -109,7 +109,46 @@ def _build(config: Any, state: Any) -> dict[str, Any]:
     found["state_bytes"] = sum(tensor.nbytes for tensor in optimizer.state_tensors())
     found["parameter_bytes"] = sum(parameter.nbytes for parameter in model.parameters())
     found["saved"] = len(model[0].sharded_state_dict())
+    found["colocated"] = config.cluster.colocate
+    found["published"] = _publication(model, dimensions, config, state)
     return found | _optimizer_shards(model, optimizer, config.policy)
+
+
+def _publication(model: Any, dimensions: Any, config: Any, state: Any) -> dict[str, Any]:
+    """What this rank sends of a publication, as the transport of GPUs wants it: without values, as everything here."""
+    from megatron_entropic.models.parameter_map import ParameterMap
+    from megatron_entropic.policy.publish.publisher import BUCKET_BYTES, Publisher
+    from megatron_entropic.weight_sync.plan import publish_plan
+
+    sent: list[tuple[str, ...]] = []
+
+    class Sender:
+        """Notes what it is given."""
+
+        sending_ranks = "each" if config.cluster.colocate else "first"
+        address = ("10.0.0.1", 1)
+
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def accept(self) -> None: ...
+
+        def send(self, contents: Any, flat: torch.Tensor) -> int:
+            assert (flat.device, flat.dtype, flat.numel()) == (META, contents.torch_dtype, contents.elements)
+            sent.append(contents.names)
+            return contents.elements
+
+    parameter_map = ParameterMap(dimensions)
+    plan = publish_plan(parameter_map, config.policy, bucket_bytes=BUCKET_BYTES["cuda"], dtype=config.model.dtype)
+    publisher = Publisher(plan, parameter_map, model, state, host="10.0.0.1", timeout_s=60, sender_type=Sender)
+    publisher.open(receivers=config.policy.world_size)
+    publisher.accept()
+    published = publisher.publish()
+    return {
+        "all": [bucket.hf_names for bucket in plan.buckets] == sent,
+        "elements": published.elements,
+        "wanted": sum(bucket.elements for bucket in plan.buckets),
+        "buffers kept": len(publisher._workspace._buffers),
+    }
 
 
 def _optimizer_shards(model: Any, optimizer: Any, policy: Any) -> dict[str, Any]:

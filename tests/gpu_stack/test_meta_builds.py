@@ -18,8 +18,13 @@ MODELS = {
     "qwen3_32b": "Qwen3-32B",
     "qwen3_30b_a3b": "Qwen3-30B-A3B",
     "qwen3_235b_a22b": "Qwen3-235B-A22B",
+    "two_phase_qwen3_1_7b": "Qwen3-1.7B",
 }
-EXAMPLES = sorted(path.stem for path in (meta_policies.ROOT / "examples").glob("*.yaml") if "cpu" not in path.stem)
+EXAMPLES = sorted(
+    path.stem
+    for path in (meta_policies.ROOT / "examples").glob("*.yaml")
+    if "\n  device: cuda\n" in path.read_text(encoding="utf-8")
+)
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     **{name: (name, []) for name in EXAMPLES},
     "8B, one stage": ("qwen3_8b", ["policy.pipeline_parallel=1", "policy.data_parallel=4"]),
@@ -41,6 +46,10 @@ def process() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
+def test_every_example_for_gpus_is_built() -> None:
+    assert set(EXAMPLES) == set(MODELS)
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["first rank", "last rank"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_policy_has_the_parameters_of_the_map(process: ProcessPoolExecutor, variant: str, last: bool) -> None:
@@ -56,6 +65,14 @@ def test_a_policy_has_the_parameters_of_the_map(process: ProcessPoolExecutor, va
     # Two moments and the main parameters in float32 beside 2 bytes a parameter, or this rank's share of them.
     assert 0 < found["state_bytes"] <= 6 * found["parameter_bytes"] + 2**20
     assert found["saved"] >= found["parameters"] / 20
+    published = found["published"]
+    if not last or found["colocated"]:
+        # Rank 0 sends every bucket of all stages, a rank that shares its GPU with an engine too, and in its order.
+        assert published["all"]
+        assert published["elements"] == published["wanted"]
+    else:
+        assert published["elements"] == 0
+    assert published["buffers kept"] == 0, "memory that the next step needs"
     if (shards := found["shards"]) is not None:
         assert shards["can be written"]
         # A checkpoint takes this rank's state as it is, once.

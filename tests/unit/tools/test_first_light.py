@@ -24,6 +24,12 @@ def first_light(*arguments: object, **environment: str) -> subprocess.CompletedP
     )
 
 
+def summary(output: Path) -> dict[str, str]:
+    """What became of each part."""
+    lines = (output / "summary.txt").read_text().splitlines()[1:]
+    return {part: status for part, status, _ in map(str.split, lines)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -57,7 +63,7 @@ def test_a_part_that_fails_is_reported_with_its_log(tmp_path: Path) -> None:
     python.chmod(0o755)
     run = first_light("--output", tmp_path / "out", "machine", "heads", PYTHON=str(python))
     assert run.returncode == 1
-    assert (tmp_path / "out/summary.txt").read_text().split()[3:] == ["machine", "failed", "0", "heads", "passed", "0"]
+    assert summary(tmp_path / "out") == {"machine": "failed", "heads": "passed"}
     assert "this is tests/gpu/machine.py" in run.stdout
     assert "vocab_parallel_gpu.py" in (tmp_path / "out/heads.log").read_text()
 
@@ -72,5 +78,4 @@ def test_a_part_whose_tests_were_all_skipped_has_not_passed(tmp_path: Path) -> N
     python.chmod(0o755)
     run = first_light("--output", tmp_path / "out", "kernels", "colocated", PYTHON=str(python))
     assert run.returncode == 1
-    said = (tmp_path / "out/summary.txt").read_text().split()[3:]
-    assert said == ["kernels", "skipped", "0", "colocated", "passed", "0"]
+    assert summary(tmp_path / "out") == {"kernels": "skipped", "colocated": "passed"}
