@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from megatron_entropic.config.algorithm import EntropyControlConfig
 from megatron_entropic.config.base import Violation
 from megatron_entropic.config.names import CONTROLLERS, GUARDS, OFF, controller_entry, unknown_name
-from megatron_entropic.config.run import Config
+
+if TYPE_CHECKING:
+    from megatron_entropic.config.run import Config
 
 
 def entropy_violations(config: Config) -> Iterator[Violation]:
     """Yields what of the section `entropy_control` does not go together."""
-    control = config.entropy_control
+    yield from section_violations(config.entropy_control, config.feedback)
+
+
+def section_violations(control: EntropyControlConfig, feedback: str) -> Iterator[Violation]:
+    """Yields the same of the section alone, for other trainers too; `feedback` is the one used, never auto."""
     local = control.feedback == "microbatch_local"
-    if control.measure != "tokens" and config.feedback not in ("score_pass", "sampling"):
+    if control.measure != "tokens" and feedback not in ("score_pass", "sampling"):
         yield Violation(
             ("entropy_control.measure", "entropy_control.feedback"),
             f"entropy_control.measure={control.measure} needs feedback=score_pass or sampling: what updates measure "
-            f"({config.feedback}) is a mean of tokens",
+            f"({feedback}) is a mean of tokens",
         )
     if problem := unknown_name(control.controller, (OFF, *CONTROLLERS), own="module:Class"):
         keys = ("entropy_control.controller",)
@@ -37,7 +44,7 @@ def entropy_violations(config: Config) -> Iterator[Violation]:
             "start=immediately: the published code has nothing else",
         )
     if control.guard != OFF or control.reanchor != OFF:
-        yield from _guard(config)
+        yield from _guard(control, feedback)
     yield from _rivals(control)
 
 
@@ -74,8 +81,7 @@ def _rivals(control: EntropyControlConfig) -> Iterator[Violation]:
             )
 
 
-def _guard(config: Config) -> Iterator[Violation]:
-    control = config.entropy_control
+def _guard(control: EntropyControlConfig, feedback: str) -> Iterator[Violation]:
     top, bottom, *_ = control.guard_numbers
     if problem := unknown_name(control.guard, (OFF, *GUARDS), own="module:Class"):
         yield Violation(("entropy_control.guard",), f"entropy_control.guard={control.guard!r}: {problem}")
@@ -84,16 +90,16 @@ def _guard(config: Config) -> Iterator[Violation]:
             ("entropy_control.guard", "entropy_control.controller"),
             f"entropy_control.guard={control.guard} overrides alpha, and controller={control.controller} has none",
         )
-    if config.feedback == "microbatch_local":
+    if feedback == "microbatch_local":
         yield Violation(
             ("entropy_control.guard", "entropy_control.reanchor", "entropy_control.feedback"),
             "entropy_control.guard and reanchor need one alpha for all ranks: not feedback=microbatch_local",
         )
-    if control.reanchor == "measured" and config.feedback != "score_pass":
+    if control.reanchor == "measured" and feedback != "score_pass":
         yield Violation(
             ("entropy_control.reanchor", "entropy_control.feedback"),
             f"entropy_control.reanchor=measured compares two scoring passes: it needs feedback=score_pass, not "
-            f"{config.feedback}",
+            f"{feedback}",
         )
     if not bottom < top:
         yield Violation(

@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,8 +28,6 @@ from megatron_entropic.files.atomic import write_text
 if TYPE_CHECKING:
     from megatron_entropic.config.algorithm import EntropyControlConfig
 
-UNKNOWN_TO_HOSTS = {"bonus_threshold": "an entropy bonus by the success of prompts exists in our own trainer only"}
-"""Fields of `Steering` that no host's loss can do anything about, with the reason."""
 STATE_FILE = "entropy_control.json"
 """Name of the file that a host's checkpoint gets beside its own."""
 _logger = logging.getLogger(__name__)
@@ -42,6 +40,7 @@ class HostedControl:
         settings: keys of our configuration's section `entropy_control`, such as {"target": 0.5, "kp": 1.0}.
         host: name of the trainer, for messages.
         lacks: fields of `Steering` that the host can do nothing about, each with the reason.
+        ratio_clip: value of `ratio_clip` that the host's loss comes to.
 
     Attributes:
         steering: what the current optimizer step shall do.
@@ -50,10 +49,17 @@ class HostedControl:
         UserError: settings that are unknown, out of range, or of no effect in this host; all in one message.
     """
 
-    def __init__(self, settings: Mapping[str, Any], *, host: str, lacks: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        *,
+        host: str,
+        lacks: Mapping[str, str] | None = None,
+        ratio_clip: Literal["none", "ppo"] = "ppo",
+    ) -> None:
         self._host = host
-        self._lacks = {**UNKNOWN_TO_HOSTS, **(lacks or {})}
-        self.config = read_settings(settings, host=host, lacks=self._lacks)
+        self._lacks = dict(lacks or {})
+        self.config = read_settings(settings, host=host, lacks=self._lacks, ratio_clip=ratio_clip)
         self.controller = build_controller(self.config)
         self.steering = Steering()
         self._feedback: tuple[float, float] | None = None
@@ -203,7 +209,9 @@ def window_sums(entropies: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
     return torch.stack([total, counts.sum().double(), nonzero.sum().double()])
 
 
-def read_settings(settings: Mapping[str, Any], *, host: str, lacks: Mapping[str, str]) -> EntropyControlConfig:
+def read_settings(
+    settings: Mapping[str, Any], *, host: str, lacks: Mapping[str, str], ratio_clip: str
+) -> EntropyControlConfig:
     """Check settings of a controller in another trainer; `HostedControl` documents the arguments.
 
     Raises:
@@ -213,6 +221,7 @@ def read_settings(settings: Mapping[str, Any], *, host: str, lacks: Mapping[str,
     from pydantic import ValidationError
 
     from megatron_entropic.config.algorithm import EntropyControlConfig
+    from megatron_entropic.config.entropy_checks import section_violations
 
     problems = Problems()
     headline = f"entropy control in {host}:"
@@ -234,9 +243,16 @@ def read_settings(settings: Mapping[str, Any], *, host: str, lacks: Mapping[str,
         problems.add("weight_limit: with denominator all_tokens weights are within 1 +- alpha; leave it out")
     if config.denominator != "all_tokens":
         problems.add(f"denominator: {host} has one for all tokens; choose all_tokens")
+    if config.measure != "tokens":
+        problems.add(f"measure: {config.measure} exists in our own trainer only; choose tokens")
+    if "ratio_clip" in config.model_fields_set and config.ratio_clip != ratio_clip:
+        problems.add(f"ratio_clip: in this loss of {host} the term is as {ratio_clip} has it; choose that")
     for name in controller_entry(config.controller).asks:
         if name in lacks:
             problems.add(f"controller: {config.controller} asks for {name}: {lacks[name]}")
+    # What depends on the feedback is said above.
+    for violation in section_violations(config, "score_pass"):
+        problems.add(violation.message)
     problems.raise_if_any(headline)
     return config
 

@@ -44,7 +44,8 @@ class SlimeControl:
             raise UserError(
                 "entropy control in slime: --custom-config-path needs a file with a section entropy_control"
             )
-        lacks = dict.fromkeys(("prompt_alpha", "focus"), "slime's loss is not told how often a prompt was solved")
+        by_success = ("prompt_alpha", "focus", "bonus_threshold")
+        lacks = dict.fromkeys(by_success, "slime's loss is not told how often a prompt was solved")
         self.control = HostedControl({"feedback": "previous_step", **settings}, host="slime", lacks=lacks)
         if self.control.config.feedback == "score_pass":
             raise UserError("entropy control in slime: feedback: slime measures while it updates; choose previous_step")

@@ -107,7 +107,7 @@ class EntropicGRPOTrainer(GRPOTrainer):
             self._inputs = None
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's own; within the loss it also measures, and scales the advantages that the loss is about to read."""
+        """TRL's own; within the loss it also measures, and scales what the loss is about to read."""
         result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         inputs = self._inputs
         if inputs is not None:
@@ -116,6 +116,12 @@ class EntropicGRPOTrainer(GRPOTrainer):
             sums = window_sums(entropies, _mask(inputs), advantages)
             self._window = sums if self._window is None else self._window + sums
             inputs["advantages"] = self.entropy_control.scale(advantages, logprobs, inputs.get(_SUCCESS))
+            steering = self.entropy_control.steering
+            if steering.bonus_threshold is not None:
+                # TRL's bonus has one coefficient. A factor on the gradient alone leaves what TRL logs as it is.
+                constant = entropies.detach()
+                factors = steering.bonus_factors(inputs[_SUCCESS])
+                return (logprobs, constant + factors * (entropies - constant), *result[2:])
         return result
 
     def _begin_window(self, model: Any) -> None:

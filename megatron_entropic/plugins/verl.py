@@ -231,10 +231,14 @@ def _build_control(config: Any) -> HostedControl:
         "entropy_coefficient": "verl fixes the coefficient of the entropy for a run",
         "clip_high": "verl fixes its clip for a run",
     }
-    if config.actor_rollout_ref.actor.policy_loss.get("loss_mode", "vanilla") == _LOSS:
+    published = config.actor_rollout_ref.actor.policy_loss.get("loss_mode", "vanilla") == _LOSS
+    if published:
         others = ("samples", "drop_positive_above", "prompt_alpha", "logprob_scale", "focus")
         lacks |= dict.fromkeys(others, f"policy_loss.loss_mode={_LOSS} gets alpha only; choose another loss")
-    return HostedControl(settings, host="verl", lacks=lacks)
+    control = HostedControl(settings, host="verl", lacks=lacks, ratio_clip="none" if published else "ppo")
+    if control.config.feedback == "previous_step":
+        raise UserError("entropy control in verl: feedback: verl scores every batch anyway; choose score_pass")
+    return control
 
 
 def _success(batch: Any) -> Tensor:

@@ -137,6 +137,8 @@ def assert_same(name: str, theirs: list[Outcome], ours: list[Outcome], *, first:
     import sys
 
     sys.stdout.write(f"{name}: largest differences over {len(pairs)} steps {worst}, largest gradient {largest:.3g}\n")
+    chosen = [f"{number}: {theirs[number - 1].alpha:.7f}" for number in (1, 2, 5, 10, 20, 30, 40, 50)]
+    sys.stdout.write(f"{name}: alpha of step {', '.join(chosen)}\n")
     assert len({round(b.alpha, 4) for _, b in pairs}) > 30, "the recording exercises the controller"
     assert worst["H"] < 1e-6
     assert worst["alpha"] < 1e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -16,14 +17,15 @@ from recorded import SETTINGS, Outcome, assert_same, our_trainer, recorded_steps
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
+from megatron_entropic.algorithms import Steering
 from megatron_entropic.config import names
 from megatron_entropic.errors import UserError
-from megatron_entropic.plugins.trl import EntropicGRPOTrainer
+from megatron_entropic.plugins.trl import EntropicGRPOTrainer, use_fused_head
 
 ROOT = Path(__file__).resolve().parents[2]
 example = load_module(ROOT / "examples/trl/countdown.py", "trl_countdown")
 CONTROL = {"target": "0.9x", "kp": 2.0, "ki": 0.2, "tau": 0.7}
-CONTROLLERS = sorted(set(names.CONTROLLERS) - {"p", "pi", "constant", "aer"})
+CONTROLLERS = sorted(set(names.CONTROLLERS) - {"p", "pi", "constant"})
 SMALL = {
     "per_device_train_batch_size": 32,
     "gradient_accumulation_steps": 2,
@@ -105,7 +107,8 @@ def test_without_anything_to_do_it_is_trls_trainer(start: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize("controller", CONTROLLERS)
 def test_every_controller_moves_the_weights(start: Path, tmp_path: Path, plain: torch.Tensor, controller: str) -> None:
-    rivals = {"aec_step": 0.1, "aec_limit": 1.0, "bonus": 0.1, "dmmpt_probability": 0.05, "cascade_alpha": -0.5}
+    rivals = {"aec_step": 0.1, "aec_limit": 1.0, "bonus": 0.1, "dmmpt_probability": 0.05}
+    rivals |= {"aer_eta": 0.1, "aer_limit": 1.0, "cascade_tau": [0.2, 0.98]}
     control = {"controller": controller, "target": 3.0, "tau": 0.3, "rivals": rivals}
     trainer = trained(start, tmp_path, control, max_steps=2)
     assert trainer.entropy_control.controller.step == 2
@@ -128,8 +131,6 @@ def test_our_fused_head_is_theirs(start: Path, tmp_path: Path) -> None:
         )
         (logprobs.sum() + 0.3 * entropies.square().sum()).backward()
         return logprobs, entropies, torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
-
-    from megatron_entropic.plugins.trl import use_fused_head
 
     theirs = gradient()
     use_fused_head(trainer.model, trainer.temperature)
@@ -180,6 +181,75 @@ def test_recorded_steps_are_those_of_our_trainer(
         trainer.end_window()
         theirs.append(Outcome(measured, steering.alpha, logits.grad))
     assert_same(f"TRL, {feedback}", theirs, ours)
+
+
+@pytest.fixture
+def losses(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Function: (class, loss_type, steering, advantages) -> gradient of TRL's loss of a recorded step."""
+    rows = example.prompt_rows(start.parent / "train.parquet")
+    trainer = example.build_trainer(start, rows, tmp_path, CONTROL, max_steps=1, **SMALL)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    step = recorded_steps()[0]
+
+    def gradient(kind: type, loss_type: str, steering: Steering, advantages: torch.Tensor) -> torch.Tensor:
+        logits = step.logits.clone().requires_grad_()
+        monkeypatch.setattr(
+            GRPOTrainer, "_get_per_token_logps_and_entropies", lambda *a, **b: (*step.statistics(logits), None)
+        )
+        trainer.loss_type = loss_type
+        trainer._window = torch.zeros(3, dtype=torch.float64)
+        trainer.entropy_control.steering = steering
+        trainer.entropy_coef, trainer._entropy_bonus_enabled = steering.entropy_coefficient, steering != Steering()
+        inputs = {
+            "prompt_ids": torch.zeros(len(step.tokens), 2, dtype=torch.int64),
+            "prompt_mask": torch.ones(len(step.tokens), 2, dtype=torch.int64),
+            "completion_ids": step.tokens,
+            "completion_mask": step.mask.long(),
+            "advantages": advantages,
+            "num_items_in_batch": step.mask.sum(),
+            "entropic_success": torch.arange(8.0).unsqueeze(1) / 8,
+        }
+        kind._compute_loss(trainer, trainer.model, inputs).backward()
+        assert logits.grad is not None
+        return logits.grad
+
+    gradient.step = step  # type: ignore[attr-defined]
+    return gradient
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"])
+def test_every_loss_of_trl_takes_scaled_advantages(losses: Any, loss_type: str) -> None:
+    """On-policy every one of them is linear in A: the gradient is that of A + alpha |A| on the likely tokens."""
+    step = losses.step
+    logprobs, _ = step.statistics(step.logits)
+    rows = step.advantages.unsqueeze(1)
+    scaled = rows - 0.5 * rows.abs() * (logprobs > math.log(0.7))
+    ours = losses(EntropicGRPOTrainer, loss_type, Steering(alpha=-0.5), step.advantages)
+    theirs = losses(GRPOTrainer, loss_type, Steering(), scaled)
+    assert not torch.equal(theirs, losses(GRPOTrainer, loss_type, Steering(), step.advantages))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_an_entropy_bonus_by_success_is_that_of_the_formula(losses: Any) -> None:
+    step = losses.step
+    steering = Steering(entropy_coefficient=0.2, bonus_threshold=0.6)
+    ours = losses(EntropicGRPOTrainer, "bnpo", steering, step.advantages)
+    without = losses(GRPOTrainer, "bnpo", Steering(), step.advantages)
+    logits = step.logits.clone().requires_grad_()
+    _, entropies = step.statistics(logits)
+    factors = (1 - torch.arange(8.0).unsqueeze(1) / 8 / 0.6).clamp(min=0)
+    (-0.2 * (factors * entropies)[step.mask].sum() / step.mask.sum()).backward()
+    assert logits.grad is not None
+    torch.testing.assert_close(ours, without + logits.grad)
+
+
+def test_our_head_is_refused_where_a_model_does_more_than_a_product(start: Path, tmp_path: Path) -> None:
+    rows = example.prompt_rows(start.parent / "train.parquet")
+    model = example.build_trainer(start, rows, tmp_path, None, max_steps=1, **SMALL).model
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(UserError, match="needs a plain causal language model"):
+        use_fused_head(model, 1.0)
 
 
 def dealt(start: Path, output: Path, batch: int) -> dict[str, Any]:

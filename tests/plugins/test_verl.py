@@ -304,6 +304,10 @@ def test_settings_without_effect_are_refused(tmp_path: Path, monkeypatch: pytest
         driver(monkeypatch, tmp_path, controller="aec")
     with pytest.raises(UserError, match="gets alpha only"):
         driver(monkeypatch, tmp_path, "entropic", controller="unsolved")
+    with pytest.raises(UserError, match="scores every batch anyway"):
+        driver(monkeypatch, tmp_path, feedback="previous_step")
+    with pytest.raises(UserError, match="ratio_clip"):
+        driver(monkeypatch, tmp_path, "entropic", ratio_clip="ppo")
     with pytest.raises(UserError, match="no settings"):
         get_trainer_cls("entropic_sync")(OmegaConf.create({}))
 

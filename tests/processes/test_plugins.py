@@ -14,27 +14,44 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTS = Path(sys.prefix) / "hosts"
 
 
+def locked_versions() -> dict[str, str]:
+    """Version of each package that the lock names."""
+    return dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "requirements/plugins.txt").read_text(), re.MULTILINE))
+
+
 def other_versions() -> list[str]:
     """What is installed in another version than the lock says, or not at all."""
-    locked = re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "requirements/plugins.txt").read_text(), re.MULTILINE)
     installed = {
         found.metadata["Name"].lower().replace("_", "-"): found.version
         for found in metadata.distributions(path=[str(HOSTS)])
     }
     return [
         f"{name} {installed.get(name, 'is missing')}, locked is {version}"
-        for name, version in locked
+        for name, version in locked_versions().items()
         if installed.get(name) != version
     ]
 
 
 def test_hosts_of_the_plugins_are_in_their_locked_versions() -> None:
     assert other_versions() == [], "tools/environment.sh installs them, tools/lock_requirements.sh plugins locks others"
+
+
+def test_a_new_release_of_a_host_is_one_that_our_extras_admit() -> None:
+    """`pip install megatron_entropic[trl]` brings what the tests below ran in."""
+    extras = [Requirement(line) for line in metadata.requires("megatron_entropic") or [] if "extra ==" in line]
+    hosts = {one.name: one.specifier for one in extras if one.name in ("trl", "verl", "transferqueue")}
+    locked = locked_versions()
+    refused = [
+        f"{name} {locked[name]}, setup.py: {found}" for name, found in hosts.items() if locked[name] not in found
+    ]
+    assert len(hosts) == 3
+    assert refused == [], "read what the host changed, then move the bounds in setup.py and the pages in docs/plugins"
 
 
 @pytest.mark.parametrize("host", ["trl", "verl", "slime"])

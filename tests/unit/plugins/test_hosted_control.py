@@ -6,16 +6,17 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_entropic.algorithms import Steering, find_policy_loss, policy_loss
+from megatron_entropic.algorithms import Steering, build_controller, find_policy_loss, policy_loss
 from megatron_entropic.algorithms.entropy_control.steering import Focus, PromptAlpha
-from megatron_entropic.config.algorithm import AlgorithmConfig
+from megatron_entropic.config.algorithm import AlgorithmConfig, EntropyControlConfig
 from megatron_entropic.config.names import CONTROLLERS
 from megatron_entropic.errors import UserError
-from megatron_entropic.plugins.control import STATE_FILE, UNKNOWN_TO_HOSTS, HostedControl, window_sums
+from megatron_entropic.plugins.control import STATE_FILE, HostedControl, window_sums
 from megatron_entropic.policy.step.loss import MicrobatchLoss, Normalizers
 from megatron_entropic.policy.step.loss_fields import LossSettings, TokenFields
 
@@ -68,9 +69,9 @@ def test_a_clipped_loss_of_scaled_advantages_is_our_trainers_loss(steering: Stee
 
 def test_every_wish_of_a_controller_is_known_here() -> None:
     """A field that neither `scale` nor a host reads would be a wish that nobody hears."""
-    read_by_hosts = {"entropy_coefficient", "clip_high"}
+    read_by_hosts = {"entropy_coefficient", "bonus_threshold", "clip_high"}
     tested = {name for one in STEERINGS for name in FIELDS if getattr(one, name) != getattr(Steering(), name)}
-    assert {*tested, *read_by_hosts, *UNKNOWN_TO_HOSTS} == FIELDS
+    assert {*tested, *read_by_hosts} == FIELDS
     assert set().union(*(entry.asks for entry in CONTROLLERS.values())) <= FIELDS
 
 
@@ -140,20 +141,52 @@ def test_everything_that_is_wrong_with_settings_is_one_message() -> None:
 
 
 def test_what_a_host_cannot_do_is_refused_and_not_left_out() -> None:
-    lacks = {"clip_high": "its clip is fixed"}
-    for controller, reason in (("aer", "our own trainer only"), ("adapo", "its clip is fixed")):
+    lacks = {"clip_high": "its clip is fixed", "bonus_threshold": "it knows no success"}
+    for controller, reason in (("aer", "it knows no success"), ("adapo", "its clip is fixed")):
         with pytest.raises(UserError, match=f"{controller} asks for .*{reason}"):
             HostedControl({"controller": controller}, host="a trainer", lacks=lacks)
 
 
-def test_a_ceiling_works_in_other_trainers() -> None:
-    settings = {"controller": "constant", "guard": "ceiling", "guards": {"top": 1.0}, "rivals": {"alpha": -1.0}}
-    control = HostedControl(settings, host="a trainer")
-    alphas = []
-    for entropy in (0.5, 0.5, 0.5, 0.5, 0.5, 0.6, 0.6):
-        alphas.append(control.begin((10 * entropy, 10.0)).alpha)
-        control.end((10 * entropy, 10.0, 5.0), stepped=True)
-    assert alphas == pytest.approx([-1.0] * 5 + [-0.6, -0.26])
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"measure": "responses"}, "measure: responses exists in our own trainer only"),
+        ({"ratio_clip": "none"}, "ratio_clip: in this loss of a trainer the term is as ppo has it"),
+        ({"reanchor": "measured"}, "choose detected"),
+        ({"weight_limit": 1.0}, "weight_limit"),
+        ({"guard": "ceiling", "controller": "aec"}, "overrides alpha, and controller=aec has none"),
+        ({"guard": "band", "guards": {"bottom": 1.3}}, "bottom=1.3 is not below top=1.2"),
+        ({"controller": "cascade", "tau": 0.3}, "must lie within rivals.cascade_tau"),
+        ({"controller": "probe", "rivals": {"alpha": 0.5}}, "beyond 1"),
+        ({"controller": "unsovled"}, "did you mean unsolved"),
+    ],
+)
+def test_what_would_have_no_effect_or_no_sense_is_refused(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        HostedControl(wrong, host="a trainer")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+@pytest.mark.parametrize("guard", ["off", "ceiling", "band"])
+@pytest.mark.parametrize("reanchor", ["off", "detected"])
+def test_every_controller_guard_and_anchor_steers_as_in_our_trainer(
+    name: str, guard: str, reanchor: str, tmp_path: Path
+) -> None:
+    """Over an entropy that rises, jumps with the data and falls, with a checkpoint on the way."""
+    own = guard if CONTROLLERS[name].steers_alpha else "off"
+    settings = {"controller": name, "guard": own, "reanchor": reanchor, "target": "0.7x", "tau": 0.9}
+    ours = build_controller(EntropyControlConfig(**settings))
+    theirs = HostedControl(settings, host="a trainer")
+    for step, entropy in enumerate([0.5] * 5 + [0.6, 0.7, 0.8, 1.6, 1.5, 0.6, 0.4, 0.1]):
+        steering = ours.observe(10 * entropy, 10.0)
+        ours.commit(stepped=True, has_advantage=True)
+        if step == 9:
+            theirs.save(tmp_path)
+            theirs = HostedControl(settings, host="a trainer")
+            theirs.load(tmp_path)
+        assert theirs.begin((10 * entropy, 10.0)) == steering
+        theirs.end((10 * entropy, 10.0, 5.0), stepped=True)
 
 
 def test_parts_for_other_trainers_import_with_torch_alone() -> None:
