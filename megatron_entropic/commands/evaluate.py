@@ -13,18 +13,8 @@ from rich.console import Console
 
 from megatron_entropic.cluster.environment import prepare_ray_environment
 from megatron_entropic.commands.options import number, whole
-from megatron_entropic.config.data import EnvironmentConfig
 from megatron_entropic.config.load import ConfigError, validation_problems
-from megatron_entropic.config.run import (
-    ClusterConfig,
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    ModelConfig,
-    RewardConfig,
-    RolloutConfig,
-    RunConfig,
-)
+from megatron_entropic.config.run import Config
 from megatron_entropic.errors import UserError
 from megatron_entropic.files.text import printable
 from megatron_entropic.models.dimensions import read_dimensions
@@ -38,6 +28,14 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "evaluate", help="avg@N, pass@k, maj@N of a model on benchmark files, with vLLM; continues where it was stopped"
     )
+
+    def sets(option: str, key: str, words: str = "", **how: Any) -> None:
+        """Add an option that sets a key of the configuration; it goes by that name in `_sections`."""
+        parser.add_argument(option, dest=key, help=words or f"as {key}", **how)
+
+    count: dict[str, Any] = {"type": whole(1), "metavar": "N"}
+    seconds: dict[str, Any] = {"type": number(above=0), "metavar": "S"}
+
     parser.add_argument("--model", type=Path, required=True, metavar="DIR|RUN", help="HF directory, or a finished run")
     parser.add_argument("--benchmarks", nargs="+", required=True, metavar="NAME=FILE", help="parquet or JSON lines")
     parser.add_argument(
@@ -47,9 +45,9 @@ def add_parser(commands: Any) -> None:
         metavar="N|NAME=N",
         help="responses to each problem: for all, and for single benchmarks (8 aime24=32)",
     )
-    parser.add_argument("--temperature", type=number(least=0), default=1.0, help="0: greedy (default: 1)")
-    parser.add_argument("--top-p", type=number(above=0, most=1), default=1.0)
-    parser.add_argument("--top-k", type=whole(-1), default=-1)
+    sets("--temperature", "evaluation.temperature", "0: greedy (default: 1)", type=number(least=0), default=1.0)
+    sets("--top-p", "evaluation.top_p", type=number(above=0, most=1), default=1.0)
+    sets("--top-k", "evaluation.top_k", type=whole(-1), default=-1)
     parser.add_argument(
         "--max-tokens", type=whole(1), help="of a response (default: 8192, or what the model's positions leave)"
     )
@@ -58,39 +56,33 @@ def add_parser(commands: Any) -> None:
         type=whole(1),
         help="a longer problem is an error (default: 1024, or half of the model's positions)",
     )
-    parser.add_argument("--no-chat-template", action="store_true", help="prompts as they are in the file")
-    parser.add_argument("--template-date", metavar="YYYY-MM-DD", help="for chat templates that ask for the date")
-    parser.add_argument("--system-prompt", metavar="TEXT", help="as data.system_prompt")
-    parser.add_argument("--prompt-suffix", default="", metavar="TEXT", help="as data.prompt_suffix")
-    parser.add_argument("--prompt-key", default="prompt", metavar="KEY", help="as data.prompt_key (default: prompt)")
-    parser.add_argument("--answer-key", metavar="KEY", help="as data.answer_key, for files that have it")
-    parser.add_argument("--verifier", default="math", help="as reward.verifier (default: math)")
-    parser.add_argument("--answer", metavar="WAY", help="as reward.answer (default: the verifier's own way)")
-    parser.add_argument("--answer-pattern", default="", metavar="REGEX", help="as reward.answer_pattern")
-    parser.add_argument("--environment", metavar="NAME", help="as environment.name: conversations")
-    parser.add_argument(
-        "--environment-settings", type=_settings, default={}, metavar="JSON", help="as environment.settings"
-    )
-    parser.add_argument("--max-turns", type=whole(1), default=8, metavar="N", help="as environment.max_turns")
-    parser.add_argument("--max-turn-tokens", type=whole(1), metavar="N", help="as environment.max_turn_tokens")
+    sets("--no-chat-template", "data.apply_chat_template", "prompts as they are in the file", action="store_false")
+    sets("--template-date", "data.template_date", "for templates that ask for the date", metavar="YYYY-MM-DD")
+    sets("--system-prompt", "data.system_prompt", metavar="TEXT")
+    sets("--prompt-suffix", "data.prompt_suffix", default="", metavar="TEXT")
+    sets("--prompt-key", "data.prompt_key", "as data.prompt_key (default: prompt)", default="prompt", metavar="KEY")
+    sets("--answer-key", "data.answer_key", "as data.answer_key, for files that have it", metavar="KEY")
+    sets("--verifier", "reward.verifier", "as reward.verifier (default: math)", default="math", metavar="NAME")
+    sets("--answer", "reward.answer", "as reward.answer (default: the verifier's own way)", metavar="WAY")
+    sets("--answer-pattern", "reward.answer_pattern", default="", metavar="REGEX")
+    sets("--environment", "environment.name", "as environment.name: conversations", metavar="NAME")
+    sets("--environment-settings", "environment.settings", type=_settings, default={}, metavar="JSON")
+    sets("--max-turns", "environment.max_turns", default=8, **count)
+    sets("--max-turn-tokens", "environment.max_turn_tokens", **count)
     parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="as rollout.stop; \\n is a line break")
-    parser.add_argument("--workers", type=whole(0), default=2, metavar="N", help="verifier processes (default: 2)")
-    parser.add_argument(
-        "--verifier-timeout", type=number(above=0), default=10.0, metavar="S", help="of a response, seconds"
+    sets("--workers", "reward.workers", "verifier processes (default: 2)", type=whole(0), default=2, metavar="N")
+    sets("--verifier-timeout", "reward.timeout_s", "of a response, seconds", default=10.0, **seconds)
+    sets("--engines", "rollout.engines", default=1, **count)
+    sets("--tensor-parallel", "rollout.tensor_parallel", "GPUs of each engine", default=1, **count)
+    sets("--max-concurrent-sequences", "rollout.max_concurrent_sequences", "of each engine", default=256, **count)
+    sets(
+        "--kv-cache-gb", "rollout.kv_cache_gb", "of an engine on a CPU", type=number(above=0), default=1.0, metavar="G"
     )
-    parser.add_argument("--engines", type=whole(1), default=1, metavar="N")
-    parser.add_argument("--tensor-parallel", type=whole(1), default=1, metavar="N", help="GPUs of each engine")
-    parser.add_argument("--max-concurrent-sequences", type=whole(1), default=256, metavar="N", help="of each engine")
-    parser.add_argument(
-        "--kv-cache-gb", type=number(above=0), default=1.0, metavar="G", help="of each engine, on a CPU"
-    )
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--ray-address", default="local", help="as cluster.address (default: local)")
-    parser.add_argument(
-        "--generate-timeout", type=number(above=0), default=86400.0, metavar="S", help="of a benchmark, seconds"
-    )
-    parser.add_argument("--seed", type=whole(0), default=1)
+    sets("--dtype", "model.dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    sets("--device", "cluster.device", choices=["auto", "cpu", "cuda"], default="auto")
+    sets("--ray-address", "cluster.address", "as cluster.address (default: local)", default="local")
+    sets("--generate-timeout", "cluster.generate_timeout_s", "of a benchmark, seconds", default=86400.0, **seconds)
+    sets("--seed", "evaluation.seed", type=whole(0), default=1)
     parser.add_argument("--label", help="name of the model in the table (default: that of its directory)")
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
     parser.set_defaults(command=_evaluate)
@@ -126,15 +118,6 @@ def _settings(text: str) -> dict[str, Any]:
     return value
 
 
-def _environment(options: argparse.Namespace) -> EnvironmentConfig:
-    return EnvironmentConfig(
-        name=options.environment,
-        settings=options.environment_settings,
-        max_turns=options.max_turns,
-        max_turn_tokens=options.max_turn_tokens,
-    )
-
-
 def evaluation_config(options: argparse.Namespace) -> Config:
     """Configuration of an evaluation, made from the options of the command.
 
@@ -160,57 +143,37 @@ def evaluation_config(options: argparse.Namespace) -> Config:
     if not benchmarks:
         raise ConfigError("evaluate", problems)
     prompt_tokens, response_tokens = _lengths(options)
+    sections = _sections(options)
+    sections["run"] = {"output_dir": options.output_dir.absolute()}
+    sections["model"] |= {"hf_dir": _hf_dir(options.model)}
+    sections["data"] |= {"train_files": list(benchmarks.values()), "max_prompt_tokens": prompt_tokens}
+    sections["rollout"] |= {
+        "max_response_tokens": response_tokens,
+        "stop": [text.replace("\\n", "\n") for text in options.stop],
+    }
+    sections["evaluation"] |= {
+        "benchmarks": {name: Path(file).absolute() for name, file in benchmarks.items()},
+        "samples_per_prompt": samples[-1] if samples else 8,
+        "samples_of": samples_of,
+    }
     try:
-        config = Config(
-            run=RunConfig(output_dir=options.output_dir.absolute()),
-            model=ModelConfig(hf_dir=_hf_dir(options.model), dtype=options.dtype),
-            data=DataConfig(
-                train_files=[Path(file) for file in benchmarks.values()],
-                max_prompt_tokens=prompt_tokens,
-                apply_chat_template=not options.no_chat_template,
-                system_prompt=options.system_prompt,
-                prompt_suffix=options.prompt_suffix,
-                template_date=options.template_date,
-                prompt_key=options.prompt_key,
-                answer_key=options.answer_key,
-            ),
-            reward=RewardConfig(
-                verifier=options.verifier,
-                answer=options.answer,
-                answer_pattern=options.answer_pattern,
-                workers=options.workers,
-                timeout_s=options.verifier_timeout,
-            ),
-            environment=_environment(options),
-            rollout=RolloutConfig(
-                stop=[text.replace("\\n", "\n") for text in options.stop],
-                engines=options.engines,
-                tensor_parallel=options.tensor_parallel,
-                max_response_tokens=response_tokens,
-                max_concurrent_sequences=options.max_concurrent_sequences,
-                kv_cache_gb=options.kv_cache_gb,
-            ),
-            evaluation=EvaluationConfig.model_validate(
-                {
-                    "benchmarks": {name: Path(file).absolute() for name, file in benchmarks.items()},
-                    "samples_per_prompt": samples[-1] if samples else 8,
-                    "samples_of": samples_of,
-                    "temperature": options.temperature,
-                    "top_p": options.top_p,
-                    "top_k": options.top_k,
-                    "seed": options.seed,
-                }
-            ),
-            cluster=ClusterConfig(
-                address=options.ray_address, device=options.device, generate_timeout_s=options.generate_timeout
-            ),
-        )
+        config = Config.model_validate(sections)
     except ValidationError as error:
         raise ConfigError("evaluate", [*problems, *validation_problems(error)]) from error
     problems += [violation.message for violation in evaluation_violations(config)]
     if problems:
         raise ConfigError("evaluate", problems)
     return config
+
+
+def _sections(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Values of the options that are called by a key of the configuration, section by section."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in vars(options).items():
+        section, dot, name = key.partition(".")
+        if dot:
+            sections.setdefault(section, {})[name] = value
+    return sections
 
 
 def _lengths(options: argparse.Namespace) -> tuple[int, int]:
