@@ -18,6 +18,8 @@ from megatron_entropic.config.data import DataConfig, EnvironmentConfig, RewardC
 from megatron_entropic.config.names import POLICY_LOSSES, transports_for
 
 Dtype = Literal["float32", "bfloat16"]
+ITEM_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2}
+"""Bytes of a value of each `Dtype`."""
 Device = Literal["cpu", "cuda"]
 PublishMode = Literal["full", "delta"]
 OffloadPart = Literal["optimizer", "gradients", "parameters"]

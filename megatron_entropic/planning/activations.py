@@ -25,9 +25,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_entropic.config.run import Dtype, PolicyConfig
+from megatron_entropic.config.run import ITEM_BYTES, Dtype, PolicyConfig
 from megatron_entropic.models.read_config import LatentAttention
-from megatron_entropic.planning.parameters import ITEM_BYTES, PlannedModel
+from megatron_entropic.planning.parameters import PlannedModel
 
 Attention = Literal["sdpa", "flash"]
 HeadName = Literal["logits", "recompute", "fused_loss"]

@@ -103,7 +103,6 @@ def _dimensions(config: dict[str, Any], path: Path) -> ModelDimensions:
 
 Part = Literal["embedding", "layers", "output"]
 
-ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 BUCKET_ELEMENTS = 40_000_000
 """megatron-core's DistributedDataParallel closes a bucket of gradients at this size, or at 1,000,000 for each rank."""
 

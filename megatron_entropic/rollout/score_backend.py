@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_entropic.checkpoints.hf import HfReader
-from megatron_entropic.config.run import Dtype, RolloutConfig
+from megatron_entropic.config.run import ITEM_BYTES, Dtype, RolloutConfig
 from megatron_entropic.data.token_file import read_token_file, write_scored_file
 from megatron_entropic.errors import UserError
 from megatron_entropic.models.dimensions import ModelDimensions
@@ -59,7 +59,6 @@ def score_file(hf_dir: Path, tokens_path: Path, output_path: Path, dtype: Dtype,
 
 def _kv_cache_gb(dimensions: ModelDimensions, dtype: Dtype, tokens: int) -> float:
     """GiB of KV cache with room for the longest line and then some, at least half a GiB."""
-    element_bytes = {"float32": 4, "bfloat16": 2}[dtype]
-    token_bytes = dimensions.cached_elements() * element_bytes
+    token_bytes = dimensions.cached_elements() * ITEM_BYTES[dtype]
     blocks = math.ceil(tokens / _KV_BLOCK_TOKENS) + 1
     return max(0.5, 1.25 * blocks * _KV_BLOCK_TOKENS * token_bytes / 2**30)

@@ -18,7 +18,7 @@ from megatron_entropic.config.base import Violation
 from megatron_entropic.config.checks import environment_violations, violations
 from megatron_entropic.config.load import load_config
 from megatron_entropic.config.reward_checks import benchmark_violations, reward_violations
-from megatron_entropic.config.run import Config
+from megatron_entropic.config.run import ITEM_BYTES, Config
 from megatron_entropic.errors import missing_model
 from megatron_entropic.files.paths import directory_problem, file_problem, new_directory_problem
 
@@ -137,7 +137,7 @@ def _lengths(config: Config, dimensions: ModelDimensions) -> Iterator[Violation]
         )
     elif config.cluster.device == "cpu":
         # On a GPU rollout.gpu_memory_fraction decides, of a memory that is not known here.
-        item_bytes = {"float32": 4, "bfloat16": 2}[config.model.dtype]
+        item_bytes = ITEM_BYTES[config.model.dtype]
         token_bytes = dimensions.cached_elements(config.rollout.tensor_parallel) * item_bytes
         needed = whole * token_bytes / 2**30
         if needed > config.rollout.kv_cache_gb:

@@ -17,12 +17,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from megatron_entropic.config.run import Dtype, PolicyConfig
+from megatron_entropic.config.run import ITEM_BYTES, Dtype, PolicyConfig
 from megatron_entropic.models.layouts import Shape
 from megatron_entropic.models.parameter_map import Entry, ParameterMap
 from megatron_entropic.models.stages import StageSizes
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _MIB = 2**20
 
 
@@ -91,12 +90,12 @@ class Bucket:
     @property
     def bytes(self) -> int:
         """Size of the broadcast buffer, in bytes."""
-        return self.elements * _ITEM_BYTES[self.dtype]
+        return self.elements * ITEM_BYTES[self.dtype]
 
     @property
     def shard_bytes(self) -> int:
         """Size of one rank's contribution, in bytes."""
-        return self.shard_elements * _ITEM_BYTES[self.dtype]
+        return self.shard_elements * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ def publish_plan(parameter_map: ParameterMap, layout: PolicyConfig, *, bucket_by
             (_whole_units(parameter_map, entries, tensor_parallel, of_buffers=True), "float32"),
         )
         for units, unit_dtype in contents:
-            for items in _fill(units, bucket_bytes, _ITEM_BYTES[unit_dtype]):
+            for items in _fill(units, bucket_bytes, ITEM_BYTES[unit_dtype]):
                 buckets.append(Bucket(len(buckets), unit_dtype, stage, items))
     return PublishPlan(tuple(buckets), tensor_parallel, pipeline_parallel, bucket_bytes, expert_parallel, expert_tensor)
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from tiny_models import write_tiny_model
 
-from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.config.run import ITEM_BYTES, PolicyConfig
 from megatron_entropic.planning.activations import layer_bytes
 from megatron_entropic.planning.memory import optimizer_bytes_per_element
-from megatron_entropic.planning.parameters import ITEM_BYTES, ParameterTable, PlannedModel, find_model
+from megatron_entropic.planning.parameters import ParameterTable, PlannedModel, find_model
 
 SCRIPT = Path(__file__).parent / "scripts" / "allocations.py"
 LENGTHS = [100, 100, 90, 110]
