@@ -70,6 +70,11 @@ class ModelDimensions:
         """Whether the layer of this global number has experts."""
         return self.experts is not None and layer not in self.experts.dense_layers
 
+    @property
+    def sparse_layers(self) -> int:
+        """Number of layers with experts."""
+        return sum(self.has_experts(layer) for layer in range(self.num_layers))
+
     def size(self, axis: str) -> int:
         """Length of a named axis, as the architecture tables spell it.
 

@@ -74,7 +74,7 @@ def host_s(step: PlannedStep, direction: Direction) -> float:
     if step.config.cluster.device == "cpu":
         return 0.0
     dimensions, hardware = step.table.model.dimensions, step.hardware
-    sparse = sum(dimensions.has_experts(layer) for layer in range(dimensions.num_layers))
+    sparse = dimensions.sparse_layers
     seconds = sparse * hardware.expert_layer_host_s + (dimensions.num_layers - sparse) * hardware.layer_host_s
     share = _FORWARD_HOST_SHARE
     if direction == "update":
@@ -116,7 +116,7 @@ def _memory_bytes(step: PlannedStep, direction: Direction, stage: int) -> float:
     dimensions, tokens = model.dimensions, round(step.schedule.tokens)
     update, again = direction == "update", policy.recompute == "full"
     passes = _FORWARD_PASSES if not update else _UPDATE_PASSES + (_FORWARD_PASSES if again else 0)
-    sparse = sum(dimensions.has_experts(layer) for layer in range(dimensions.num_layers))
+    sparse = dimensions.sparse_layers
     kept = sum(
         count * layer_bytes(model, policy, tokens, dtype=dtype, attention=step.attention, experts=experts).complete
         for experts, count in ((True, sparse), (False, dimensions.num_layers - sparse))
@@ -134,7 +134,7 @@ def _memory_bytes(step: PlannedStep, direction: Direction, stage: int) -> float:
 def _feed_forward_elements(table: ParameterTable) -> float:
     """Number of elements of the gated feed-forward parts' matrices, three in each part, that a token goes through."""
     model, dimensions = table.model, table.model.dimensions
-    sparse = sum(dimensions.has_experts(layer) for layer in range(dimensions.num_layers))
+    sparse = dimensions.sparse_layers
     width = (dimensions.num_layers - sparse) * dimensions.ffn_hidden_size
     if model.experts is not None:
         width += sparse * (model.experts.per_token * model.feed_forward_width + model.experts.shared_ffn_hidden_size)

@@ -109,7 +109,7 @@ def step_rates(step: PlannedStep, memory: RolloutMemory) -> StepRates:
     rollout, hardware, item = step.config.rollout, step.hardware, step.item_bytes
     ranks, dimensions, experts = rollout.tensor_parallel, step.table.model.dimensions, step.table.model.experts
     read_rate = hardware.decode_efficiency * hardware.memory_bytes_per_s
-    sparse = sum(dimensions.has_experts(layer) for layer in range(dimensions.num_layers))
+    sparse = dimensions.sparse_layers
     share = 0.0
     expert_bytes = 0.0
     if experts is not None:

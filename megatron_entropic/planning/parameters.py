@@ -215,8 +215,7 @@ class ParameterTable:
         )
         # A tied embedding is the output layer too, and counted once in `elements`.
         lookup = 0 if dimensions.tie_word_embeddings else embedding
-        sparse_layers = sum(dimensions.has_experts(layer) for layer in range(dimensions.num_layers))
-        return self.elements - lookup - sparse_layers * idle
+        return self.elements - lookup - dimensions.sparse_layers * idle
 
     def buffers(self, policy: PolicyConfig, stage: int, *, overlap: bool) -> tuple[GradientBuffer, ...]:
         """The buffers of each rank of a stage: for each chunk of dense parameters, and of experts if it has any.
