@@ -1,10 +1,12 @@
 """What the package does of its own where its tensors are on a GPU, on a device that is fake or recorded.
 
-The platform and what asks it, the loss that is taken in the forward pass, a teacher's divergence, Triton's launches.
+The platform and what asks it, the loss that is taken in the forward pass, a teacher's divergence, Triton's launches,
+the export of a bucket's memory, checksums of weights as an engine on a GPU keeps them.
 """
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -13,15 +15,19 @@ from typing import Any
 
 import pytest
 import torch
-from no_driver import Stream
+from no_driver import H100, Stream
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing import reductions
 
 from megatron_entropic.policy.state import checkpoint, checkpoint_writer
 from megatron_entropic.policy.state.kept_weights import KeptWeights
+from megatron_entropic.rollout.ipc_transport import DeviceMemory, IpcSender
 from megatron_entropic.tensor_parallel import triton_backend
 from megatron_entropic.tensor_parallel.fused_policy_loss import _require_scale, fused_policy_loss
 from megatron_entropic.tensor_parallel.reverse_kl import fused_reverse_kl
 from megatron_entropic.tensor_parallel.statistics import GradientInputs, Merged
+from megatron_entropic.weight_sync.checksums import checksum, mismatches
+from megatron_entropic.weight_sync.gloo import FlatContents
 
 HIDDEN, TOKENS, VOCABULARY, SHARD = 4096, 600, 75000, 75968
 
@@ -183,3 +189,98 @@ def test_a_teachers_divergence(fake: FakeTensorMode) -> None:
 
     divergence = fused_reverse_kl(*of(HIDDEN), *of(HIDDEN // 2), vocab_size=VOCABULARY)
     assert (divergence.device.type, divergence.dtype, divergence.shape) == ("cuda", torch.float32, (TOKENS,))
+
+
+def test_a_rank_exports_a_bucket_as_torchs_own_reader_takes_it(
+    fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In place of what the reader is given, its own names for it.
+    names = tuple(inspect.signature(reductions.rebuild_cuda_tensor).parameters)
+    exported: list[torch.Tensor] = []
+    order: list[str] = []
+
+    def reduce_tensor(content: torch.Tensor) -> Any:
+        exported.append(content)
+        return reductions.rebuild_cuda_tensor, names
+
+    monkeypatch.setattr(reductions, "reduce_tensor", reduce_tensor)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
+    stream = SimpleNamespace(synchronize=lambda: order.append("filled"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    told: list[DeviceMemory] = []
+
+    class Sender(IpcSender):
+        def __init__(self) -> None: ...
+
+        def announce(self, contents: FlatContents, memory: DeviceMemory) -> int:
+            order.append("told")
+            told.append(memory)
+            return contents.elements
+
+    contents = FlatContents(("a.weight",), ((7, 11),), "bfloat16")
+    assert Sender().send(contents, torch.empty(77, device="cuda", dtype=torch.bfloat16)) == 77
+    assert order == ["filled", "told"]
+    assert (exported[0].dtype, exported[0].shape) == (torch.uint8, (154,))
+    (memory,) = told
+    (entry,) = memory.handles.values()
+    assert list(memory.handles) == [H100.uuid]
+    assert memory.nbytes == 154
+    assert entry[3] == names[3] == "tensor_offset"
+    assert entry[6:] == names[6:]
+
+
+def test_checksums_of_weights_that_no_kernel_has_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: linear layers as they are, and experts of the Triton kernel; two workers hold the whole."""
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    from megatron_entropic.rollout import weight_inspection
+
+    generator = torch.Generator().manual_seed(5)
+    experts, width, hidden, workers = 3, 8, 10, 2
+    down = torch.randn(hidden, width, generator=generator)
+    tensors = {"mlp.down_proj.weight": down}
+    for expert in range(experts):
+        for name, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
+            tensors[f"mlp.experts.{expert}.{name}_proj.weight"] = torch.randn(shape, generator=generator)
+
+    def of(expert: int, name: str, part: slice, axis: int) -> torch.Tensor:
+        whole = tensors[f"mlp.experts.{expert}.{name}_proj.weight"]
+        return whole[part] if axis == 0 else whole[:, part]
+
+    method: Any = object.__new__(UnquantizedFusedMoEMethod)
+    torch.nn.Module.__init__(method)
+    method.unquantized_backend = UnquantizedMoeBackend.TRITON
+    pieces = []
+    for worker in range(workers):
+        part = slice(worker * width // workers, (worker + 1) * width // workers)
+        linear = object.__new__(RowParallelLinear)
+        torch.nn.Module.__init__(linear)
+        linear.weight = torch.nn.Parameter(down[:, part])
+        linear.bias, linear.tp_rank = None, worker
+        linear.input_size, linear.input_size_per_partition, linear.output_size = width, width // workers, hidden
+        pieces += weight_inspection._linear("mlp.down_proj", linear, {})
+        w13 = [torch.cat((of(e, "gate", part, 0), of(e, "up", part, 0))) for e in range(experts)]
+        parallel = SimpleNamespace(use_ep=False)
+        module = SimpleNamespace(
+            moe_config=SimpleNamespace(
+                moe_parallel_config=parallel,
+                intermediate_size_per_partition_unpadded=width // workers,
+                tp_rank=worker,
+                tp_size=workers,
+            ),
+            layer_name="mlp.experts.routed_experts",
+            quant_method=method,
+            w13_weight=torch.stack(w13),
+            w2_weight=torch.stack([of(e, "down", part, 1) for e in range(experts)]),
+            ckpt_gate_proj_name="gate_proj",
+            ckpt_up_proj_name="up_proj",
+            ckpt_down_proj_name="down_proj",
+        )
+        pieces += weight_inspection.expert_pieces(module)
+    sent = {name: checksum(tensor) for name, tensor in tensors.items()}
+    assert mismatches(sent, {"engine": pieces}) == []
+    down[3, 5] += 1
+    (wrong,) = mismatches(sent | {"mlp.down_proj.weight": checksum(down)}, {"engine": pieces})
+    assert wrong == "mlp.down_proj.weight: engine holds other values than were sent"

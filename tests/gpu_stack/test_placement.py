@@ -21,6 +21,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
         2,
         ["cluster.colocate=true", "policy.offload=all", "policy.data_parallel=4", "rollout.engines=16"],
     ),
+    "qwen3_8b, half a node of ranks": (2, ["cluster.policy_ranks_per_node=4"]),
     "qwen3_8b, engines of two GPUs": (2, ["rollout.tensor_parallel=2", "rollout.engines=4"]),
     "qwen3_32b": (8, []),
     "qwen3_30b_a3b": (4, []),
@@ -119,7 +120,7 @@ def main(cases: dict[str, tuple[int, list[str]]], nodes: int) -> None:
     found = {}
     try:
         for name, (_, overrides) in cases.items():
-            settings = ["model.hf_dir=.", "cluster.startup_timeout_s=60", "cluster.address=auto", *overrides]
+            settings = ["model.hf_dir=.", "cluster.startup_timeout_s=300", "cluster.address=auto", *overrides]
             example = EXAMPLES / f"{name.partition(',')[0]}.yaml"
             config = load_config(example, settings)
             placement = reserve(config, "cuda")
@@ -165,6 +166,8 @@ def test_tensor_groups_stay_within_a_node(nodes: int) -> None:
             for place in places:
                 used[place] += gpus
         assert max(used.values()) <= 8, name
+        if "half a node" in name:
+            assert sorted(Counter(ranks).values()) == [4, 4], name
         if "shared" in name:
             assert ranks == engines, f"{name}: engine i is not where rank i is"
         if where["seen"] is not None:

@@ -8,6 +8,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -114,3 +116,26 @@ def test_a_node_without_compiler_or_headers_is_refused_where_kernels_are_built(
     found = problems([bare], Requirements(["a"], gpus_per_node=1, paths=[]))
     assert [line.split(",")[0] for line in found] == ["a: no C compiler (gcc or clang", f"a: no {tmp_path}/Python.h"]
     assert problems([bare], Requirements(["a"], gpus_per_node=0, paths=[])) == []
+
+
+def test_gpus_and_what_their_driver_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, report: NodeReport) -> None:
+    smi = tmp_path / "nvidia-smi"
+    line = "echo NVIDIA H100 80GB HBM3, 79000, 81559, 580.95.05"
+    smi.write_text(f"#!/bin/sh\n{line}\n{line}\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    def library(version: int) -> Any:
+        def ask(place: Any) -> int:
+            place._obj.value = version
+            return 0
+
+        return lambda name: SimpleNamespace(cuDriverGetVersion=ask)
+
+    # What a run would load, such as cuda-compat, may serve more than the driver that nvidia-smi names.
+    monkeypatch.setattr("ctypes.CDLL", library(13020))
+    seen = look_at_this_node("a", [])
+    assert seen.gpus == [("NVIDIA H100 80GB HBM3", 79000, 81559)] * 2
+    assert (seen.driver, seen.driver_cuda) == ("580.95.05", 13)
+    (missing,) = problems([replace(report, gpus=seen.gpus)], Requirements(["a"], gpus_per_node=8, paths=[]))
+    assert missing == "a: 2 GPUs, 8 are needed"
