@@ -18,7 +18,8 @@ from megatron_entropic.cluster.waiting import answered, gather, require_raylet
 from megatron_entropic.config.algorithm import FrozenName
 from megatron_entropic.config.run import ClusterConfig, Config
 from megatron_entropic.models.dimensions import read_dimensions
-from megatron_entropic.policy.batch.balance import attention_weight, data_parallel_shards, sequence_costs
+from megatron_entropic.policy.batch.balance import attention_weight
+from megatron_entropic.policy.batch.prefix_sharing import deal, shares_prefixes
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.types import Scores, Sequence
 from megatron_entropic.weight_sync.plan import PublishPlan
@@ -35,7 +36,9 @@ class PolicyGroup:
         self._limits: ClusterConfig = config.cluster
         self._world_size = config.policy.world_size
         self._data_parallel = config.policy.data_parallel
-        self._attention_weight = attention_weight(read_dimensions(config.model.hf_dir))
+        dimensions = read_dimensions(config.model.hf_dir)
+        self._attention_weight = attention_weight(dimensions)
+        self._share_prefixes = shares_prefixes(config.policy, dimensions, on_cpu=placement.device == "cpu")
         environment = policy_environment(config, placement.device)
         self._actors = [
             PolicyWorker.options(  # type: ignore[attr-defined]
@@ -171,8 +174,7 @@ class PolicyGroup:
 
     def _deal(self, sequences: list[Sequence]) -> list[list[int]]:
         """Indices of the sequences of each data-parallel replica."""
-        costs = sequence_costs([sequence.tokens.numel() for sequence in sequences], self._attention_weight)
-        return data_parallel_shards(costs, self._data_parallel)
+        return deal(sequences, self._attention_weight, self._data_parallel, shared=self._share_prefixes)
 
     def _on_replicas(
         self,

@@ -110,6 +110,11 @@ class PolicyConfig(Section):
     tokens_per_microbatch: Count = Field(
         16384, ge=1, description="Packed tokens of one forward; a longer sequence goes alone."
     )
+    prefix_sharing: Annotated[Literal["auto", "off"], BeforeValidator(off_is_a_word)] = Field(
+        "auto",
+        description="auto: on a CPU a prompt is computed once for all its responses in a micro-batch, but not with "
+        "context parallelism or experts. off: once for each response.",
+    )
     output_head: Literal["auto", "logits", "recompute", "fused_loss"] = Field(
         "auto",
         description="How the last stage turns hidden states into log-probs. logits: stores its vocabulary shard of "

@@ -18,6 +18,7 @@ from megatron_entropic.config.run import OFFLOAD_PARTS, Config, OffloadPart
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.policy.batch.balance import attention_weight
+from megatron_entropic.policy.batch.prefix_sharing import shares_prefixes
 from megatron_entropic.policy.megatron.parallel import (
     destroy_model_parallel,
     initialise_model_parallel,
@@ -80,9 +81,10 @@ class Policy:
         self.config = config
         self.platform = select_platform(device)
         self.platform.init_process_group(rendezvous, timeout_s=config.policy.distributed_timeout_s)
-        self.parallel = initialise_model_parallel(config.policy)
-        self.platform.manual_seed(config.run.seed)
         self.parameter_map = ParameterMap(read_dimensions(config.model.hf_dir))
+        shared = shares_prefixes(config.policy, self.parameter_map.dimensions, on_cpu=self.platform.takes_prefixes)
+        self.parallel = initialise_model_parallel(config.policy, share_prefixes=shared)
+        self.platform.manual_seed(config.run.seed)
         self.model = self._load(config.model.hf_dir, config.model.megatron_dir)
         self._frozen = {name: self._load_frozen(name) for name in config.algorithm.frozen_dirs}
         self._wrapped = wrap_data_parallel(

@@ -21,7 +21,8 @@ from megatron_entropic.config.run import Dtype, PolicyConfig
 from megatron_entropic.data.token_file import TokenLine, read_token_file, write_scored_file
 from megatron_entropic.errors import UserError
 from megatron_entropic.models.dimensions import read_dimensions
-from megatron_entropic.policy.batch.balance import attention_weight, data_parallel_shards, sequence_costs
+from megatron_entropic.policy.batch.balance import attention_weight
+from megatron_entropic.policy.batch.prefix_sharing import deal, shares_prefixes
 from megatron_entropic.policy.local_ranks import run_as_rank, run_local_ranks, tell_phase
 from megatron_entropic.policy.megatron.parallel import ParallelState, initialise_model_parallel, layout_problems
 from megatron_entropic.policy.megatron.platform import Device, Platform, Rendezvous, select_platform
@@ -109,7 +110,8 @@ def run_rank(job_dir: Path) -> None:
     tell_phase(job_dir, rank, "rendezvous")
     platform = select_platform(job.device)
     platform.init_process_group(rendezvous, timeout_s=policy.distributed_timeout_s)
-    state = initialise_model_parallel(policy)
+    shared = shares_prefixes(policy, read_dimensions(Path(job.hf_dir)), on_cpu=platform.takes_prefixes)
+    state = initialise_model_parallel(policy, share_prefixes=shared)
     tell_phase(job_dir, rank, "load weights")
     model = _load_model(job, policy, platform, state)
     indices, results = _score_own_share(model, job, policy, state, job_dir)
@@ -136,9 +138,12 @@ def _score_own_share(
     model: torch.nn.ModuleList, job: _Job, policy: PolicyConfig, state: ParallelState, job_dir: Path
 ) -> tuple[list[int], Scores]:
     """Score this replica's sequences; returns their indices in the file, and scores in that order (last stage only)."""
-    costs = sequence_costs([len(tokens) for tokens in job.tokens], attention_weight(read_dimensions(Path(job.hf_dir))))
-    own = data_parallel_shards(costs, state.data_size)[state.data_rank]
-    sequences = [Sequence(torch.tensor(job.tokens[i]), job.prompt_lengths[i]) for i in own]
+    everything = [
+        Sequence(torch.tensor(tokens), prompt) for tokens, prompt in zip(job.tokens, job.prompt_lengths, strict=True)
+    ]
+    weight = attention_weight(read_dimensions(Path(job.hf_dir)))
+    own = deal(everything, weight, state.data_size, shared=state.share_prefixes)[state.data_rank]
+    sequences = [everything[index] for index in own]
     micro_batches = pack_alike(sequences, policy.tokens_per_microbatch, state, next(model.parameters()).device)
     order: list[int] = []
     scored = Scores([], [])

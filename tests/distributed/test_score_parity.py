@@ -17,6 +17,7 @@ FAMILIES = ("qwen3", "qwen2", "llama")
 LAYOUTS = {
     "tp1": {"data_parallel": 4, "tokens_per_microbatch": 60},
     "tp1 one micro-batch": {"data_parallel": 4},
+    "tp1 whole sequences": {"data_parallel": 4, "tokens_per_microbatch": 60, "prefix_sharing": "off"},
     "tp2": {"tensor_parallel": 2, "data_parallel": 2, "tokens_per_microbatch": 60},
     "tp2 sp": {"tensor_parallel": 2, "data_parallel": 2, "sequence_parallel": True, "tokens_per_microbatch": 60},
     "pp2": {"pipeline_parallel": 2, "data_parallel": 2, "tokens_per_microbatch": 60},

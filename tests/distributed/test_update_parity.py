@@ -109,6 +109,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "one rank, experts": _experts(recompute="full"),
         "one rank, auxiliary loss": _balanced(recompute="full"),
         "one rank, sequences in reverse": _layout(train=(), reverse=True),
+        "one rank, whole sequences": _layout(FEWER[:1], (), prefix_sharing="off"),
     },
     2: {
         "tp2": _layout(DENSE, tensor_parallel=2),

@@ -39,8 +39,8 @@ LATENT: dict[str, Any] = COMMON | {
     "num_nextn_predict_layers": 0,
 }
 """Of models with latent attention."""
-LENGTHS = [(1, 1), (3, 14), (17, 1), (9, 21), (2, 45), (30, 7), (5, 12), (11, 33), (4, 4)]
-"""(prompt, response) tokens of each sequence."""
+LENGTHS = [(1, 1), (3, 14), (17, 1), (17, 21), (2, 45), (30, 7), (30, 12), (17, 33), (4, 5)]
+"""(prompt, response) tokens of each sequence; prompts of one length are one prompt, which some layouts compute once."""
 
 
 def write_tiny_model(family: str, directory: Path) -> Path:
@@ -137,8 +137,9 @@ def load_reference(hf_dir: Path) -> Any:
 def random_sequences(seed: int = 5) -> list[tuple[list[int], int]]:
     """(tokens, prompt length) of sequences of very different lengths."""
     generator = torch.Generator().manual_seed(seed)
+    prompts = {length: torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in dict(LENGTHS)}
     return [
-        (torch.randint(VOCABULARY, (prompt + response,), generator=generator).tolist(), prompt)
+        ([*prompts[prompt], *torch.randint(VOCABULARY, (response,), generator=generator).tolist()], prompt)
         for prompt, response in LENGTHS
     ]
 

@@ -6,6 +6,8 @@ Shapes: T packed tokens of a micro-batch (padding tail included), R response tok
     rows              1  2       4  5  6             the positions whose logits predict a response token
     targets           r0 r1      r0 r1 r2            R = 5, sequence after sequence
 
+Where a prompt is computed once for several responses, later ones leave it out (see `prefix_sharing`).
+
 Under context parallelism each segment is padded and cut (see `segments`), and a rank's micro-batch holds its own
 part of the tokens. All ranks of a group pack the same sequences, so each knows the target of a row whose next token is
 held by another.
@@ -21,7 +23,14 @@ import torch
 
 from megatron_entropic.policy.batch.balance import spread
 from megatron_entropic.policy.batch.host_copies import to_device
-from megatron_entropic.policy.batch.segments import WHOLE, ContextCut, SegmentPlan, plan_segments
+from megatron_entropic.policy.batch.prefix_sharing import (
+    by_prompt,
+    laid_tokens,
+    prompt_owners,
+    shared_tokens,
+    within,
+)
+from megatron_entropic.policy.batch.segments import WHOLE, ContextCut, Prefix, SegmentPlan, plan_segments
 from megatron_entropic.types import Sequence
 
 TAIL_TOKENS = 64
@@ -40,6 +49,8 @@ class PackingRules:
     """Number that the count of micro-batches is a multiple of."""
     equal_tokens: bool = False
     """Whether all micro-batches of a pass are padded to one length."""
+    share_prefixes: bool = False
+    """Whether sequences of one prompt lay it once; not with a cut."""
 
     @property
     def total_multiple(self) -> int:
@@ -72,13 +83,15 @@ class MicroBatch:
     It stays where it is: Transformer Engine's attention never looks at it.
     """
     max_seqlen: int
-    """Number of tokens of the longest segment, before the cut."""
+    """Number of tokens of the longest segment, before the cut, with the prefix that it goes on from."""
     response_lengths: tuple[int, ...]
     """Number of response tokens of each sequence; they sum to R."""
     sequences: tuple[Sequence, ...]
     """The sequences themselves, as the caller gave them (on the caller's device)."""
     indices: tuple[int, ...]
     """Index of each sequence in the caller's list."""
+    first_positions: torch.Tensor | None = None
+    """Position of the first token of each segment, [segments] int32; None: all of them are 0."""
     choices: torch.Tensor | None = None
     """Experts to use, [tokens of this rank, layers with experts, k], see `router_replay`. None: routers choose."""
 
@@ -95,6 +108,11 @@ class MicroBatch:
     def response_tokens(self) -> int:
         """Number of response tokens, R, over all context-parallel ranks."""
         return sum(self.response_lengths)
+
+    @property
+    def shared_tokens(self) -> int:
+        """Number of tokens of its sequences that are not laid, because another's prompt stands for them."""
+        return 0 if self.first_positions is None else int(self.first_positions.sum())
 
     def places(self, targets: slice) -> slice | torch.Tensor:
         """Indices among the R response tokens of some of this rank's `targets`."""
@@ -121,17 +139,34 @@ def pack(
     Raises:
         ValueError: a sequence without prompt or response.
     """
-    lengths = [_rounded_up(sequence.tokens.numel(), rules.cut.segment_multiple) for sequence in sequences]
-    groups = first_fit_decreasing(lengths, tokens_per_microbatch)
-    count = _rounded_up(max(len(groups), at_least), rules.count_multiple)
+    units = _units(sequences, tokens_per_microbatch, rules)
+    lengths = [_laid_tokens([sequences[i] for i in unit], rules) for unit in units]
+    groups_of_units = first_fit_decreasing(lengths, tokens_per_microbatch)
+    count = _rounded_up(max(len(groups_of_units), at_least), rules.count_multiple)
     level = spread(lengths, count)
     # Stages of a pipeline wait for the longest one. A level deal may exceed the budget where first fit does not.
     if all(len(group) == 1 or sum(lengths[i] for i in group) <= tokens_per_microbatch for group in level):
-        groups = level
+        groups_of_units = level
+    groups = [[index for unit in group for index in units[unit]] for group in groups_of_units]
+    groups = [group for group in groups if group]
     while len(groups) < count:
-        groups = _halve_largest(groups, lengths)
-    longest = max(sum(lengths[i] for i in group) for group in groups) if rules.equal_tokens else 0
+        groups = _halve_largest(groups, [sequence.tokens.numel() for sequence in sequences])
+    longest = max(_laid_tokens([sequences[i] for i in group], rules) for group in groups) if rules.equal_tokens else 0
     return [pack_one([sequences[i] for i in group], group, rules, at_least_tokens=longest) for group in groups]
+
+
+def _units(sequences: list[Sequence], budget: int, rules: PackingRules) -> list[list[int]]:
+    """Indices of the sequences that stay together: those of one prompt within the budget, or each by itself."""
+    if not rules.share_prefixes:
+        return [[index] for index in range(len(sequences))]
+    return [run for unit in by_prompt(sequences) for run in within(unit, sequences, budget)]
+
+
+def _laid_tokens(sequences: list[Sequence], rules: PackingRules) -> int:
+    """Number of tokens of these sequences in one micro-batch, without its tail."""
+    if rules.share_prefixes:
+        return sum(laid_tokens([sequences[i] for i in unit]) for unit in by_prompt(sequences))
+    return sum(_rounded_up(sequence.tokens.numel(), rules.cut.segment_multiple) for sequence in sequences)
 
 
 def _rounded_up(number: int, multiple: int) -> int:
@@ -186,30 +221,40 @@ def pack_one(
     if bad:
         raise ValueError(f"sequences {bad} lack a prompt or a response token, so they have nothing to score")
     cut = rules.cut
-    segments = _segments([sequence.tokens.numel() for sequence in sequences], rules, at_least_tokens)
+    owners = prompt_owners(sequences) if rules.share_prefixes else {}
+    left_out = [shared_tokens(s) if i in owners else 0 for i, s in enumerate(sequences)]
+    laid = [sequence.tokens[skipped:] for sequence, skipped in zip(sequences, left_out, strict=True)]
+    segments = _segments([tokens.numel() for tokens in laid], rules, at_least_tokens)
     starts = [0, *accumulate(segments)]
     tokens = torch.zeros(starts[-1], dtype=torch.int64)
-    for sequence, start in zip(sequences, starts, strict=False):
-        tokens[start : start + sequence.tokens.numel()] = sequence.tokens
+    for of_sequence, start in zip(laid, starts, strict=False):
+        tokens[start : start + of_sequence.numel()] = of_sequence
     rows_of_all = [
-        start + s.response_places - 1  # logits predict the token after theirs
-        for s, start in zip(sequences, starts, strict=False)
+        start - skipped + s.response_places - 1  # logits predict the token after theirs
+        for s, start, skipped in zip(sequences, starts, left_out, strict=False)
     ]
     rows = torch.cat([torch.empty(0, dtype=torch.int64), *rows_of_all])
-    own_rows = cut.rows(torch.tensor(segments))
+    lengths = torch.tensor(segments)
+    own_rows = cut.rows(lengths)
     place, owned = _own_places(rows, own_rows, starts[-1]) if cut.size > 1 else (rows, None)
+    position_ids = cut.positions(lengths)
+    first_positions = None
+    if owners:
+        first_positions = torch.tensor([*left_out, *[0] * (len(segments) - len(left_out))], dtype=torch.int32)
+        position_ids += first_positions.repeat_interleave(lengths)
     return MicroBatch(
         tokens=tokens[own_rows].unsqueeze(0),
-        position_ids=cut.positions(torch.tensor(segments)).unsqueeze(0),
+        position_ids=position_ids.unsqueeze(0),
         cu_seqlens=torch.tensor(starts, dtype=torch.int32),
         rows=place,
         targets=tokens[(rows if owned is None else rows[owned]) + 1],
         owned=owned,
-        plan=plan_segments(segments, cut),
-        max_seqlen=max(segments),
+        plan=plan_segments(segments, cut, {i: Prefix(starts[owner], left_out[i]) for i, owner in owners.items()}),
+        max_seqlen=max(segments) if first_positions is None else int((lengths + first_positions).max()),
         response_lengths=tuple(s.response_length for s in sequences),
         sequences=tuple(sequences),
         indices=tuple(indices),
+        first_positions=first_positions,
     )
 
 

@@ -5,11 +5,16 @@ when lengths differ. Groups in which the shortest is at least `SIMILAR` of the l
 
 Under context parallelism a rank's queries are two chunks of each segment (see `ContextCut`), and keys and values those
 of all ranks, one rank's after the other. Chunk j sees the segment's chunks 0 to j, so each chunk is a batch of its own.
+
+A segment that goes on from a prefix in another one (see `prefix_sharing`) has its own rows as queries, and sees those
+of the prefix before them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -69,8 +74,17 @@ WHOLE = ContextCut()
 """Cut of a rank that holds all of every segment, without context parallelism."""
 
 
+class Prefix(NamedTuple):
+    """Consecutive rows of a micro-batch, the start of one segment, that another segment goes on from."""
+
+    start: int
+    length: int
+
+
 SIMILAR = 0.75
 """Shortest over longest length within a group: at most a third more rows, and the same order of attention work."""
+MASK_ELEMENTS = 2**24
+"""Bound of the mask of a group that goes on from prefixes: 64 MiB where attention makes float32 numbers of it."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +96,7 @@ class SegmentGroup:
     count: int
     length: int
     keys: torch.Tensor | None = None
-    """Rows of keys and values in those of all context-parallel ranks, [count * seen] int64; None: `rows`."""
+    """Rows of keys and values, in those of all context-parallel ranks, [count * seen] int64; None: `rows`."""
     mask: torch.Tensor | None = None
     """Mask of the keys that a query sees, [count, 1, length, seen] bool; None: the causal mask."""
 
@@ -106,35 +120,76 @@ class SegmentPlan:
         return SegmentPlan(tuple(group.to(device) for group in self.groups), to_device(self.order, device))
 
 
-def plan_segments(lengths: list[int], cut: ContextCut = WHOLE) -> SegmentPlan:
+def plan_segments(
+    lengths: list[int], cut: ContextCut = WHOLE, prefixes: dict[int, Prefix] | None = None
+) -> SegmentPlan:
     """Group segments, given by length in packed order, by similar length.
 
     Args:
         lengths: tokens of each segment, all positive; under context parallelism multiples of `cut.segment_multiple`.
         cut: this rank's part of them.
+        prefixes: by number of the segment, for those that go on from a prefix; without context parallelism only.
     """
     assert min(lengths) > 0, "an empty segment has no place in a plan"
+    prefixes = prefixes or {}
+    assert not prefixes or cut.size == 1, "a prefix is not cut"
     # Of a whole segment there is one chunk.
     chunk = torch.tensor(lengths) // cut.segment_multiple
     own = torch.tensor(lengths) // cut.size
     start = own.cumsum(0) - own
-    by_length = torch.argsort(chunk, descending=True, stable=True)
-    groups = []
+    batches: list[tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]] = []
+    whole = torch.tensor([index for index in range(len(lengths)) if index not in prefixes], dtype=torch.int64)
+    for place, index in enumerate(cut.chunks):
+        for members in _similar_runs(_longest_first(whole, chunk), chunk):
+            rows, real = _padded_rows((start + place * chunk)[members], chunk[members])
+            seen = _seen_keys(chunk[members], start[members], index, cut, int(own.sum())) if cut.size > 1 else ()
+            batches.append((rows, real, seen))
+    for members in _runs_after_prefixes(prefixes, chunk):
+        rows, real = _padded_rows(start[members], chunk[members])
+        before = torch.tensor([prefixes[index] for index in members.tolist()])
+        batches.append((rows, real, _seen_after_prefixes(before, rows)))
     order = torch.empty(int(own.sum()), dtype=torch.int64)
     offset = 0
-    for place, index in enumerate(cut.chunks):
-        for members in _similar_runs(by_length, chunk):
-            longest = int(chunk[members[0]])
-            column = torch.arange(longest)
-            # Padding repeats the chunk's last row: finite values, which no real query sees.
-            within = torch.minimum(column, chunk[members, None] - 1)
-            rows = (start + place * chunk)[members, None] + within
-            real = column < chunk[members, None]
-            order[rows[real]] = offset + torch.arange(rows.numel()).view_as(rows)[real]
-            seen = _seen_keys(chunk[members], start[members], index, cut, order.numel()) if cut.size > 1 else ()
-            groups.append(SegmentGroup(rows.flatten(), len(members), longest, *seen))
-            offset += rows.numel()
+    for rows, real, _ in batches:
+        order[rows[real]] = offset + torch.arange(rows.numel()).view_as(rows)[real]
+        offset += rows.numel()
+    groups = [SegmentGroup(rows.flatten(), rows.shape[0], rows.shape[1], *seen) for rows, _, seen in batches]
     return SegmentPlan(tuple(groups), order)
+
+
+def _padded_rows(start: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of n runs of `length` rows each, and which of them are no padding, both [n, longest]."""
+    column = torch.arange(int(length.max()))
+    # Padding repeats the last row: finite values, which no real query sees.
+    return start[:, None] + torch.minimum(column, length[:, None] - 1), column < length[:, None]
+
+
+def _runs_after_prefixes(prefixes: dict[int, Prefix], chunk: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Segments that go on from prefixes, in runs of similar prefixes and similar lengths whose masks are bounded."""
+    before = torch.zeros_like(chunk)
+    for index, prefix in prefixes.items():
+        before[index] = prefix.length
+    members = torch.tensor(list(prefixes), dtype=torch.int64)
+    for alike in _similar_runs(_longest_first(members, before), before):
+        for run in _similar_runs(_longest_first(alike, chunk), chunk):
+            longest = int(chunk[run[0]])
+            yield from run.split(max(1, MASK_ELEMENTS // (longest * (longest + int(before[run].max())))))
+
+
+def _seen_after_prefixes(before: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and mask of a `SegmentGroup` whose segments go on from prefixes.
+
+    Args:
+        before: [n, 2] start and length of each one's prefix.
+        rows: [n, longest] its own rows.
+    """
+    start, length = before[:, :1], before[:, 1:]
+    column = torch.arange(int(length.max()))
+    keys = torch.cat((start + torch.minimum(column, length - 1), rows), dim=1)
+    count, longest = rows.shape
+    of_prefix = (column < length).unsqueeze(1).expand(count, longest, -1)
+    causal = torch.ones(longest, longest, dtype=torch.bool).tril().expand(count, -1, -1)
+    return keys.flatten(), torch.cat((of_prefix, causal), dim=2).unsqueeze(1)
 
 
 def _seen_keys(
@@ -158,6 +213,10 @@ def _seen_keys(
     keys = rank * own_rows + start[:, None] + second * chunk[:, None] + position % chunk[:, None]
     query = index * chunk[:, None] + torch.minimum(torch.arange(longest), chunk[:, None] - 1)
     return keys.flatten(), (column <= query[:, :, None]).unsqueeze(1)
+
+
+def _longest_first(members: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    return members[torch.argsort(length[members], descending=True, stable=True)]
 
 
 def _similar_runs(by_length: torch.Tensor, length: torch.Tensor) -> list[torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,8 @@ class ParallelState:
     expert_group: dist.ProcessGroup
     """Ranks that together hold one copy of a stage's experts: expert tensor ranks of the first expert-parallel rank,
     then those of the next."""
+    share_prefixes: bool = False
+    """Whether prompts are computed once, see `prefix_sharing.shares_prefixes`."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -97,6 +99,7 @@ class ParallelState:
             cut=ContextCut(self.context_rank, self.context_size),
             count_multiple=self.pipeline_size if interleaved else 1,
             equal_tokens=interleaved,
+            share_prefixes=self.share_prefixes,
         )
 
     @property
@@ -128,8 +131,12 @@ def layout_problems(policy: PolicyConfig, world_size: int) -> list[str]:
     return problems
 
 
-def initialise_model_parallel(policy: PolicyConfig) -> ParallelState:
+def initialise_model_parallel(policy: PolicyConfig, *, share_prefixes: bool = False) -> ParallelState:
     """Create megatron-core's process groups for this layout; torch.distributed must be initialised.
+
+    Args:
+        policy: layout.
+        share_prefixes: see `ParallelState`.
 
     Raises:
         UserError: the layout is not supported or does not fit the number of ranks (all reasons in one message).
@@ -148,7 +155,7 @@ def initialise_model_parallel(policy: PolicyConfig) -> ParallelState:
         expert_tensor_parallel_size=policy.expert_tensor_parallel,
         distributed_timeout_minutes=policy.distributed_timeout_s / 60,
     )
-    return _current_state(policy)
+    return replace(_current_state(policy), share_prefixes=share_prefixes)
 
 
 def _current_state(policy: PolicyConfig) -> ParallelState:

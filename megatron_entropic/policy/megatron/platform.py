@@ -67,6 +67,8 @@ class Platform(ABC):
     """Whether layers are Transformer Engine's, else megatron-core's with our norms and attention."""
     fused_weight_gradients: bool
     """Whether products add weight gradients to float32 buffers themselves (apex's `fused_weight_gradient_mlp_cuda`)."""
+    takes_prefixes: bool
+    """Whether a segment of a packed micro-batch may go on from another's prefix: ours, for CPUs, sees both."""
 
     @property
     @abstractmethod
@@ -133,6 +135,7 @@ class CpuPlatform(Platform):
     fused_kernels = False
     transformer_engine = False
     fused_weight_gradients = False
+    takes_prefixes = True
 
     def __init__(self, megatron_version: tuple[int, int]) -> None:
         apply_cpu_patches(megatron_version)
@@ -163,6 +166,7 @@ class CudaPlatform(Platform):
 
     backend = "nccl"
     fused_kernels = True
+    takes_prefixes = False
 
     def __init__(self) -> None:
         self.transformer_engine = transformer_engine_is_usable()

@@ -30,14 +30,15 @@ def apply_rotary_packed(
     Args:
         tensor: [T / size, heads, head_dim] for `size` context-parallel ranks, all of which is rotated, in halves
             (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
-        cu_seqlens: [segments + 1] int32; the last is T.
+        cu_seqlens: [segments + 1] int32; the last is T. Or [2, segments + 1] with, in a second row, the position of
+            each segment's first token, which is 0 otherwise; without context parallelism only.
         freqs: [max_s, 1, 1, head_dim] angles in float32, by position within a segment.
         cp_group: context-parallel group.
         multi_latent_attention, mla_rotary_interleaved: in 0.16, in 0.19: neighbouring elements are the pairs that are
             rotated; the result has halves all the same, of q as of k.
         mscale: factor of cosine and sine.
     """
-    positions = ContextCut(cp_group.rank(), cp_group.size()).positions(cu_seqlens.long().diff(), len(tensor))
+    positions = _positions(cu_seqlens, ContextCut(cp_group.rank(), cp_group.size()), len(tensor))
     # [max_s, 1, d] before the gather: the cosine is taken once for each position, not for each token.
     cos = (freqs.squeeze(2).cos() * mscale).to(tensor.dtype)[positions]
     sin = (freqs.squeeze(2).sin() * mscale).to(tensor.dtype)[positions]
@@ -48,6 +49,15 @@ def apply_rotary_packed(
         return rotated
     first, second = tensor.chunk(2, dim=-1)
     return tensor * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _positions(cu_seqlens: torch.Tensor, cut: ContextCut, tokens: int) -> torch.Tensor:
+    """Position of each of this rank's tokens in its sequence, [tokens] int64."""
+    if cu_seqlens.dim() == 1:
+        return cut.positions(cu_seqlens.long().diff(), tokens)
+    starts, first = cu_seqlens.long()
+    lengths = starts.diff()
+    return cut.positions(lengths, tokens) + first[:-1].repeat_interleave(lengths, output_size=tokens)
 
 
 class _Rotation(torch.autograd.Function):

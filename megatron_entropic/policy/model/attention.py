@@ -41,10 +41,15 @@ class PackedSegments(PackedSeqParams):
 
 def packed_segments(micro_batch: MicroBatch) -> PackedSegments:
     """The attention parameters of a micro-batch."""
+    first = micro_batch.first_positions
+    # RoPE takes the padded starts where there are some; ours then looks for positions in a second row.
+    placed = None if first is None else torch.stack((micro_batch.cu_seqlens, F.pad(first, (0, 1))))
     return PackedSegments(
         qkv_format="thd",
         cu_seqlens_q=micro_batch.cu_seqlens,
         cu_seqlens_kv=micro_batch.cu_seqlens,
+        cu_seqlens_q_padded=placed,
+        cu_seqlens_kv_padded=placed,
         max_seqlen_q=micro_batch.max_seqlen,
         max_seqlen_kv=micro_batch.max_seqlen,
         plan=micro_batch.plan,
@@ -53,7 +58,7 @@ def packed_segments(micro_batch: MicroBatch) -> PackedSegments:
 
 
 class SegmentedAttention(MegatronModule):
-    """Causal grouped-query attention within each segment of a packed micro-batch.
+    """Causal grouped-query attention within each segment of a packed micro-batch, and to the prefix it goes on from.
 
     Segments of similar length run as one batch, padded on the right (see `segments`): under the causal mask no real
     query sees a padded key, and outputs of padded queries are dropped, so their gradients are exactly zero.

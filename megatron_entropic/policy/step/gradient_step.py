@@ -139,19 +139,23 @@ def batch_metrics(
 
     Returns:
         batch/padding_fraction: packed tokens that belong to no sequence, over all packed tokens;
+        batch/shared_fraction: tokens of prompts that were not packed, because another sequence's prompt stood for them,
+        over the tokens of all sequences;
         batch/imbalance: work of the busiest replica over the mean of all, minus 1;
         batch/microbatches: number of micro-batches of each replica.
     """
-    replicas = torch.zeros(parallel.data_size, 3, dtype=torch.float64, device=device)
+    replicas = torch.zeros(parallel.data_size, 4, dtype=torch.float64, device=device)
     if parallel.context_rank == 0:
         lengths = [sequence.tokens.numel() for micro_batch in batch for sequence in micro_batch.sequences]
         packed = sum(int(micro_batch.cu_seqlens[-1]) for micro_batch in batch)
-        own = [sum(lengths), packed, sum(sequence_costs(lengths, attention_weight))]
+        shared = sum(micro_batch.shared_tokens for micro_batch in batch)
+        own = [sum(lengths), packed, shared, sum(sequence_costs(lengths, attention_weight)) - shared]
         replicas[parallel.data_rank] = torch.tensor(own, dtype=torch.float64)
     dist.all_reduce(replicas, group=parallel.data_context_group)
-    tokens, packed_tokens, costs = replicas.unbind(1)
+    tokens, packed_tokens, shared_tokens, costs = replicas.unbind(1)
     return {
-        "batch/padding_fraction": 1 - float(tokens.sum() / packed_tokens.sum()),
+        "batch/padding_fraction": 1 - float((tokens.sum() - shared_tokens.sum()) / packed_tokens.sum()),
+        "batch/shared_fraction": float(shared_tokens.sum() / tokens.sum()),
         "batch/imbalance": float(costs.max() / costs.mean()) - 1,
         "batch/microbatches": float(len(batch)),
     }

@@ -10,6 +10,7 @@ import torch
 
 from megatron_entropic.config.run import PolicyConfig
 from megatron_entropic.models.dimensions import read_dimensions
+from megatron_entropic.policy.batch.prefix_sharing import shares_prefixes
 from megatron_entropic.policy.megatron.parallel import destroy_model_parallel, initialise_model_parallel
 from megatron_entropic.policy.megatron.platform import Platform, Rendezvous, select_platform
 from megatron_entropic.policy.model.load import load_weights
@@ -20,9 +21,11 @@ def score_layout(platform: Platform, policy: PolicyConfig, hf_dir: Path, case: d
     from megatron_entropic.policy.model.build import build_model
     from megatron_entropic.policy.step.score import score_sequences
 
-    state = initialise_model_parallel(policy)
+    dimensions = read_dimensions(hf_dir)
+    shared = shares_prefixes(policy, dimensions, on_cpu=platform.takes_prefixes)
+    state = initialise_model_parallel(policy, share_prefixes=shared)
     platform.manual_seed(1)
-    model = build_model(read_dimensions(hf_dir), policy, "float32", state, platform)
+    model = build_model(dimensions, policy, "float32", state, platform)
     load_weights(model, hf_dir, state)
     sequences = [Sequence(torch.tensor(tokens), prompt) for tokens, prompt in case["sequences"]]
     scores = score_sequences(
