@@ -44,7 +44,7 @@ def apply_rotary_packed(
     sin = (freqs.squeeze(2).sin() * mscale).to(tensor.dtype)[positions]
     if multi_latent_attention or mla_rotary_interleaved:
         tensor = torch.cat((tensor[..., 0::2], tensor[..., 1::2]), dim=-1)
-    if not tensor.is_cuda and tensor.dtype == torch.bfloat16:
+    if not tensor.is_cuda:
         rotated: torch.Tensor = _Rotation.apply(tensor, cos, sin)
         return rotated
     first, second = tensor.chunk(2, dim=-1)

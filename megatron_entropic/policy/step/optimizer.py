@@ -123,9 +123,8 @@ class PolicyOptimizer:
             use_gloo_process_groups=False,
         )
         self._stale = False
-        # One pass over parameters, moments and gradients instead of eight. Rounding differs: float32 runs, which are
-        # compared bit for bit with earlier ones, keep the operations they had.
-        self._one_pass = self._device.type == "cpu" and dtype == torch.bfloat16
+        # One pass over parameters, moments and gradients instead of eight.
+        self._one_pass = self._device.type == "cpu"
         self._create_state()
         self.scheduler = self._build_scheduler(total_steps)
 
