@@ -43,14 +43,10 @@ say "problems"
 
 # LABEL MODEL: avg@8 and pass@8 on held-out sums, as they are trained, and held-out word problems, which are not.
 evaluate() {
-  local skill tokens
-  for skill in sums words; do
-    if [ $skill = sums ]; then tokens=4; else tokens=24; fi
-    .venv/bin/megatron-entropic evaluate --label "$1" --model "$2" --output-dir "$root/evaluations/$skill/$1" \
-      --benchmarks "$skill=$problems/${skill}_heldout.parquet" --samples 8 --no-chat-template --max-prompt-tokens 96 \
-      --max-tokens $tokens --engines 2 --workers 1 --dtype "$dtype" \
-      --answer regex --answer-pattern '\A\s*.*?(-?[0-9]+)[^0-9\n]*$'
-  done
+  .venv/bin/megatron-entropic evaluate --label "$1" --model "$2" --output-dir "$root/evaluations/$1" \
+    --benchmarks "sums=$problems/sums_heldout.parquet" "words=$problems/words_heldout.parquet" \
+    --samples 8 --max-tokens sums=4 words=24 --max-prompt-tokens 96 --no-chat-template \
+    --engines 2 --workers 1 --dtype "$dtype" --answer regex --answer-pattern '\A\s*.*?(-?[0-9]+)[^0-9\n]*$'
 }
 
 say "evaluation of the model as it comes"
@@ -66,19 +62,17 @@ evaluate "$name" "$root/$name"
 say "report"
 models=()
 for run in entropic without_control; do
-  if [ -f "$root/evaluations/words/$run/evaluation.json" ]; then models+=("$run"); fi
+  if [ -f "$root/evaluations/$run/evaluation.json" ]; then models+=("$run"); fi
 done
 .venv/bin/megatron-entropic report "${models[@]/#/$root/}"
-for skill in sums words; do
-  compared=(base "${models[@]}")
-  .venv/bin/megatron-entropic report "${compared[@]/#/$root/evaluations/$skill/}"
-done
+compared=(base "${models[@]}")
+.venv/bin/megatron-entropic report "${compared[@]/#/$root/evaluations/}"
 
 cat <<TEXT
 
 Done in $((SECONDS - started)) s.
   $root/${models[0]}/report/report.html   reward, held-out sums, entropy against its target, mismatch, time
   $root/$name/metrics.jsonl        every number of every step
-  $root/evaluations/*/base/report  paired comparisons of all models with the one that training began with
+  $root/evaluations/base/report    paired comparisons of all models with the one that training began with
   $root/$name/hf                   the trained model, for transformers and vLLM
 TEXT

@@ -220,7 +220,7 @@ class Sampler:
         Their seeds are functions of evaluation.seed, benchmark, problem and sample, whatever was generated before.
         `take` as in `generate`.
         """
-        evaluation, sampling = self._config.evaluation, self._config.evaluation_sampling
+        evaluation, sampling = self._config.evaluation, self._config.evaluation_sampling(name)
         conversations = [
             [
                 new_conversation(

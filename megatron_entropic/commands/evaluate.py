@@ -49,7 +49,11 @@ def add_parser(commands: Any) -> None:
     sets("--top-p", "evaluation.top_p", type=number(above=0, most=1), default=1.0)
     sets("--top-k", "evaluation.top_k", type=whole(-1), default=-1)
     parser.add_argument(
-        "--max-tokens", type=whole(1), help="of a response (default: 8192, or what the model's positions leave)"
+        "--max-tokens",
+        nargs="+",
+        default=[],
+        metavar="N|NAME=N",
+        help="of a response: for all (default: 8192, or what the model's positions leave), and for single benchmarks",
     )
     parser.add_argument(
         "--max-prompt-tokens",
@@ -128,21 +132,11 @@ def evaluation_config(options: argparse.Namespace) -> Config:
     benchmarks = _pairs(
         "--benchmarks", [part for word in options.benchmarks for part in _apart_at_commas(word)], problems
     )
-    samples = [word for word in options.samples if "=" not in word]
-    samples_of = _pairs("--samples", [word for word in options.samples if "=" in word], problems)
-    problems += [
-        f"--samples {word!r}: expected an integer of at least 1"
-        for word in (*samples, *samples_of.values())
-        if not _is_count(word)
-    ]
-    # What cannot be read is told once; the rest is looked at without it.
-    samples = [word for word in samples if _is_count(word)]
-    samples_of = {name: word for name, word in samples_of.items() if _is_count(word)}
-    if len(samples) > 1:
-        problems.append(f"--samples: more than one number for all benchmarks: {' '.join(samples)}")
+    samples, samples_of = _counts("--samples", options.samples, problems)
+    max_tokens, max_tokens_of = _counts("--max-tokens", options.max_tokens, problems)
     if not benchmarks:
         raise ConfigError("evaluate", problems)
-    prompt_tokens, response_tokens = _lengths(options)
+    prompt_tokens, response_tokens = _lengths(options, max_tokens)
     sections = _sections(options)
     sections["run"] = {"output_dir": options.output_dir.absolute()}
     sections["model"] |= {"hf_dir": _hf_dir(options.model)}
@@ -153,8 +147,9 @@ def evaluation_config(options: argparse.Namespace) -> Config:
     }
     sections["evaluation"] |= {
         "benchmarks": {name: Path(file).absolute() for name, file in benchmarks.items()},
-        "samples_per_prompt": samples[-1] if samples else 8,
+        "samples_per_prompt": samples or 8,
         "samples_of": samples_of,
+        "max_response_tokens_of": max_tokens_of,
     }
     try:
         config = Config.model_validate(sections)
@@ -176,14 +171,14 @@ def _sections(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return sections
 
 
-def _lengths(options: argparse.Namespace) -> tuple[int, int]:
+def _lengths(options: argparse.Namespace, max_tokens: int | None) -> tuple[int, int]:
     """Most tokens of a prompt and of a response: as given, else the usual ones that fit into the model's positions."""
     try:
         positions = read_dimensions(_hf_dir(options.model)).max_position_embeddings
     except UserError:  # told with everything else that is wrong
         positions = _USUAL_PROMPT_TOKENS + _USUAL_RESPONSE_TOKENS
     prompt = options.max_prompt_tokens or max(1, min(_USUAL_PROMPT_TOKENS, positions // 2))
-    response = options.max_tokens or max(1, min(_USUAL_RESPONSE_TOKENS, positions - prompt))
+    response = max_tokens or max(1, min(_USUAL_RESPONSE_TOKENS, positions - prompt))
     return prompt, response
 
 
@@ -205,6 +200,22 @@ def _apart_at_commas(word: str) -> list[str]:
             parts.append(part)
     # A folder of a longer path can look like the beginning of another benchmark: seed=3 in "a=v1,seed=3/h.parquet".
     return [word] if Path(word.partition("=")[2]).exists() else parts
+
+
+def _counts(option: str, words: list[str], problems: list[str]) -> tuple[int | None, dict[str, int]]:
+    """The numbers of an option, `N|NAME=N`: the one for all benchmarks, if there is one, and those of single ones."""
+    for_all = [word for word in words if "=" not in word]
+    by_name = _pairs(option, [word for word in words if "=" in word], problems)
+    problems += [
+        f"{option} {word!r}: expected an integer of at least 1"
+        for word in (*for_all, *by_name.values())
+        if not _is_count(word)
+    ]
+    # What cannot be read is told once; the rest is looked at without it.
+    for_all = [word for word in for_all if _is_count(word)]
+    if len(for_all) > 1:
+        problems.append(f"{option}: more than one number for all benchmarks: {' '.join(for_all)}")
+    return int(for_all[-1]) if for_all else None, {name: int(n) for name, n in by_name.items() if _is_count(n)}
 
 
 def _is_count(word: str) -> bool:

@@ -121,13 +121,20 @@ def benchmark_violations(config: Config) -> Iterator[Violation]:
             (key, "evaluation.every_steps"),
             f"evaluation.every_steps={evaluation.every_steps}, but evaluation.benchmarks names no file",
         )
-    for name, samples in evaluation.samples_of.items():
-        if name not in evaluation.benchmarks:
-            yield Violation(("evaluation.samples_of", key), f"evaluation.samples_of: no benchmark is called {name!r}")
-        if samples < 1:
-            yield Violation(("evaluation.samples_of",), f"evaluation.samples_of: {name}={samples}: at least 1")
-    greedy = config.evaluation_sampling.temperature == 0
-    if greedy and any(evaluation.samples(name) > 1 for name in evaluation.benchmarks):
+    for field, numbers in (
+        ("samples_of", evaluation.samples_of),
+        ("max_response_tokens_of", evaluation.max_response_tokens_of),
+    ):
+        own = f"evaluation.{field}"
+        for name, number in numbers.items():
+            if name not in evaluation.benchmarks:
+                yield Violation((own, key), f"{own}: no benchmark is called {name!r}")
+            if number < 1:
+                yield Violation((own,), f"{own}: {name}={number}: at least 1")
+    if any(
+        evaluation.samples(name) > 1 and config.evaluation_sampling(name).temperature == 0
+        for name in evaluation.benchmarks
+    ):
         yield Violation(
             ("evaluation",), "evaluation.temperature=0 gives the same response every time: use 1 sample per prompt"
         )

@@ -313,6 +313,9 @@ class EvaluationConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(-1, ge=-1)
     max_response_tokens: Count | None = Field(None, ge=1, description="None: rollout.max_response_tokens.")
+    max_response_tokens_of: dict[str, int] = Field(
+        {}, description="Name: longest response of the benchmarks with a limit of their own."
+    )
     seed: int = Field(1, ge=0, le=LARGEST, description="Of the responses; the same at every evaluation of a run.")
 
     def samples(self, benchmark: str) -> int:
@@ -455,24 +458,22 @@ class Config(Section):
         """Tokens of the longest sequence the policy can meet: prompt and response."""
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
 
-    @property
-    def evaluation_sampling(self) -> Sampling:
-        """Settings by which the responses to benchmark problems are drawn."""
+    def evaluation_sampling(self, benchmark: str) -> Sampling:
+        """Settings by which the responses to the problems of a benchmark are drawn."""
         own = self.evaluation
+        limit = own.max_response_tokens or self.rollout.max_response_tokens
         return Sampling(
             self.rollout.temperature if own.temperature is None else own.temperature,
             own.top_p,
             own.top_k,
-            own.max_response_tokens or self.rollout.max_response_tokens,
+            own.max_response_tokens_of.get(benchmark, limit),
         )
 
     @property
     def max_engine_tokens(self) -> int:
         """Tokens of the longest sequence an engine can meet, benchmarks included."""
-        longest = self.rollout.max_response_tokens
-        if self.evaluation.benchmarks:
-            longest = max(longest, self.evaluation_sampling.max_response_tokens)
-        return self.data.max_prompt_tokens + longest
+        of_benchmarks = [self.evaluation_sampling(name).max_response_tokens for name in self.evaluation.benchmarks]
+        return self.data.max_prompt_tokens + max(self.rollout.max_response_tokens, *of_benchmarks, 0)
 
     @property
     def loss_adds_up_over_tokens(self) -> bool:

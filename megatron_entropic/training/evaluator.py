@@ -181,7 +181,7 @@ class Evaluator:
             "tokenizer_sha256": tokenizer_digest(self._tokenizer),
             "chat_template_sha256": template_digest(self._tokenizer) if data.apply_chat_template else None,
             "samples": config.evaluation.samples(name),
-            "sampling": asdict(config.evaluation_sampling),
+            "sampling": asdict(config.evaluation_sampling(name)),
             "seed": config.evaluation.seed,
             "dtype": config.model.dtype,
             "verifier": config.reward.verifier,

@@ -65,7 +65,6 @@ NUMBERS = {
         "--top-p 1.5",
         "--top-p nan",
         "--engines 0",
-        "--max-tokens 0",
     ],
     "export m --quantize int8 --output-dir o --calibration c": ["--max-prompts 0", "--max-kl nan", "--max-kl -1"],
     "replay run": ["--step 0", "--step x"],
@@ -91,20 +90,31 @@ def test_a_number_that_nothing_can_be_done_with_is_the_option_s_error(
     assert f"found '{value}'" in said
 
 
-@pytest.mark.parametrize("samples", ["0", "-3", "nan", "a=0", "\u0663"])
-def test_samples_of_an_evaluation_are_counted(samples: str, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["evaluate", "--model", "m", "--benchmarks", "a=b", "--output-dir", "o", f"--samples={samples}"]
+@pytest.mark.parametrize("option", ["--samples", "--max-tokens"])
+@pytest.mark.parametrize("number", ["0", "-3", "nan", "a=0", "\u0663"])
+def test_numbers_of_an_evaluation_are_counted(option: str, number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["evaluate", "--model", "m", "--benchmarks", "a=b", "--output-dir", "o", f"{option}={number}"]
     assert main(command) == 2
     said = capsys.readouterr().err
-    assert f"--samples {samples.removeprefix('a=')!r}: expected an integer of at least 1" in said
+    assert f"{option} {number.removeprefix('a=')!r}: expected an integer of at least 1" in said
     assert "pydantic" not in said
+
+
+def test_benchmarks_have_numbers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate_command, "evaluation_violations", lambda config: [])
+    command = "evaluate --model m --benchmarks a=x b=y --output-dir o --max-prompt-tokens 5"
+    words = [*command.split(), "--samples", "4", "a=2", "--max-tokens", "30", "b=50"]
+    config = evaluate_command.evaluation_config(_parser().parse_args(words))
+    assert [config.evaluation.samples(name) for name in "ab"] == [2, 4]
+    assert [config.evaluation_sampling(name).max_response_tokens for name in "ab"] == [30, 50]
+    assert config.max_engine_tokens == 55
 
 
 @pytest.mark.parametrize(("positions", "lengths"), [(None, (1024, 8192)), (32768, (1024, 8192)), (64, (32, 32))])
 def test_lengths_of_an_evaluation_fit_the_model(
     positions: int | None, lengths: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = SimpleNamespace(model=tmp_path, max_prompt_tokens=None, max_tokens=None)
+    options = SimpleNamespace(model=tmp_path, max_prompt_tokens=None)
 
     def dimensions(_hf_dir: Path) -> Any:
         if positions is None:
@@ -112,9 +122,9 @@ def test_lengths_of_an_evaluation_fit_the_model(
         return SimpleNamespace(max_position_embeddings=positions)
 
     monkeypatch.setattr(evaluate_command, "read_dimensions", dimensions)
-    assert evaluate_command._lengths(options) == lengths
-    options.max_prompt_tokens, options.max_tokens = 7, 9
-    assert evaluate_command._lengths(options) == (7, 9)
+    assert evaluate_command._lengths(options, None) == lengths
+    options.max_prompt_tokens = 7
+    assert evaluate_command._lengths(options, 9) == (7, 9)
 
 
 def test_an_evaluation_holds_conversations(monkeypatch: pytest.MonkeyPatch) -> None:
