@@ -15,7 +15,8 @@ import torch.distributed as dist
 from benchmarks.policies import ModelSize, write_model
 from benchmarks.ranks import run_processes
 from megatron_entropic.checkpoints.hf import HfReader
-from megatron_entropic.config.run import PolicyConfig, RolloutConfig
+from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.config.run import RolloutConfig
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.policy.local_ranks import free_port

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the typed tree in megatron_entropic/config/run.py.
+"""Writes docs/configuration.md from the typed tree in megatron_entropic/config.
 
 python tools/write_configuration_reference.py            write the page
 python tools/write_configuration_reference.py --check    status 1 if the page is not what would be written

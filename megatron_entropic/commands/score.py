@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from megatron_entropic.commands.options import number, whole
-from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.errors import UserError
 from megatron_entropic.observability.progress import PhaseDisplay
 

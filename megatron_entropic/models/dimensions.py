@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.errors import UserError
 from megatron_entropic.models.config_values import complete_values, read_json, shown
 from megatron_entropic.models.families import ARCHITECTURES, Architecture

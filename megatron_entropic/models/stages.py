@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.errors import UserError
 
 

@@ -25,7 +25,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_entropic.config.run import ITEM_BYTES, Dtype, PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.config.run import ITEM_BYTES, Dtype
 from megatron_entropic.models.read_config import LatentAttention
 from megatron_entropic.planning.parameters import PlannedModel
 

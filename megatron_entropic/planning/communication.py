@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal
 
-from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.planning.activations import expert_token_share, rank_tokens
 from megatron_entropic.planning.compute import Direction
 from megatron_entropic.planning.hardware import Hardware

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_entropic.config.algorithm import AlgorithmConfig, FrozenName
-from megatron_entropic.config.run import Dtype, PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.config.run import Dtype
 from megatron_entropic.errors import UserError, reading
 from megatron_entropic.models.dimensions import ModelDimensions, read_dimensions
 from megatron_entropic.models.parameter_map import Entry, ParameterMap

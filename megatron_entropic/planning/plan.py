@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_entropic.config.algorithm import FROZEN_KEYS
-from megatron_entropic.config.run import Config, PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.config.run import Config
 from megatron_entropic.planning.communication import Traffic, gradient_traffic, microbatch_traffic
 from megatron_entropic.planning.generation import generation_time
 from megatron_entropic.planning.hardware import Hardware, Machine

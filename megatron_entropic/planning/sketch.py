@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import prod
 
-from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.planning.parameters import ParameterShard, ParameterTable
 from megatron_entropic.planning.plan import BUCKET_BYTES, Publication
 from megatron_entropic.planning.step import PlannedStep

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_entropic.config.algorithm import FrozenName
-from megatron_entropic.config.run import ITEM_BYTES, Config, Dtype, PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.config.run import ITEM_BYTES, Config, Dtype
 from megatron_entropic.planning.activations import Attention
 from megatron_entropic.planning.hardware import Hardware
 from megatron_entropic.planning.parameters import GradientBuffer, ParameterTable

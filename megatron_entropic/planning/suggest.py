@@ -16,7 +16,8 @@ from itertools import product
 from operator import add
 from typing import Any
 
-from megatron_entropic.config.run import Config, PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.config.run import Config
 from megatron_entropic.planning.generation import generation_time
 from megatron_entropic.planning.hardware import Machine
 from megatron_entropic.planning.memory import GIB, StageMemory, rollout_memory, stage_memory

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.policy.local_ranks import free_port
 from megatron_entropic.policy.megatron.parallel import destroy_model_parallel, initialise_model_parallel

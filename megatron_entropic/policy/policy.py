@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_entropic.config.algorithm import FrozenName
-from megatron_entropic.config.run import OFFLOAD_PARTS, Config, OffloadPart
+from megatron_entropic.config.policy import OFFLOAD_PARTS, OffloadPart
+from megatron_entropic.config.run import Config
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.policy.batch.balance import attention_weight

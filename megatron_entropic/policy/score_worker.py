@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from megatron_entropic.checkpoints.hf import HfReader
-from megatron_entropic.config.run import Dtype, PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.config.run import Dtype
 from megatron_entropic.data.token_file import TokenLine, read_token_file, write_scored_file
 from megatron_entropic.errors import UserError
 from megatron_entropic.models.dimensions import read_dimensions

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from megatron_entropic.config.run import ITEM_BYTES, Dtype, PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.config.run import ITEM_BYTES, Dtype
 from megatron_entropic.models.layouts import Shape
 from megatron_entropic.models.parameter_map import Entry, ParameterMap
 from megatron_entropic.models.stages import StageSizes

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from tiny_models import write_tiny_model
 
-from megatron_entropic.config.run import ITEM_BYTES, PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.config.run import ITEM_BYTES
 from megatron_entropic.planning.activations import layer_bytes
 from megatron_entropic.planning.memory import optimizer_bytes_per_element
 from megatron_entropic.planning.parameters import ParameterTable, PlannedModel, find_model

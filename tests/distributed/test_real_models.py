@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from megatron_entropic.checkpoints.compare import compare_weights
 from megatron_entropic.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_entropic.checkpoints.hf import HfReader
-from megatron_entropic.config.run import DataConfig, PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.config.run import DataConfig
 from megatron_entropic.data import TaskDataset, load_tokenizer
 from megatron_entropic.policy.score_transformers import score_file as score_with_transformers
 from megatron_entropic.policy.score_worker import score_file

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, random_sequences, transformers_statistics, write_tiny_model, write_token_file
 
-from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.errors import PeerDied, UserError
 from megatron_entropic.policy.score_transformers import score_file as score_with_transformers
 from megatron_entropic.policy.score_worker import score_file

@@ -33,7 +33,8 @@ from vllm.v1.worker.gpu_worker import Worker
 from megatron_entropic.cluster.cluster import Cluster
 from megatron_entropic.config.names import TRANSPORTS
 from megatron_entropic.config.plugins import find_attribute
-from megatron_entropic.config.run import ClusterConfig, PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.config.run import ClusterConfig
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.rollout.engine import RolloutEngine

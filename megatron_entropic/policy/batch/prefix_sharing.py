@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Listing
 
-from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.models.dimensions import ModelDimensions
 from megatron_entropic.policy.batch.balance import data_parallel_shards, sequence_costs
 from megatron_entropic.types import Sequence

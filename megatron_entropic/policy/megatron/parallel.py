@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.errors import UserError
 from megatron_entropic.models.stages import StageSizes
 from megatron_entropic.policy.batch.microbatch import PackingRules

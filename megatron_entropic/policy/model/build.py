@@ -21,7 +21,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_entropic.config.run import Dtype, PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.config.run import Dtype
 from megatron_entropic.models.dimensions import ModelDimensions
 from megatron_entropic.policy.batch.microbatch import MicroBatch
 from megatron_entropic.policy.megatron.parallel import ParallelState

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from megatron_entropic.config.run import Dtype, PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.config.run import Dtype
 from megatron_entropic.errors import UserError
 from megatron_entropic.models.dimensions import ModelDimensions
 from megatron_entropic.models.read_config import ExpertDimensions

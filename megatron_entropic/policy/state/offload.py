@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_entropic.config.run import OFFLOAD_PARTS, OffloadPart
+from megatron_entropic.config.policy import OFFLOAD_PARTS, OffloadPart
 from megatron_entropic.policy.megatron.platform import Platform
 from megatron_entropic.policy.step.optimizer import PolicyOptimizer
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from policy_ranks import ProcessGroups, replica_part, sequences_with_advantages
 
-from megatron_entropic.config.run import OFFLOAD_PARTS
+from megatron_entropic.config.policy import OFFLOAD_PARTS
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.types import Sequence
 

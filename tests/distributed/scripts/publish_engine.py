@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from megatron_entropic.config.run import PolicyConfig, RolloutConfig
+from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.config.run import RolloutConfig
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.observability.stacks import stacks_of_family

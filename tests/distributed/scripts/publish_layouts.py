@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.errors import RunError
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap

@@ -15,7 +15,8 @@ import torch
 from rollout_engine_run import plain, publish, requests_of_step
 from safetensors.torch import load_file
 
-from megatron_entropic.config.run import PolicyConfig, RolloutConfig
+from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.config.run import RolloutConfig
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.rollout.engine import RolloutEngine

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch.multiprocessing import reductions
 
-from megatron_entropic.config.run import PolicyConfig, RolloutConfig
+from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.config.run import RolloutConfig
 from megatron_entropic.errors import PeerDied
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap

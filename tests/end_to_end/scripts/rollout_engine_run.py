@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from megatron_entropic.config.run import PolicyConfig, RolloutConfig
+from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.config.run import RolloutConfig
 from megatron_entropic.errors import PhaseTimeout
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, PreTrainedModel
 
-from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.models.dimensions import ModelDimensions, read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.models.read_config import ExpertDimensions, LatentAttention, SigmoidRouting

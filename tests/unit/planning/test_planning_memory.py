@@ -7,7 +7,7 @@ import importlib
 import pytest
 from planned import example, known, planned
 
-from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.planning import activations
 from megatron_entropic.planning import plan as publishing
 from megatron_entropic.planning.activations import head_bytes, layer_bytes

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from planned import known, tiny_config
 
-from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.planning.parameters import (
     ParameterShard,
     ParameterTable,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.errors import UserError
 from megatron_entropic.policy.megatron.platform import transformer_engine_is_usable
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.policy.batch import segments
 from megatron_entropic.policy.batch.microbatch import MicroBatch, PackingRules, pack, pack_one
 from megatron_entropic.policy.batch.prefix_sharing import FINEST, LEVEL, by_prompt, deal, laid_tokens, shares_prefixes

@@ -6,7 +6,7 @@ from math import prod
 
 import pytest
 
-from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.models.dimensions import ModelDimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.models.read_config import ExpertDimensions, LatentAttention, SigmoidRouting

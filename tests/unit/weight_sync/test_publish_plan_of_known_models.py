@@ -7,7 +7,7 @@ from math import prod
 
 import pytest
 
-from megatron_entropic.config.run import PolicyConfig
+from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.models.stages import StageSizes
 from megatron_entropic.planning.parameters import KNOWN_MODELS, read_model
