@@ -18,7 +18,7 @@ import psutil
 
 from megatron_entropic.config.run import RewardConfig
 from megatron_entropic.data.prompts import read_truth
-from megatron_entropic.data.rows import Problems, read_rows
+from megatron_entropic.data.rows import RowProblems, read_rows
 from megatron_entropic.rewards.judge import Judge
 from megatron_entropic.rewards.verifier import Job
 
@@ -29,7 +29,7 @@ _REASONING = "So we substitute, simplify and collect the terms of the left hand 
 def jobs_of(file: Path) -> list[Job]:
     """Responses of 2.4 kB, one for each usable row, with the answer of another row."""
     truths = []
-    for row in read_rows([file], Problems()):
+    for row in read_rows([file], RowProblems()):
         with suppress(ValueError):
             truths.append(str(read_truth(row, None)))
     answers = truths[7:] + truths[:7]

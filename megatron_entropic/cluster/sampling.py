@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -35,6 +36,20 @@ Take = Callable[[int, Trajectory], None]
 """Function that takes a position and its trajectory, as it comes; which come first depends on the clock."""
 
 
+ArrivedTogether = Callable[[list[tuple[int, Response]]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Requests that are answered together."""
+
+    groups: list[list[GenerationRequest]]
+    """Requests, group after group; their positions count through all groups."""
+    sampling: Sampling
+    phase: str
+    """Name of what is going on, for errors."""
+
+
 class Answerer(Protocol):
     """What lets engines answer requests: each once, whatever becomes of engines."""
 
@@ -42,22 +57,12 @@ class Answerer(Protocol):
     def version(self) -> int:
         """Version of the weights that answer."""
 
-    def answer(
-        self,
-        groups: list[list[GenerationRequest]],
-        sampling: Sampling,
-        arrived: Callable[[list[tuple[int, Response]]], None],
-        *,
-        phase: str,
-        while_waiting: Callable[[], None] = lambda: None,
-    ) -> None:
+    def answer(self, asked: Asked, arrived: ArrivedTogether, while_waiting: Callable[[], None]) -> None:
         """Return when every request is answered.
 
         Args:
-            groups: requests, group after group; their positions count through all groups.
-            sampling: temperature, limits.
+            asked: the requests.
             arrived: gets responses with the positions of their requests, as they come.
-            phase: name of what is going on, for errors.
             while_waiting: called at least about once a second; may raise.
         """
 
@@ -78,15 +83,7 @@ class DealtOut:
         """Version of the weights that were published last."""
         return self._cluster.version
 
-    def answer(
-        self,
-        groups: list[list[GenerationRequest]],
-        sampling: Sampling,
-        arrived: Callable[[list[tuple[int, Response]]], None],
-        *,
-        phase: str,
-        while_waiting: Callable[[], None] = lambda: None,
-    ) -> None:
+    def answer(self, asked: Asked, arrived: ArrivedTogether, while_waiting: Callable[[], None]) -> None:
         """Ask for every group once, and again for all requests of a lost engine; see `Answerer`.
 
         In another batch the last bits of log-probs could differ, so its successor gets the same requests; what had
@@ -95,7 +92,7 @@ class DealtOut:
         engines, first = self._cluster.engines, 0
         requests: dict[str, list[GenerationRequest]] = {}
         positions: dict[str, list[int]] = {}
-        for place, group in enumerate(groups):
+        for place, group in enumerate(asked.groups):
             name = engines.names[place % len(engines.names)]
             if group:
                 requests.setdefault(name, []).extend(group)
@@ -112,11 +109,11 @@ class DealtOut:
 
         while requests:
             with self._cluster.rollout():
-                lost = engines.stream(requests, sampling, take, phase=phase, while_waiting=while_waiting)
+                lost = engines.stream(requests, asked.sampling, take, phase=asked.phase, while_waiting=while_waiting)
             if lost:
                 engines.replace(lost)
                 self._cluster.renew_weights()
-            requests = {name: asked for name, asked in requests.items() if name in lost}
+            requests = {name: left for name, left in requests.items() if name in lost}
 
 
 class Queued:
@@ -130,17 +127,9 @@ class Queued:
         """Version of the weights that engines have."""
         return self._dispatcher.version
 
-    def answer(
-        self,
-        groups: list[list[GenerationRequest]],
-        sampling: Sampling,
-        arrived: Callable[[list[tuple[int, Response]]], None],
-        *,
-        phase: str,
-        while_waiting: Callable[[], None] = lambda: None,
-    ) -> None:
+    def answer(self, asked: Asked, arrived: ArrivedTogether, while_waiting: Callable[[], None]) -> None:
         """See `Answerer`."""
-        left = sum(map(len, groups))
+        left = sum(map(len, asked.groups))
         parts: dict[int, list[Segment]] = {}
 
         def arrive(position: int, response: Response) -> None:
@@ -152,15 +141,15 @@ class Queued:
                 arrived([(position, Response(whole, response.finish_reason))])
 
         asks, first = [], 0
-        for place, group in enumerate(groups):
+        for place, group in enumerate(asked.groups):
             taking = partial(_shifted, arrive, first)
-            name = f"{phase}, version {self._dispatcher.version}/{place}"
+            name = f"{asked.phase}, version {self._dispatcher.version}/{place}"
             if group:
-                asks.append(Ask(name, (-1, place), dict(enumerate(group)), sampling, taking))
+                asks.append(Ask(name, (-1, place), dict(enumerate(group)), asked.sampling, taking))
             first += len(group)
         with self._dispatcher.turn(while_waiting):
             self._dispatcher.ask(asks)
-            self._dispatcher.wait(lambda: left == 0, phase=phase, while_waiting=while_waiting)
+            self._dispatcher.wait(lambda: left == 0, phase=asked.phase, while_waiting=while_waiting)
 
 
 def _shifted(arrive: Arrived, first: int, sample: int, response: Response) -> None:
@@ -274,13 +263,9 @@ class Sampler:
         turn = 0
         while asked := [one for group in groups for one in group if not one.over]:
             turn += 1
-            self._answerer.answer(
-                [[one.request for one in group if not one.over] for group in groups],
-                sampling,
-                arrived,
-                phase=phase if turn == 1 else f"{phase}, turn {turn}",
-                while_waiting=while_waiting,
-            )
+            requests = [[one.request for one in group if not one.over] for group in groups]
+            of_turn = Asked(requests, sampling, phase if turn == 1 else f"{phase}, turn {turn}")
+            self._answerer.answer(of_turn, arrived, while_waiting)
             if replies is not None:
                 replies.wait(finish)
         trajectories = [trajectory for trajectory in found if trajectory is not None]
