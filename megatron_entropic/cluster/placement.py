@@ -105,10 +105,14 @@ def _shared(config: Config, device: Device, policy: list[dict[str, float]]) -> P
 
 def _reserve(wanted: dict[Literal["PACK", "STRICT_SPREAD"], list[dict[str, float]]], config: Config) -> list[Slot]:
     """Reserve a slot for each bundle, in order; the groups have one strategy each, and all are reserved or none."""
-    groups = [placement_group(group, strategy=strategy) for strategy, group in wanted.items()]
+    groups: list[PlacementGroup] = []
     deadline = time.monotonic() + config.cluster.startup_timeout_s
-    # `ready` would start a process of its own in each group to say so.
-    if not all(group.wait(max(0.0, deadline - time.monotonic())) for group in groups):
+    for strategy, bundles_of_group in wanted.items():
+        groups.append(placement_group(bundles_of_group, strategy=strategy))
+        # One after the other: where the first has to wait, for what an earlier run gives back, Ray would place the
+        # second and fill a node that the first needs. `ready` would start a process of its own in each group to say so.
+        if groups[-1].wait(max(0.0, deadline - time.monotonic())):
+            continue
         for group in groups:
             remove_placement_group(group)
         spread = config.cluster.policy_ranks_per_node

@@ -99,6 +99,8 @@ def _give_nodes_time() -> None:
 def main(cases: dict[str, tuple[int, list[str]]], nodes: int) -> None:
     """Reserves room for every case in one cluster and prints the node of every rank and engine, as JSON."""
     os.environ.update(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_DEDUP_LOGS="0")
+    # Other programs may need the machine's memory; the actors here need little and Ray would end them for it.
+    os.environ.update({"RAY_memory_monitor_refresh_ms": "0"})
     from megatron_entropic.cluster.environment import prepare_ray_environment
     from megatron_entropic.config.run import ClusterConfig
 
