@@ -20,6 +20,7 @@ from megatron_entropic.config.run import RolloutConfig
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.policy.local_ranks import free_port
+from megatron_entropic.policy.publish.gather import RankWeights
 from megatron_entropic.policy.publish.publisher import Publisher
 from megatron_entropic.types import GenerationRequest, Segment
 from megatron_entropic.weight_sync.checksums import checksums, mismatches
@@ -147,7 +148,7 @@ def _policy_rank(
             parameter.mul_(FACTOR)
     plan = _plan(hf_dir, bucket_mib)
     receivers = dist.new_group(list(range(1 + engine_workers)))
-    publisher = Publisher(plan, parameter_map, model, parallel, host="127.0.0.1", timeout_s=TIMEOUT_S)
+    publisher = Publisher(RankWeights(model, plan, parameter_map, parallel), host="127.0.0.1", timeout_s=TIMEOUT_S)
     senders: list[Any] = [None] * ranks
     dist.all_gather_object(senders, publisher.open(engine_workers))
     yield [sender for sender in senders if sender]

@@ -30,6 +30,7 @@ from megatron_entropic.policy.model.load import load_weights
 from megatron_entropic.policy.model.outputs import OutputOptions
 from megatron_entropic.policy.model.routing import Routing
 from megatron_entropic.policy.model.transformer_config import DTYPES
+from megatron_entropic.policy.publish.gather import RankWeights
 from megatron_entropic.policy.publish.publisher import BUCKET_BYTES, Published, Publisher, SenderType
 from megatron_entropic.policy.state import checkpoint
 from megatron_entropic.policy.state.checkpoint_writer import CheckpointWriter
@@ -113,14 +114,10 @@ class Policy:
             teacher=self._frozen["teacher"] if config.algorithm.distillation.as_loss else None,
         )
         self.plan = self._plan()
+        self._weights = RankWeights(self.model, self.plan, self.parameter_map, self.parallel)
         self._publisher = self._build_publisher(local_address(rendezvous.address, rendezvous.port), sender_type)
         self._exports = BackgroundExport(
-            self.model,
-            self.plan,
-            self.parameter_map,
-            self.parallel,
-            template_dir=config.model.hf_dir,
-            keep_last=config.checkpoint.keep_last,
+            self._weights, template_dir=config.model.hf_dir, keep_last=config.checkpoint.keep_last
         )
         self._checkpoints = CheckpointWriter(
             config.checkpoint,
@@ -262,14 +259,7 @@ class Policy:
     def export_hf(self, output_dir: Path) -> None:
         """Write the policy as a Hugging Face directory that transformers and vLLM load."""
         self.synchronize_parameters()
-        export_hf(
-            output_dir,
-            self.model,
-            self.plan,
-            self.parameter_map,
-            self.parallel,
-            template_dir=self.config.model.hf_dir,
-        )
+        export_hf(output_dir, self._weights, template_dir=self.config.model.hf_dir)
 
     def begin_export(self, output_dir: Path) -> None:
         """Copy the weights and write them as a Hugging Face directory in the background."""
@@ -355,10 +345,7 @@ class Policy:
 
     def _build_publisher(self, host: str, sender_type: SenderType) -> Publisher:
         return Publisher(
-            self.plan,
-            self.parameter_map,
-            self.model,
-            self.parallel,
+            self._weights,
             host=host,
             # Shorter than the driver's limit of the whole publication: this error says more.
             timeout_s=0.9 * self.config.cluster.publish_timeout_s,

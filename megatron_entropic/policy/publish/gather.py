@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.policy.megatron.parallel import ParallelState
+from megatron_entropic.policy.model.load import named_entries
 from megatron_entropic.policy.model.transformer_config import DTYPES
 from megatron_entropic.policy.publish.shared_flats import SharedFlats
 from megatron_entropic.weight_sync.gloo import FlatContents, named_wait
@@ -60,6 +61,27 @@ def takes_part(parallel: ParallelState, *, of_experts: bool) -> bool:
 def peers(*, of_experts: bool) -> str:
     """Words for the ranks with which a rank gathers, for messages."""
     return "the expert-parallel ranks of its stage" if of_experts else "the tensor ranks of its stage"
+
+
+@dataclass(frozen=True)
+class RankWeights:
+    """The parameters that this rank holds, and the plan by which all ranks bring theirs together."""
+
+    model: torch.nn.ModuleList
+    """Chunks of this rank's stage, not wrapped."""
+    plan: PublishPlan
+    """Buckets in which parameters are gathered, and their dtype."""
+    parameter_map: ParameterMap
+    parallel: ParallelState
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Shards of this rank by global Megatron name."""
+        entries = named_entries(self.model, self.parameter_map, self.parallel)
+        return {entry.megatron_name: parameter for entry, parameter in entries}
+
+    def gathered(self, phase: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the whole model on rank 0; see `gather_hf_tensors`."""
+        return gather_hf_tensors(self.plan, self.values(), self.parameter_map, self.parallel, phase)
 
 
 @dataclass

@@ -20,15 +20,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_entropic.config.run import PublishMode
-from megatron_entropic.models.parameter_map import ParameterMap
-from megatron_entropic.policy.megatron.parallel import ParallelState
-from megatron_entropic.policy.model.load import named_entries
 from megatron_entropic.policy.model.transformer_config import DTYPES
-from megatron_entropic.policy.publish.gather import BucketGathering, peers, sends_weights, takes_part
+from megatron_entropic.policy.publish.gather import BucketGathering, RankWeights, peers, sends_weights, takes_part
 from megatron_entropic.policy.publish.shared_flats import SharedFlats
 from megatron_entropic.weight_sync.checksums import checksums
 from megatron_entropic.weight_sync.gloo import FlatContents, GlooSender, SendingRanks, WeightSender, named_wait
-from megatron_entropic.weight_sync.plan import Bucket, PublishPlan
+from megatron_entropic.weight_sync.plan import Bucket
 from megatron_entropic.weight_sync.shared_memory import SharedBlock
 
 BUCKET_BYTES = {"cuda": 512 * 2**20, "cpu": 32 * 2**20}
@@ -66,10 +63,7 @@ class Publisher:
 
     def __init__(
         self,
-        plan: PublishPlan,
-        parameter_map: ParameterMap,
-        model: torch.nn.ModuleList,
-        parallel: ParallelState,
+        weights: RankWeights,
         *,
         host: str,
         timeout_s: float,
@@ -79,24 +73,21 @@ class Publisher:
         """Remember what to send; nothing is opened.
 
         Args:
-            plan: buckets in the order in which the engines receive them.
-            model: the chunks of this rank's stage, not wrapped.
+            weights: parameters of this rank, and the plan by which the engines receive them.
             host: address of this rank that the engines can reach.
             timeout_s: limit of the rendezvous and of each broadcast; keep it below the limit of the whole publication,
                 so that the more telling message comes first.
             mode: full sends everything, delta what changed since the last publication.
             sender_type: class that builds the sending end of a transfer group.
         """
-        self.plan = plan
-        self._parameter_map = parameter_map
-        self._model = model
-        self._parallel = parallel
+        self._weights = weights
+        self._parallel = weights.parallel
         self._host = host
         self._timeout_s = timeout_s
         self._mode = mode
         self._sender_type = sender_type
         self._sending_ranks = sender_type.sending_ranks
-        self._gathering = BucketGathering(parameter_map, parallel, "publish")
+        self._gathering = BucketGathering(weights.parameter_map, weights.parallel, "publish")
         self._workspace = self._gathering.workspace
         self._sender: WeightSender | None = None
         self._receivers = 0
@@ -158,10 +149,7 @@ class Publisher:
         published = Published()
         if not sends_weights(self._parallel) and self._sending_ranks != "each":
             return published
-        values = {
-            entry.megatron_name: parameter
-            for entry, parameter in named_entries(self._model, self._parameter_map, self._parallel)
-        }
+        values = self._weights.values()
         with ThreadPoolExecutor(1) as background:
             sending: Future[int] | None = None
             for bucket in self._buckets():
@@ -206,7 +194,7 @@ class Publisher:
             PhaseTimeout, PeerDied: naming this rank and its peers.
         """
         parallel = self._parallel
-        if next(self._model.parameters()).device.type != "cpu":
+        if next(self._weights.model.parameters()).device.type != "cpu":
             return
         own = [bucket for bucket in self._buckets() if bucket.owner_stage == parallel.pipeline_rank]
         for of_experts, group in {False: parallel.tensor_group, True: parallel.expert_group}.items():
@@ -240,5 +228,7 @@ class Publisher:
     def _buckets(self) -> list[Bucket]:
         """Buckets that this rank gathers, passes on or is given, in plan order."""
         if self._sending_ranks == "first_of_stages":
-            return [bucket for bucket in self.plan.buckets if bucket.owner_stage == self._parallel.pipeline_rank]
-        return list(self.plan.buckets)
+            return [
+                bucket for bucket in self._weights.plan.buckets if bucket.owner_stage == self._parallel.pipeline_rank
+            ]
+        return list(self._weights.plan.buckets)

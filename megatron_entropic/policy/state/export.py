@@ -11,38 +11,24 @@ import torch.distributed as dist
 from megatron_entropic.checkpoints.hf import write_hf_directory
 from megatron_entropic.checkpoints.run_checkpoints import discard
 from megatron_entropic.errors import RunError
-from megatron_entropic.models.parameter_map import ParameterMap
-from megatron_entropic.policy.megatron.parallel import ParallelState
-from megatron_entropic.policy.model.load import named_entries
-from megatron_entropic.policy.publish.gather import gather_hf_tensors, sends_weights
-from megatron_entropic.weight_sync.plan import PublishPlan
+from megatron_entropic.policy.publish.gather import RankWeights, sends_weights
 
 
-def export_hf(
-    output_dir: Path,
-    model: torch.nn.ModuleList,
-    plan: PublishPlan,
-    parameter_map: ParameterMap,
-    parallel: ParallelState,
-    *,
-    template_dir: Path,
-) -> None:
+def export_hf(output_dir: Path, weights: RankWeights, *, template_dir: Path) -> None:
     """Write the policy for transformers and vLLM, called by all ranks together.
 
     Args:
         output_dir: new directory; an earlier export there is replaced when the new one is complete.
-        model: the chunks of this rank's stage, not wrapped, with synchronised parameters.
-        plan: buckets in which parameters are gathered, and their dtype.
+        weights: parameters of this rank, synchronised.
         template_dir: Hugging Face directory whose config and tokenizer are copied.
 
     Raises:
         RunError: on every rank, when rank 0 cannot write.
     """
     problem: list[str | None] = [None]
-    if sends_weights(parallel):
-        values = {entry.megatron_name: value for entry, value in named_entries(model, parameter_map, parallel)}
-        tensors = gather_hf_tensors(plan, values, parameter_map, parallel, "export")
-        if parallel.rank == 0:
+    if sends_weights(weights.parallel):
+        tensors = weights.gathered("export")
+        if weights.parallel.rank == 0:
             try:
                 write_hf_directory(output_dir, tensors, template_dir, overwrite=True)
             except (OSError, ValueError) as error:
@@ -65,26 +51,14 @@ def export_hf(
 class BackgroundExport:
     """One policy rank's part in exports. All ranks call `begin` together; only rank 0 writes."""
 
-    def __init__(
-        self,
-        model: torch.nn.ModuleList,
-        plan: PublishPlan,
-        parameter_map: ParameterMap,
-        parallel: ParallelState,
-        *,
-        template_dir: Path,
-        keep_last: int,
-    ) -> None:
+    def __init__(self, weights: RankWeights, *, template_dir: Path, keep_last: int) -> None:
         """Remember what to write.
 
         Args:
-            model, plan, parameter_map, parallel, template_dir: as in `export_hf`.
+            weights, template_dir: as in `export_hf`.
             keep_last: number of exports to keep beside each other.
         """
-        self._model = model
-        self._plan = plan
-        self._parameter_map = parameter_map
-        self._parallel = parallel
+        self._weights = weights
         self._template_dir = template_dir
         self._keep_last = keep_last
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="export")
@@ -97,15 +71,10 @@ class BackgroundExport:
             RunError: on rank 0, the earlier export failed.
         """
         self.check(wait=True)
-        if not sends_weights(self._parallel):
+        if not sends_weights(self._weights.parallel):
             return
-        values = {
-            entry.megatron_name: value
-            for entry, value in named_entries(self._model, self._parameter_map, self._parallel)
-        }
-        gathered = gather_hf_tensors(self._plan, values, self._parameter_map, self._parallel, "export")
-        copy = {name: tensor.to("cpu", copy=True) for name, tensor in gathered}
-        if self._parallel.rank == 0:
+        copy = {name: tensor.to("cpu", copy=True) for name, tensor in self._weights.gathered("export")}
+        if self._weights.parallel.rank == 0:
             self._writing = output_dir, self._thread.submit(self._write, output_dir, copy)
 
     def check(self, *, wait: bool) -> None:

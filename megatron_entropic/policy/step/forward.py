@@ -14,20 +14,14 @@ import torch
 
 from megatron_entropic.policy.batch.microbatch import MicroBatch, pack
 from megatron_entropic.policy.megatron.parallel import ParallelState, largest
-from megatron_entropic.policy.model.outputs import Output, OutputOptions, TokenStatistics
+from megatron_entropic.policy.model.outputs import OutputOptions, TokenStatistics
 from megatron_entropic.types import Sequence
 
-LossFunction = Callable[[MicroBatch, TokenStatistics], tuple[torch.Tensor, Any]]
-"""Function that returns (loss, anything to collect).
-
-Gradients are summed over micro-batches and data-parallel ranks and divided by nothing: a loss function weights its
-tokens by global counts.
-"""
-CollectFunction = Callable[[MicroBatch, TokenStatistics], Any]
+Collect = Callable[[MicroBatch, TokenStatistics], Any]
 
 
 def run_forward(
-    model: torch.nn.ModuleList, micro_batches: list[MicroBatch], collect: CollectFunction, options: OutputOptions
+    model: torch.nn.ModuleList, micro_batches: list[MicroBatch], collect: Collect, options: OutputOptions
 ) -> list[Any]:
     """Run one pass without gradients.
 
@@ -39,30 +33,10 @@ def run_forward(
         return lambda output, non_loss_data: collect(micro_batch, TokenStatistics(*output))
 
     with torch.no_grad():
-        return _run_schedule(model, micro_batches, output_function, options, forward_only=True)
+        return run_schedule(model, micro_batches, output_function, options, forward_only=True)
 
 
-def run_forward_backward(
-    model: torch.nn.ModuleList, micro_batches: list[MicroBatch], loss: LossFunction, options: OutputOptions
-) -> list[Any]:
-    """Run forward and backward over all micro-batches; gradients accumulate in the model's buffers.
-
-    Returns what `loss` returned beside each loss, in order, on the last stage, else [].
-    """
-
-    def output_function(micro_batch: MicroBatch) -> Callable[..., Any]:
-        def megatron_loss(output: Output) -> tuple[torch.Tensor, torch.Tensor, Any]:
-            value, collected = loss(micro_batch, TokenStatistics(*output))
-            # A triple under calculate_per_token_loss is the one form that megatron-core does not divide by the
-            # number of micro-batches; the count is for its own normalisation, which the policy does not use.
-            return value, torch.zeros((), dtype=torch.int, device=value.device), collected
-
-        return megatron_loss
-
-    return _run_schedule(model, micro_batches, output_function, options, forward_only=False)
-
-
-def _run_schedule(
+def run_schedule(
     model: torch.nn.ModuleList,
     micro_batches: list[MicroBatch],
     output_function: Callable[[MicroBatch], Callable[..., Any]],
@@ -70,6 +44,19 @@ def _run_schedule(
     *,
     forward_only: bool,
 ) -> list[Any]:
+    """Run megatron-core's schedule over all micro-batches; with backward, gradients accumulate in the model's buffers.
+
+    Args:
+        model: the chunks of this rank's stage.
+        micro_batches: micro-batches of this replica.
+        output_function: micro-batch -> what megatron-core calls with the output of the last stage. Without backward its
+            result is collected; with it a triple of loss, a count, and what is collected.
+        options: statistics that the last stage computes.
+        forward_only: whether there is no backward pass.
+
+    Returns:
+        What was collected for each micro-batch, in order, on the last stage, else [].
+    """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     device = next(model.parameters()).device

@@ -15,17 +15,18 @@ import torch.distributed as dist
 from megatron_entropic.policy.batch.balance import sequence_costs
 from megatron_entropic.policy.batch.microbatch import MicroBatch
 from megatron_entropic.policy.megatron.parallel import ParallelState, sum_of_token_statistics
-from megatron_entropic.policy.model.outputs import OutputOptions, TokenStatistics
+from megatron_entropic.policy.model.outputs import Output, OutputOptions, TokenStatistics
 from megatron_entropic.policy.model.router_replay import with_choices
 from megatron_entropic.policy.model.routing import Routing, has_experts
-from megatron_entropic.policy.step.forward import pack_alike, run_forward, run_forward_backward
+from megatron_entropic.policy.step.forward import pack_alike, run_forward, run_schedule
 from megatron_entropic.policy.step.optimizer import PolicyOptimizer, StepOutcome
 from megatron_entropic.types import Sequence
 
 Share = Callable[[MicroBatch, TokenStatistics], tuple[torch.Tensor, torch.Tensor]]
 """Function of a micro-batch's share of the loss: (scalar with gradient, [k] float64 measurements that add up).
 
-Where the output head has taken the loss already (`TokenStatistics.loss`), only the measurements count.
+Where the output head has taken the loss already (`TokenStatistics.loss`), only the measurements count. Gradients are
+summed over micro-batches and data-parallel ranks and divided by nothing: a share weights its tokens by global counts.
 """
 
 
@@ -101,20 +102,26 @@ class GradientStep:
             ([k] float64 measurements summed over micro-batches and replicas, the outcome), equal on every rank.
         """
 
-        def loss(micro_batch: MicroBatch, statistics: TokenStatistics) -> tuple[torch.Tensor, torch.Tensor]:
-            nothing = torch.zeros(width, dtype=torch.float64, device=self.device)
-            if micro_batch.sequences:
-                value, measured = share(micro_batch, statistics)
-            else:
-                value, measured = statistics.logprobs.sum() * 0.0, nothing
-            return value if statistics.loss is None else statistics.loss, measured
+        def loss_of(micro_batch: MicroBatch) -> Callable[[Output], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+            def loss(output: Output) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                statistics = TokenStatistics(*output)
+                measured = torch.zeros(width, dtype=torch.float64, device=self.device)
+                value = statistics.logprobs.sum() * 0.0
+                if micro_batch.sequences:
+                    value, measured = share(micro_batch, statistics)
+                if statistics.loss is not None:
+                    value = statistics.loss
+                # A triple under calculate_per_token_loss is the one form that megatron-core does not divide by the
+                # number of micro-batches; the count is for its own normalisation, which the policy does not use.
+                return value, torch.zeros((), dtype=torch.int, device=value.device), measured
+
+            return loss
 
         optimizer.zero_grad()
         if self.routing is not None:
             self.routing.begin_step(batch)
-        collected = run_forward_backward(self.model, batch, loss, options)
-        sums = self._sums(collected, width)
-        return sums, optimizer.step()
+        collected = run_schedule(self.model, batch, loss_of, options, forward_only=False)
+        return self._sums(collected, width), optimizer.step()
 
     def _sums(self, collected: list[torch.Tensor], width: int) -> torch.Tensor:
         local = torch.zeros(width, dtype=torch.float64, device=self.device)

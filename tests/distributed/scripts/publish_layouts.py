@@ -19,6 +19,7 @@ from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.policy.megatron.parallel import ParallelState, destroy_model_parallel, initialise_model_parallel
 from megatron_entropic.policy.megatron.platform import Platform, Rendezvous, select_platform
 from megatron_entropic.policy.model.load import load_weights
+from megatron_entropic.policy.publish.gather import RankWeights
 from megatron_entropic.policy.publish.publisher import Publisher
 from megatron_entropic.weight_sync.checksums import checksums
 from megatron_entropic.weight_sync.gloo import FlatContents, GlooReceiver, GlooSender, SendingRanks
@@ -81,19 +82,17 @@ def differences(hf_dir: Path, received: dict[str, torch.Tensor]) -> list[str]:
     )
 
 
-def exports(
-    model: Any, plan: PublishPlan, parameter_map: ParameterMap, parallel: ParallelState, hf_dir: Path
-) -> dict[str, Any]:
+def exports(weights: RankWeights, hf_dir: Path) -> dict[str, Any]:
     """Three exports of which two are kept, and one that fails, as rank 0 sees them."""
     from megatron_entropic.policy.state.export import BackgroundExport
 
     output = hf_dir.with_name(f"{hf_dir.name}_exports")
-    export = BackgroundExport(model, plan, parameter_map, parallel, template_dir=hf_dir, keep_last=2)
+    export = BackgroundExport(weights, template_dir=hf_dir, keep_last=2)
     for step in (5, 10, 15):
         export.begin(output / f"step_{step:06d}")
     export.check(wait=True)
     found: dict[str, Any] = {}
-    if parallel.rank == 0:
+    if weights.parallel.rank == 0:
         found["kept"] = sorted(path.name for path in output.iterdir())
         found["differences"] = differences(hf_dir, load_file(output / "step_000015" / "model.safetensors"))
     export.begin(hf_dir / "config.json" / "step_000020")
@@ -136,7 +135,8 @@ def publish_layout(
     model = build_model(parameter_map.dimensions, policy, "float32", parallel, platform)
     load_weights(model, hf_dir, parallel)
     plan = publish_plan(parameter_map, policy, bucket_bytes=BUCKET_BYTES, dtype="float32")
-    publisher = Publisher(plan, parameter_map, model, parallel, host="127.0.0.1", timeout_s=60)
+    weights = RankWeights(model, plan, parameter_map, parallel)
+    publisher = Publisher(weights, host="127.0.0.1", timeout_s=60)
     found: dict[str, Any] = {"tensors": len(parameter_map.hf_tensors), "buckets": len(plan.buckets)}
     with ThreadPoolExecutor(RECEIVERS) as threads:
         senders = collect_senders(publisher.open(RECEIVERS))
@@ -160,10 +160,10 @@ def publish_layout(
         )
         found["differences"] = [differences(hf_dir, received) for future in pending for received in future.result()]
     publisher.close()
-    each = Publisher(plan, parameter_map, model, parallel, host="127.0.0.1", timeout_s=60, sender_type=SenderOfEachRank)
+    each = Publisher(weights, host="127.0.0.1", timeout_s=60, sender_type=SenderOfEachRank)
     found["each"] = publish_from_each_rank(each, plan, parallel.rank, hf_dir)
     if policy.pipeline_parallel > 1 and policy.tensor_parallel > 1:
-        found["exports"] = exports(model, plan, parameter_map, parallel, hf_dir)
+        found["exports"] = exports(weights, hf_dir)
     found["all elements"] = sum(bucket.elements for bucket in plan.buckets)
     owned = [bucket for bucket in plan.buckets if bucket.owner_stage == parallel.pipeline_rank]
     found["owned"] = [sum(bucket.of_experts is experts for bucket in owned) for experts in (False, True)]

@@ -19,6 +19,7 @@ def main(directory: Path) -> None:
     platform = select_platform("cpu")
     platform.init_process_group(Rendezvous.from_environment(), timeout_s=300)
     from megatron_entropic.policy.model.build import build_model
+    from megatron_entropic.policy.publish.gather import RankWeights
     from megatron_entropic.policy.publish.publisher import Publisher
 
     policy = PolicyConfig(tensor_parallel=2)
@@ -27,7 +28,7 @@ def main(directory: Path) -> None:
     parameter_map = ParameterMap(read_dimensions(directory / "one"))
     model = build_model(parameter_map.dimensions, policy, "float32", parallel, platform)
     plan = publish_plan(parameter_map, policy, bucket_bytes=100_000, dtype="float32")
-    publisher = Publisher(plan, parameter_map, model, parallel, host="127.0.0.1", timeout_s=240)
+    publisher = Publisher(RankWeights(model, plan, parameter_map, parallel), host="127.0.0.1", timeout_s=240)
     sender = publisher.open(2)
     if sender:
         unfinished = directory / "rendezvous.unfinished"
