@@ -128,7 +128,6 @@ class Queued:
         return self._dispatcher.version
 
     def answer(self, asked: Asked, arrived: ArrivedTogether, while_waiting: Callable[[], None]) -> None:
-        """See `Answerer`."""
         left = sum(map(len, asked.groups))
         parts: dict[int, list[Segment]] = {}
 

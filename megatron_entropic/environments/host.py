@@ -113,7 +113,6 @@ class EnvironmentHost:
             raise self._error
 
     def take_metrics(self) -> dict[str, float]:
-        """See `Environments`."""
         with self._lock:
             seconds, self._seconds = self._seconds, []
             differences, self._differences = self._differences, 0

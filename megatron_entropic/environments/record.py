@@ -48,7 +48,6 @@ class RecordedEnvironments:
         self._closed = False
 
     def ask(self, call: Call, answered: Answered) -> None:
-        """See `Environments`."""
 
         def write(answer: Answer) -> None:
             with self._lock:
@@ -61,11 +60,9 @@ class RecordedEnvironments:
         self._environments.ask(call, write)
 
     def check(self) -> None:
-        """See `Environments`."""
         self._environments.check()
 
     def take_metrics(self) -> dict[str, float]:
-        """See `Environments`."""
         return self._environments.take_metrics()
 
     def close(self) -> None:
@@ -107,11 +104,9 @@ class PlayedBack:
             answered(known)
 
     def check(self) -> None:
-        """See `Environments`."""
         self._environments.check()
 
     def take_metrics(self) -> dict[str, float]:
-        """See `Environments`."""
         return self._environments.take_metrics()
 
 

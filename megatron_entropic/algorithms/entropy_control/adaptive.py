@@ -40,7 +40,6 @@ class RepoR(Controller):
 
     @classmethod
     def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> RepoR:
-        """Make the controller from the `entropy_control` section."""
         return cls(target, config.rivals.repo_zeta, config.rivals.repo_bounds)
 
     def _steer(self) -> Steering:
@@ -84,7 +83,6 @@ class Adapo(Controller):
 
     @classmethod
     def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> Adapo:
-        """Make the controller from the `entropy_control` section."""
         rivals = config.rivals
         return cls(target, rivals.adapo_clip, rivals.adapo_bounds, rivals.adapo_factor)
 
@@ -125,7 +123,6 @@ class Aer(Controller):
 
     @classmethod
     def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> Aer:
-        """Make the controller from the `entropy_control` section."""
         rivals = config.rivals
         return cls(target, rivals.aer_rho, rivals.aer_eta, rivals.aer_limit)
 
@@ -157,7 +154,6 @@ class Fade(Controller):
 
     @classmethod
     def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> Fade:
-        """Make the controller from the `entropy_control` section."""
         return cls(target, config.rivals.fade_suppression)
 
     def _steer(self) -> Steering:

@@ -27,7 +27,6 @@ class ConstantAlpha(Controller):
 
     @classmethod
     def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> ConstantAlpha:
-        """Make the controller from the `entropy_control` section."""
         return cls(target, config.rivals.alpha)
 
     def _steer(self) -> Steering:
@@ -50,7 +49,6 @@ class EntropyBonus(Controller):
 
     @classmethod
     def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> EntropyBonus:
-        """Make the controller from the `entropy_control` section."""
         return cls(target, config.rivals.bonus)
 
     def _steer(self) -> Steering:
@@ -80,7 +78,6 @@ class AdaptiveEntropyCoefficient(Controller):
 
     @classmethod
     def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> AdaptiveEntropyCoefficient:
-        """Make the controller from the `entropy_control` section."""
         return cls(target, config.rivals.aec_step, config.rivals.aec_limit)
 
     def _steer(self) -> Steering:
@@ -111,7 +108,6 @@ class Entrocraft(Controller):
 
     @classmethod
     def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> Entrocraft:
-        """Make the controller from the `entropy_control` section."""
         steps = config.rivals.entrocraft_steps
         bounds = (config.rivals.entrocraft_upper, config.rivals.entrocraft_lower)
         return cls(target, *(Schedule(first, last, "linear", steps) for first, last in bounds))
@@ -142,7 +138,6 @@ class Dmmpt(Controller):
 
     @classmethod
     def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> Dmmpt:
-        """Make the controller from the `entropy_control` section."""
         return cls(target, config.rivals.dmmpt_probability)
 
     def _steer(self) -> Steering:
@@ -178,7 +173,6 @@ class Probe(Controller):
 
     @classmethod
     def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> Probe:
-        """Make the controller from the `entropy_control` section."""
         rivals = config.rivals
         return cls(target, rivals.alpha, rivals.probe_amplitude, rivals.probe_half_period)
 

@@ -52,10 +52,9 @@ class Controller(ABC):
 
     @classmethod
     def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> Controller:
-        """Make a controller for `entropy_control.controller=module:Class`; a class that needs more of `config`
-        overrides it.
+        """Make the controller from the `entropy_control` section; a class that needs more than a target overrides it.
 
-        Numbers of its own come as `config.options`.
+        Numbers of somebody's own class come as `config.options`.
         """
         return cls(target)
 

@@ -73,7 +73,6 @@ class EntropyController(Controller):
 
     @classmethod
     def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> EntropyController:
-        """Make the controller from the `entropy_control` section, p or pi."""
         ki, gain = config.ki if config.controller == "pi" else 0.0, Schedule.of_gain(config.gain_schedule)
         return cls(target, config.kp, ki, gain=gain, **{name: getattr(config, name) for name in _OPTIONS})
 

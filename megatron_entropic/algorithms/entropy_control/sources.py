@@ -33,7 +33,6 @@ class Unsolved(Controller):
 
     @classmethod
     def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> Unsolved:
-        """Make the controller from the `entropy_control` section."""
         limit = config.rivals.unsolved_limit
         if limit is None:
             limit = 1.0 if config.denominator == "all_tokens" else 1.5
@@ -79,7 +78,6 @@ class Cascade(Controller):
 
     @classmethod
     def from_config(cls, target: Setpoint, config: EntropyControlConfig) -> Cascade:
-        """Make the controller from the `entropy_control` section."""
         rivals = config.rivals
         gains = rivals.cascade_kp, rivals.cascade_ki
         return cls(target, alpha=rivals.cascade_alpha, tau=config.tau, gains=gains, bounds=rivals.cascade_tau)
