@@ -41,6 +41,7 @@ from megatron_entropic.reports.run import Run, load_run
 
 HERE = Path(__file__).resolve().parent
 BENCHMARK = "heldout"
+"""The benchmark that everything is decided by; others of a task are only shown."""
 ENDS = 10
 """Number of first and last steps whose mean entropy is kept."""
 TABLES = {"pass@1": "pass_1", "pass@8": "pass_n"}
@@ -114,7 +115,10 @@ class RegretStudy(ControlStudy):
         }
         for stage, (words, methods) in pages.items():
             own = [row for row in results if row["stage"] == stage]
-            tables = {name: _scores(own, column, by_setting=stage == "choose") for name, column in TABLES.items()}
+            shown = TABLES | {
+                f"{title}, {name}": f"{column} {name}" for name in self._others for title, column in TABLES.items()
+            }
+            tables = {title: _scores(own, column, by_setting=stage == "choose") for title, column in shown.items()}
             others = {name: _scores(own, column, by_setting=stage == "choose") for name, column in OTHERS.items()}
             if stage == "report":
                 others |= _curves(own)
@@ -136,6 +140,11 @@ class RegretStudy(ControlStudy):
         method, _, setting = rest.rpartition(".")
         entropies = loaded.finite("entropy/rollout")
         against = loaded.finite("entropy/negative_weight_fraction")
+        others = {
+            f"{column} {name}": (loaded.finite(f"evaluation/{name}/{kind}") or [math.nan])[-1]
+            for name in self._others
+            for column, kind in (("pass_1", "avg"), ("pass_n", "pass"))
+        }
         return {
             "condition": condition,
             "method": method,
@@ -150,7 +159,14 @@ class RegretStudy(ControlStudy):
             "alpha": fmean(loaded.finite("entropy/alpha") or [math.nan]),
             "negative_weight": fmean(against) if against else 0.0,
             "seconds": sum(loaded.finite("time/step_s")),
+            **others,
         }
+
+    @property
+    def _others(self) -> list[str]:
+        """Names of the benchmarks that nothing is decided by."""
+        names = (name for task in self.plan.tasks.values() for name in task.benchmarks if name != BENCHMARK)
+        return list(dict.fromkeys(names))
 
     def _models_missing(self) -> dict[str, str]:
         given = {task.model_dir for task in self.cases.tasks.values() if task.model_dir is not None}
@@ -183,7 +199,8 @@ def _scores(rows: Results, column: str, *, by_setting: bool) -> Mapping[str, Map
     found: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         method = f"{row['method']}.{row['setting']}" if by_setting else row["method"]
-        found[row["condition"]][method][row["seed"]] = row[column]
+        if math.isfinite(row[column]):  # a task need not have every benchmark
+            found[row["condition"]][method][row["seed"]] = row[column]
     return found
 
 

@@ -93,6 +93,12 @@ def test_learning_curves_have_steps_as_columns(tmp_path: Path) -> None:
     assert "| ours | 0.200 \u00b1 0.000 | 0.400 \u00b1 0.000 |" in page.read_text()
 
 
+def test_a_benchmark_that_a_task_lacks_is_no_score() -> None:
+    row = {"condition": "trap", "method": "zero", "setting": 0, "pass_1 untrained": 0.25}
+    rows = [{**row, "seed": 1}, {**row, "seed": 2, "pass_1 untrained": float("nan")}]
+    assert regret._scores(rows, "pass_1 untrained", by_setting=False) == {"trap": {"zero": {1: 0.25}}}
+
+
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     return load_plan(STUDY / "regret.yaml")
@@ -100,7 +106,8 @@ def plan() -> Plan:
 
 def test_shipped_plans_can_run(plan: Plan) -> None:
     real = load_plan(STUDY / "regret_real_model.yaml")
-    for shipped, report_runs in ((plan, 12 * 10), (real, 6)):
+    tables = load_plan(STUDY / "methods_real_model.yaml")
+    for shipped, report_runs in ((plan, 12 * 10), (real, 6), (tables, 2 * 8)):
         chosen = {method.name: 0 for method in shipped.methods}
         cases = shipped.cases("report", shipped.report.seeds[0], chosen)
         runs = list(cases.runs())
