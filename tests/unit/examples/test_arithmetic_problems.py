@@ -175,13 +175,11 @@ def test_the_script_evaluates_what_its_configuration_trains(folder: Path) -> Non
     config = load_config(EXAMPLES / "real_model.yaml")
     assert f"--answer {config.reward.answer} --answer-pattern '{config.reward.answer_pattern}'" in script
     assert f"--max-prompt-tokens {config.data.max_prompt_tokens} " in script
-    assert f"if [ $skill = sums ]; then tokens={config.rollout.max_response_tokens}; " in script
+    assert f"--max-tokens sums={config.rollout.max_response_tokens} words=" in script
     assert config.reward.verifier == "math"
     problems = re.search(r"^problems=data/arithmetic/(\w+)$", script, re.M)
     assert problems is not None
-    (evaluated,) = re.findall(r"\$problems/(\$\{skill\}\w+\.parquet)", script)
-    for file in [
-        *(evaluated.replace("${skill}", skill) for skill in arithmetic.SKILLS),
-        config.data.train_files[0].name,
-    ]:
+    evaluated = dict(re.findall(r'"(\w+)=\$problems/(\w+\.parquet)"', script))
+    assert set(evaluated) == set(arithmetic.SKILLS)
+    for file in [*evaluated.values(), config.data.train_files[0].name]:
         assert (folder / "1" / problems.group(1) / file).is_file(), file
