@@ -127,7 +127,9 @@ def _heading(response: ResponseView) -> Text:
     text = Text(f"\n[{trajectory.sample_index}] ")
     text.append(f"reward {reward.value:g}", "bold green" if reward.correct else "bold red")
     answer = "none" if response.answer is None else printable(shortened(response.answer, 200))
-    text.append(f"  answer read: {answer}  A {response.advantage:+.3f}  {trajectory.response_length} tokens")
+    # An environment judges a conversation, and reads no answer of it.
+    judged = f"conversation ended: {trajectory.ending}" if trajectory.ending else f"answer read: {answer}"
+    text.append(f"  {judged}  A {response.advantage:+.3f}  {trajectory.response_length} tokens")
     text.append(f"  entropy {response.mean_entropy:.3f}")
     if by_turn := response.turn_entropies:
         text.append(f" (by turn {' '.join(f'{entropy:.3f}' for entropy in by_turn)})")

@@ -15,8 +15,9 @@ from trajectories import reward_of, task_of, trajectory_of
 from transformers import PreTrainedTokenizerFast
 
 from megatron_entropic.cli import main
+from megatron_entropic.commands.rollouts import _heading
 from megatron_entropic.observability.records import read_rollouts, rollouts_path, write_rollouts
-from megatron_entropic.reports.rollouts import Excerpt, token_texts, view_step
+from megatron_entropic.reports.rollouts import Excerpt, ResponseView, token_texts, view_step
 from megatron_entropic.types import Group, Scores, Sequence, TrainingBatch
 
 TEXT = "So <b>x</b> is \\boxed{4} or \u00e9\u6f22\U0001f642 done"
@@ -94,6 +95,15 @@ def test_the_terminal_shows_everything(run: Path, capsys: pytest.CaptureFixture[
     for part in ("step 3: 1 of 3 prompts, alpha -0.1250, tau 0.95", "Question 2 & more", "answer read: 4", "A -1.000"):
         assert part in shown
     assert shown.count("done<|end|>") == 2
+
+
+def test_a_conversation_says_how_it_ended_and_no_answer(run: Path, tokenizer: Any) -> None:
+    """`answer read: none` stood beside rewards that an environment had given."""
+    recorded = read_rollouts(rollouts_path(run, 3)).responses[0]
+    ended = replace(recorded, trajectory=replace(recorded.trajectory, ending="done"))
+    heading = _heading(ResponseView(ended, answer=None, tokens=[], hidden=0, cut=0)).plain
+    assert "conversation ended: done" in heading
+    assert "answer read" not in heading
 
 
 def test_the_page_holds_every_token_once_and_escapes_it(run: Path, tmp_path: Path, capsys: Any) -> None:
