@@ -25,7 +25,7 @@ from megatron_entropic.data.tokenizer import stop_token_ids
 from megatron_entropic.errors import UserError
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
-from megatron_entropic.rollout.vllm_setup import Device, prepare_environment, silence_known_noise
+from megatron_entropic.rollout.vllm_setup import Device, imported_for_good, prepare_environment, silence_known_noise
 from megatron_entropic.types import CUT, GenerationRequest, Response, Segment
 from megatron_entropic.weight_sync.checksums import Piece
 from megatron_entropic.weight_sync.gloo import FlatContents
@@ -89,9 +89,10 @@ class RolloutEngine:
             )
         prepare_environment(device)
         silence_known_noise()
-        from vllm import LLM
+        with imported_for_good():
+            from vllm import LLM
 
-        from megatron_entropic.rollout.plugin import register
+            from megatron_entropic.rollout.plugin import register
 
         register()
         self._config = config

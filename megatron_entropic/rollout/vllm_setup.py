@@ -1,4 +1,4 @@
-"""The environment variables that vLLM reads, set in one place before it is imported.
+"""The environment variables that vLLM reads, set in one place before it is imported, and its import.
 
 Two more must be there before the process starts, because the OpenMP runtime reads them when it is loaded:
 OMP_WAIT_POLICY=PASSIVE wherever engines share cores with other processes (threads that spin while they wait made
@@ -7,9 +7,12 @@ generation ten times slower), and OMP_NUM_THREADS. Whoever starts the process se
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from megatron_entropic.observability.noise import drop_messages
@@ -105,3 +108,20 @@ def let_readers_sleep() -> None:
             super().wait(recheck_ms if timeout_ms is None else min(timeout_ms, recheck_ms))
 
     shm_broadcast.SpinCondition = SleepingCondition
+
+
+@contextmanager
+def imported_for_good() -> Iterator[None]:
+    """Keep Python from looking for garbage among modules while they are imported, and from then on: they stay.
+
+    vLLM brings 5,000 modules with a million objects: on a CPU its import and an engine's start take 6 s of CPU time
+    instead of 8 to 11.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()

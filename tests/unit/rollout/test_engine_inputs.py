@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from megatron_entropic.config.run import RolloutConfig
 from megatron_entropic.data.tokenizer import stop_token_ids
 from megatron_entropic.rollout.engine import RolloutEngine, check_complete
 from megatron_entropic.rollout.score_backend import score_file
-from megatron_entropic.rollout.vllm_setup import prepare_environment
+from megatron_entropic.rollout.vllm_setup import imported_for_good, prepare_environment
 from megatron_entropic.weight_sync.gloo import FlatContents
 
 MODEL = {"embed": (7, 4), "norm": (4,), "head": (7, 4)}
@@ -161,3 +162,14 @@ def test_the_nccl_sender_keeps_its_port_from_choice_to_use_and_ends_its_communic
     assert ended == [group], "the communicator is not left on the device for the next one to lie beside"
     sender.close()
     assert ended == [group]
+
+
+def test_what_is_imported_for_good_is_not_looked_at_again() -> None:
+    before = gc.get_freeze_count()
+    try:
+        with imported_for_good():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before + 1000
+    finally:
+        gc.unfreeze()
