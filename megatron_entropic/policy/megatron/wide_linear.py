@@ -49,8 +49,10 @@ class _WideLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.group, ctx.scattered = group, scattered
         whole = _gathered(x, group, scattered)
-        output = torch.mm(whole.flatten(0, -2).float(), weight.float().t())
-        return output.to(x.dtype).unflatten(0, whole.shape[:-1])
+        # Not a view of a product: megatron-core's cross-entropy writes into logits, which autograd refuses for a view.
+        output = torch.empty(*whole.shape[:-1], len(weight), dtype=torch.float32, device=x.device)
+        torch.mm(whole.flatten(0, -2).float(), weight.float().t(), out=output.flatten(0, -2))
+        return output.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -107,6 +107,14 @@ def linear(x: Tensor, weight: Tensor, **options: Any) -> Tensor:
     return wide_linear(x, weight, **{"bias": None, **parallel, **options})
 
 
+def test_what_follows_a_wide_layer_may_write_into_its_output() -> None:
+    """megatron-core's cross-entropy takes the maximum off the logits in place: `update_overhead` ended in an error."""
+    x, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    linear(x, weight).mul_(2.0).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, 2.0 * weight.detach().sum(0).expand(2, 3, 4))
+
+
 def test_linear_rounds_once() -> None:
     x, weight = random(50, 1, 300), random(70, 300, seed=1)
     assert max(errors(linear, lambda x, weight: x @ weight.t(), x, weight)) <= 2**-8
