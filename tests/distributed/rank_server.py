@@ -14,6 +14,7 @@ end-to-end tests do not.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -39,6 +40,9 @@ def preload() -> None:
     import_megatron()
     for name in PRELOADED:
         importlib.import_module(name)
+    # Else every rank looks for garbage among what is here, and writes to each object, which copies its memory.
+    gc.collect()
+    gc.freeze()
 
 
 def start(command: list[str], rank: dict[str, Any]) -> int:
