@@ -41,7 +41,11 @@ def optimizer_bytes(policy: Policy) -> dict[str, int]:
 
 def saved_bytes(policy: Policy, lengths: list[int]) -> int:
     """Storages that one forward pass leaves to the backward pass, each counted once, parameters not."""
-    sequences = [Sequence(tokens=torch.arange(length) % 199, prompt_length=length // 4) for length in lengths]
+    # Prompts of their own: what is planned is that of whole sequences, none of which leaves its prompt out.
+    sequences = [
+        Sequence(tokens=torch.arange(first, first + length) % 199, prompt_length=length // 4)
+        for first, length in enumerate(lengths)
+    ]
     (micro_batch,) = pack(sequences, sum(lengths) + 8, policy.parallel.packing)
     (model,) = policy._machinery.model
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
