@@ -117,6 +117,7 @@ def _build(config: Any, state: Any) -> dict[str, Any]:
 def _publication(model: Any, dimensions: Any, config: Any, state: Any) -> dict[str, Any]:
     """What this rank sends of a publication, as the transport of GPUs wants it: without values, as everything here."""
     from megatron_entropic.models.parameter_map import ParameterMap
+    from megatron_entropic.policy.publish.gather import RankWeights
     from megatron_entropic.policy.publish.publisher import BUCKET_BYTES, Publisher
     from megatron_entropic.weight_sync.plan import publish_plan
 
@@ -139,7 +140,8 @@ def _publication(model: Any, dimensions: Any, config: Any, state: Any) -> dict[s
 
     parameter_map = ParameterMap(dimensions)
     plan = publish_plan(parameter_map, config.policy, bucket_bytes=BUCKET_BYTES["cuda"], dtype=config.model.dtype)
-    publisher = Publisher(plan, parameter_map, model, state, host="10.0.0.1", timeout_s=60, sender_type=Sender)
+    weights = RankWeights(model, plan, parameter_map, state)
+    publisher = Publisher(weights, host="10.0.0.1", timeout_s=60, sender_type=Sender)
     publisher.open(receivers=config.policy.world_size)
     publisher.accept()
     published = publisher.publish()
