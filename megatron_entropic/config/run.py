@@ -365,7 +365,7 @@ class Config(Section):
     def max_engine_tokens(self) -> int:
         """Tokens of the longest sequence an engine can meet, benchmarks included."""
         of_benchmarks = [self.evaluation_sampling(name).max_response_tokens for name in self.evaluation.benchmarks]
-        return self.data.max_prompt_tokens + max(self.rollout.max_response_tokens, *of_benchmarks, 0)
+        return self.data.max_prompt_tokens + max([self.rollout.max_response_tokens, *of_benchmarks])
 
     @property
     def loss_adds_up_over_tokens(self) -> bool:

@@ -111,11 +111,12 @@ def run_rank(job_dir: Path) -> None:
     tell_phase(job_dir, rank, "rendezvous")
     platform = select_platform(job.device)
     platform.init_process_group(rendezvous, timeout_s=policy.distributed_timeout_s)
-    shared = shares_prefixes(policy, read_dimensions(Path(job.hf_dir)), on_cpu=platform.takes_prefixes)
+    dimensions = read_dimensions(Path(job.hf_dir))
+    shared = shares_prefixes(policy, dimensions, on_cpu=platform.takes_prefixes)
     state = initialise_model_parallel(policy, share_prefixes=shared)
     tell_phase(job_dir, rank, "load weights")
     model = _load_model(job, policy, platform, state)
-    indices, results = _score_own_share(model, job, policy, state, job_dir)
+    indices, results = _score_own_share(model, job, policy, state, job_dir, attention_weight(dimensions))
     if state.reports:
         scored = {
             index: (logprobs.tolist(), entropies.tolist())
@@ -136,13 +137,15 @@ def _load_model(job: _Job, policy: PolicyConfig, platform: Platform, state: Para
 
 
 def _score_own_share(
-    model: torch.nn.ModuleList, job: _Job, policy: PolicyConfig, state: ParallelState, job_dir: Path
+    model: torch.nn.ModuleList, job: _Job, policy: PolicyConfig, state: ParallelState, job_dir: Path, weight: float
 ) -> tuple[list[int], Scores]:
-    """Score this replica's sequences; returns their indices in the file, and scores in that order (last stage only)."""
+    """Score this replica's sequences; returns their indices in the file, and scores in that order (last stage only).
+
+    `weight` is the model's `attention_weight`.
+    """
     everything = [
         Sequence(torch.tensor(tokens), prompt) for tokens, prompt in zip(job.tokens, job.prompt_lengths, strict=True)
     ]
-    weight = attention_weight(read_dimensions(Path(job.hf_dir)))
     own = deal(everything, weight, state.data_size, shared=state.share_prefixes)[state.data_rank]
     sequences = [everything[index] for index in own]
     micro_batches = pack_alike(sequences, policy.tokens_per_microbatch, state, next(model.parameters()).device)

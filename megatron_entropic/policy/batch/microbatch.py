@@ -110,9 +110,9 @@ class MicroBatch:
         return sum(self.response_lengths)
 
     @property
-    def shared_tokens(self) -> int:
-        """Number of tokens of its sequences that are not laid, because another's prompt stands for them."""
-        return 0 if self.first_positions is None else int(self.first_positions.sum())
+    def left_out(self) -> list[int]:
+        """Numbers of tokens that its sequences leave out, because another's prompt stands for them; [] if none does."""
+        return [] if self.first_positions is None else self.first_positions.tolist()
 
     def places(self, targets: slice) -> slice | torch.Tensor:
         """Indices among the R response tokens of some of this rank's `targets`."""
@@ -149,8 +149,9 @@ def pack(
         groups_of_units = level
     groups = [[index for unit in group for index in units[unit]] for group in groups_of_units]
     groups = [group for group in groups if group]
+    whole = [sequence.tokens.numel() for sequence in sequences]
     while len(groups) < count:
-        groups = _halve_largest(groups, [sequence.tokens.numel() for sequence in sequences])
+        groups = _halve_largest(groups, whole)
     longest = max(_laid_tokens([sequences[i] for i in group], rules) for group in groups) if rules.equal_tokens else 0
     return [pack_one([sequences[i] for i in group], group, rules, at_least_tokens=longest) for group in groups]
 
@@ -165,7 +166,7 @@ def _units(sequences: list[Sequence], budget: int, rules: PackingRules) -> list[
 def _laid_tokens(sequences: list[Sequence], rules: PackingRules) -> int:
     """Number of tokens of these sequences in one micro-batch, without its tail."""
     if rules.share_prefixes:
-        return sum(laid_tokens([sequences[i] for i in unit]) for unit in by_prompt(sequences))
+        return laid_tokens(sequences)
     return sum(_rounded_up(sequence.tokens.numel(), rules.cut.segment_multiple) for sequence in sequences)
 
 

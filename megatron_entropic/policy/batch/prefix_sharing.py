@@ -40,11 +40,6 @@ def shared_tokens(sequence: Sequence) -> int:
     return max(sequence.prompt_length - 1, 0)
 
 
-def laid_tokens(unit: Listing[Sequence]) -> int:
-    """Number of tokens of sequences of one prompt, laid in one micro-batch."""
-    return sum(sequence.tokens.numel() for sequence in unit) - (len(unit) - 1) * shared_tokens(unit[0])
-
-
 def by_prompt(sequences: Listing[Sequence]) -> list[list[int]]:
     """Indices of the sequences of each prompt, in the order in which prompts first appear."""
     units: dict[bytes, list[int]] = {}
@@ -59,6 +54,12 @@ def prompt_owners(sequences: Listing[Sequence]) -> dict[int, int]:
     return {
         index: unit[0] for unit in by_prompt(sequences) for index in unit[1:] if shared_tokens(sequences[index]) > 0
     }
+
+
+def laid_tokens(sequences: Listing[Sequence]) -> int:
+    """Number of tokens of sequences that lie in one micro-batch."""
+    left_out = sum(shared_tokens(sequences[index]) for index in prompt_owners(sequences))
+    return sum(sequence.tokens.numel() for sequence in sequences) - left_out
 
 
 def within(unit: list[int], sequences: Listing[Sequence], budget: int) -> list[list[int]]:
@@ -92,8 +93,7 @@ def deal(sequences: Listing[Sequence], attention_weight: float, replicas: int, *
     costs = sequence_costs([sequence.tokens.numel() for sequence in sequences], attention_weight)
     if not shared or replicas == 1:
         return data_parallel_shards(costs, replicas)
-    units = by_prompt(sequences)
-    tokens = sum(laid_tokens([sequences[index] for index in unit]) for unit in units)
+    units, tokens = by_prompt(sequences), laid_tokens(sequences)
     parts_per_replica = 1
     while True:
         budget = -(-tokens // (parts_per_replica * replicas))

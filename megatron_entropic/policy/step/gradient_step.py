@@ -155,8 +155,10 @@ def batch_metrics(
     if parallel.context_rank == 0:
         lengths = [sequence.tokens.numel() for micro_batch in batch for sequence in micro_batch.sequences]
         packed = sum(int(micro_batch.cu_seqlens[-1]) for micro_batch in batch)
-        shared = sum(micro_batch.shared_tokens for micro_batch in batch)
-        own = [sum(lengths), packed, shared, sum(sequence_costs(lengths, attention_weight)) - shared]
+        left_out = [tokens for micro_batch in batch for tokens in micro_batch.left_out]
+        # As sequences are dealt: a prompt that is there already costs neither products nor attention.
+        work, saved = (sum(sequence_costs(tokens, attention_weight)) for tokens in (lengths, left_out))
+        own = [sum(lengths), packed, sum(left_out), work - saved]
         replicas[parallel.data_rank] = torch.tensor(own, dtype=torch.float64)
     dist.all_reduce(replicas, group=parallel.data_context_group)
     tokens, packed_tokens, shared_tokens, costs = replicas.unbind(1)

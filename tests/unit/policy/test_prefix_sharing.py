@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.policy.batch import segments
 from megatron_entropic.policy.batch.microbatch import MicroBatch, PackingRules, pack, pack_one
-from megatron_entropic.policy.batch.prefix_sharing import FINEST, LEVEL, by_prompt, deal, laid_tokens, shares_prefixes
+from megatron_entropic.policy.batch.prefix_sharing import FINEST, LEVEL, deal, laid_tokens, shares_prefixes
 from megatron_entropic.policy.megatron.rotary import apply_rotary_packed
 from megatron_entropic.types import Sequence
 
@@ -41,7 +41,7 @@ def test_the_picture_of_the_module_docstring():
     assert batch.first_positions.tolist() == [0, 2, 0]
     assert batch.rows.tolist() == [2, 3, 5]
     assert batch.targets.tolist() == [20, 21, 30]
-    assert batch.shared_tokens == 2
+    assert sum(batch.left_out) == 2
     assert batch.max_seqlen == 5
 
 
@@ -122,10 +122,7 @@ def test_a_deal_keeps_prompts_together_and_replicas_level(lengths, replicas):
     shards = deal(sequences, 0.0, replicas, shared=True)
     assert sorted(index for shard in shards for index in shard) == list(range(len(lengths)))
     assert all(shard == sorted(shard) for shard in shards)
-    loads = [
-        sum(laid_tokens([sequences[shard[i]] for i in unit]) for unit in by_prompt([sequences[i] for i in shard]))
-        for shard in shards
-    ]
+    loads = [laid_tokens([sequences[i] for i in shard]) for shard in shards]
     part = max([sum(loads) / (FINEST * replicas) + 1, *(sequence.tokens.numel() for sequence in sequences)])
     assert max(loads) - min(loads) <= 2 * part or max(loads) * replicas <= LEVEL * sum(loads)
 
