@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import ray
@@ -97,6 +97,10 @@ class PolicyWorker:
         """Node and id of this actor's process."""
         return this_process()
 
+    def gpu(self) -> str:
+        """This rank's GPU, as CUDA_VISIBLE_DEVICES names it on this node."""
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+
     def rendezvous(self) -> tuple[str, int]:
         """Listen for the process group's store; returns the address of this rank's node, and the port."""
         address = ray.util.get_node_ip_address()
@@ -126,10 +130,14 @@ class PolicyWorker:
 class EngineWorker:
     """Actor of one rollout engine."""
 
-    def __init__(self, config: Config, device: Device) -> None:
+    def __init__(self, config: Config, device: Device, gpus: Sequence[str]) -> None:
+        """Prepare the process, on GPUs as CUDA_VISIBLE_DEVICES names them; without any on those that Ray gives it."""
         self._config = config
         self._device = device
         self._engine: RolloutEngine
+        if gpus:
+            # Ray has hidden all of them. The driver reads this when the first call needs a GPU, which none has done.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         self._in_flight: InFlight | None = None
         offer_stacks()
         _join_network(config.cluster)

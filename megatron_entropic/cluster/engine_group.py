@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -22,10 +22,17 @@ from megatron_entropic.weight_sync.plan import PublishPlan
 class EngineGroup:
     """All rollout engines, one Ray actor each; a lost one can be replaced. `sampling` decides who samples what."""
 
-    def __init__(self, config: Config, placement: Placement) -> None:
-        """Create the actors; nothing heavy happens before `start`."""
+    def __init__(self, config: Config, placement: Placement, shared_gpus: Sequence[str] = ()) -> None:
+        """Create the actors; nothing heavy happens before `start`.
+
+        Args:
+            config: the run's configuration.
+            placement: room for each engine.
+            shared_gpus: GPU of each policy rank, where engines take turns with these; empty: Ray gives them their own.
+        """
         self._config = config
         self._placement = placement
+        self._shared_gpus = shared_gpus
         self._actors = {f"engine {number}": self._new_actor(number) for number in range(config.rollout.engines)}
         self._places = {name: actor.place.remote() for name, actor in self._actors.items()}
         self._losses: list[RunError] = []
@@ -178,7 +185,9 @@ class EngineGroup:
     def _new_actor(self, engine: int) -> ray.actor.ActorHandle:
         environment = engine_environment(self._config, self._placement.device)
         options = self._placement.engine_options(engine)
+        width = self._config.rollout.tensor_parallel
+        gpus = self._shared_gpus[engine * width : (engine + 1) * width]
         made: ray.actor.ActorHandle = EngineWorker.options(  # type: ignore[attr-defined]
             **options, runtime_env={"env_vars": environment}
-        ).remote(self._config, self._placement.device)
+        ).remote(self._config, self._placement.device, gpus)
         return made

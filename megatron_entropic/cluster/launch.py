@@ -48,16 +48,17 @@ def launch(config: Config, announce: Announce = _announce_nothing) -> Iterator[C
     Raises:
         RunError: something could not start; everything that did is gone again.
     """
-    ranks = config.policy.world_size
-    actors = 2 * ranks if config.cluster.colocate else ranks + config.rollout.engines
+    ranks, shared = config.policy.world_size, config.cluster.colocate
+    actors = ranks + (ranks // config.rollout.tensor_parallel if shared else config.rollout.engines)
     announce(_ray_phase(config.cluster.address))
     with ray_session(config.cluster, local_cpus=actors) as device:
         placement = reserve(config, device)
         try:
-            policy, engines = PolicyGroup(config, placement), EngineGroup(config, placement)
+            policy = PolicyGroup(config, placement)
+            engines = EngineGroup(config, placement, policy.gpus() if shared and device == "cuda" else ())
             with stacks_on_timeout(config.run.output_dir, policy, engines):
                 loading = engines.begin_start()
-                if config.cluster.colocate:
+                if shared:
                     # vLLM wants to find the GPU free.
                     announce(_engines_phase(config.rollout.engines))
                     engines.finish_start(loading)

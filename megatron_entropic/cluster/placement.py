@@ -1,6 +1,8 @@
 """Places of the actors: room for each policy rank and each engine, reserved at once or not at all.
 
-With cluster.colocate engine i has the room of policy rank i, and each of the two counts as half a GPU to Ray.
+With cluster.colocate an engine of t GPUs has the room of t policy ranks: engine i that of ranks i t to i t + t - 1. To
+Ray these are the ranks' GPUs; the engine counts for none and is told which they have (`PolicyGroup.gpus`), since Ray
+gives several shares of GPUs to one process only as whole GPUs.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from megatron_entropic.errors import RunError
 
 @dataclass(frozen=True)
 class Slot:
-    """Room for one actor: a bundle of a reservation. Several policy ranks of a node may share a bundle."""
+    """Room for one actor: a bundle of a reservation. Policy ranks of a node, and an engine, may share a bundle."""
 
     group: PlacementGroup
     bundle: int
@@ -34,12 +36,12 @@ class Placement:
     policy: tuple[Slot, ...]
     engines: tuple[Slot, ...]
     device: Device
-    engine_gpus: float
-    policy_gpus: float = 1.0
+    engine_gpus: int
+    """GPUs that Ray gives to each engine; 0: those of policy ranks."""
 
     def policy_options(self, rank: int) -> dict[str, Any]:
         """Ray actor options of a policy rank."""
-        return self._options(self.policy[rank], gpus=self.policy_gpus)
+        return self._options(self.policy[rank], gpus=1)
 
     def engine_options(self, engine: int) -> dict[str, Any]:
         """Ray actor options of a rollout engine, which drives `rollout.tensor_parallel` GPUs."""
@@ -52,7 +54,7 @@ class Placement:
         for group in {slot.group.id: slot.group for slot in self.policy + self.engines}.values():
             remove_placement_group(group)
 
-    def _options(self, slot: Slot, gpus: float) -> dict[str, Any]:
+    def _options(self, slot: Slot, gpus: int) -> dict[str, Any]:
         return {
             "num_cpus": 1,
             "num_gpus": gpus if self.device == "cuda" else 0,
@@ -78,7 +80,7 @@ def reserve(config: Config, device: Device, *, policy_ranks: int | None = None) 
     """
     policy, engines = bundles(config, device, config.policy.world_size if policy_ranks is None else policy_ranks)
     if config.cluster.colocate and policy:
-        return _shared(config, device, policy)
+        return _shared(config, device)
     per_node = config.cluster.policy_ranks_per_node
     if per_node is None or not policy:
         slots = _reserve({"PACK": policy + engines}, config)
@@ -96,11 +98,21 @@ def reserve(config: Config, device: Device, *, policy_ranks: int | None = None) 
     )
 
 
-def _shared(config: Config, device: Device, policy: list[dict[str, float]]) -> Placement:
-    """Reserve a slot for each policy rank, with a second CPU for the engine that works there too."""
-    slots = _reserve({"PACK": [bundle | {"CPU": 2.0} for bundle in policy]}, config)
-    ranks = tuple(sorted(slots, key=_node_and_bundle))
-    return Placement(ranks, ranks[: config.rollout.engines], device, engine_gpus=0.5, policy_gpus=0.5)
+def shared_bundles(config: Config, device: Device) -> list[dict[str, float]]:
+    """Resources for the policy ranks that can share their devices with an engine, and for the engine's own process.
+
+    One bundle for each engine there could be: what is in a bundle is on one node, as an engine must be.
+    """
+    width = config.rollout.tensor_parallel
+    gpus = {"GPU": float(width)} if device == "cuda" else {}
+    return [{"CPU": width + 1.0} | gpus for _ in range(config.policy.world_size // width)]
+
+
+def _shared(config: Config, device: Device) -> Placement:
+    """Reserve room in which policy ranks and engines lie together."""
+    slots = sorted(_reserve({"PACK": shared_bundles(config, device)}, config), key=_node_and_bundle)
+    ranks = tuple(slot for slot in slots for _ in range(config.rollout.tensor_parallel))
+    return Placement(ranks, tuple(slots[: config.rollout.engines]), device, engine_gpus=0)
 
 
 def _reserve(wanted: dict[Literal["PACK", "STRICT_SPREAD"], list[dict[str, float]]], config: Config) -> list[Slot]:

@@ -55,6 +55,11 @@ class PolicyGroup:
         """Processes of the ranks that have told theirs, by name."""
         return answered(self._places)
 
+    def gpus(self) -> list[str]:
+        """GPU of each rank, as CUDA_VISIBLE_DEVICES names it on the rank's node."""
+        calls = {self._name(rank): actor.gpu.remote() for rank, actor in enumerate(self._actors)}
+        return list(gather(calls, phase="placement", timeout_s=self._limits.startup_timeout_s).values())
+
     def start(self) -> None:
         """Rendezvous, build the model on every rank and load its shard of the Hugging Face weights.
 

@@ -257,23 +257,24 @@ def _placement(config: Config) -> Iterator[Violation]:
 def _colocation(config: Config) -> Iterator[Violation]:
     if not config.cluster.colocate:
         return
-    rollout, ranks = config.rollout, config.policy.world_size
-    key = "cluster.colocate"
+    rollout, ranks, key = config.rollout, config.policy.world_size, "cluster.colocate"
     if config.policy.offload != "all":
         yield Violation(
             (key, "policy.offload"),
             f"{key}=true needs policy.offload=all: engines generate in the memory of the policy",
         )
-    if rollout.tensor_parallel > 1:
+    touched = (key, "rollout.engines", "rollout.tensor_parallel", "policy")
+    if ranks % rollout.tensor_parallel:
         yield Violation(
-            (key, "rollout.tensor_parallel"),
-            f"{key}=true: an engine shares the device of one policy rank, so rollout.tensor_parallel="
-            f"{rollout.tensor_parallel} cannot be",
+            touched,
+            f"{key}=true: an engine shares the devices of rollout.tensor_parallel={rollout.tensor_parallel} policy "
+            f"ranks, which does not divide the {ranks} that there are",
         )
-    if rollout.engines > ranks:
+    if rollout.engines * rollout.tensor_parallel > ranks:
         yield Violation(
-            (key, "rollout.engines", "policy"),
-            f"{key}=true: rollout.engines={rollout.engines}, but there are {ranks} policy ranks to share devices with",
+            touched,
+            f"{key}=true: rollout.engines={rollout.engines} of {rollout.tensor_parallel} devices each, but there are "
+            f"{ranks} policy ranks to share devices with",
         )
     if config.cluster.policy_ranks_per_node is not None:
         yield Violation(
@@ -347,7 +348,7 @@ def config_warnings(config: Config) -> list[str]:
         found.append("algorithm.kl.reference_hf_dir is not used: algorithm.kl.coefficient is 0")
     if rollout.prompts_per_step * rollout.samples_per_prompt < rollout.engines:
         found.append(f"rollout.engines={rollout.engines}: more engines than responses in a step")
-    idle = config.policy.world_size - rollout.engines
+    idle = config.policy.world_size - rollout.engines * rollout.tensor_parallel
     if config.cluster.colocate and idle > 0:
         found.append(f"cluster.colocate=true: {idle} of {config.policy.world_size} devices stand still during rollouts")
     if config.cluster.device == "cpu" and rollout.enforce_eager is False:

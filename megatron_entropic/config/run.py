@@ -283,8 +283,9 @@ class ClusterConfig(Section):
     )
     colocate: bool = Field(
         False,
-        description="Engine i shares the device of policy rank i: one sleeps while the other works. On a CPU, where "
-        "vLLM cannot give memory back, only the order is that of GPUs.",
+        description="Engines share the devices of policy ranks, the first engine those of the first "
+        "rollout.tensor_parallel ranks: one side sleeps while the other works. On a CPU, where vLLM cannot give memory "
+        "back, only the order is that of GPUs.",
     )
     max_restarts: int = Field(
         0, ge=0, description="After the loss of a process: so many new starts from the newest checkpoint by itself."

@@ -211,13 +211,13 @@ def _overrides(policy: dict[str, Any], rollout: dict[str, Any]) -> tuple[str, ..
 
 
 def _fastest_engines(search: _Search, gpus: int) -> dict[int, _Half]:
-    """Fastest engines for each number of policy GPUs that is tried, on the others; colocated, one on each GPU."""
-    if search.config.cluster.colocate:
-        shared = _engines(search, gpus, 1)
-        return {} if shared is None else {gpus: shared}
+    """Fastest engines for each number of policy GPUs that is tried, on the others; colocated, on all of them."""
+    shared = search.config.cluster.colocate
+    tried = [gpus] if shared else range(max(1, gpus // SPLITS), gpus, max(1, gpus // SPLITS))
     fastest: dict[int, _Half] = {}
-    for policy_gpus in range(max(1, gpus // SPLITS), gpus, max(1, gpus // SPLITS)):
-        halves = [_engines(search, gpus - policy_gpus, size) for size in _tensor_sizes(search.table)]
+    for policy_gpus in tried:
+        others = gpus if shared else gpus - policy_gpus
+        halves = [_engines(search, others, size) for size in _tensor_sizes(search.table)]
         if fitting := [half for half in halves if half is not None]:
             best_s = min(half.time_s for half in fitting)
             fastest[policy_gpus] = next(half for half in fitting if half.time_s <= _NEAR * best_s)

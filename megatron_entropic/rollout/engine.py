@@ -41,8 +41,8 @@ class UpdateCalls(Protocol):
     init_info: dict[str, Any]
     """Arguments of vLLM's `init_weight_transfer_engine`."""
 
-    def __init__(self, senders: Sequence[dict[str, Any]], rank_offset: int) -> None:
-        """Find the senders; see `RolloutEngine.connect`."""
+    def __init__(self, senders: Sequence[dict[str, Any]], ranks: range) -> None:
+        """Find the senders, in the group of each of which this engine's workers have `ranks` and the sender rank 0."""
 
     def of(self, plan: PublishPlan) -> list[AbstractContextManager[dict[str, Any]]]:
         """Arguments of vLLM's update calls for a publication, each call to be made within its context."""
@@ -257,7 +257,7 @@ class RolloutEngine:
         Raises:
             PhaseTimeout: naming phase, worker and peer.
         """
-        self._updates = self._updates_type(senders, rank_offset)
+        self._updates = self._updates_type(senders, range(rank_offset, rank_offset + self._config.tensor_parallel))
         self._llm.init_weight_transfer_engine({"init_info": self._updates.init_info})
 
     def receive(self, plan: PublishPlan, weights_version: int) -> None:

@@ -62,12 +62,12 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
 class GlooUpdates:
     """`UpdateCalls` over gloo: one call for all buckets, so that vLLM loads one while the next arrives."""
 
-    def __init__(self, senders: Sequence[dict[str, Any]], rank_offset: int) -> None:
+    def __init__(self, senders: Sequence[dict[str, Any]], ranks: range) -> None:
         """Let every engine worker join the group of every sender."""
         self._senders = len(senders)
         self.init_info: dict[str, Any] = {
             "addresses": [(sender["master_address"], sender["master_port"]) for sender in senders],
-            "rank_offset": rank_offset,
+            "rank_offset": ranks.start,
             "world_size": senders[0]["world_size"],
             "timeout_s": senders[0]["timeout_s"],
         }

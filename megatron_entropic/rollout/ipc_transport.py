@@ -1,10 +1,10 @@
-"""CUDA IPC: an engine reads buckets in the memory of the policy rank that shares its GPU; vLLM's own engine receives.
+"""CUDA IPC: engine workers read buckets in the memory of the policy ranks on their GPUs; vLLM's own engine receives.
 
-    policy rank i                                                        engine i, on the same GPU
+    each policy rank                                                     the engine with a worker on the same GPU
     IpcSender(host)       listens at once
     accept()              <-- store: joined ----------------------------  IpcReceiver(address)
-    send(contents, flat)  --- store: bucket/k, where `flat` lies ------>  with receiver.next(contents) as update_info:
-                                                                              vLLM opens, copies and loads it
+    send(contents, flat)  --- store: bucket/k, where `flat` lies ------>  with the announcements of all its ranks:
+                                                                              each worker opens, copies, loads its own
                           <-- store: answer/k, an error or nothing -----
 
 No bytes of weights travel, not even to the host. The store carries a CUDA handle as JSON: nothing that comes out of it
@@ -16,7 +16,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from math import prod
@@ -92,7 +92,7 @@ def packing_options() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 class IpcSender:
-    """`WeightSender` to the one engine on this rank's GPU."""
+    """`WeightSender` to the one engine worker on this rank's GPU."""
 
     sending_ranks: ClassVar[SendingRanks] = "each"
 
@@ -167,17 +167,25 @@ class IpcSender:
 
 
 class IpcUpdates:
-    """`UpdateCalls` over CUDA IPC: vLLM's own engine opens the memory of the rank on the same GPU."""
+    """`UpdateCalls` over CUDA IPC: each of vLLM's workers opens the memory of the rank on the same GPU."""
 
-    def __init__(self, senders: Sequence[dict[str, Any]], rank_offset: int) -> None:
-        """Join the i-th sender, whose GPU engine i has; the engine's worker would have the rank i + 1 of a group."""
-        sender = senders[rank_offset - 1]
+    def __init__(self, senders: Sequence[dict[str, Any]], ranks: range) -> None:
+        """Join the senders on this engine's GPUs: policy rank i has that of a group's rank i + 1."""
+        own = senders[ranks.start - 1 : ranks.stop - 1]
         self.init_info = packing_options()[0]
-        self._receiver = IpcReceiver(sender["master_address"], sender["master_port"], sender["timeout_s"])
+        self._receivers = [IpcReceiver(one["master_address"], one["master_port"], one["timeout_s"]) for one in own]
 
     def of(self, plan: PublishPlan) -> list[AbstractContextManager[dict[str, Any]]]:
-        """Arguments of one call a bucket, for whose time the rank lends its memory."""
-        return [self._receiver.next(FlatContents.of_bucket(bucket)) for bucket in plan.buckets]
+        """Arguments of one call a bucket, for whose time the ranks lend their memory."""
+        return [self._next(FlatContents.of_bucket(bucket)) for bucket in plan.buckets]
+
+    @contextmanager
+    def _next(self, contents: FlatContents) -> Iterator[dict[str, Any]]:
+        """Arguments of vLLM's call for all workers, of which each takes the memory that is on its own GPU."""
+        with ExitStack() as lent:
+            updates = [lent.enter_context(receiver.next(contents)) for receiver in self._receivers]
+            handles = {gpu: handle for update in updates for gpu, handle in update["ipc_handles"].items()}
+            yield updates[0] | {"ipc_handles": handles}
 
 
 class IpcReceiver:

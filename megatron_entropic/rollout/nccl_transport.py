@@ -35,12 +35,12 @@ def packing_options() -> tuple[dict[str, Any], dict[str, Any]]:
 class NcclUpdates:
     """`UpdateCalls` over NCCL: vLLM's own engine, one call for each bucket, from one sender."""
 
-    def __init__(self, senders: Sequence[dict[str, Any]], rank_offset: int) -> None:
+    def __init__(self, senders: Sequence[dict[str, Any]], ranks: range) -> None:
         """Let all workers of all engines join one group."""
         (sender,) = senders
         of_connection, self._of_update = packing_options()
         found = {key: sender[key] for key in ("master_address", "master_port", "world_size")}
-        self.init_info: dict[str, Any] = {"rank_offset": rank_offset, **found, **of_connection}
+        self.init_info: dict[str, Any] = {"rank_offset": ranks.start, **found, **of_connection}
 
     def of(self, plan: PublishPlan) -> list[AbstractContextManager[dict[str, Any]]]:
         """Arguments of one vLLM broadcast for each bucket."""

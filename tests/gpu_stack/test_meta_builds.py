@@ -16,6 +16,7 @@ MODELS = {
     "qwen3_8b_offpolicy": "Qwen3-8B",
     "qwen3_8b_colocated": "Qwen3-8B",
     "qwen3_32b": "Qwen3-32B",
+    "qwen3_32b_colocated": "Qwen3-32B",
     "qwen3_30b_a3b": "Qwen3-30B-A3B",
     "qwen3_235b_a22b": "Qwen3-235B-A22B",
     "two_phase_qwen3_1_7b": "Qwen3-1.7B",

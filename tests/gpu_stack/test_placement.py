@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "qwen3_8b, shared": (
         2,
         ["cluster.colocate=true", "policy.offload=all", "policy.data_parallel=4", "rollout.engines=16"],
+    ),
+    "qwen3_8b, shared by engines of four GPUs": (
+        2,
+        [
+            "cluster.colocate=true",
+            "policy.offload=all",
+            "policy.data_parallel=4",
+            "rollout.tensor_parallel=4",
+            "rollout.engines=4",
+        ],
     ),
     "qwen3_8b, half a node of ranks": (2, ["cluster.policy_ranks_per_node=4"]),
     "qwen3_8b, engines of two GPUs": (2, ["rollout.tensor_parallel=2", "rollout.engines=4"]),
@@ -66,10 +77,14 @@ def devices_of_actors(config: Any, placement: Any) -> dict[str, list[dict[str, s
     rank, engine = looking(workers.PolicyWorker), looking(workers.EngineWorker)
     ranks = [
         rank.options(**placement.policy_options(index), **of_rank).remote(config, index, "cuda")
-        for index in range(STARTED)
+        for index in range(STARTED * (config.rollout.tensor_parallel if config.cluster.colocate else 1))
     ]
+    width = config.rollout.tensor_parallel
+    shared = ray.get([actor.gpu.remote() for actor in ranks], timeout=300) if config.cluster.colocate else []
     engines = [
-        engine.options(**placement.engine_options(index), **of_engine).remote(config, "cuda")
+        engine.options(**placement.engine_options(index), **of_engine).remote(
+            config, "cuda", shared[index * width : (index + 1) * width]
+        )
         for index in range(STARTED)
     ]
     found = {"ranks": seen(ranks), "engines": seen(engines)}
@@ -133,7 +148,7 @@ def main(cases: dict[str, tuple[int, list[str]]], nodes: int) -> None:
                 "ranks": ranks,
                 "engines": engines,
                 "tensor": config.policy.tensor_parallel,
-                "gpus": [placement.policy_gpus, placement.engine_gpus],
+                "gpus": [1, placement.engine_gpus],
                 "engine_tensor": config.rollout.tensor_parallel,
                 "seen": devices_of_actors(config, placement) if nodes == min(n for n, _ in CASES.values()) else None,
             }
@@ -171,13 +186,15 @@ def test_tensor_groups_stay_within_a_node(nodes: int) -> None:
         if "half a node" in name:
             assert sorted(Counter(ranks).values()) == [4, 4], name
         if "shared" in name:
-            assert ranks == engines, f"{name}: engine i is not where rank i is"
+            width = where["engine_tensor"]
+            sharing = [set(ranks[start : start + width]) for start in range(0, len(ranks), width)]
+            assert sharing == [{engine} for engine in engines], f"{name}: an engine is not where its ranks are"
         if where["seen"] is not None:
             _check_devices(name, where)
 
 
 def _check_devices(name: str, where: dict[str, Any]) -> None:
-    """Each actor sees the GPUs it counts for, and no other; engine i shares rank i's where they share."""
+    """Each actor sees the GPUs it counts for, and no other; engines see those of their ranks where they share."""
     ranks, engines = where["seen"]["ranks"], where["seen"]["engines"]
     devices = {side: [one["CUDA_VISIBLE_DEVICES"].split(",") for one in seen] for side, seen in where["seen"].items()}
     assert {len(of) for of in devices["ranks"]} == {1}, name
@@ -186,7 +203,8 @@ def _check_devices(name: str, where: dict[str, Any]) -> None:
         assert node[0] == node[1], name
         assert not set(devices[side][0]) & set(devices[side][1]), f"{name}: two {side} on one GPU"
     if "shared" in name:
-        assert devices["ranks"] == devices["engines"], name
+        ranks_gpus, engines_gpus = (list(chain.from_iterable(devices[side])) for side in ("ranks", "engines"))
+        assert ranks_gpus == engines_gpus, name
     assert {one["CUDA_DEVICE_MAX_CONNECTIONS"] for one in ranks} == {"1"}
     assert {one["CUDA_DEVICE_MAX_CONNECTIONS"] for one in engines} == {None}
     assert {one["NVIDIA_TF32_OVERRIDE"] for one in ranks + engines} == {"0"}

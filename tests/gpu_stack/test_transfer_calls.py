@@ -13,6 +13,7 @@ import inspect
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,8 +101,8 @@ def worker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, call
     return made
 
 
-def engine(transport: Any, plan: PublishPlan, worker: Any, calls: Calls) -> Any:
-    """Our engine around vLLM's LLM over one worker in this process."""
+def engine(transport: Any, plan: PublishPlan, worker: Any, calls: Calls, *, width: int = 1) -> Any:
+    """Our engine of `width` GPUs around vLLM's LLM over one of its workers, in this process."""
     version = ["none"]
 
     def collective_rpc(method: str, *, kwargs: dict[str, Any] | None = None) -> None:
@@ -121,6 +122,7 @@ def engine(transport: Any, plan: PublishPlan, worker: Any, calls: Calls) -> Any:
     )
     made: Any = object.__new__(RolloutEngine)
     made._llm, made._weights_version, made._refusal = llm, None, ""
+    made._config = SimpleNamespace(tensor_parallel=width)
     made._updates_type = find_attribute("cluster.transport", TRANSPORTS[transport].receiver, arguments=2)
     made._hf_tensors = {
         name: shape for bucket in plan.buckets for name, shape in zip(bucket.hf_names, bucket.hf_shapes, strict=True)
@@ -160,39 +162,41 @@ def test_a_publication_over_nccl_reaches_vllms_group_bucket_by_bucket(
 
 
 @pytest.mark.parametrize("worker", ["ipc"], indirect=True)
-def test_a_publication_over_ipc_opens_the_memory_of_the_rank_on_the_same_gpu(
+def test_a_publication_over_ipc_names_the_memory_of_the_ranks_on_the_engines_gpus(
     worker: Any, plan: PublishPlan, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Receiver:
-        """Says where a bucket lies, as a policy rank on this GPU would."""
+        """Says where a bucket lies, as a policy rank on one of these GPUs would."""
 
         def __init__(self, *address: Any) -> None:
             calls.append(("receiver", {"address": address}))
+            self.memory = replace(MEMORY, gpu=f"GPU of {address[1]}")
 
         @contextmanager
         def next(self, contents: FlatContents) -> Iterator[dict[str, Any]]:
             calls.append(("lent", {}))
-            yield _update_info(contents, MEMORY)
+            yield _update_info(contents, self.memory)
             calls.append(("given back", {}))
 
     assert set(inspect.signature(IpcReceiver.next).parameters) == {"self", "contents"}
     monkeypatch.setattr("megatron_entropic.rollout.ipc_transport.IpcReceiver", Receiver)
-    ours = engine("ipc", plan, worker, calls)
-    ours.connect([SENDER, SENDER | {"master_port": 4322}], rank_offset=2)
-    assert calls[0] == ("receiver", {"address": ("10.0.0.1", 4322, 60.0)})
+    ours = engine("ipc", plan, worker, calls, width=2)
+    ours.connect([SENDER | {"master_port": port} for port in range(4321, 4325)], rank_offset=3)
+    # The second engine of two GPUs: third and fourth rank.
+    assert calls[:2] == [("receiver", {"address": ("10.0.0.1", port, 60.0)}) for port in (4323, 4324)]
     assert worker.weight_transfer_engine.packed
-    del calls[:2]
+    del calls[:3]
 
     ours.receive(plan, 8)
-    # The rank may fill its memory again only when the device has copied.
-    update = ["lent", "update_weights", "packed_ipc_consumer", "synchronize", "given back"]
+    # The ranks may fill their memory again only when the device has copied.
+    update = ["lent", "lent", "update_weights", "packed_ipc_consumer", "synchronize", "given back", "given back"]
     assert _names(calls)[2:-3] == update * len(plan.buckets)
     opened = [arguments for name, arguments in calls if name == "packed_ipc_consumer"]
     for bucket, arguments in zip(plan.buckets, opened, strict=True):
         assert arguments["names"] == list(bucket.hf_names)
         assert sum(arguments["tensor_sizes"]) == bucket.bytes
         assert arguments["device_index"] == 3
-        assert list(arguments["ipc_handle"]) == ["GPU-1"]
+        assert list(arguments["ipc_handle"]) == ["GPU of 4323", "GPU of 4324"]
     assert ours.weights_version == 8
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_entropic.cluster import placement
+from megatron_entropic.cluster import engine_group, placement
 from megatron_entropic.config.run import ClusterConfig, Config
 from megatron_entropic.errors import RunError
 
@@ -63,3 +63,37 @@ def test_nothing_stays_reserved_where_not_all_fits(
     assert [event for event in ray.events if event.startswith("remove")] == ["remove STRICT_SPREAD", "remove PACK"][
         :removed
     ]
+
+
+def test_an_engine_of_several_gpus_lies_with_the_ranks_that_share_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, float]] = []
+
+    def create(bundles: list[dict[str, float]], strategy: str) -> Any:
+        asked.extend(bundles)
+        return SimpleNamespace(wait=lambda _: True, bundle_count=len(bundles), id=1)
+
+    nodes = {"bundles_to_node_id": {0: "node b", 1: "node a", 2: "node b", 3: "node a"}}
+    monkeypatch.setattr(placement, "placement_group", create)
+    monkeypatch.setattr(placement, "placement_group_table", lambda _: nodes)
+    config: Any = Config.model_construct(
+        policy=SimpleNamespace(world_size=8),
+        rollout=SimpleNamespace(engines=3, tensor_parallel=2),
+        cluster=ClusterConfig(colocate=True),
+    )
+    found = placement.reserve(config, "cuda")
+    assert asked == [{"CPU": 3, "GPU": 2}] * 4
+    assert [slot.bundle for slot in found.policy] == [1, 1, 3, 3, 0, 0, 2, 2]
+    assert [slot.bundle for slot in found.engines] == [1, 3, 0]
+
+    started: list[tuple[Any, ...]] = []
+
+    def options(num_gpus: int, **_: Any) -> Any:
+        assert num_gpus == 0, "the GPUs are the ranks'"
+        actor = SimpleNamespace(place=SimpleNamespace(remote=lambda: None))
+        return SimpleNamespace(remote=lambda *arguments: started.append(arguments) or actor)
+
+    monkeypatch.setattr(engine_group, "EngineWorker", SimpleNamespace(options=options))
+    monkeypatch.setattr(engine_group, "engine_environment", lambda *_: {})
+    monkeypatch.setattr(placement, "PlacementGroupSchedulingStrategy", lambda *_, **__: None)
+    engine_group.EngineGroup(config, found, ["0", "1", "2", "3", "0", "1", "2", "3"])
+    assert [gpus for _, _, gpus in started] == [["0", "1"], ["2", "3"], ["0", "1"]]

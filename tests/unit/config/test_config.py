@@ -241,14 +241,18 @@ def test_rollouts_in_eight_bits_need_a_gpu_and_are_best_corrected(machine: Path)
 
 
 def test_sharing_devices_has_conditions(machine: Path) -> None:
-    shared = ("cluster.colocate=true", "rollout.engines=2")
-    found = problems_of(write(machine), *shared, "rollout.tensor_parallel=2", "cluster.policy_ranks_per_node=1")
-    assert [problem.split(":")[0] for problem in found] == [
-        "cluster.colocate=true needs policy.offload=all",
-        *["cluster.colocate=true"] * 2,
+    shared = ("cluster.colocate=true", "rollout.engines=2", "policy.data_parallel=3")
+    found = problems_of(write(machine), *shared, "rollout.tensor_parallel=2", "cluster.policy_ranks_per_node=3")
+    assert found == [
+        "cluster.colocate=true needs policy.offload=all: engines generate in the memory of the policy",
+        "cluster.colocate=true: an engine shares the devices of rollout.tensor_parallel=2 policy ranks, which does not "
+        "divide the 3 that there are",
+        "cluster.colocate=true: rollout.engines=2 of 2 devices each, but there are 3 policy ranks to share devices "
+        "with",
         "cluster.colocate=true fills nodes one after the other; cluster.policy_ranks_per_node must be null",
     ]
     colocated = ["cluster.colocate=true", "policy.offload=all", "policy.data_parallel=2"]
+    assert config_warnings(load_checked_config(write(machine), [*colocated, "rollout.tensor_parallel=2"])) == []
     config = load_checked_config(write(machine), colocated)
     assert config_warnings(config) == ["cluster.colocate=true: 1 of 2 devices stand still during rollouts"]
     assert config.cluster.transport_on("cuda") == "ipc"

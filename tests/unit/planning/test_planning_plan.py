@@ -24,7 +24,7 @@ GOLDEN = Path(__file__).parent / "nemotron_1_5b.txt"
 PAPER_MODELS = {
     "nemotron_1_5b": "OpenReasoning-Nemotron-1.5B",
     **dict.fromkeys(("qwen3_8b", "qwen3_8b_colocated", "qwen3_8b_grpo", "qwen3_8b_offpolicy"), "Qwen3-8B"),
-    "qwen3_32b": "Qwen3-32B",
+    **dict.fromkeys(("qwen3_32b", "qwen3_32b_colocated"), "Qwen3-32B"),
 }
 
 
@@ -88,6 +88,7 @@ def test_a_terminal_gets_drawn_tables() -> None:
         ("qwen3_8b_grpo", 16, 80),
         ("qwen3_8b_offpolicy", 16, 80),
         ("qwen3_32b", 64, 80),
+        ("qwen3_32b_colocated", 32, 80),
     ],
 )
 def test_dense_examples_fit(name: str, gpus: int, gpu_memory_gb: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,14 +324,17 @@ def test_engines_that_share_gpus_are_not_added_up(capsys: pytest.CaptureFixture[
     assert "on the same GPUs (cluster.colocate) are 8, not 16" in capsys.readouterr().err
 
 
-def test_colocated_suggestions_have_an_engine_on_each_gpu() -> None:
-    config = example("nemotron_1_5b", *COLOCATED)
-    model = known("OpenReasoning-Nemotron-1.5B")
-    found, _ = suggest(config, model, machine(gpus=8), objections=objections, count=2)
+@pytest.mark.parametrize(
+    ("name", "model", "gpus", "width"),
+    [("nemotron_1_5b", "OpenReasoning-Nemotron-1.5B", 8, 1), ("qwen3_32b", "Qwen3-32B", 32, 4)],
+)
+def test_colocated_suggestions_have_engines_on_every_gpu(name: str, model: str, gpus: int, width: int) -> None:
+    config = example(name, *COLOCATED, "rollout.gpu_memory_fraction=0.85")
+    found, _ = suggest(config, known(model), machine(gpus=gpus), objections=objections, count=2)
     assert len(found) == 2
     for suggestion in found:
-        changed = suggestion.plan.config
-        assert (changed.policy.world_size, changed.rollout.engines, changed.rollout.tensor_parallel) == (8, 8, 1)
+        policy, rollout = suggestion.plan.config.policy, suggestion.plan.config.rollout
+        assert (policy.world_size, rollout.engines, rollout.tensor_parallel) == (gpus, gpus // width, width)
 
 
 def test_a_suggestion_is_an_answer_whatever_is_wrong_as_written(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_entropic.errors import PeerDied, PhaseTimeout
-from megatron_entropic.rollout.ipc_transport import DeviceMemory, IpcReceiver, IpcSender, packing_options
+from megatron_entropic.rollout.ipc_transport import DeviceMemory, IpcReceiver, IpcSender, IpcUpdates, packing_options
 from megatron_entropic.weight_sync.gloo import FlatContents
 
 HOST = "127.0.0.1"
@@ -86,6 +86,32 @@ def test_an_engine_that_fails_tells_why_and_the_next_buffer_is_another(backgroun
         pass
     with pytest.raises(PeerDied, match="announces"):
         sending.result(timeout=30)
+
+
+def test_an_engine_of_two_workers_gets_the_memory_of_both_their_ranks_and_tells_both(background):
+    senders = [IpcSender(HOST, 1, 60, name=f"policy rank {rank}") for rank in range(4)]
+    found = [{"master_address": s.address[0], "master_port": s.address[1], "timeout_s": 60} for s in senders]
+    joining = background(IpcUpdates, found, range(3, 5))
+    for sender in senders[2:]:
+        sender.accept()
+    updates = joining.result()
+
+    def announce(fails: bool) -> list[Future]:
+        memories = [DeviceMemory(f"GPU-{rank}", 8, 22, STORAGE) for rank in (2, 3)]
+        contents = [CONTENTS, OTHER if fails else CONTENTS]
+        return [background(*one) for one in zip([s.announce for s in senders[2:]], contents, memories, strict=True)]
+
+    sending = announce(fails=False)
+    with updates._next(CONTENTS) as update_info:
+        assert list(update_info["ipc_handles"]) == ["GPU-2", "GPU-3"]
+        assert not any(one.done() for one in sending)
+    assert [one.result(timeout=30) for one in sending] == [CONTENTS.elements] * 2
+    sending = announce(fails=True)
+    with pytest.raises(ValueError, match=r"policy rank 3 at .* announces a\.weight"), updates._next(CONTENTS):
+        pass
+    for one in sending:
+        with pytest.raises(PeerDied, match="announces"):
+            one.result(timeout=30)
 
 
 def test_waits_end_and_name_who_did_not_come(background):
