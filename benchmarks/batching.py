@@ -32,7 +32,7 @@ from megatron_entropic.planning.parameters import KNOWN_MODELS, read_model
 from megatron_entropic.policy.batch.balance import attention_weight, data_parallel_shards, sequence_costs
 from megatron_entropic.policy.batch.microbatch import PackingRules, pack
 from megatron_entropic.policy.batch.segments import ContextCut
-from megatron_entropic.policy.local_ranks import free_port
+from megatron_entropic.policy.local_ranks import held_port
 from megatron_entropic.types import Sequence
 
 SEQUENCES = 1024
@@ -65,11 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     prompts = _prompt_lengths(options.prompts)
     tables = [markdown_table(["layout", "micro-batches", "padding", "imbalance", "dealt in order"], fill_rows(prompts))]
     console.print(tables[0], soft_wrap=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, held_port() as port:
         write_model(SIZE, hf_dir := Path(folder) / "model")
-        rows = list(
-            run_processes(_on_rank, 1, hf_dir, free_port(), prompts, options.repetitions, timeout_s=options.timeout)
-        )
+        rows = list(run_processes(_on_rank, 1, hf_dir, port, prompts, options.repetitions, timeout_s=options.timeout))
     tables.append(markdown_table(["batch", "tokens", "CPU seconds of an update", "packed is faster by"], rows))
     console.print(tables[1], soft_wrap=True)
     options.output_dir.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.markdown import markdown_table
 from benchmarks.policies import ModelSize, policy, write_model
 from benchmarks.ranks import run_processes
-from megatron_entropic.policy.local_ranks import free_port
+from megatron_entropic.policy.local_ranks import held_port
 
 SIZE = ModelSize(layers=8, hidden=768, ffn=2880, heads=12, vocab=32000)
 FORMATS = ("dp_reshardable", "fully_reshardable")
@@ -49,10 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = Console(highlight=False)
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
         hf_dir = Path(folder) / "model"
         write_model(SIZE, hf_dir)
-        ports = tuple(free_port() for _ in FORMATS)
+        ports = tuple(held.enter_context(held_port()) for _ in FORMATS)
         place = (hf_dir, Path(folder), ports, options.tensor_parallel)
         for row in run_processes(_on_rank, options.ranks, *place, timeout_s=options.timeout):
             rows.append(row)

@@ -29,7 +29,7 @@ from benchmarks.machine import cpu_model
 from benchmarks.markdown import markdown_table
 from benchmarks.policies import batch, policy, write_random_model
 from benchmarks.ranks import run_processes
-from megatron_entropic.policy.local_ranks import free_port
+from megatron_entropic.policy.local_ranks import held_port
 
 SEQUENCES, TOKENS, VOCABULARY = 16, 128, 49152
 HIDDEN, FFN, HEADS, KEY_HEADS, HEAD_DIM = 576, 1536, 9, 3, 64
@@ -78,9 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
         hf_dir = Path(folder) / "model"
         write_model(hf_dir, options.layers)
         for dtype in options.dtypes:
-            for row in run_processes(_on_rank, 1, hf_dir, free_port(), dtype, options, timeout_s=options.timeout):
-                rows.append(row)
-                console.print("  ".join(row))
+            with held_port() as port:
+                for row in run_processes(_on_rank, 1, hf_dir, port, dtype, options, timeout_s=options.timeout):
+                    rows.append(row)
+                    console.print("  ".join(row))
     options.output_dir.mkdir(parents=True, exist_ok=True)
     path = options.output_dir / "cpu_step.md"
     amx = "with" if torch.cpu.get_capabilities().get("amx_bf16") else "without"

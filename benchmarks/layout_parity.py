@@ -13,6 +13,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from benchmarks.policies import policy
 from benchmarks.ranks import run_processes
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.policy.batch.balance import data_parallel_shards
-from megatron_entropic.policy.local_ranks import free_port
+from megatron_entropic.policy.local_ranks import held_port
 from megatron_entropic.policy.model.load import named_entries
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.policy.publish.gather import gather_hf_tensors, sends_weights
@@ -78,11 +79,13 @@ def main(arguments: list[str] | None = None) -> int:
         for ranks, layouts in LAYOUTS.items():
             wanted = [(name, family) for name in layouts for family in options.families]
             cases = [case for case in wanted if _can_run(Path(folder) / case[1], layouts[case[0]])]
-            for name, family, cell in run_processes(
-                _on_rank, ranks, Path(folder), cases, layouts, free_port(), timeout_s=options.timeout
-            ):
-                cells[name, family] = cell
-                console.print(f"{name}, {family}: {cell}")
+            with ExitStack() as held:
+                ports = [held.enter_context(held_port()) for _ in cases]
+                for name, family, cell in run_processes(
+                    _on_rank, ranks, Path(folder), cases, layouts, ports, timeout_s=options.timeout
+                ):
+                    cells[name, family] = cell
+                    console.print(f"{name}, {family}: {cell}")
     measured = {name for name, _ in cells}
     names = [name for layouts in LAYOUTS.values() for name in layouts if name in measured]
     rows = [[name, *(cells.get((name, family), "") for family in options.families)] for name in names]
@@ -122,10 +125,14 @@ def _can_run(hf_dir: Path, layout: dict[str, Any]) -> bool:
 
 
 def _on_rank(
-    rank: int, ranks: int, folder: Path, cases: list[tuple[str, str]], layouts: dict[str, dict[str, Any]], port: int
+    rank: int,
+    ranks: int,
+    folder: Path,
+    cases: list[tuple[str, str]],
+    layouts: dict[str, dict[str, Any]],
+    ports: list[int],
 ) -> Iterator[tuple[str, str, str]]:
-    next_port: list[int | None] = [port]
-    for name, family in cases:
+    for (name, family), port in zip(cases, ports, strict=True):
         case = torch.load(folder / f"{family}.pt", weights_only=False)
         sections = {
             "policy": {"tokens_per_microbatch": 50, "distributed_optimizer": False, **layouts[name]},
@@ -133,13 +140,9 @@ def _on_rank(
             "entropy_control": {"target": 1.0, "kp": 0.1, "ki": 0.01, "tau": 0.02},
             "optimizer": {"gradient_clip": 0.0},
         }
-        assert next_port[0] is not None
-        with policy(rank, ranks, next_port[0], folder / family, **sections) as one:
+        with policy(rank, ranks, port, folder / family, **sections) as one:
             statistics_error = _score_error(one, case["sequences"], case["reference"])
             loss, gradients = _update(one, case["sequences"])
-            # Agreed on now: a port chosen long before its use may be taken by then.
-            next_port = [free_port() if rank == 0 else None]
-            dist.broadcast_object_list(next_port, src=0)
         path = folder / f"{family}_gradients.pt"
         if rank == 0 and name == REFERENCE:
             torch.save((loss, gradients), path)

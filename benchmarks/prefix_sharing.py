@@ -28,7 +28,7 @@ from benchmarks.machine import cpu_model
 from benchmarks.markdown import markdown_table
 from benchmarks.policies import policy
 from benchmarks.ranks import run_processes
-from megatron_entropic.policy.local_ranks import free_port
+from megatron_entropic.policy.local_ranks import held_port
 from megatron_entropic.types import Sequence
 
 HEADER = ["prompts x responses", "tokens of each", "laid", "step", "whole, s", "shared, s", "whole / shared"]
@@ -77,11 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
         for batch in BATCHES:
             seconds = {}
             for sharing in ("off", "auto"):
-                seconds[sharing] = list(
-                    run_processes(
-                        _on_rank, 1, hf_dir, free_port(), batch, sharing, options.repetitions, timeout_s=options.timeout
-                    )
-                )
+                with held_port() as port:
+                    place = (hf_dir, port, batch, sharing, options.repetitions)
+                    seconds[sharing] = list(run_processes(_on_rank, 1, *place, timeout_s=options.timeout))
             for (step, whole, _), (_, shared, laid) in zip(seconds["off"], seconds["auto"], strict=True):
                 rows.append(
                     [

@@ -19,7 +19,7 @@ from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.config.run import RolloutConfig
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
-from megatron_entropic.policy.local_ranks import free_port
+from megatron_entropic.policy.local_ranks import held_port
 from megatron_entropic.policy.publish.gather import RankWeights
 from megatron_entropic.policy.publish.publisher import Publisher
 from megatron_entropic.types import GenerationRequest, Segment
@@ -89,9 +89,10 @@ def measure_case(
         # Gloo: one gathering and one broadcast a bucket, no send between stages.
         collectives=2 * len(plan.buckets),
     )
-    arguments = (free_port(), hf_dir, folder, bucket_mib, repetitions, engine_workers)
-    told = run_processes(_policy_rank, RANKS, *arguments, timeout_s=TIMEOUT_S)
-    engine.connect(next(told), rank_offset=1)
+    with held_port() as port:
+        arguments = (port, hf_dir, folder, bucket_mib, repetitions, engine_workers)
+        told = run_processes(_policy_rank, RANKS, *arguments, timeout_s=TIMEOUT_S)
+        engine.connect(next(told), rank_offset=1)  # the ranks have met by then
     for repetition in range(repetitions + 1):
         raw_s = next(told)
         with ThreadPoolExecutor(1) as waiting:

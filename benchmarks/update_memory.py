@@ -13,6 +13,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from benchmarks.markdown import markdown_table
 from benchmarks.measure import peak_extra_bytes
 from benchmarks.policies import ModelSize, batch, policy, write_model
 from benchmarks.ranks import run_processes
-from megatron_entropic.policy.local_ranks import free_port
+from megatron_entropic.policy.local_ranks import held_port
 
 HEADS = ("logits", "recompute", "fused_loss")
 SIZE = ModelSize(layers=2, hidden=128, ffn=256, heads=4, vocab=151936)
@@ -37,10 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = Console(highlight=False)
     peaks: dict[tuple[str, int], int] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
         hf_dir = Path(folder) / "model"
         write_model(SIZE, hf_dir)
-        ports = tuple(free_port() for _ in HEADS)
+        ports = tuple(held.enter_context(held_port()) for _ in HEADS)
         # The last stage is the last rank.
         for head, tokens, peak in run_processes(
             _on_rank, STAGES, hf_dir, ports, options.tokens, reporter=STAGES - 1, timeout_s=options.timeout

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.markdown import markdown_table
 from benchmarks.policies import ModelSize, batch, policy, write_model
 from benchmarks.ranks import run_processes
-from megatron_entropic.policy.local_ranks import free_port
+from megatron_entropic.policy.local_ranks import held_port
 from megatron_entropic.policy.policy import Policy
 
 SIZE = ModelSize(layers=4, hidden=256, ffn=768, heads=4, vocab=32000)
@@ -45,11 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
         hf_dir = Path(folder) / "model"
         write_model(SIZE, hf_dir)
         for ranks in (1, 2):
-            for name, seconds, bare in run_processes(
-                _on_rank, ranks, hf_dir, free_port(), options.repetitions, timeout_s=options.timeout
-            ):
-                rows.append([name, f"TP={ranks}", f"{seconds:.2f}", f"{bare:.2f}", f"{seconds / bare:.3f}"])
-                console.print("  ".join(rows[-1]))
+            with held_port() as port:
+                for name, seconds, bare in run_processes(
+                    _on_rank, ranks, hf_dir, port, options.repetitions, timeout_s=options.timeout
+                ):
+                    rows.append([name, f"TP={ranks}", f"{seconds:.2f}", f"{bare:.2f}", f"{seconds / bare:.3f}"])
+                    console.print("  ".join(rows[-1]))
     options.output_dir.mkdir(parents=True, exist_ok=True)
     path = options.output_dir / "update_overhead.md"
     path.write_text(

@@ -36,7 +36,6 @@ from benchmarks.policies import batch, random_weights
 from megatron_entropic.config.run import Config
 from megatron_entropic.models.dimensions import ModelDimensions, read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
-from megatron_entropic.policy.local_ranks import free_port
 from megatron_entropic.policy.megatron.platform import Rendezvous
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.types import Sequence
@@ -232,7 +231,7 @@ def _policy(hf_dir: Path, device: torch.device, dtype: str, **options: Any) -> I
         entropy_control={"controller": "off"},
         optimizer={"learning_rate": options.get("learning_rate", 1e-7), "gradient_clip": 0.0, "weight_decay": 0.0},
     )
-    made = Policy(config, Rendezvous(free_port()), device=device.type)
+    made = Policy(config, Rendezvous.alone(), device=device.type)
     try:
         yield made
     finally:

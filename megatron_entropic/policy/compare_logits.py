@@ -8,7 +8,6 @@ import torch
 
 from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.models.dimensions import read_dimensions
-from megatron_entropic.policy.local_ranks import free_port
 from megatron_entropic.policy.megatron.parallel import destroy_model_parallel, initialise_model_parallel
 from megatron_entropic.policy.megatron.platform import Rendezvous, select_platform
 from megatron_entropic.policy.model.load import load_torch_dist
@@ -65,7 +64,7 @@ def _by_transformers(hf_dir: Path, sequences: list[Sequence]) -> Scores:
 
 def _by_policy(hf_dir: Path, megatron_dir: Path, sequences: list[Sequence]) -> Scores:
     platform = select_platform("cpu")
-    platform.init_process_group(Rendezvous(free_port()), timeout_s=_TIMEOUT_S)
+    platform.init_process_group(Rendezvous.alone(), timeout_s=_TIMEOUT_S)
     try:
         from megatron_entropic.policy.model.build import build_model
 

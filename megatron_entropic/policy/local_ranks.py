@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -55,15 +56,15 @@ def run_local_ranks(module: str, job_dir: Path, world_size: int, *, stall_timeou
         PhaseTimeout: no rank told a phase for `stall_timeout_s`; the message has the phase of each.
     """
     ranks: list[subprocess.Popen[bytes]] = []
-    port = free_port()
     try:
-        for rank in range(world_size):
-            tell_phase(job_dir, rank, "start")
-            with (job_dir / f"stderr-{rank}").open("wb") as stderr:
-                command = [sys.executable, "-m", module, str(job_dir)]
-                environment = _environment(rank, world_size, port)
-                ranks.append(subprocess.Popen(command, env=environment, stdout=stderr, stderr=stderr))
-        _watch(ranks, job_dir, stall_timeout_s)
+        with held_port() as port:
+            for rank in range(world_size):
+                tell_phase(job_dir, rank, "start")
+                with (job_dir / f"stderr-{rank}").open("wb") as stderr:
+                    command = [sys.executable, "-m", module, str(job_dir)]
+                    environment = _environment(rank, world_size, port)
+                    ranks.append(subprocess.Popen(command, env=environment, stdout=stderr, stderr=stderr))
+            _watch(ranks, job_dir, stall_timeout_s)
     finally:
         for process in ranks:
             process.kill()
@@ -111,11 +112,15 @@ def _phase(job_dir: Path, rank: int) -> str:
     return (job_dir / f"phase-{rank}").read_text(encoding="utf-8")
 
 
-def free_port() -> int:
-    """A port of the loopback interface on which nothing listens at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextmanager
+def held_port() -> Iterator[int]:
+    """Port of the loopback interface that nobody else gets in the block, for a store that a process opens there."""
+    # Bound, but not listening: Linux gives it to nobody who asks for any port, and to whoever asks for this one and, as
+    # torch's store does, allows to share the address.
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield int(holder.getsockname()[1])
 
 
 def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:

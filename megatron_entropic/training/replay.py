@@ -27,7 +27,6 @@ from megatron_entropic.files.paths import directory_problem
 from megatron_entropic.observability.progress import quiet
 from megatron_entropic.observability.records import RecordedStep, read_rollouts, recorded_steps, rollouts_path
 from megatron_entropic.observability.settings_history import RunPart, read_parts
-from megatron_entropic.policy.local_ranks import free_port
 from megatron_entropic.policy.megatron.platform import Rendezvous
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.training.step import score_batch, training_batch, update_policy
@@ -81,7 +80,7 @@ def replay(run_dir: Path, step: int, checkpoint: Path | None = None, *, begin: C
         begin("comparing the checkpoint with its checksums")
         verify_checkpoint(directory)
     begin("building the policy")
-    policy = Policy(config, Rendezvous(free_port()), device=config.cluster.device)
+    policy = Policy(config, Rendezvous.alone(), device=config.cluster.device)
     try:
         if directory is not None:
             begin("loading the checkpoint")

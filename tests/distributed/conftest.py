@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_entropic.policy.local_ranks import free_port
+from megatron_entropic.policy.local_ranks import held_port
 
 RunRanks = Callable[..., list[str]]
 GRACE_S = 5.0
@@ -128,7 +128,10 @@ def run_ranks_once(rank_server: RankServer, tmp_path_factory: pytest.TempPathFac
 
 def _runner(server: RankServer, tmp_path: Path) -> RunRanks:
     def run(script: Path, world_size: int, *args: object, timeout_s: float = 300) -> list[str]:
-        port = free_port()
+        with held_port() as port:
+            return launch(script, world_size, port, args, timeout_s)
+
+    def launch(script: Path, world_size: int, port: int, args: tuple[object, ...], timeout_s: float) -> list[str]:
         stems = [tmp_path / f"{Path(script).stem}-{port}-{rank}" for rank in range(world_size)]
         logs = [(stem.with_suffix(".out"), stem.with_suffix(".err")) for stem in stems]
         described = [

@@ -49,6 +49,12 @@ class Rendezvous:
     """
 
     @classmethod
+    def alone(cls) -> Rendezvous:
+        """The rendezvous of a policy of one rank, which listens on its port from now on."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        return cls(int(listener.getsockname()[1]), listener=listener)
+
+    @classmethod
     def from_environment(cls) -> Rendezvous:
         """The rendezvous that torchrun and `local_ranks` give: MASTER_PORT, MASTER_ADDR, RANK, WORLD_SIZE."""
         environment = os.environ

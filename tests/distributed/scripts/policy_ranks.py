@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_entropic.config.run import Config
 from megatron_entropic.policy.batch.balance import data_parallel_shards
-from megatron_entropic.policy.local_ranks import free_port
+from megatron_entropic.policy.local_ranks import held_port
 from megatron_entropic.policy.megatron.platform import Rendezvous
 from megatron_entropic.policy.model.load import load_weights, named_entries
 from megatron_entropic.policy.model.outputs import OutputOptions
@@ -53,6 +53,7 @@ class ProcessGroups:
 
     def __init__(self) -> None:
         self._port = int(os.environ["MASTER_PORT"])
+        self._held = ExitStack()  # to the end of the process
 
     @contextmanager
     def policy(self, hf_dir: Path, **sections: dict[str, Any]) -> Iterator[Policy]:
@@ -65,7 +66,7 @@ class ProcessGroups:
         try:
             yield policy
         finally:
-            port = [free_port()]
+            port = [self._held.enter_context(held_port()) if RANK == 0 else 0]
             dist.broadcast_object_list(port, src=0)
             self._port = port[0]
             policy.close()

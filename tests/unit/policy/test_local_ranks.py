@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from megatron_entropic.errors import PeerDied, UserError
-from megatron_entropic.policy.local_ranks import run_local_ranks
+from megatron_entropic.policy.local_ranks import held_port, run_local_ranks
 
 PROGRAM = """
 import os
@@ -41,3 +43,12 @@ def test_a_bug_of_ours_comes_with_its_traceback(job_dir: Path) -> None:
     (job_dir / "of_ours").touch()
     with pytest.raises(PeerDied, match=r"(?s)policy rank 0 failed in phase start .*Traceback.*KeyError: 'ours'"):
         run_local_ranks("rank_of_a_test", job_dir, 1, stall_timeout_s=60)
+
+
+def test_nobody_gets_the_port_of_ranks_before_they_open_it() -> None:
+    """Chosen and let go of, it could be another program's by the time rank 0 listened there."""
+    with held_port() as port:
+        with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
+            other.bind(("127.0.0.1", port))
+        store = dist.TCPStore("127.0.0.1", port, 1, is_master=True, wait_for_workers=False)
+        assert store.port == port
