@@ -149,8 +149,8 @@ class EngineWorker:
     def ping(self) -> None:
         """Return at once, if there is a process to do so."""
 
-    def start(self) -> None:
-        """Load vLLM and the starting weights."""
+    def start(self, *, load_weights: bool) -> None:
+        """Load vLLM, and the weights of `model.hf_dir` unless some will be published before anything is sampled."""
         from megatron_entropic.rollout.engine import RolloutEngine
 
         self._engine = RolloutEngine(
@@ -162,8 +162,7 @@ class EngineWorker:
             device=self._device,
             transport=self._config.cluster.transport_on(self._device),
             sleeps=self._config.cluster.colocate,
-            # What the engine would load is not the policy's: it has to wait for the first publication.
-            load_weights=self._config.model.megatron_dir is None,
+            load_weights=load_weights,
         )
 
     def begin_in_flight(self, number: int, start: Moment, *, replaces: bool) -> None:

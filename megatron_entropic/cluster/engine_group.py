@@ -22,17 +22,22 @@ from megatron_entropic.weight_sync.plan import PublishPlan
 class EngineGroup:
     """All rollout engines, one Ray actor each; a lost one can be replaced. `sampling` decides who samples what."""
 
-    def __init__(self, config: Config, placement: Placement, shared_gpus: Sequence[str] = ()) -> None:
+    def __init__(
+        self, config: Config, placement: Placement, shared_gpus: Sequence[str] = (), *, load_weights: bool
+    ) -> None:
         """Create the actors; nothing heavy happens before `start`.
 
         Args:
             config: the run's configuration.
             placement: room for each engine.
             shared_gpus: GPU of each policy rank, where engines take turns with these; empty: Ray gives them their own.
+            load_weights: whether engines read the weights of `model.hf_dir`. Where a policy publishes its own before
+                the first rollout, each would read the whole model for nothing.
         """
         self._config = config
         self._placement = placement
         self._shared_gpus = shared_gpus
+        self._load_weights = load_weights
         self._actors = {f"engine {number}": self._new_actor(number) for number in range(config.rollout.engines)}
         self._places = {name: actor.place.remote() for name, actor in self._actors.items()}
         self._losses: list[RunError] = []
@@ -59,7 +64,7 @@ class EngineGroup:
 
     def begin_start(self) -> dict[str, ray.ObjectRef]:
         """Start all engines; the pending calls end when each has loaded. They overlap with the policy's own start."""
-        return {name: actor.start.remote() for name, actor in self._actors.items()}
+        return {name: actor.start.remote(load_weights=self._load_weights) for name, actor in self._actors.items()}
 
     def finish_start(self, pending: dict[str, ray.ObjectRef]) -> None:
         """Wait for the pending calls of `begin_start`."""
@@ -129,7 +134,7 @@ class EngineGroup:
         return dict.fromkeys(dead_peers(pings), error)
 
     def replace(self, lost: dict[str, RunError]) -> None:
-        """Start new engines in the places of the named ones, with the weights of `model.hf_dir`.
+        """Start new engines in the places of the named ones, with the weights that all had at their start.
 
         Raises:
             RunError: the first one's, if `cluster.max_engine_restarts` are used up.
@@ -149,7 +154,7 @@ class EngineGroup:
                 replacement = self._new_actor(number)
                 self._actors[name] = replacement
                 self._places[name] = replacement.place.remote()
-                starting[name] = replacement.start.remote()
+                starting[name] = replacement.start.remote(load_weights=self._load_weights)
         self.finish_start(starting)
 
     def sleep(self) -> None:

@@ -34,7 +34,7 @@ def launch_engines(config: Config, announce: Announce = _announce_nothing) -> It
         placement = reserve(config, device, policy_ranks=0)
         try:
             announce(_engines_phase(config.rollout.engines))
-            engines = EngineGroup(config, placement)
+            engines = EngineGroup(config, placement, load_weights=config.model.megatron_dir is None)
             engines.finish_start(engines.begin_start())
             yield Cluster(config.cluster, engines)
         finally:
@@ -43,7 +43,9 @@ def launch_engines(config: Config, announce: Announce = _announce_nothing) -> It
 
 @contextmanager
 def launch(config: Config, announce: Announce = _announce_nothing) -> Iterator[Cluster]:
-    """Start Ray, reserve the resources, start policy ranks and engines; yields them, ready to work.
+    """Start Ray, reserve the resources, start policy ranks and engines; yields them, ready for a first publication.
+
+    Engines have no weights before it, and have read none.
 
     Raises:
         RunError: something could not start; everything that did is gone again.
@@ -55,7 +57,8 @@ def launch(config: Config, announce: Announce = _announce_nothing) -> Iterator[C
         placement = reserve(config, device)
         try:
             policy = PolicyGroup(config, placement)
-            engines = EngineGroup(config, placement, policy.gpus() if shared and device == "cuda" else ())
+            gpus = policy.gpus() if shared and device == "cuda" else ()
+            engines = EngineGroup(config, placement, gpus, load_weights=False)
             with stacks_on_timeout(config.run.output_dir, policy, engines):
                 loading = engines.begin_start()
                 if shared:

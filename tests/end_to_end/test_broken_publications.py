@@ -49,6 +49,12 @@ def test_an_engine_that_is_lost_in_a_publication_is_replaced_and_has_the_new_wei
     assert set(replaced["versions"]) == {2}
 
 
+def test_engines_that_get_the_policys_weights_at_once_read_none_before(seen: dict[str, Any]) -> None:
+    """Each read the whole model at its start, 30 TB for 64 engines of 235B, and had it replaced before a token."""
+    for found in seen.values():
+        assert "no weights were published to this engine yet" in found["unpublished"]
+
+
 def test_a_half_updated_engine_never_generates(seen: dict[str, Any]) -> None:
     assert "the engine's weights are incomplete, publish again" in seen["policy"]["refusal"]
     assert "engine 0 died" in seen["engine"]["refusal"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_rollout_engine import VOCABULARY, distances, load
+from test_rollout_engine import VOCABULARY, distances, load, without_weights
 
 SCRIPT = Path(__file__).parent / "scripts" / "expert_engine_run.py"
 # vLLM's CPU kernel wants a hidden size that 32 divides; the width of an expert is padded.
@@ -88,6 +88,7 @@ def test_experts_arrive_bit_for_bit_and_are_what_the_engine_computes_with(
 ) -> None:
     for seed, name in enumerate(("one", "two")):
         write_model(family, tmp_path / name, seed)
+    without_weights(tmp_path / "one", tmp_path / "bare")
     finished = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path), str(tensor_parallel)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},

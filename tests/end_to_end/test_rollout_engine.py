@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -40,6 +41,11 @@ def write_model(directory: Path, seed: int) -> Path:
     )
     Qwen3ForCausalLM(config).save_pretrained(directory)
     return directory
+
+
+def without_weights(model: Path, directory: Path) -> None:
+    """A copy of a model's directory in which there are no weights to read."""
+    shutil.copytree(model, directory, ignore=shutil.ignore_patterns("*.safetensors*"))
 
 
 def reference_logprobs(model: Any, prompt: list[int], response: list[int], temperature: float) -> torch.Tensor:
@@ -79,6 +85,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rollout_engine")
     write_model(path / "old", 0)
     write_model(path / "new", 1)
+    without_weights(path / "old", path / "bare")
     return path
 
 
@@ -144,6 +151,14 @@ def test_sampling_is_a_function_of_weights_and_requests(lives):
     assert full["cached before"] > 0, "the repetition must have used the prefix cache"
     assert full["step 2"] == resumed["step 2"]
     assert full["step 2"] != full["after"]
+
+
+def test_an_engine_that_read_no_weights_has_every_one_after_a_publication(lives):
+    """Buffers and what layers keep beside their parameters, too: nothing of its random start is left."""
+    full, bare = lives["full"]["every tensor"], lives["resumed"]["every tensor"]
+    assert any(name.endswith("cos_sin_cache") for name in full)
+    assert any(name.endswith("_k_scale") for name in full)
+    assert bare == full
 
 
 def test_scheduling_ahead_of_the_last_tokens_changes_no_response(lives):

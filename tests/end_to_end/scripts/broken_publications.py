@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -57,19 +58,26 @@ def broken_start(config: Config, victim: str) -> dict[str, Any]:
     tasks = [Task(index, np.array([3, 4, 5], np.int32), "", None) for index in range(2)]
     with launch(config) as cluster:
         sampler = Sampler(config, DealtOut(cluster), load_tokenizer(config.model.hf_dir))
+        seen: dict[str, Any] = {"unpublished": _refusal(lambda: sampler.generate(tasks, 1))}
         cluster.publish(version=1)
-        seen: dict[str, Any] = {"versions": [one.weights_version for one in sampler.generate(tasks, 1)]}
+        seen |= {"versions": [one.weights_version for one in sampler.generate(tasks, 1)]}
         if victim == "engine":
             seen["replaced"] = broken_publication(cluster, 2, cluster.engines._actors["engine 0"], config)
             seen["replaced"]["versions"] = [one.weights_version for one in sampler.generate(tasks, 1)]
         # The second stage's rank: the buckets of the others arrive, its own do not.
         actor = cluster.policy._actors[1] if victim == "policy" else cluster.engines._actors["engine 0"]
         seen |= broken_publication(cluster, 3, actor, config)
-        try:
-            sampler.generate(tasks, 2)
-        except RunError as refusal:
-            seen["refusal"] = str(refusal)
+        seen["refusal"] = _refusal(lambda: sampler.generate(tasks, 2))
     return seen
+
+
+def _refusal(action: Callable[[], Any]) -> str:
+    """Message with which the run's processes refuse."""
+    try:
+        action()
+    except RunError as refusal:
+        return str(refusal)
+    return ""
 
 
 def main(output: Path, config_file: str, *overrides: str) -> None:

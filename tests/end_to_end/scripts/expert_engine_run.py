@@ -2,7 +2,8 @@
 
 python expert_engine_run.py DIRECTORY TENSOR_PARALLEL
 
-DIRECTORY/one and DIRECTORY/two are Hugging Face directories; the result is DIRECTORY/seen.pt.
+DIRECTORY/one and DIRECTORY/two are Hugging Face directories, DIRECTORY/bare the first without its weights; the result
+is DIRECTORY/seen.pt.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main(directory: Path, tensor_parallel: int) -> None:
         max_concurrent_sequences=16,
     )
     engine = RolloutEngine(
-        directory / "one", "float32", config, max_model_tokens=240, seed=1, device="cpu", load_weights=False
+        directory / "bare", "float32", config, max_model_tokens=240, seed=1, device="cpu", load_weights=False
     )
     requests = requests_of_step(1, parameter_map.dimensions.vocab_size)[::4]
     seen: dict[str, Any] = {}

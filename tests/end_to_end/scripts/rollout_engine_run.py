@@ -3,7 +3,7 @@
 python rollout_engine_run.py DIRECTORY full|resumed|asynchronous|second_runner
 
 full     generates with the starting weights, fails an update, takes in new weights, generates again, scores.
-resumed  takes in the same new weights at once and generates, as a restarted run would.
+resumed  has no file of weights to read, takes in the same new weights at once and generates, as a restarted run would.
 asynchronous  as full, with the next forward pass scheduled before the last one's tokens are known, as on a GPU.
 second_runner  as asynchronous, by the model runner that vLLM takes on a GPU, its Triton kernels interpreted; a few
     short responses, since those are slow.
@@ -11,6 +11,7 @@ second_runner  as asynchronous, by the model runner that vLLM takes on a GPU, it
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -103,6 +104,23 @@ def cached_tokens(engine: RolloutEngine, prompt: list[int]) -> int:
     return int(output.num_cached_tokens)
 
 
+def every_tensor(engine: RolloutEngine) -> dict[str, str]:
+    """SHA-256 of every tensor in a worker's model: parameters, buffers and what layers keep as plain attributes."""
+
+    def look(worker: Any) -> dict[str, str]:
+        found = {}
+        for name, module in worker.get_model().named_modules():
+            for kind in (module._parameters, module._buffers, vars(module)):
+                for key, value in kind.items():
+                    if isinstance(value, torch.Tensor) and key != "kv_cache":
+                        content = value.detach().flatten().view(torch.uint8).numpy()
+                        found[f"{name}.{key}"] = hashlib.sha256(content).hexdigest()
+        return found
+
+    (found,) = engine._llm.collective_rpc(look)
+    return found
+
+
 def plain(requests: list[GenerationRequest], responses: list[Response]) -> list[dict[str, Any]]:
     return [
         {
@@ -157,8 +175,15 @@ def main(directory: Path, life: str) -> None:
     config = RolloutConfig(
         max_response_tokens=response_tokens, temperature=0.7, kv_cache_gb=0.1, max_concurrent_sequences=16
     )
+    bare = directory / "bare"  # the same model without a file of weights
     engine = RolloutEngine(
-        old, "float32", config, max_model_tokens=LONGEST_PROMPT + response_tokens, seed=1, device="cpu"
+        bare if life == "resumed" else old,
+        "float32",
+        config,
+        max_model_tokens=LONGEST_PROMPT + response_tokens,
+        seed=1,
+        device="cpu",
+        load_weights=life != "resumed",
     )
     in_flight = engine._llm.llm_engine.engine_core.engine_core.batch_queue_size
     assert in_flight == (1 if life in ("full", "resumed") else 2), f"{in_flight} forward passes at a time"
@@ -190,6 +215,7 @@ def main(directory: Path, life: str) -> None:
         publish(engine, plan, tensors, version=2)
     second = requests_of_step(2, vocabulary)[:requests]
     seen["step 2"] = plain(second, engine.generate(second))
+    seen["every tensor"] = every_tensor(engine)
     seen["pieces"] = sorted((p.name, p.row, p.column, p.checksum) for p in engine.weight_pieces())
     if life != "resumed":
         # vLLM needs room for one token more, which the longest do not leave.
