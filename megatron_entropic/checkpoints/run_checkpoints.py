@@ -11,6 +11,7 @@ root/.step_00000060.WHO.partial/   being written by WHO, or left by a crash; rem
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -34,6 +35,10 @@ MANIFEST = "COMPLETE"
 STATE = "state.json"
 CHECKSUM_THREADS = 8
 _NAME = re.compile(r"^step_(\d+)$")
+_WRITER = re.compile(r"^__(\d+)_\d+\.distcp$")
+
+FindChanged = Callable[[Path], list[str]]
+"""Function that reads all files of a checkpoint and returns the names of those that have not the manifest's sums."""
 
 
 class CheckpointError(RunError):
@@ -93,9 +98,13 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def intact_checkpoint(
-    root: Path, damaged: Callable[[CheckpointError], None], *, accept_unverified: bool = False
+    root: Path,
+    damaged: Callable[[CheckpointError], None],
+    *,
+    accept_unverified: bool = False,
+    find_changed: FindChanged | None = None,
 ) -> Path | None:
-    """The newest complete checkpoint whose files have their sums, or None if there never was one; reads all of it.
+    """The newest complete checkpoint whose files have their sums, or None if there never was one; all of it is read.
 
     Newer ones that fail are renamed to NAME.damaged, so that they are neither found nor counted again, and `damaged` is
     told of each.
@@ -104,6 +113,7 @@ def intact_checkpoint(
         root: folder of the run's checkpoints.
         damaged: hears what is wrong with each one that is set aside.
         accept_unverified: take one that was written without sums, after comparing the sizes of its files.
+        find_changed: reads the files; None: `changed_files`, in this process alone.
 
     Raises:
         CheckpointError: the newest one that is not damaged has no sums, or none is left although there were some: to
@@ -113,7 +123,7 @@ def intact_checkpoint(
     failures: list[tuple[Path, CheckpointError]] = []
     for directory in reversed(complete_checkpoints(root)):
         try:
-            verify_checkpoint(directory)
+            verify_checkpoint(directory, find_changed)
         except MissingSums as error:
             if not accept_unverified:
                 raise CheckpointError(
@@ -226,8 +236,12 @@ def finish_checkpoint(
     discard(replaced)
 
 
-def verify_checkpoint(directory: Path) -> None:
+def verify_checkpoint(directory: Path, find_changed: FindChanged | None = None) -> None:
     """Compare the content of every file with the manifest.
+
+    Args:
+        directory: a complete checkpoint.
+        find_changed: reads the files, after their names and sizes were compared; None: `changed_files`.
 
     Raises:
         MissingSums: all files are there in their sizes, but the manifest has no sums.
@@ -236,15 +250,50 @@ def verify_checkpoint(directory: Path) -> None:
     """
     read_state(directory)
     try:
-        sums = json.loads((directory / MANIFEST).read_text(encoding="utf-8")).get("sha256")
-        if sums is None:
-            raise MissingSums(f"checkpoint {directory} was written without checksums")
-        found = checksums([directory / name for name in sums])
+        _sums(directory)  # says at once if there are none
+        changed = (find_changed or changed_files)(directory)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {directory} cannot be verified: {error!r}") from error
-    changed = [name for (name, wanted), actual in zip(sums.items(), found, strict=True) if actual != wanted]
     if changed:
         raise CheckpointError(f"checkpoint {directory} is damaged: {', '.join(changed)} changed after it was written")
+
+
+def changed_files(directory: Path, rank: int = 0, ranks: int = 1) -> list[str]:
+    """Names of the files that have not the sums of the manifest, among the share of one of so many ranks.
+
+    A file on a bad part of a disk counts as changed.
+
+    Raises:
+        MissingSums: the manifest has none.
+        OSError: a file is not there or may not be read.
+    """
+    sums = _sums(directory)
+    names = share_of_rank(list(sums), rank, ranks)
+    found = checksums([directory / name for name in names])
+    return [name for name, actual in zip(names, found, strict=True) if actual != sums[name]]
+
+
+def share_of_rank(names: list[str], rank: int, ranks: int) -> list[str]:
+    """Those of a checkpoint's files that a rank compares; every file belongs to one rank.
+
+    What a rank wrote, the rank of its number reads: under the same layout it loads that next, which its node then has
+    in memory. The others are dealt out.
+    """
+    written = {name: int(match[1]) for name in names if (match := _WRITER.match(name))}
+    dealt = {name: number for number, name in enumerate(sorted(set(names) - set(written)))}
+    return [name for name in names if (written | dealt)[name] % ranks == rank]
+
+
+def _sums(directory: Path) -> dict[str, str]:
+    """SHA-256 of each file by name, from the manifest.
+
+    Raises:
+        MissingSums: an older version wrote it, without them.
+    """
+    sums: dict[str, str] | None = json.loads((directory / MANIFEST).read_text(encoding="utf-8")).get("sha256")
+    if sums is None:
+        raise MissingSums(f"checkpoint {directory} was written without checksums")
+    return sums
 
 
 def read_state(directory: Path) -> dict[str, Any]:
@@ -291,8 +340,13 @@ def _set_aside(directory: Path) -> None:
 
 
 def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return str(error)  # as no sum is: its contents are lost
 
 
 def _size(path: Path) -> int:

@@ -148,6 +148,15 @@ class PolicyGroup:
         """Raise the error of the last checkpoint, if it failed; with `wait` after it has ended."""
         self._on_all(Policy.check_checkpoint, self._limits.checkpoint_timeout_s, wait)
 
+    def changed_files(self, directory: Path) -> list[str]:
+        """Names of a checkpoint's files that changed after it was written; every rank reads its share of them.
+
+        Raises:
+            RunError: a rank cannot read a file that is there for the driver. That is no damage to the checkpoint.
+        """
+        answers = self._on_all(Policy.changed_files, self._limits.checkpoint_timeout_s, directory)
+        return sorted(name for changed in answers for name in changed)
+
     def load_checkpoint(self, directory: Path) -> dict[str, Any]:
         """Restore all ranks; returns the driver's state."""
         return self._on_all(Policy.load_checkpoint, self._limits.checkpoint_timeout_s, directory)[0]

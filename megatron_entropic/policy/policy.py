@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_entropic.checkpoints.run_checkpoints import changed_files
 from megatron_entropic.config.algorithm import FrozenName
 from megatron_entropic.config.policy import OFFLOAD_PARTS, OffloadPart
 from megatron_entropic.config.run import Config
@@ -240,6 +241,14 @@ class Policy:
     def check_checkpoint(self, wait: bool) -> None:
         """Raise the error of the last checkpoint, if it failed; with `wait` after it has ended."""
         self._checkpoints.check(wait=wait)
+
+    def changed_files(self, directory: Path) -> list[str]:
+        """Names of a checkpoint's files that changed after it was written, among this rank's share of them.
+
+        Raises:
+            OSError: a file cannot be read from here.
+        """
+        return changed_files(directory, self.parallel.rank, self.parallel.world_size)
 
     def load_checkpoint(self, directory: Path) -> dict[str, Any]:
         """Restore a checkpoint of any layout; returns the driver's state.

@@ -45,15 +45,18 @@ class Checkpoints:
     def restore(self, cluster: Cluster) -> int | None:
         """Load the newest intact checkpoint into all policy ranks; returns its step, None if there is none.
 
+        Before anything is loaded all ranks together read it through, each its share; here only names and sizes are
+        compared.
+
         Raises:
             CheckpointError: there are checkpoints, but none that can be used; nothing was changed.
         """
         accept_unverified = self._config.accept_unverified
-        newest = intact_checkpoint(self.path, self._damaged, accept_unverified=accept_unverified)
-        if newest is None:
-            return None
         with cluster.training() as policy:
-            return int(policy.load_checkpoint(newest)["step"])
+            newest = intact_checkpoint(
+                self.path, self._damaged, accept_unverified=accept_unverified, find_changed=policy.changed_files
+            )
+            return None if newest is None else int(policy.load_checkpoint(newest)["step"])
 
     def due(self, step: int) -> bool:
         """Whether the run is to be saved after this step: every `checkpoint.every_steps`, at the end, for a replay."""

@@ -1,5 +1,6 @@
 """Which directories count as checkpoints, and what happens to those that do not."""
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ from megatron_entropic.checkpoints.run_checkpoints import (
     STATE,
     CheckpointError,
     begin_checkpoint,
+    changed_files,
     checkpoint_path,
     complete_checkpoints,
     finish_checkpoint,
@@ -19,9 +21,10 @@ from megatron_entropic.checkpoints.run_checkpoints import (
     latest_checkpoint,
     prune_checkpoints,
     read_state,
+    share_of_rank,
     verify_checkpoint,
 )
-from megatron_entropic.errors import UserError
+from megatron_entropic.errors import RunError, UserError
 from megatron_entropic.policy.state.checkpoint_writer import HostCopies
 
 
@@ -150,6 +153,70 @@ def test_a_changed_byte_is_found_and_the_checkpoint_before_is_used(tmp_path):
     assert bad.with_name("step_00000004.damaged").is_dir()
     assert intact_checkpoint(tmp_path, warnings.append) == good
     assert len(warnings) == 1
+
+
+FILES = [f"__{rank}_{part}.distcp" for rank in range(4) for part in range(2)] + [".metadata", "common.pt", "state.json"]
+
+
+def save_of_ranks(root: Path, step: int) -> Path:
+    directory = checkpoint_path(root, step)
+    partial = begin_checkpoint(directory)
+    for name in FILES:
+        (partial / name).write_text(f"content of {name}")
+    finish_checkpoint(directory, {"step": step})
+    return directory
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 6])
+def test_every_file_is_read_by_one_rank_and_by_the_one_that_wrote_it_if_there_are_as_many(tmp_path, ranks):
+    """The driver alone read and hashed all of a checkpoint: 3.3 TB of a 235B on one node, before anything started."""
+    shares = [share_of_rank(FILES, rank, ranks) for rank in range(ranks)]
+    assert sorted(name for share in shares for name in share) == sorted(FILES)
+    if ranks == 4:
+        for rank, share in enumerate(shares):
+            assert [name for name in share if name.endswith(".distcp")] == [f"__{rank}_0.distcp", f"__{rank}_1.distcp"]
+    directory = save_of_ranks(tmp_path, 3)
+    for name in FILES[3], ".metadata":
+        (directory / name).write_text(f"tnetnoc of {name}")
+    found = [changed_files(directory, rank, ranks) for rank in range(ranks)]
+    assert sorted(name for changed in found for name in changed) == sorted([FILES[3], ".metadata"])
+
+
+def test_what_ranks_find_is_told_and_set_aside_as_what_the_driver_finds(tmp_path):
+    good, bad = save_of_ranks(tmp_path, 3), save_of_ranks(tmp_path, 4)
+    (bad / FILES[3]).write_text(f"tnetnoc of {FILES[3]}")
+    read = []
+
+    def both_ranks(directory: Path) -> list[str]:
+        read.append(directory.name)
+        return [name for rank in range(2) for name in changed_files(directory, rank, 2)]
+
+    warnings: list[CheckpointError] = []
+    assert intact_checkpoint(tmp_path, warnings.append, find_changed=both_ranks) == good
+    assert read == [bad.name, good.name]
+    assert "step_00000004 is damaged: __1_1.distcp changed after it was written" in str(warnings[0])
+
+
+def test_a_node_without_the_file_system_damages_no_checkpoint(tmp_path):
+    save_of_ranks(tmp_path, 3)
+
+    def rank_without_it(directory: Path) -> list[str]:
+        raise RunError("changed_files: policy rank 1: FileNotFoundError: __1_0.distcp")
+
+    with pytest.raises(RunError, match="policy rank 1: FileNotFoundError"):
+        intact_checkpoint(tmp_path, lambda error: pytest.fail(str(error)), find_changed=rank_without_it)
+    assert complete_checkpoints(tmp_path) == [checkpoint_path(tmp_path, 3)]
+
+
+def test_a_bad_part_of_a_disk_is_damage(tmp_path, monkeypatch):
+    directory = save_of_ranks(tmp_path, 3)
+
+    def fail(file, name):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(hashlib, "file_digest", fail)
+    with pytest.raises(CheckpointError, match=r"is damaged: .*common\.pt.* changed after it was written"):
+        verify_checkpoint(directory)
 
 
 def test_without_an_intact_checkpoint_nothing_is_touched_and_every_file_is_named(tmp_path):
