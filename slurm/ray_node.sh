@@ -5,6 +5,12 @@
 set -euo pipefail
 python=$1 head=$2 port=$3 node_tmp=$4
 
+# Each process holds sockets to every other one, and 1,024 of them, the usual soft limit, are too few from some 60 on.
+# More than 2^20 would cost programs that close whatever might be open seconds each.
+most=$(ulimit -Hn)
+if [ "$most" = unlimited ] || [ "$most" -gt 1048576 ]; then most=1048576; fi
+ulimit -Sn "$most"
+
 # A folder that nobody else can guess or enter: Ray makes its own, below it, writable for everybody. Sockets lie in it and
 # their paths are limited to 107 bytes. It is locked while this script lives; what killed jobs left behind goes.
 [ "${#node_tmp}" -le 23 ] || { echo "ray_node: ME_NODE_TMP=$node_tmp has more than 23 bytes, too long for Ray's sockets" >&2; exit 2; }

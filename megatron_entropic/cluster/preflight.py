@@ -29,6 +29,7 @@ from typing import cast
 
 from rich.table import Table
 
+from megatron_entropic.cluster.open_files import open_files_allowed, open_files_needed, too_few_open_files
 from megatron_entropic.config.run import Config
 from megatron_entropic.errors import RunError, reading
 
@@ -49,6 +50,8 @@ class Requirements:
     nodes: list[str]
     gpus_per_node: int
     paths: list[Path]
+    open_files: int = 0
+    """Least hard limit of open files (ulimit -Hn)."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ def requirements(config: Config, nodes: list[str], gpus_per_node: int) -> Requir
         nodes=nodes,
         gpus_per_node=0 if config.cluster.device == "cpu" else gpus_per_node,
         paths=[*paths, config.run.output_dir],
+        open_files=open_files_needed(config),
     )
 
 
@@ -209,7 +213,7 @@ class _Callers:
 def table(reports: list[NodeReport]) -> Table:
     """Table of the reports for people, one row a node."""
     shown = Table(title="pre-flight", title_justify="left")
-    for column in ("node", "address", "GPUs", "free GiB (least)", "versions", "paths"):
+    for column in ("node", "address", "GPUs", "free GiB (least)", "open files", "versions", "paths"):
         shown.add_column(column)
     for report in reports:
         kinds = sorted({name for name, _, _ in report.gpus})
@@ -218,6 +222,7 @@ def table(reports: list[NodeReport]) -> Table:
             report.address,
             f"{len(report.gpus)} {', '.join(kinds)}".strip(),
             f"{min(free for _, free, _ in report.gpus) / 1024:.1f}" if report.gpus else "",
+            f"{report.open_files:,}",
             " ".join(f"{name}={version}" for name, version in sorted(report.versions.items())),
             f"{len(report.missing_paths)} missing" if report.missing_paths else "all there",
         )
@@ -234,6 +239,8 @@ def problems(reports: list[NodeReport], required: Requirements) -> list[str]:
     ]
     for report in reports:
         found += [f"{report.node}: cannot read {path}" for path in report.missing_paths]
+        if report.open_files < required.open_files:
+            found.append(f"{report.node}: {too_few_open_files(report.open_files, required.open_files)}")
         if len(report.gpus) < required.gpus_per_node:
             found.append(f"{report.node}: {len(report.gpus)} GPUs, {required.gpus_per_node} are needed")
         if required.gpus_per_node:
@@ -296,6 +303,8 @@ class NodeReport:
     """Version of the GPUs' driver; empty without GPUs."""
     driver_cuda: int
     """Newest major version of CUDA that the driver can serve; 0: unknown."""
+    open_files: int
+    """Hard limit of open files, to which slurm/ray_node.sh raises the soft one."""
 
     def to_json(self) -> bytes:
         """The report as JSON, to be sent to the first node."""
@@ -323,6 +332,7 @@ def look_at_this_node(node: str, paths: list[Path]) -> NodeReport:
         missing_tools=_missing_tools(),
         driver=driver,
         driver_cuda=_cuda_of_driver(driver),
+        open_files=open_files_allowed(),
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from megatron_entropic.cluster.open_files import open_files_allowed, open_files_needed, too_few_open_files
 from megatron_entropic.config.algorithm import FROZEN_KEYS
 from megatron_entropic.config.base import Violation
 from megatron_entropic.config.checks import environment_violations, violations
@@ -57,6 +58,7 @@ def machine_violations(config: Config) -> Iterator[Violation]:
         _output_dir,
         _devices,
         _address_space,
+        _open_files,
     ):
         yield from check(config)
 
@@ -285,3 +287,10 @@ def _address_space(_config: Config) -> Iterator[Violation]:
         f"{memory / 2**30:.1f} GiB, beside libraries of several GiB (and with CUDA all memory there is). Raise it with "
         "`ulimit -v unlimited`; what limits memory itself is a control group: systemd-run --scope -p MemoryMax=...",
     )
+
+
+def _open_files(config: Config) -> Iterator[Violation]:
+    """Yields a limit of open files that a run on this machine alone would meet; Ray raises the soft one by itself."""
+    allowed, needed = open_files_allowed(), open_files_needed(config)
+    if config.cluster.address == "local" and allowed < needed:
+        yield Violation(("cluster", "policy", "rollout"), too_few_open_files(allowed, needed))

@@ -153,6 +153,8 @@ def initialise_model_parallel(policy: PolicyConfig, *, share_prefixes: bool = Fa
         context_parallel_size=policy.context_parallel,
         expert_model_parallel_size=policy.expert_parallel,
         expert_tensor_parallel_size=policy.expert_tensor_parallel,
+        # Nothing here uses them, and each is a full mesh: a socket to every replica, on every rank.
+        create_gloo_process_groups=False,
         distributed_timeout_minutes=policy.distributed_timeout_s / 60,
     )
     return replace(_current_state(policy), share_prefixes=share_prefixes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import struct
 import time
@@ -22,7 +23,9 @@ from megatron_entropic.cluster.preflight import (
     look_at_this_node,
     problems,
     report_to,
+    requirements,
 )
+from megatron_entropic.config.run import Config
 from megatron_entropic.errors import RunError
 
 GPU = ("NVIDIA H100 80GB HBM3", 81000, 81559)
@@ -139,3 +142,15 @@ def test_gpus_and_what_their_driver_serves(monkeypatch: pytest.MonkeyPatch, tmp_
     assert (seen.driver, seen.driver_cuda) == ("580.95.05", 13)
     (missing,) = problems([replace(report, gpus=seen.gpus)], Requirements(["a"], gpus_per_node=8, paths=[]))
     assert missing == "a: 2 GPUs, 8 are needed"
+
+
+def test_a_node_whose_limit_of_open_files_is_below_what_the_run_opens_is_refused(report: NodeReport) -> None:
+    """A rank holds a socket to each other one in each gloo group: at 1,024 ranks a limit of 1,024 ended the start."""
+    config = Config.model_validate(
+        {"model": {"hf_dir": "m"}, "data": {"train_files": ["d"]}, "policy": {"data_parallel": 1024}}
+    )
+    required = replace(requirements(config, ["a"], 0), paths=[])
+    assert required.open_files > 10 * 1024
+    (found,) = problems([replace(report, open_files=1024)], required)
+    assert re.search(r"a: the hard limit of open files \(ulimit -Hn\) is 1,024, and 10,\d{3} are needed", found)
+    assert problems([replace(report, open_files=2**20)], required) == []
