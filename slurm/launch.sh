@@ -129,7 +129,8 @@ end_ray() {
 }
 
 if [ -z "$asked_to_stop" ]; then
-  "${on_nodes[@]}" "${everywhere[@]}" --job-name=ray --output="$ME_JOB_DIR/ray-%N.log" --open-mode=append \
+  # A node's loss ends the step on that node alone: the driver goes on on a spare one, if there is one.
+  "${on_nodes[@]}" "${everywhere[@]}" --no-kill --wait=0 --kill-on-bad-exit=0 --job-name=ray --output="$ME_JOB_DIR/ray-%N.log" --open-mode=append \
     "${inside[@]}" bash "$checkout/slurm/ray_node.sh" "$ME_PYTHON" "$address" "$ME_PORT" "$ME_NODE_TMP" &
   ray=$!
   "${on_nodes[@]}" --nodes=1 --ntasks=1 --nodelist="$head" --job-name=driver "${program[@]}" train "$config" \
@@ -154,19 +155,32 @@ requeue() {
 # A driver that did not listen yet, or had nothing left to do, is ended by the signal itself.
 [ -z "$asked_to_stop" ] || [ "$status" -le 128 ] || status=$stopped
 
+# A job that was submitted with --no-kill outlives its nodes; that there are not enough left is nobody's failure.
+nodes_left=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *NumNodes=\([0-9]*\).*/\1/p')
+
 failures=$ME_JOB_DIR/failures
+# Counts a failure; the job is queued again unless there were too many.
+fail() {
+  echo "$(date +%FT%T) status $status" >>"$failures"
+  count=$(wc -l <"$failures")
+  if [ "$count" -le "$ME_MAX_REQUEUES" ]; then
+    requeue "failed with status $status (failure $count, $ME_MAX_REQUEUES allowed)" || true
+  else
+    say "failed with status $status for the ${count}th time; see $failures"
+  fi
+}
+
 case $status in
   0) say "finished" ;;
   2 | 130) ;; # bad input, and an interrupt by hand: the same would happen again
   "$stopped") requeue "stopped on request" || true ;;
-  *)
-    echo "$(date +%FT%T) status $status" >>"$failures"
-    count=$(wc -l <"$failures")
-    if [ "$count" -le "$ME_MAX_REQUEUES" ]; then
-      requeue "failed with status $status (failure $count, $ME_MAX_REQUEUES allowed)" || true
+  1)
+    if [ "${nodes_left:-${#nodes[@]}}" -lt "${#nodes[@]}" ]; then
+      requeue "$nodes_left of ${#nodes[@]} nodes are left, too few" || true
     else
-      say "failed with status $status for the ${count}th time; see $failures"
+      fail
     fi
     ;;
+  *) fail ;;
 esac
 exit "$status"

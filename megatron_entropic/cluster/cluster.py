@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 from megatron_entropic.cluster.engine_group import EngineGroup
+from megatron_entropic.cluster.nodes import node_table
 from megatron_entropic.cluster.policy_group import PolicyGroup
 from megatron_entropic.cluster.weight_sync import WeightPublisher
 from megatron_entropic.config.run import ClusterConfig
@@ -33,6 +34,7 @@ class Cluster:
         self.engines = engines
         self._policy = policy
         self._weights = None if policy is None else WeightPublisher(policy, engines, config)
+        self._config = config
         self._colocated = config.colocate
         self._turn: Literal["rollout", "training", "publish"] = "training"
 
@@ -46,6 +48,14 @@ class Cluster:
     def version(self) -> int:
         """Version of the weights that were published last; 0 before."""
         return 0 if self._weights is None else self._weights.version
+
+    def describe_nodes(self) -> str:
+        """One line about the nodes of the run: at work, spare, gone."""
+        return node_table().describe(self._config)
+
+    def node_metrics(self) -> dict[str, float]:
+        """cluster/spare_nodes and cluster/lost_nodes; nothing for a run without spare nodes."""
+        return node_table().metrics(self._config) if self._config.spare_nodes else {}
 
     @contextmanager
     def training(self) -> Iterator[PolicyGroup]:

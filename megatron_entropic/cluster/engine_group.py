@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from megatron_entropic.cluster.actors import EngineWorker, engine_environment
+from megatron_entropic.cluster.nodes import node_table
 from megatron_entropic.cluster.placement import Placement
 from megatron_entropic.cluster.processes import ActorProcess, kill_processes, write_stacks
 from megatron_entropic.cluster.waiting import answered, dead_peers, gather, receive_streams, require_raylet
@@ -42,6 +43,7 @@ class EngineGroup:
         self._places = {name: actor.place.remote() for name, actor in self._actors.items()}
         self._losses: list[RunError] = []
         self._losses_told = 0
+        self._losses_of_nodes = 0
 
     @property
     def names(self) -> list[str]:
@@ -129,9 +131,9 @@ class EngineGroup:
         gather(calls, phase="engines cut", timeout_s=self._config.cluster.generate_timeout_s)
 
     def find_lost(self, error: RunError) -> dict[str, RunError]:
-        """Find engines whose process is gone; each name with `error`, in which the loss showed."""
+        """Find engines whose process or node is gone; each name with `error`, in which the loss showed."""
         pings = {name: actor.ping.remote() for name, actor in self._actors.items()}
-        return dict.fromkeys(dead_peers(pings), error)
+        return dict.fromkeys(sorted({*dead_peers(pings), *self._on_lost_nodes()}), error)
 
     def replace(self, lost: dict[str, RunError]) -> None:
         """Start new engines in the places of the named ones, with the weights that all had at their start.
@@ -140,13 +142,16 @@ class EngineGroup:
             RunError: the first one's, if `cluster.max_engine_restarts` are used up.
         """
         limit = self._config.cluster.max_engine_restarts
-        if len(self._losses) + len(lost) > limit:
-            raise next(iter(lost.values()))
+        homeless = sorted(self._on_lost_nodes() & lost.keys(), key=self.names.index)
+        here = {name: error for name, error in lost.items() if name not in homeless}
+        if len(self._losses) - self._losses_of_nodes + len(here) > limit:
+            raise next(iter(here.values()))
+        lost = here | self._move({name: lost[name] for name in homeless})
         if any(isinstance(error, PhaseTimeout) for error in lost.values()):
             stacks = write_stacks(self._config.run.output_dir, self.processes())
             lost = {name: type(error)(f"{error}\n{stacks}") for name, error in lost.items()}
         self._losses += lost.values()
-        kill_processes({name: place for name, place in self.processes().items() if name in lost})
+        kill_processes({name: place for name, place in self.processes().items() if name in here})
         starting = {}
         for number, (name, actor) in enumerate(self._actors.items()):
             if name in lost:
@@ -156,6 +161,31 @@ class EngineGroup:
                 self._places[name] = replacement.place.remote()
                 starting[name] = replacement.start.remote(load_weights=self._load_weights)
         self.finish_start(starting)
+
+    def _on_lost_nodes(self) -> set[str]:
+        """Names of the engines whose node is gone."""
+        gone = {node.id for node in node_table().gone}
+        return {name for name, place in self.processes().items() if place.node_id in gone}
+
+    def _move(self, lost: dict[str, RunError]) -> dict[str, RunError]:
+        """Find other nodes for engines whose own is gone; returns their errors with the name of the new one added.
+
+        Raises:
+            RunError: the first one's, if there is no room.
+        """
+        if not lost:
+            return {}
+        try:
+            ids = self._placement.move_engines([self.names.index(name) for name in lost], self._config)
+        except RunError as refusal:
+            error = next(iter(lost.values()))
+            raise type(error)(f"{error}\nno other node has room for {', '.join(lost)}: {refusal}") from refusal
+        self._losses_of_nodes += len(lost)
+        name_of = {node.id: node.names[0] for node in node_table().up}
+        return {
+            name: type(error)(f"{error}\nits node is gone; {name} goes on on {name_of.get(node, node)}")
+            for (name, error), node in zip(lost.items(), ids, strict=True)
+        }
 
     def sleep(self) -> None:
         """Let every engine give its device memory back; it keeps its weights in host memory.

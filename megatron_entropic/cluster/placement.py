@@ -16,9 +16,15 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from megatron_entropic.cluster.nodes import nodes_to_avoid
 from megatron_entropic.cluster.waiting import head_refusal
 from megatron_entropic.config.run import Config, Device
 from megatron_entropic.errors import RunError
+
+NODE_LABEL = "ray.io/node-id"
+"""Label that Ray gives every node."""
+MOVE_S = 60.0
+"""Seconds in which other room for an engine must be found."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Slot:
     bundle: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Placement:
     """Reserved slots. Those of the policy are ordered by node: neighbouring ranks (tensor parallel) share one."""
 
@@ -38,6 +44,8 @@ class Placement:
     device: Device
     engine_gpus: int
     """GPUs that Ray gives to each engine; 0: those of policy ranks."""
+    left: tuple[Slot, ...] = ()
+    """Former slots of engines, on nodes that are gone."""
 
     def policy_options(self, rank: int) -> dict[str, Any]:
         """Ray actor options of a policy rank."""
@@ -51,8 +59,22 @@ class Placement:
         """Give the reservation back. It goes with the session anyway, and without Ray's head nobody would answer."""
         if head_refusal() is not None:
             return
-        for group in {slot.group.id: slot.group for slot in self.policy + self.engines}.values():
+        for group in {slot.group.id: slot.group for slot in self.policy + self.engines + self.left}.values():
             remove_placement_group(group)
+
+    def move_engines(self, numbers: list[int], config: Config) -> list[str]:
+        """Reserve other room for engines whose node is gone; returns the ids of the nodes that have it.
+
+        Raises:
+            RunError: there is none.
+        """
+        # Ray looks for another place for what it lost, too, but never on what was spare when it was asked.
+        wanted = bundles(config, self.device, policy_ranks=0)[1][: len(numbers)]
+        slots = _reserve({"PACK": wanted}, config, timeout_s=MOVE_S)
+        moved = dict(zip(numbers, slots, strict=True))
+        self.left += tuple(self.engines[number] for number in numbers)
+        self.engines = tuple(moved.get(number, slot) for number, slot in enumerate(self.engines))
+        return [_node_and_bundle(slot)[0] for slot in slots]
 
     def _options(self, slot: Slot, gpus: int) -> dict[str, Any]:
         return {
@@ -115,12 +137,19 @@ def _shared(config: Config, device: Device) -> Placement:
     return Placement(ranks, tuple(slots[: config.rollout.engines]), device, engine_gpus=0)
 
 
-def _reserve(wanted: dict[Literal["PACK", "STRICT_SPREAD"], list[dict[str, float]]], config: Config) -> list[Slot]:
+def _reserve(
+    wanted: dict[Literal["PACK", "STRICT_SPREAD"], list[dict[str, float]]],
+    config: Config,
+    timeout_s: float | None = None,
+) -> list[Slot]:
     """Reserve a slot for each bundle, in order; the groups have one strategy each, and all are reserved or none."""
     groups: list[PlacementGroup] = []
-    deadline = time.monotonic() + config.cluster.startup_timeout_s
+    deadline = time.monotonic() + (timeout_s or config.cluster.startup_timeout_s)
+    avoided = ",".join(nodes_to_avoid(config.cluster))
     for strategy, bundles_of_group in wanted.items():
-        groups.append(placement_group(bundles_of_group, strategy=strategy))
+        where = [{NODE_LABEL: f"!in({avoided})"}] * len(bundles_of_group)
+        options: dict[str, Any] = {"bundle_label_selector": where} if avoided else {}
+        groups.append(placement_group(bundles_of_group, strategy=strategy, **options))
         # One after the other: where the first has to wait, for what an earlier run gives back, Ray would place the
         # second and fill a node that the first needs. `ready` would start a process of its own in each group to say so.
         if groups[-1].wait(max(0.0, deadline - time.monotonic())):

@@ -21,11 +21,16 @@ import ray
 from ray.exceptions import GetTimeoutError
 
 from megatron_entropic.cluster.environment import is_prepared
+from megatron_entropic.cluster.nodes import node_table
 from megatron_entropic.cluster.waiting import LOST, translated
 from megatron_entropic.config.run import ClusterConfig, Device
 from megatron_entropic.errors import RunError, UserError
 
 POLL_S = 0.5
+SPARE_JOIN_S = 30.0
+"""Seconds that a start waits for spare nodes, when all others have joined."""
+REJOIN_S = 60.0
+"""Seconds that a run without enough nodes waits for lost ones: where Ray alone was lost, it joins again by itself."""
 QUICK_S = 10.0
 """Seconds within which a failed start of Ray was not slow, but impossible."""
 QUICK_RETRIES = 2
@@ -154,7 +159,7 @@ def _join(config: ClusterConfig) -> None:
         raise RunError(
             f"no Ray cluster at cluster.address={config.address} ({error}); start one, or use cluster.address=local"
         ) from error
-    _await_nodes(config.nodes, deadline)
+    _await_nodes(config, deadline)
 
 
 def _await_head(address: str, deadline: float) -> None:
@@ -170,20 +175,30 @@ def _await_head(address: str, deadline: float) -> None:
         time.sleep(POLL_S)
 
 
-def _await_nodes(expected: list[str], deadline: float) -> None:
-    while missing := set(expected) - _alive_nodes():
+def _await_nodes(cluster: ClusterConfig, deadline: float) -> None:
+    """Wait for the nodes of `cluster.nodes`: all of them, or as many as the run works on where others do not come.
+
+    Raises:
+        RunError: fewer came.
+    """
+    began, spare = time.monotonic(), cluster.spare_nodes
+    while missing := (table := node_table()).missing(cluster.nodes):
+        lost = {name for node in table.gone for name in node.names}
+        late = [name for name in missing if name not in lost]
+        waited_s = time.monotonic() - began
+        if len(missing) <= spare and (not late or waited_s > SPARE_JOIN_S):
+            return
+        if spare and not late and waited_s > REJOIN_S:
+            raise RunError(
+                f"ray join: no spare node is left: {len(missing)} of {len(cluster.nodes)} nodes are gone and did not "
+                f"come back within {REJOIN_S:g} s, {spare} were spare: {', '.join(missing)}"
+            )
         if time.monotonic() > deadline:
             raise RunError(
-                f"ray join: {len(missing)} of {len(expected)} nodes did not join within cluster.startup_timeout_s: "
-                f"{', '.join(sorted(missing))}"
+                f"ray join: {len(missing)} of {len(cluster.nodes)} nodes did not join within "
+                f"cluster.startup_timeout_s: {', '.join(sorted(missing))}"
             )
         time.sleep(POLL_S)
-
-
-def _alive_nodes() -> set[str]:
-    """Names of the living nodes of the cluster, every name by which each goes."""
-    names = ("NodeName", "NodeManagerHostname", "NodeManagerAddress")
-    return {node[name] for node in ray.nodes() if node["Alive"] for name in names}
 
 
 def _device(config: ClusterConfig) -> Device:

@@ -244,6 +244,13 @@ def environment_violations(config: Config) -> Iterator[Violation]:
 
 
 def _placement(config: Config) -> Iterator[Violation]:
+    spare, nodes = config.cluster.spare_nodes, config.cluster.nodes
+    if spare and spare >= len(nodes):
+        yield Violation(
+            ("cluster.spare_nodes", "cluster.nodes"),
+            f"cluster.spare_nodes={spare}, but cluster.nodes names {len(nodes)}: it has to name all nodes, the spare "
+            "ones among them, as slurm/launch.sh does",
+        )
     per_node, ranks = config.cluster.policy_ranks_per_node, config.policy.world_size
     touched = ("cluster.policy_ranks_per_node", "policy")
     if per_node is not None and ranks % per_node:

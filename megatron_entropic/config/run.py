@@ -278,6 +278,12 @@ class ClusterConfig(Section):
     nodes: list[Annotated[str, Field(pattern=r"^[\w.:-]+$")]] = Field(
         [], description="Names or addresses of the Ray nodes that must have joined before the run starts."
     )
+    spare_nodes: Count = Field(
+        0,
+        ge=0,
+        description="So many of cluster.nodes are kept empty, and begin to work when others are lost: engines are "
+        "replaced there within the step, a lost policy rank's run goes on from its newest checkpoint.",
+    )
     policy_ranks_per_node: int | None = Field(
         None, ge=1, description="Exactly so many policy ranks on a node; null fills nodes one after the other."
     )
@@ -288,10 +294,16 @@ class ClusterConfig(Section):
         "back, only the order is that of GPUs.",
     )
     max_restarts: int = Field(
-        0, ge=0, description="After the loss of a process: so many new starts from the newest checkpoint by itself."
+        0,
+        ge=0,
+        description="After the loss of a process: so many new starts from the newest checkpoint by itself, and one "
+        "more for each spare node.",
     )
     max_engine_restarts: int = Field(
-        2, ge=0, description="So many lost engines are replaced within the step that loses them, before a new attempt."
+        2,
+        ge=0,
+        description="So many lost engines are replaced within the step that loses them, before a new attempt. Those "
+        "that go on on a spare node do not count.",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpu_threads: int | None = Field(

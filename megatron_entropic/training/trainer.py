@@ -51,9 +51,11 @@ def train(config: Config) -> Path:
         inputs = opened.enter_context(open_inputs(config))
         run.journal.report_data(inputs.tasks.report.lines())
 
-        for attempt in attempts(run.journal, stop, config.cluster.max_restarts):
+        for attempt in attempts(run.journal, stop, config.cluster.max_restarts + config.cluster.spare_nodes):
             with attempt, launch(config, starting) as cluster:
                 stop.listen()  # Ray's own handlers would end the process
+                if config.cluster.spare_nodes:
+                    run.journal.progress.log(cluster.describe_nodes())
                 starting("looking for a checkpoint to continue from")
                 step = run.resume(cluster)
                 if step is None:
@@ -115,4 +117,5 @@ def one_step(step: int, config: Config, rollouts: Rollouts, cluster: Cluster, ru
         **publish_metrics,
         **cluster.policy.memory_metrics(),
         **journal.record_engine_restarts(cluster.engines.new_losses()),
+        **cluster.node_metrics(),
     }

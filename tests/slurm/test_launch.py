@@ -6,6 +6,7 @@ One file, since the workers of a test run share no fixtures: two files might sta
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable
@@ -66,6 +67,29 @@ def test_preflight_names_the_node_and_what_it_lacks(
             assert re.search(rf"{node}: cannot read \S+/nowhere\.parquet", job.log())
             assert f"{node}: 0 GPUs, 8 are needed" in job.log()
         assert "nothing was started" in job.log()
+
+
+def test_a_lost_node_is_replaced_by_a_spare_one_and_the_job_is_not_queued_again(
+    cluster: PrivateCluster, countdown_dir: Path, finished: Job, tmp_path: Path
+) -> None:
+    """A lost node took the whole job back into the queue, 127 good ones with it."""
+    steps = 12
+    job = Job(cluster, tmp_path, countdown_dir, train__steps=steps, cluster__spare_nodes=1)
+    job.submit("--nodes=3", "--no-kill")
+    job.await_step(2)
+    cluster.kill_node("host1")
+    job.await_end()
+    cluster.start_node("host1")
+    assert job.state() == "COMPLETED", job.log()
+    assert job.restarts() == 0
+    assert job.metrics() == finished.metrics()[:steps]
+    assert "nodes: at work on host0, host1; spare host2; gone none" in job.log()
+    assert "nodes: at work on host0, host2; spare none; gone host1" in job.log()
+    (restart,) = (json.loads(line) for line in (job.run_dir / "restarts.jsonl").read_text().splitlines())
+    assert restart["restarted"] == "run"
+    rows = [json.loads(line) for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
+    nodes = [(row["cluster/spare_nodes"], row["cluster/lost_nodes"]) for row in rows]
+    assert (nodes[0], nodes[-1]) == ((1, 0), (0, 1))
 
 
 def _await_progress(job: Job, restarts: int) -> None:

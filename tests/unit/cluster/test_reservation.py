@@ -95,5 +95,5 @@ def test_an_engine_of_several_gpus_lies_with_the_ranks_that_share_theirs(monkeyp
     monkeypatch.setattr(engine_group, "EngineWorker", SimpleNamespace(options=options))
     monkeypatch.setattr(engine_group, "engine_environment", lambda *_: {})
     monkeypatch.setattr(placement, "PlacementGroupSchedulingStrategy", lambda *_, **__: None)
-    engine_group.EngineGroup(config, found, ["0", "1", "2", "3", "0", "1", "2", "3"])
+    engine_group.EngineGroup(config, found, ["0", "1", "2", "3", "0", "1", "2", "3"], load_weights=False)
     assert [gpus for _, _, gpus in started] == [["0", "1"], ["2", "3"], ["0", "1"]]
