@@ -27,7 +27,7 @@ from benchmarks.markdown import markdown_table
 from megatron_entropic.observability.metrics import read_metrics
 from megatron_entropic.observability.records import read_rollouts, recorded_steps, rollouts_path
 from megatron_entropic.planning.ahead import Learning, ahead_time
-from megatron_entropic.planning.generation import EngineLoad, StepRates
+from megatron_entropic.planning.decoding import EngineLoad, StepRates
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP_STEPS = 4

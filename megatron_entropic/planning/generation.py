@@ -1,20 +1,18 @@
-"""Seconds in which engines answer all prompts of a training step, simulated from one end of a response to the next.
+"""Seconds in which engines answer all prompts of a training step.
 
-    step = max(weights read, products) + cache read + all-reduces + what vLLM's Python does
-
-A step reads the weights once, of experts those that some running sequence needs, and the cache of every sequence.
-Engines share the responses equally. Lengths are quantiles of a log-normal distribution, in random order; the slowest
-engine has the longest of all. Sequences wait until the cache has room for another of mean length.
+`decoding` simulates the slowest engine; here is what it has to do, and what that costs. Engines share the responses
+equally. Lengths are quantiles of a log-normal distribution, in random order; the slowest engine has the longest of all.
+Sequences wait until the cache has room for another of mean length.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 import random
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from megatron_entropic.planning.decoding import DecodingEngine, EngineLoad, StepRates
 from megatron_entropic.planning.memory import RolloutMemory
 from megatron_entropic.planning.step import PlannedStep
 
@@ -37,53 +35,18 @@ class GenerationTime:
     """Seconds of `total_s` in which the last and longest responses are alone."""
 
 
-@dataclass(frozen=True)
-class StepRates:
-    """What a decoding step of one engine costs."""
-
-    weights_s: float
-    """Seconds of reading everything but the experts."""
-    experts_s: float
-    """Seconds of reading all experts."""
-    expert_share: float
-    """Share of the experts that one token goes through."""
-    product_s: float
-    """Seconds of a token's products."""
-    cache_s: float
-    """Seconds of reading a token of the cache."""
-    fixed_s: float
-    sequence_s: float
-    """Seconds of everything else for each sequence: scheduling, sampling, text."""
-
-    def step_s(self, running: float, context: float) -> float:
-        """Seconds of a step of `running` sequences with `context` tokens in the cache together."""
-        touched = 1 - (1 - self.expert_share) ** running
-        weights_s = self.weights_s + touched * self.experts_s
-        return (
-            max(weights_s, running * self.product_s) + context * self.cache_s + self.fixed_s + running * self.sequence_s
-        )
-
-
-@dataclass(frozen=True)
-class EngineLoad:
-    """Responses that an engine has to sample in a training step, and what that costs."""
-
-    lengths: list[int]
-    """Tokens of responses, each standing for `weight` of them, in the order in which they start."""
-    weight: float
-    at_once: int
-    """Most of `lengths` that run together."""
-    rates: StepRates
-    prompt_tokens: float
-    prefill_token_s: float
-    """Seconds of one token of a prompt."""
-
-
 def generation_time(step: PlannedStep, memory: RolloutMemory) -> GenerationTime:
     """Time in which the engines generate all responses of a training step."""
     load = engine_load(step, memory)
-    prompt = (load.prompt_tokens, load.prompt_tokens * load.prefill_token_s)
-    return _simulate(load.lengths, load.weight, load.at_once, load.rates, prompt)
+    engine, tail_from_s = DecodingEngine(load), None
+    most = min(load.at_once, len(load.lengths))
+    engine.ask(1)
+    while engine.waiting or engine.running:
+        engine.admit()
+        if tail_from_s is None and not engine.waiting and engine.running <= TAIL_SHARE * most:
+            tail_from_s = engine.now_s
+        engine.decode()
+    return GenerationTime(engine.now_s, engine.now_s - (engine.now_s if tail_from_s is None else tail_from_s))
 
 
 def engine_load(step: PlannedStep, memory: RolloutMemory) -> EngineLoad:
@@ -143,40 +106,6 @@ def _product_s(step: PlannedStep, efficiency: float) -> float:
     rollout = step.config.rollout
     rate = step.hardware.flop_per_s(step.dtype, float8=rollout.quantization == "fp8")
     return 2 * step.table.active_elements / rollout.tensor_parallel / (efficiency * rate)
-
-
-def _simulate(
-    lengths: list[int], weight: float, at_once: int, rates: StepRates, prompt: tuple[float, float]
-) -> GenerationTime:
-    """Run sequences, each standing for `weight` of them, with at most `at_once` running.
-
-    Args:
-        lengths: tokens of each response, in the order in which they start.
-        weight: number of sequences that each stands for.
-        at_once: most that run together.
-        rates: what a step costs.
-        prompt: tokens of a prompt, and seconds of its prefill.
-    """
-    prompt_tokens, prefill_s = prompt
-    waiting = list(reversed(lengths))
-    running: list[tuple[int, int]] = []
-    step, started, now_s, tail_from_s = 0, 0, 0.0, None
-    most = min(at_once, len(lengths))
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            heapq.heappush(running, (step + waiting.pop(), step))
-            started += step
-            now_s += weight * prefill_s
-        if tail_from_s is None and not waiting and len(running) <= TAIL_SHARE * most:
-            tail_from_s = now_s
-        steps = running[0][0] - step
-        # Contexts grow by a token a step: their mean over these steps.
-        context = len(running) * (prompt_tokens + step + steps / 2) - started
-        now_s += steps * rates.step_s(weight * len(running), weight * context)
-        step += steps
-        while running and running[0][0] == step:
-            started -= heapq.heappop(running)[1]
-    return GenerationTime(now_s, now_s - (now_s if tail_from_s is None else tail_from_s))
 
 
 def _lengths(step: PlannedStep, count: int) -> list[int]:

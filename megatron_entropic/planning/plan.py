@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_entropic.config.algorithm import FROZEN_KEYS
 from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.config.run import Config
 from megatron_entropic.planning.communication import Traffic, gradient_traffic, microbatch_traffic
-from megatron_entropic.planning.generation import generation_time
+from megatron_entropic.planning.generation import engine_load, generation_time
 from megatron_entropic.planning.hardware import Hardware, Machine
 from megatron_entropic.planning.memory import (
     GIB,
@@ -106,6 +106,16 @@ def _numbers(step: PlannedStep, gpu_memory_bytes: int) -> Numbers:
     generation = generation_time(step, rollout)
     published = publication(step)
     microbatch = [one.times(step.schedule.microbatches) for one in microbatch_traffic(step, "update")]
+    time = StepTime(
+        rollout_s=generation.total_s,
+        score_s=score_time_s(step),
+        update_s=update_time_s(step),
+        publish_s=publication_time_s(step, published),
+        switch_s=switch_time_s(step),
+        tail_s=generation.tail_s,
+    )
+    if lag := step.config.rollout.lag:
+        time = replace(time, ahead=time.with_lag(step.config, engine_load(step, rollout), lag))
     return Numbers(
         step=step,
         stages=step.table.stages(step.policy),
@@ -114,15 +124,7 @@ def _numbers(step: PlannedStep, gpu_memory_bytes: int) -> Numbers:
         rollout=rollout,
         traffic=(*microbatch, *gradient_traffic(step)),
         publication=published,
-        time=StepTime(
-            rollout_s=generation.total_s,
-            score_s=score_time_s(step),
-            update_s=update_time_s(step),
-            publish_s=publication_time_s(step, published),
-            switch_s=switch_time_s(step),
-            tail_s=generation.tail_s,
-            runs_ahead=step.config.rollout.lag > 0,
-        ),
+        time=time,
     )
 
 

@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_entropic.config.run import Config
-from megatron_entropic.planning.ahead import Learning, ahead_time
 from megatron_entropic.planning.communication import Traffic
 from megatron_entropic.planning.generation import engine_load
 from megatron_entropic.planning.memory import GIB, MEMORY_KINDS, sequences_that_fit, teacher_host_bytes
@@ -264,7 +263,7 @@ def _time(plan: Plan, numbers: Numbers) -> Section:
     if time.switch_s:
         phases.append(("switch", time.switch_s))
     rows = tuple((name, f"{seconds:,.1f}", f"{100 * seconds / time.total_s:.0f} %") for name, seconds in phases)
-    total = ("total, lagging" if time.runs_ahead else "total", f"{time.total_s:,.1f}", "")
+    total = ("total, lagging" if time.ahead else "total", f"{time.total_s:,.1f}", "")
     steps = plan.config.train.steps
     hours, used = time.total_s * steps / 3600, gpus_in_use(plan.config)
     notes = [f"{steps:,} steps: {hours:,.0f} hours, {hours * used:,.0f} GPU-hours, without evaluations and checkpoints"]
@@ -300,14 +299,7 @@ def _ahead(plan: Plan, numbers: Numbers, lags: Sequence[int]) -> Section:
     load = engine_load(numbers.step, numbers.rollout)
     rows = []
     for lag in lags:
-        learning = Learning(
-            learn_s=time.score_s + time.update_s,
-            publish_s=time.publish_s,
-            rescore_s=time.score_s if lag and config.rollout.split_staleness else 0.0,
-            switch_s=time.switch_s,
-            colocated=config.cluster.colocate,
-        )
-        found = ahead_time(load, learning, lag)
+        found = time.with_lag(config, load, lag)
         shares = (f"{found.engines_busy:.0%}", f"{found.policy_busy:.0%}")
         rows.append((str(lag), f"{found.step_s:,.0f}", *shares, f"{found.mean_age:.2f}", str(found.oldest)))
     header = ("rollout.lag", "s per step", "engines at work", "policy at work", "mean age of a token", "oldest")

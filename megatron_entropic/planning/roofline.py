@@ -1,7 +1,7 @@
 """Expected time of one training step.
 
     step = rollout + score + update + publish + switch         one after the other, as the loop runs them
-    step = max(rollout, score + update) + publish              with rollout.lag
+    step = as `ahead` simulates it                             with rollout.lag
 
 Policy phases: a pipeline of p stages needs m + p - 1 turns of its slowest stage for m micro-batches, m + (p - 1) / v
 with v chunks on each stage. A turn is what `compute` and `communication` say of it. Where engines share the policy's
@@ -13,8 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_entropic.config.names import POLICY_LOSSES
+from megatron_entropic.config.run import Config
+from megatron_entropic.planning.ahead import AheadTime, Learning, ahead_time
 from megatron_entropic.planning.communication import gradient_traffic, microbatch_traffic
 from megatron_entropic.planning.compute import Direction, device_s, divergence_s, host_s
+from megatron_entropic.planning.decoding import EngineLoad
 from megatron_entropic.planning.memory import stage_memory
 from megatron_entropic.planning.step import PlannedStep
 
@@ -34,15 +37,26 @@ class StepTime:
     """Seconds in which GPUs that policy and engines share go from one to the other."""
     tail_s: float = 0.0
     """Seconds of `rollout_s` in which only the longest responses still run."""
-    runs_ahead: bool = False
-    """Whether engines work on later steps while the policy learns (rollout.lag)."""
+    ahead: AheadTime | None = None
+    """The step with engines that work on later steps while the policy learns (rollout.lag); None: without a lag."""
 
     @property
     def total_s(self) -> float:
-        """Seconds from one step to the next: the phases' sum, or with engines that run ahead the slower side's."""
-        learning_s = self.score_s + self.update_s
-        both_s = max(self.rollout_s, learning_s) if self.runs_ahead else self.rollout_s + learning_s
-        return both_s + self.publish_s + self.switch_s
+        """Seconds from one step to the next: the phases' sum, or with engines that run ahead what is simulated."""
+        if self.ahead is not None:
+            return self.ahead.step_s
+        return self.rollout_s + self.score_s + self.update_s + self.publish_s + self.switch_s
+
+    def with_lag(self, config: Config, load: EngineLoad, lag: int) -> AheadTime:
+        """The step of `config` with another lag, of engines with this load."""
+        learning = Learning(
+            learn_s=self.score_s + self.update_s,
+            publish_s=self.publish_s,
+            rescore_s=self.score_s if lag and config.rollout.split_staleness else 0.0,
+            switch_s=self.switch_s,
+            colocated=config.cluster.colocate,
+        )
+        return ahead_time(load, learning, lag)
 
 
 def score_time_s(step: PlannedStep) -> float:

@@ -167,7 +167,8 @@ def suggest(
     pairs: list[tuple[float, _Half, _Half]] = []
     for policy_gpus, rollout in _fastest_engines(search, gpus).items():
         for policy in _policies(search, _changed(config, {}, rollout.changes), policy_gpus):
-            # Engines that run ahead work while the policy learns.
+            # Engines that run ahead work while the policy learns: the slower side orders the pairs, and what is
+            # suggested is simulated.
             together = max if config.rollout.lag else add
             pairs.append((together(policy.time_s, rollout.time_s), policy, rollout))
     found: dict[tuple[int | None, ...], Suggestion] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_entropic.planning.ahead import Learning, ahead_time
-from megatron_entropic.planning.generation import EngineLoad, StepRates
+from megatron_entropic.planning.decoding import EngineLoad, StepRates
 
 
 def _load(lengths: list[int], *, at_once: int = 1000, pass_s: float = 0.01) -> EngineLoad:

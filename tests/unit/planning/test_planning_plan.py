@@ -13,6 +13,7 @@ from rich.console import Console
 from megatron_entropic.cli import main
 from megatron_entropic.config.checks import violations
 from megatron_entropic.config.run import Config
+from megatron_entropic.planning.generation import engine_load
 from megatron_entropic.planning.hardware import machine
 from megatron_entropic.planning.plan import make_plan, publication
 from megatron_entropic.planning.report import sections, show
@@ -277,14 +278,24 @@ def test_what_makes_a_run_faster_is_in_the_plan() -> None:
         assert numbers is not None
         return numbers.time
 
-    plain = time_of()
+    config = example("qwen3_8b")
+    planned = make_plan(config, table, machine()).numbers
+    assert planned is not None
+    plain = planned.time
     assert time_of("policy.fp8=hybrid").update_s < 0.8 * plain.update_s
     assert time_of("rollout.quantization=fp8").rollout_s < plain.rollout_s
     assert time_of("rollout.enforce_eager=true").rollout_s > plain.rollout_s
     assert time_of("cluster.colocate=true").switch_s < time_of(*COLOCATED).switch_s
     assert plain.switch_s == 0
     ahead = time_of("rollout.lag=1")
-    assert ahead.total_s == pytest.approx(max(plain.rollout_s, plain.score_s + plain.update_s) + plain.publish_s)
+    # The longest responses of a step no longer run alone, so that it takes less than its rollout did.
+    assert plain.rollout_s - plain.tail_s < ahead.total_s < plain.rollout_s
+    assert ahead.ahead is not None
+    assert (ahead.ahead.lag, ahead.ahead.oldest) == (1, 1)
+    # The table of lags and the total are one simulation; without a lag it is the sum of the phases.
+    load = engine_load(planned.step, planned.rollout)
+    assert plain.with_lag(config, load, 1) == ahead.ahead
+    assert plain.with_lag(config, load, 0).step_s == pytest.approx(plain.total_s, rel=1e-6)
 
 
 def test_phases_that_their_timeouts_would_end_are_named(capsys: pytest.CaptureFixture[str]) -> None:
