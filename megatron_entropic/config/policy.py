@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
@@ -11,6 +12,47 @@ from megatron_entropic.config.base import Count, Ranks, Seconds, Section, off_is
 OffloadPart = Literal["optimizer", "gradients", "parameters"]
 """Part of a policy rank's memory. optimizer: Adam's moments and float32 main parameters that are not the parameters."""
 OFFLOAD_PARTS: tuple[OffloadPart, ...] = get_args(OffloadPart)
+
+AdaptedModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""Linear layer of a decoder layer that can have an adapter, as Hugging Face and peft call it."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA, arXiv 2106.09685): weights W stay as they are, and W + alpha/rank B A is used."""
+
+    rank: Count = Field(
+        0,
+        ge=0,
+        le=65536,
+        description="Rows of A and columns of B, which are trained in the place of the weights; 0 trains the weights.",
+    )
+    alpha: float = Field(32.0, gt=0, description="B A is multiplied by alpha / rank.")
+    target_modules: list[AdaptedModule] = Field(
+        list(get_args(AdaptedModule)),
+        min_length=1,
+        description="Linear layers that get adapters, each its own A and B, in all decoder layers.",
+    )
+    adapter_dir: Path | None = Field(
+        None,
+        description="Directory of a peft adapter (adapter_config.json, adapter_model.safetensors) to begin with, of "
+        "the same rank, alpha and target_modules. None: A is random, B is 0. The KL penalty's reference is the policy "
+        "with the adapters it began with.",
+    )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether adapters are trained, and the weights are not."""
+        return self.rank > 0
+
+    @property
+    def shape(self) -> dict[str, Any] | None:
+        """What the adapters of a checkpoint must agree with, as JSON; None without adapters."""
+        return self.model_dump(mode="json", exclude={"adapter_dir"}) if self.enabled else None
+
+    @property
+    def scale(self) -> float:
+        """Factor of B A."""
+        return self.alpha / self.rank
 
 
 class PolicyConfig(Section):
@@ -83,7 +125,13 @@ class PolicyConfig(Section):
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = Field(
         "tensorwise", description="How values are scaled into 8 bits; mxfp8 needs Blackwell."
     )
+    lora: LoraConfig = LoraConfig()
     distributed_timeout_s: Seconds = Field(600.0, description="Limit of every collective between policy ranks.")
+
+    @property
+    def without_adapters(self) -> PolicyConfig:
+        """The same layout of a model without adapters, such as a frozen one."""
+        return self.model_copy(update={"lora": LoraConfig()})
 
     @property
     def offloaded_parts(self) -> tuple[OffloadPart, ...]:

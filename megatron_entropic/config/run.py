@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from megatron_entropic.config.algorithm import AlgorithmConfig, EntropyControlConfig
+from megatron_entropic.config.algorithm import AlgorithmConfig, EntropyControlConfig, FrozenName
 from megatron_entropic.config.base import LARGEST, Count, Ranks, Seconds, Section, off_is_a_word, one_line
 from megatron_entropic.config.data import DataConfig, EnvironmentConfig, RewardConfig
 from megatron_entropic.config.names import POLICY_LOSSES, transports_for
@@ -362,6 +362,18 @@ class Config(Section):
     def max_sequence_tokens(self) -> int:
         """Tokens of the longest sequence the policy can meet: prompt and response."""
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+    @property
+    def reference_is_the_start(self) -> bool:
+        """Whether the KL penalty's reference is the policy with the adapters it began with: no copy of its weights."""
+        kl = self.algorithm.kl
+        return self.policy.lora.enabled and kl.coefficient > 0 and kl.reference_hf_dir is None
+
+    @property
+    def frozen_copies(self) -> dict[FrozenName, Path | None]:
+        """Directories of the frozen models whose weights are held beside the policy's, as `algorithm.frozen_dirs`."""
+        found = self.algorithm.frozen_dirs
+        return {name: path for name, path in found.items() if not (name == "reference" and self.reference_is_the_start)}
 
     def evaluation_sampling(self, benchmark: str) -> Sampling:
         """Settings by which the responses to the problems of a benchmark are drawn."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.config.policy import LoraConfig, PolicyConfig
 from megatron_entropic.errors import UserError
 from megatron_entropic.models.config_values import complete_values, read_json, shown
 from megatron_entropic.models.families import ARCHITECTURES, Architecture
@@ -20,6 +20,8 @@ from megatron_entropic.models.read_config import (
     read_rope,
 )
 from megatron_entropic.models.stages import PipelineStages, StageSizes
+
+_FEED_FORWARD_MODULES = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ class ModelDimensions:
             expert_parallel=policy.expert_parallel,
             expert_tensor_parallel=policy.expert_tensor_parallel,
         )
+        problems += self.adapter_problems(policy.lora)
         if self.experts is None:
             return problems
         if policy.stage_ranks % (policy.expert_tensor_size * policy.expert_parallel):
@@ -167,6 +170,29 @@ class ModelDimensions:
             problems.append(
                 f"sequence_parallel=false: experts with tensor_parallel={policy.tensor_parallel} need it, each tensor "
                 "rank sends its own tokens to them"
+            )
+        return problems
+
+    def adapter_problems(self, lora: LoraConfig) -> list[str]:
+        """Reasons why this model cannot have the adapters that are asked for, each beginning with a key of `policy`."""
+        if not lora.enabled:
+            return []
+        problems = []
+        beside_attention = [module for module in _FEED_FORWARD_MODULES if module in lora.target_modules]
+        if self.latent is not None:
+            problems.append(
+                f"lora.rank={lora.rank}: a {self.family} model has latent attention, whose matrices get no adapters; "
+                "train all parameters (policy.lora.rank=0)"
+            )
+        elif self.experts is not None and beside_attention:
+            problems.append(
+                f"lora.target_modules names {', '.join(beside_attention)}, and experts get no adapters: leave them "
+                "out, the modules of attention (q_proj, k_proj, v_proj, o_proj) can have some"
+            )
+        if lora.rank > self.hidden_size:
+            problems.append(
+                f"lora.rank={lora.rank} is more than the model's hidden_size, {self.hidden_size}: adapters would be "
+                "larger than what they adapt"
             )
         return problems
 

@@ -70,6 +70,12 @@ class RowShard(_OneTensor):
     partition_dim: ClassVar[int | None] = 1
 
 
+class OutputShard(_OneTensor):
+    """Matrix [out, in] cut along the output axis (matrix B of an adapter)."""
+
+    partition_dim: ClassVar[int | None] = 0
+
+
 class VocabularyShard(_OneTensor):
     """Matrix [vocab, H] cut by vocabulary, padded with zero rows until P divides it (embedding, output layer)."""
 

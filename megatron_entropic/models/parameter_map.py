@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -71,11 +71,15 @@ def to_local_name(global_name: str, first_layer: int, first_expert: int = 0) -> 
 
 
 class ParameterMap:
-    """All parameters of one model, in the order of the forward pass."""
+    """All parameters of one model, in the order of the forward pass.
 
-    def __init__(self, dimensions: ModelDimensions) -> None:
+    Args:
+        entries: parameters beside the model's own that are mapped instead, such as adapters'; None: the model's.
+    """
+
+    def __init__(self, dimensions: ModelDimensions, entries: Iterable[Entry] | None = None) -> None:
         self.dimensions = dimensions
-        self.entries: tuple[Entry, ...] = tuple(_entries(dimensions))
+        self.entries: tuple[Entry, ...] = tuple(_entries(dimensions) if entries is None else entries)
         self._by_name = {entry.megatron_name: entry for entry in self.entries}
         self.hf_tensors: dict[str, Shape] = {
             name: shape

@@ -15,8 +15,9 @@ import torch.distributed as dist
 
 from megatron_entropic.checkpoints.run_checkpoints import changed_files
 from megatron_entropic.config.algorithm import FrozenName
-from megatron_entropic.config.policy import OFFLOAD_PARTS, OffloadPart
+from megatron_entropic.config.policy import OFFLOAD_PARTS, OffloadPart, PolicyConfig
 from megatron_entropic.config.run import Config
+from megatron_entropic.models.adapters import adapter_map
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.policy.batch.balance import attention_weight
@@ -27,15 +28,16 @@ from megatron_entropic.policy.megatron.parallel import (
     sum_of_token_statistics,
 )
 from megatron_entropic.policy.megatron.platform import Device, Rendezvous, select_platform
+from megatron_entropic.policy.model.adapters import fill_adapters
 from megatron_entropic.policy.model.load import load_weights
 from megatron_entropic.policy.model.outputs import OutputOptions
 from megatron_entropic.policy.model.routing import Routing
 from megatron_entropic.policy.model.transformer_config import DTYPES
-from megatron_entropic.policy.publish.gather import RankWeights
+from megatron_entropic.policy.publish.gather import AdapterWeights, RankWeights
 from megatron_entropic.policy.publish.publisher import BUCKET_BYTES, Published, Publisher, SenderType
 from megatron_entropic.policy.state import checkpoint
 from megatron_entropic.policy.state.checkpoint_writer import CheckpointWriter
-from megatron_entropic.policy.state.export import BackgroundExport, export_hf
+from megatron_entropic.policy.state.export import BackgroundExport, Exported, export_hf
 from megatron_entropic.policy.state.kept_weights import KeptWeights
 from megatron_entropic.policy.state.offload import DeviceMemory
 from megatron_entropic.policy.step.control import (
@@ -88,8 +90,8 @@ class Policy:
         shared = shares_prefixes(config.policy, self.parameter_map.dimensions, on_cpu=self.platform.takes_prefixes)
         self.parallel = initialise_model_parallel(config.policy, share_prefixes=shared)
         self.platform.manual_seed(config.run.seed)
-        self.model = self._load(config.model.hf_dir, config.model.megatron_dir)
-        self._frozen = {name: self._load_frozen(name) for name in config.algorithm.frozen_dirs}
+        self.model = self._load(config.model.hf_dir, config.policy, config.model.megatron_dir)
+        self._frozen = {name: self._load_frozen(name) for name in config.frozen_copies}
         self._wrapped = wrap_data_parallel(
             self.model,
             distributed_optimizer=config.policy.distributed_optimizer,
@@ -97,6 +99,9 @@ class Policy:
         )
         self._memory = DeviceMemory(self.platform, self._wrapped, self._frozen.values())
         self._kept = KeptWeights(self.model, self.platform)
+        self._start = KeptWeights(self.model, self.platform)
+        if config.reference_is_the_start:
+            self._start.keep()
         self._machinery = GradientStep(
             self._wrapped,
             self.parallel,
@@ -114,12 +119,11 @@ class Policy:
             replay=config.policy.moe_router_replay != "off",
             teacher=self._frozen["teacher"] if config.algorithm.distillation.as_loss else None,
         )
-        self.plan = self._plan()
+        self.plan = self._plan(self.parameter_map)
         self._weights = RankWeights(self.model, self.plan, self.parameter_map, self.parallel)
+        self._exported = Exported(self._weights, config.model.hf_dir, self._adapter_weights())
         self._publisher = self._build_publisher(local_address(rendezvous.address, rendezvous.port), sender_type)
-        self._exports = BackgroundExport(
-            self._weights, template_dir=config.model.hf_dir, keep_last=config.checkpoint.keep_last
-        )
+        self._exports = BackgroundExport(self._exported, keep_last=config.checkpoint.keep_last)
         self._checkpoints = CheckpointWriter(
             config.checkpoint,
             self.platform.device,
@@ -165,6 +169,8 @@ class Policy:
             ValueError: there is no such frozen model.
         """
         self._memory.restore(["parameters"])
+        if frozen == "reference" and self.config.reference_is_the_start:
+            return self._score_under_the_start(sequences)
         if frozen is not None and frozen not in self._frozen:
             raise ValueError(f"no {frozen}: the section algorithm asks for none")
         model = self._machinery.model if frozen is None else self._frozen[frozen]
@@ -172,6 +178,16 @@ class Policy:
         scores = self._scores(model, sequences, record=self._machinery.routing if replays else None)
         if frozen is None:
             self._measure(sequences, scores)
+        return scores if self.parallel.reports else None
+
+    def _score_under_the_start(self, sequences: list[Sequence]) -> Scores | None:
+        """Score under the adapters that the run began with, which is the KL penalty's reference of a policy with some.
+
+        Adapters begin with B = 0 unless they were given, so this is the model without any, in the same memory.
+        """
+        self.synchronize_parameters()  # or the forward pass would gather the new ones
+        with self._start.in_place():
+            scores = self._scores(self._machinery.model, sequences)
         return scores if self.parallel.reports else None
 
     def update(self, minibatch: list[Sequence]) -> dict[str, float]:
@@ -234,6 +250,7 @@ class Policy:
             "warming_up": self._warming_up,
             "control": collect_control_state(self._control, self.parallel),
             "scored": None if self._scored is None else [self._scored.entropy_sum, self._scored.token_count],
+            "lora": self.config.policy.lora.shape,
             "driver": driver_state,
         }
         self._checkpoints.save(directory, self.model, self.optimizer, state)
@@ -268,7 +285,7 @@ class Policy:
     def export_hf(self, output_dir: Path) -> None:
         """Write the policy as a Hugging Face directory that transformers and vLLM load."""
         self.synchronize_parameters()
-        export_hf(output_dir, self._weights, template_dir=self.config.model.hf_dir)
+        export_hf(output_dir, self._exported)
 
     def begin_export(self, output_dir: Path) -> None:
         """Copy the weights and write them as a Hugging Face directory in the background."""
@@ -326,27 +343,36 @@ class Policy:
         """Highest memory use of this rank so far, MiB."""
         return self.platform.peak_memory_mb()
 
-    def _load(self, hf_dir: Path, megatron_dir: Path | None = None) -> torch.nn.ModuleList:
+    def _load(self, hf_dir: Path, layout: PolicyConfig, megatron_dir: Path | None = None) -> torch.nn.ModuleList:
         # Imports megatron-core, which the platform must have prepared for.
         from megatron_entropic.policy.model.build import build_model
 
         dimensions = read_dimensions(hf_dir)
-        model = build_model(dimensions, self.config.policy, self.config.model.dtype, self.parallel, self.platform)
+        model = build_model(dimensions, layout, self.config.model.dtype, self.parallel, self.platform)
         load_weights(model, hf_dir, self.parallel, megatron_dir=megatron_dir)
+        if layout.lora.enabled:
+            fill_adapters(model, self.parameter_map, layout.lora, self.parallel, self.config.run.seed)
         return model
 
     def _load_frozen(self, name: FrozenName) -> torch.nn.ModuleList:
-        directory = self.config.algorithm.frozen_dirs[name]
+        directory, layout = self.config.frozen_copies[name], self.config.policy.without_adapters
         if directory is None:
-            model = self._load(self.config.model.hf_dir, self.config.model.megatron_dir)
+            model = self._load(self.config.model.hf_dir, layout, self.config.model.megatron_dir)
         else:
-            model = self._load(directory)
+            model = self._load(directory, layout)
         model.requires_grad_(False)
         return model
 
-    def _plan(self) -> PublishPlan:
+    def _adapter_weights(self) -> AdapterWeights | None:
+        lora = self.config.policy.lora
+        if not lora.enabled:
+            return None
+        adapters = adapter_map(self.parameter_map, lora)
+        return AdapterWeights(self.model, self._plan(adapters), adapters, self.parallel, lora)
+
+    def _plan(self, parameter_map: ParameterMap) -> PublishPlan:
         return publish_plan(
-            self.parameter_map,
+            parameter_map,
             self.config.policy,
             bucket_bytes=BUCKET_BYTES[self.platform.device.type],
             dtype=self.config.model.dtype,

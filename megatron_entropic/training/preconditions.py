@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from megatron_entropic.algorithms import build_controller, find_policy_loss
 from megatron_entropic.checkpoints.open_weights import open_weights
+from megatron_entropic.checkpoints.peft_adapter import PeftAdapter
 from megatron_entropic.checkpoints.run_checkpoints import (
     complete_checkpoints,
     read_state,
@@ -25,11 +27,14 @@ from megatron_entropic.checkpoints.run_checkpoints import (
 )
 from megatron_entropic.config.algorithm import FROZEN_KEYS
 from megatron_entropic.config.load import ConfigError
+from megatron_entropic.config.policy import LoraConfig
 from megatron_entropic.config.run import Config, RewardConfig, RunConfig
 from megatron_entropic.data import TaskDataset, load_checked_tokenizer
 from megatron_entropic.data.tokenizer import check_same_tokens, stop_token_ids
 from megatron_entropic.environments.host import EnvironmentHost
 from megatron_entropic.errors import Problems, RunError, UserError
+from megatron_entropic.models.dimensions import read_dimensions
+from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.observability.metrics import check_sinks
 from megatron_entropic.rewards import RewardScorer
 from megatron_entropic.training.evaluator import Evaluator
@@ -61,7 +66,8 @@ def open_inputs(config: Config) -> Iterator[Inputs]:
     problems = Problems()
     attempt = problems.attempt
     with ExitStack() as closing:
-        attempt(lambda: check_resumable(config.run, config.train.steps))
+        attempt(lambda: check_resumable(config.run, config.train.steps, config.policy.lora))
+        attempt(lambda: check_adapter(config))
         attempt(lambda: check_sinks(config.logging))
         attempt(lambda: open_weights(config.model.hf_dir, config.model.megatron_dir))
         frozen = {FROZEN_KEYS[name]: path for name, path in config.algorithm.frozen_dirs.items() if path is not None}
@@ -103,6 +109,27 @@ def _gives_reward(environments: EnvironmentHost | None) -> bool:
     return environments is not None and environments.gives_reward
 
 
+def _shown_adapters(shape: dict[str, Any] | None) -> str:
+    if shape is None:
+        return "policy.lora.rank=0"
+    return ", ".join(f"policy.lora.{key}={_listed(value)}" for key, value in shape.items())
+
+
+def _listed(value: Any) -> str:
+    return f"[{','.join(value)}]" if isinstance(value, list) else f"{value:g}"
+
+
+def check_adapter(config: Config) -> None:
+    """Refuse a directory of an adapter to begin with that is not there or does not fit.
+
+    Raises:
+        UserError: everything that is wrong with it.
+    """
+    lora = config.policy.lora
+    if lora.enabled and lora.adapter_dir is not None:
+        PeftAdapter(lora.adapter_dir, ParameterMap(read_dimensions(config.model.hf_dir)), lora)
+
+
 def open_environments(config: Config, closing: ExitStack) -> EnvironmentHost | None:
     """Start the processes of environments, which end with `closing`; None without an environment.
 
@@ -126,20 +153,25 @@ def with_answers_kept(config: Config) -> RewardConfig:
     return config.reward.model_copy(update={"judge": kept})
 
 
-def check_resumable(run: RunConfig, steps: int) -> None:
+def check_resumable(run: RunConfig, steps: int, lora: LoraConfig | None = None) -> None:
     """Refuse an output folder whose checkpoints cannot be continued from, judged by the sizes of their files.
 
     Raises:
         UserError: `run.resume=never` and there is one; there are some and none is whole; more steps are done than
-            `steps`.
+            `steps`; the newest was written with other adapters than `lora`.
     """
     complete = complete_checkpoints(run.output_dir / "checkpoints")
     refuse_unwanted_resume(run.resume, complete[-1] if complete else None)
     found = []
     for directory in reversed(complete):
         try:
-            read_state(directory)
+            saved = read_state(directory)["state"].get("lora")
             refuse_fewer_steps(steps, directory)
+            if lora is not None and saved != lora.shape:
+                raise UserError(
+                    f"{directory}: written with {_shown_adapters(saved)}, and the configuration asks for "
+                    f"{_shown_adapters(lora.shape)}: continue with the same, or choose another run.output_dir"
+                )
             return
         except RunError as error:
             found.append(str(error))

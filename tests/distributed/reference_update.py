@@ -12,16 +12,25 @@ from typing import Any
 import torch
 
 
-def load_model(hf_dir: Path) -> Any:
-    """The model in float64."""
+def load_model(hf_dir: Path, adapter_dir: Path | None = None) -> Any:
+    """The model in float64, with peft's adapters, which alone are trained then."""
     import transformers
 
     # Experts one after the other: transformers' grouped product does not know float64.
-    return (
-        transformers.AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, experts_implementation="eager")
-        .double()
-        .eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        hf_dir, dtype=torch.float32, experts_implementation="eager"
     )
+    if adapter_dir is not None:
+        import peft
+
+        model = peft.PeftModel.from_pretrained(model, adapter_dir, is_trainable=True)
+    return model.double().eval()
+
+
+def trained(model: Any) -> dict[str, torch.Tensor]:
+    """Parameters that are trained by the names that a checkpoint has for them."""
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name.replace(".default.", "."): parameter for name, parameter in found.items()}
 
 
 def checkpoint_names(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -144,7 +153,7 @@ def _weight(case: dict, own_tokens: int, all_tokens: int, n_sequences: int) -> f
 
 def gradients(hf_dir: Path, sequences: list[dict], case: dict) -> dict:
     """Loss, alpha and gradients by Hugging Face name of the first update."""
-    model = load_model(hf_dir)
+    model = load_model(hf_dir, case["adapter_dir"])
     routers = watch_routers(model)
     stats = statistics(model, sequences, case["temperature"])
     alpha = max(-1.0, min(1.0, case["kp"] * (mean_entropy(stats) - case["target"])))
@@ -152,7 +161,7 @@ def gradients(hf_dir: Path, sequences: list[dict], case: dict) -> dict:
     aux_loss, busiest = balance(routers, getattr(model.config, "num_experts_per_tok", 1))
     (terms["policy"] + terms["entropic"] + terms["kl"] + case["aux_loss"] * aux_loss).backward()
     values = {name: float(torch.as_tensor(value).detach()) for name, value in terms.items()}
-    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    grads = {name: parameter.grad.clone() for name, parameter in trained(model).items()}
     norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
     # Of tokens with A != 0; the same number for all of them with one alpha.
     acting = [int((sequence["advantages"] != 0).sum()) for sequence in sequences]
@@ -169,9 +178,9 @@ def gradients(hf_dir: Path, sequences: list[dict], case: dict) -> dict:
 
 def train(hf_dir: Path, sequences: list[dict], case: dict, optimizer: dict, steps: int) -> dict:
     """Several updates with AdamW, decay on matrices only, clipping and a linear schedule with warm-up."""
-    model = load_model(hf_dir)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
+    model = load_model(hf_dir, case["adapter_dir"])
+    matrices = [p for p in trained(model).values() if p.dim() > 1]
+    vectors = [p for p in trained(model).values() if p.dim() == 1]
     adam = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": optimizer["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}],
         betas=(optimizer["beta1"], optimizer["beta2"]),
@@ -187,14 +196,14 @@ def train(hf_dir: Path, sequences: list[dict], case: dict, optimizer: dict, step
         terms = loss_terms(stats, sequences, case, alpha)
         adam.zero_grad()
         (terms["policy"] + terms["entropic"] + terms["kl"]).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer["gradient_clip"])
+        norm = torch.nn.utils.clip_grad_norm_(trained(model).values(), optimizer["gradient_clip"])
         rate = _rate(step, optimizer)
         for group in adam.param_groups:
             group["lr"] = rate
         adam.step()
         for name, value in (("alpha", alpha), ("grad_norm", float(norm)), ("learning_rate", rate)):
             trace[name].append(value)
-    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    parameters = {name: p.detach().clone() for name, p in trained(model).items()}
     return {**trace, "parameters": checkpoint_names(model, parameters)}
 
 

@@ -11,7 +11,7 @@ import pytest
 import reference_update
 import torch
 from safetensors.torch import load_file
-from tiny_models import random_sequences, write_tiny_model
+from tiny_models import random_sequences, write_tiny_adapter, write_tiny_model
 
 SCRIPT = Path(__file__).parent / "scripts" / "update_layouts.py"
 TOLERANCE = 1e-5
@@ -35,10 +35,25 @@ BASE: dict[str, Any] = {
     "on_policy": False,
     "aux_loss": 0.0,
     "steps": 5,
+    "lora": None,
+    "adapter_dir": None,
 }
 EVERYTHING = {"importance_cap": 1.3, "kl": 0.07, "ratio_clip": "ppo"}
 LATENT = "experts, latent attention"
 UNSOLVED = "prompts have alphas of their own"
+ALL_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTED: dict[str, dict[str, Any]] = {
+    "all modules": {"lora": {"rank": 5, "alpha": 7.0, "target_modules": ALL_MODULES}},
+    "some modules, tied": {
+        "family": "qwen2",
+        "lora": {"rank": 3, "alpha": 6.0, "target_modules": ["k_proj", "v_proj", "up_proj", "down_proj"]},
+    },
+    "attention beside experts": {
+        "family": "qwen3_moe",
+        "lora": {"rank": 4, "alpha": 4.0, "target_modules": ["q_proj", "v_proj", "o_proj"]},
+    },
+}
+"""Low-rank adapters, which peft writes and computes with on the other side."""
 CASES: dict[str, dict[str, Any]] = {
     "token-mean": {},
     "token-mean high": {"denominator": "high_prob_tokens", **EVERYTHING},
@@ -55,6 +70,7 @@ CASES: dict[str, dict[str, Any]] = {
     "experts, balanced": {"family": "qwen3_moe", "aux_loss": 0.3},
     "experts, weights add up to 1": {"family": "mixtral", "denominator": "high_prob_tokens", **EVERYTHING},
     LATENT: {"family": "deepseek_v3", **EVERYTHING},
+    **{f"adapters, {name}": {**case, **EVERYTHING} for name, case in ADAPTED.items()},
 }
 TRAIN_CASE, TRAIN_STEPS = "token-mean high", 5
 OPTIMIZER = {
@@ -73,7 +89,8 @@ OPTIMIZER = {
 FEWER = ("token-mean high", "seq-mean-token-mean", "tied embeddings and biases")
 """For layouts that combine others."""
 EXPERTS = ("experts", "experts, weights add up to 1", LATENT)
-DENSE = tuple(name for name in CASES if not name.startswith("experts"))
+DENSE = tuple(name for name in CASES if not name.startswith(("experts", "adapters")))
+ADAPTERS = tuple(f"adapters, {name}" for name in ADAPTED)
 
 
 def _layout(
@@ -100,6 +117,10 @@ def _experts(train: tuple[str, ...] = (), **layout: Any) -> dict[str, Any]:
     return _layout(EXPERTS, train, EXPERTS[0], **layout)
 
 
+def _adapters(train: tuple[str, ...] = ("distributed",), **layout: Any) -> dict[str, Any]:
+    return _layout(ADAPTERS, train, ADAPTERS[0], **layout)
+
+
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     1: {
         "one rank": _layout(DENSE, ("plain", "distributed"), tokens_per_microbatch=16384),
@@ -109,6 +130,9 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "one rank, experts": _experts(recompute="full"),
         "one rank, auxiliary loss": _balanced(recompute="full"),
         "one rank, sequences in reverse": _layout(train=(), reverse=True),
+        "one rank, adapters": _adapters(("plain", "distributed")),
+        "one rank, adapters, full recomputation": _adapters((), recompute="full"),
+        "one rank, adapters, stored logits": _adapters((), output_head="logits"),
         "one rank, whole sequences": _layout(FEWER[:1], (), prefix_sharing="off"),
     },
     2: {
@@ -129,6 +153,12 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "tp2 sp, full recomputation": _layout(
             FEWER[:1], (), tensor_parallel=2, sequence_parallel=True, recompute="full"
         ),
+        "tp2, adapters": _layout(ADAPTERS[:2], train_case=ADAPTERS[0], tensor_parallel=2),
+        "tp2 sp, adapters": _adapters(tensor_parallel=2, sequence_parallel=True),
+        "pp2, adapters": _adapters(pipeline_parallel=2, recompute="full"),
+        "dp2, adapters": _adapters(("plain", "distributed"), tokens_per_microbatch=60),
+        "cp2, adapters": _adapters(context_parallel=2, recompute="selective"),
+        "ep2, adapters": _layout(ADAPTERS[2:], train_case=ADAPTERS[2], expert_parallel=2),
         "cp2, selective recomputation": _layout(FEWER[:1], (), context_parallel=2, recompute="selective"),
     },
     4: {
@@ -146,6 +176,9 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "cp2 dp2": _layout(("seq-mean-token-mean high",), context_parallel=2, tokens_per_microbatch=60),
         "cp2 pp2, recomputed logits": _layout(
             context_parallel=2, pipeline_parallel=2, train=(), output_head="recompute"
+        ),
+        "tp2 pp2 vpp2 sp, adapters": _adapters(
+            tensor_parallel=2, pipeline_parallel=2, virtual_pipeline_parallel=2, sequence_parallel=True
         ),
         "tp2 ep2 sp": _experts(tensor_parallel=2, sequence_parallel=True, expert_parallel=2),
         "tp2 ep2 sp, experts whole": _experts(
@@ -214,6 +247,10 @@ def _prepare(directory: Path) -> tuple[Path, dict[str, Any]]:
     cases = {}
     for name, changes in CASES.items():
         case = {**BASE, **changes}
+        if case["lora"]:
+            adapter_dir = directory / f"{case['family']}_adapter"
+            write_tiny_adapter(directory / case["family"], adapter_dir, **case["lora"])
+            case |= {"adapter_dir": str(adapter_dir), "lora": {**case["lora"], "adapter_dir": str(adapter_dir)}}
         fact = facts[case["family"]]
         cases[name] = {**case, "tau": fact["tau"], "target": fact["entropy"] - 4.0}
     plan = {"cases": cases, "train_steps": TRAIN_STEPS, "optimizer": OPTIMIZER}
@@ -224,11 +261,12 @@ def _prepare(directory: Path) -> tuple[Path, dict[str, Any]]:
         if case["on_policy"]:
             sequences = [{**sequence, "old_logprobs": sequence["current_logprobs"]} for sequence in sequences]
         expected[name] = reference_update.gradients(directory / case["family"], sequences, case)
-    for name in (TRAIN_CASE, EXPERTS[0], LATENT):
+    for name in (TRAIN_CASE, EXPERTS[0], LATENT, ADAPTERS[0], ADAPTERS[2]):
         family = cases[name]["family"]
         trained = reference_update.train(directory / family, fields[family], cases[name], OPTIMIZER, TRAIN_STEPS)
         stored = load_file(directory / family / "model.safetensors")
         buffers = {key: value for key, value in stored.items() if key not in trained["parameters"]}
+        buffers = {} if cases[name]["lora"] else buffers
         expected[f"train {name}"] = {**trained, "buffers": buffers}
     return directory, expected
 

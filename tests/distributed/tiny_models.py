@@ -125,6 +125,21 @@ def write_tiny_model(family: str, directory: Path) -> Path:
     return directory
 
 
+def write_tiny_adapter(model_dir: Path, directory: Path, *, rank: int, alpha: float, target_modules: list[str]) -> Path:
+    """Writes an adapter as peft does, whose B is not 0."""
+    import peft
+
+    torch.manual_seed(13)
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_modules, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load_reference(model_dir), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(directory)
+    return directory
+
+
 def load_reference(hf_dir: Path) -> Any:
     """The model in float32; experts one after the other, transformers' grouped product wants multiples of 16 bytes."""
     import transformers

@@ -46,8 +46,9 @@ class _WideLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup | None, scattered: bool
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.group, ctx.scattered = group, scattered
+        # A frozen weight needs no gradient, and then nobody needs the input.
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        ctx.group, ctx.scattered, ctx.dtype = group, scattered, x.dtype
         whole = _gathered(x, group, scattered)
         # Not a view of a product: megatron-core's cross-entropy writes into logits, which autograd refuses for a view.
         output = torch.empty(*whole.shape[:-1], len(weight), dtype=torch.float32, device=x.device)
@@ -60,7 +61,7 @@ class _WideLinear(torch.autograd.Function):
         incoming = gradients[0].flatten(0, -2).float()
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            dx = torch.mm(incoming, weight.float()).to(x.dtype).unflatten(0, gradients[0].shape[:-1])
+            dx = torch.mm(incoming, weight.float()).to(ctx.dtype).unflatten(0, gradients[0].shape[:-1])
             if ctx.scattered:
                 dx = reduce_scatter_along_first_dim(dx, ctx.group)
             elif ctx.group is not None and ctx.group.size() > 1:

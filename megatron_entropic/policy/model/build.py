@@ -24,10 +24,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.config.run import Dtype
 from megatron_entropic.models.dimensions import ModelDimensions
+from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.policy.batch.microbatch import MicroBatch
 from megatron_entropic.policy.megatron.parallel import ParallelState
 from megatron_entropic.policy.megatron.platform import Platform
 from megatron_entropic.policy.megatron.rotary import scale_frequencies
+from megatron_entropic.policy.model.adapters import add_adapters
 from megatron_entropic.policy.model.attention import (
     SegmentedAttention,
     packed_segments,
@@ -131,7 +133,7 @@ def build_model(
 ) -> torch.nn.ModuleList:
     """Build the chunks of this rank's stage, one without virtual pipeline parallelism, on the platform's device.
 
-    Parameters are uninitialised (see `load`).
+    Parameters are uninitialised (see `load`), those of adapters too (`adapters.fill_adapters`).
 
     Raises:
         UserError: the layout does not divide the model, or megatron-core lacks what is asked for.
@@ -141,13 +143,17 @@ def build_model(
     has_hook = "output_processor" in inspect.signature(GPTModel.forward).parameters
     model_class = PolicyModel if has_hook else PolicyModelWithoutHook
     chunks = []
+    parameter_map = ParameterMap(dimensions) if policy.lora.enabled else None
     for chunk in range(state.virtual_size):
-        spec = build_spec(
-            config, [dimensions.has_experts(layer) for layer in _layers_of_chunk(dimensions, state, chunk)]
-        )
+        layers = _layers_of_chunk(dimensions, state, chunk)
+        spec = build_spec(config, [dimensions.has_experts(layer) for layer in layers])
+        if parameter_map is not None and platform.transformer_engine:
+            _take_norms_out(spec)
         chunks.append(model_class(dimensions, config, spec, state, chunk))
         if policy.moe_router_replay != "off":
             _enable_replay(chunks[-1])
+        if parameter_map is not None:
+            add_adapters(chunks[-1], parameter_map, policy.lora, state, layers.start)
     return torch.nn.ModuleList(chunks).to(platform.device)
 
 
@@ -180,6 +186,27 @@ def _transformer_engine_spec(config: Any, has_experts: list[bool]) -> Transforme
         return _with_router(spec) if experts else spec
 
     return TransformerBlockSubmodules(layer_specs=[layer_spec(experts) for experts in has_experts], layer_norm=TENorm)
+
+
+def _take_norms_out(spec: TransformerBlockSubmodules) -> None:
+    """Make norms modules of their own where Transformer Engine's layers have them fused into a linear one.
+
+    An adapter reads what the linear layer behind the norm reads, which a fused layer shows to nobody.
+    """
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TELayerNormColumnParallelLinear,
+        TENorm,
+    )
+
+    for layer_spec in spec.layer_specs:
+        layer = layer_spec.submodules
+        attention = layer.self_attention.submodules
+        if attention.linear_qkv is TELayerNormColumnParallelLinear:
+            attention.linear_qkv, layer.input_layernorm = TEColumnParallelLinear, TENorm
+        feed_forward = getattr(layer.mlp, "submodules", None)
+        if getattr(feed_forward, "linear_fc1", None) is TELayerNormColumnParallelLinear:
+            feed_forward.linear_fc1, layer.pre_mlp_layernorm = TEColumnParallelLinear, TENorm
 
 
 def _plain_spec(config: Any, has_experts: list[bool]) -> TransformerBlockSubmodules:

@@ -11,6 +11,7 @@ import torch
 from megatron_entropic.checkpoints.open_weights import open_weights
 from megatron_entropic.checkpoints.unusable_tensors import UnusableTensors
 from megatron_entropic.errors import RunError
+from megatron_entropic.models.adapters import is_adapter
 from megatron_entropic.models.parameter_map import Entry, ParameterMap, to_global_name
 from megatron_entropic.policy.megatron.parallel import ParallelState
 from megatron_entropic.policy.megatron.patches import apply_checkpoint_patches
@@ -20,6 +21,8 @@ def named_entries(
     model: torch.nn.ModuleList, parameter_map: ParameterMap, state: ParallelState
 ) -> Iterator[tuple[Entry, torch.Tensor]]:
     """Yields this rank's parameters with the map's rows for them, and its buffers that a checkpoint holds.
+
+    Adapters, which no checkpoint of a model has, are left out (`adapters.adapter_entries`).
 
     Args:
         model: the chunks of this rank's stage, not wrapped.
@@ -33,6 +36,8 @@ def named_entries(
     for index, chunk in enumerate(model):
         first_layer = stages.of_chunk(state.pipeline_rank, index).start
         for name, parameter in chunk.named_parameters():
+            if is_adapter(name):
+                continue
             yield parameter_map.by_megatron_name(to_global_name(name, first_layer, first_expert)), parameter
         for name, buffer in chunk.named_buffers():
             global_name = to_global_name(name, first_layer)

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from megatron_entropic.config.policy import LoraConfig
 from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.policy.megatron.parallel import ParallelState
+from megatron_entropic.policy.model.adapters import MergedValues, adapter_entries, named_adapters
 from megatron_entropic.policy.model.load import named_entries
 from megatron_entropic.policy.model.transformer_config import DTYPES
 from megatron_entropic.policy.publish.shared_flats import SharedFlats
@@ -74,14 +76,28 @@ class RankWeights:
     parameter_map: ParameterMap
     parallel: ParallelState
 
-    def values(self) -> dict[str, torch.Tensor]:
-        """Shards of this rank by global Megatron name."""
+    def values(self) -> Mapping[str, torch.Tensor]:
+        """Shards of this rank by global Megatron name, with adapters merged into them where there are some."""
         entries = named_entries(self.model, self.parameter_map, self.parallel)
-        return {entry.megatron_name: parameter for entry, parameter in entries}
+        values = {entry.megatron_name: parameter for entry, parameter in entries}
+        adapters = dict(named_adapters(self.model, self.parameter_map.dimensions.num_layers, self.parallel))
+        return MergedValues(values, adapters) if adapters else values
 
     def gathered(self, phase: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the whole model on rank 0; see `gather_hf_tensors`."""
         return gather_hf_tensors(self.plan, self.values(), self.parameter_map, self.parallel, phase)
+
+
+@dataclass(frozen=True)
+class AdapterWeights(RankWeights):
+    """The adapters' matrices that this rank holds, by `models.adapters.adapter_map`, in a plan of their own."""
+
+    lora: LoraConfig
+
+    def values(self) -> Mapping[str, torch.Tensor]:
+        """Shards of this rank by global Megatron name."""
+        entries = adapter_entries(self.model, self.parameter_map, self.parallel)
+        return {entry.megatron_name: parameter for entry, parameter in entries}
 
 
 @dataclass

@@ -79,7 +79,8 @@ def load_checkpoint(directory: Path, model: torch.nn.ModuleList, optimizer: Poli
     except (CheckpointException, CheckpointingException, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"checkpoint {directory} cannot be read into this model: {error}") from error
     for index, chunk in enumerate(model):
-        chunk.load_state_dict(loaded["model"][str(index)], strict=True)
+        # With adapters only theirs are there: the weights were read where the run began, and have not changed.
+        chunk.load_state_dict(loaded["model"][str(index)], strict=not _has_frozen(chunk))
     optimizer.load_state_dict(loaded["optimizer"], steps_taken=saved["schedule_steps"])
     if same_ranks:
         _set_rng_state(loaded["rng"])
@@ -89,6 +90,8 @@ def load_checkpoint(directory: Path, model: torch.nn.ModuleList, optimizer: Poli
 def sharded_state(model: torch.nn.ModuleList) -> dict[str, Any]:
     """State of model and generators that dist_checkpointing saves or fills, with this rank's place in global tensors.
 
+    Of a model with adapters it is theirs alone: every run reads the weights, which do not change, where it began.
+
     Args:
         model: the chunks of this rank's stage, not wrapped.
     """
@@ -97,8 +100,24 @@ def sharded_state(model: torch.nn.ModuleList) -> dict[str, Any]:
     # Names in the file count layers over the whole model; where a chunk stands in this tree does not matter.
     chunks: list[Any] = list(model)
     return {
-        "model": {str(index): chunk.sharded_state_dict() for index, chunk in enumerate(chunks)},
+        "model": {str(index): _trained(chunk, chunk.sharded_state_dict()) for index, chunk in enumerate(chunks)},
         "rng": ShardedObject("rng", _rng_state(model), (dist.get_world_size(),), (dist.get_rank(),)),
+    }
+
+
+def _has_frozen(chunk: torch.nn.Module) -> bool:
+    return not all(parameter.requires_grad for parameter in chunk.parameters())
+
+
+def _trained(chunk: torch.nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """The part of a chunk's sharded state that training changes: of parameters, and scales of 8-bit layers."""
+    if not _has_frozen(chunk):
+        return state
+    trained = {id(parameter) for parameter in chunk.parameters() if parameter.requires_grad}
+    return {
+        name: value
+        for name, value in state.items()
+        if id(getattr(value, "data", None)) in trained or name.endswith("_extra_state")
     }
 
 

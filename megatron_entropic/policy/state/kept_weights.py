@@ -46,8 +46,12 @@ class KeptWeights:
         finally:
             self._load(self._own)
 
+    def _trained(self) -> list[torch.nn.Parameter]:
+        """Parameters that change: all, or with adapters theirs."""
+        return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+
     def _copied_into(self, host: list[torch.Tensor]) -> list[torch.Tensor]:
-        parameters = [parameter.detach() for parameter in self._model.parameters()]
+        parameters = [parameter.detach() for parameter in self._trained()]
         if not host:
             # Memory that stays: pinning it takes longer than copying.
             pinned = self._platform.device.type == "cuda"
@@ -59,6 +63,6 @@ class KeptWeights:
 
     def _load(self, host: list[torch.Tensor]) -> None:
         with torch.no_grad():
-            for parameter, copy in zip(self._model.parameters(), host, strict=True):
+            for parameter, copy in zip(self._trained(), host, strict=True):
                 parameter.copy_(copy, non_blocking=True)
         self._platform.synchronize()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
@@ -16,6 +16,7 @@ from megatron_entropic.config.run import Config
 from megatron_entropic.policy.batch.balance import data_parallel_shards
 from megatron_entropic.policy.local_ranks import held_port
 from megatron_entropic.policy.megatron.platform import Rendezvous
+from megatron_entropic.policy.model.adapters import fill_adapters
 from megatron_entropic.policy.model.load import load_weights, named_entries
 from megatron_entropic.policy.model.outputs import OutputOptions
 from megatron_entropic.policy.policy import Policy
@@ -41,6 +42,8 @@ def start_over(policy: Policy, config: Config) -> None:
     """What `Policy(config)` would be, without building groups and model again; the layout stays as it is."""
     policy.config = config
     load_weights(policy.model, config.model.hf_dir, policy.parallel)
+    if config.policy.lora.enabled:
+        fill_adapters(policy.model, policy.parameter_map, config.policy.lora, policy.parallel, config.run.seed)
     policy._control = build_control(config, policy.parallel, policy.platform.device)
     settings = LossSettings.from_config(config)
     options = OutputOptions(config.rollout.temperature, head=config.output_head)
@@ -92,6 +95,27 @@ def hf_parameters(policy: Policy) -> dict[str, torch.Tensor]:
     """All parameters under their Hugging Face names on rank 0; empty elsewhere."""
     policy.synchronize_parameters()
     return _gather(policy, {entry.megatron_name: value.detach() for entry, value in _entries(policy)})
+
+
+def adapter_parameters(policy: Policy) -> dict[str, torch.Tensor]:
+    """All matrices of adapters under peft's names on rank 0; empty elsewhere."""
+    policy.synchronize_parameters()
+    return _gather_adapters(policy, lambda parameter: parameter.detach())
+
+
+def adapter_gradients(policy: Policy) -> dict[str, torch.Tensor]:
+    """All main gradients of adapters, likewise."""
+    return _gather_adapters(policy, lambda parameter: parameter.main_grad)
+
+
+def _gather_adapters(policy: Policy, value_of: Callable[[Any], torch.Tensor]) -> dict[str, torch.Tensor]:
+    weights = policy._exported.adapters
+    assert weights is not None
+    if not sends_weights(policy.parallel):
+        return {}
+    values = {name: value_of(parameter) for name, parameter in weights.values().items()}
+    gathered = gather_hf_tensors(weights.plan, values, weights.parameter_map, policy.parallel, "test")
+    return {name: tensor.clone() for name, tensor in gathered}
 
 
 def hf_gradients(policy: Policy) -> dict[str, torch.Tensor]:

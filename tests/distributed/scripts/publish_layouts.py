@@ -84,10 +84,10 @@ def differences(hf_dir: Path, received: dict[str, torch.Tensor]) -> list[str]:
 
 def exports(weights: RankWeights, hf_dir: Path) -> dict[str, Any]:
     """Three exports of which two are kept, and one that fails, as rank 0 sees them."""
-    from megatron_entropic.policy.state.export import BackgroundExport
+    from megatron_entropic.policy.state.export import BackgroundExport, Exported
 
     output = hf_dir.with_name(f"{hf_dir.name}_exports")
-    export = BackgroundExport(weights, template_dir=hf_dir, keep_last=2)
+    export = BackgroundExport(Exported(weights, hf_dir), keep_last=2)
     for step in (5, 10, 15):
         export.begin(output / f"step_{step:06d}")
     export.check(wait=True)

@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from policy_ranks import RANK, ProcessGroups, configuration, hf_gradients, hf_parameters, replica_part, start_over
+from policy_ranks import (
+    RANK,
+    ProcessGroups,
+    adapter_gradients,
+    adapter_parameters,
+    configuration,
+    hf_gradients,
+    hf_parameters,
+    replica_part,
+    start_over,
+)
 
 from megatron_entropic.policy.policy import Policy
 from megatron_entropic.types import Sequence
@@ -23,7 +33,7 @@ def sections(case: dict[str, Any], layout: dict[str, Any], optimizer: dict[str, 
     """A case in the project's own configuration."""
     corrected = case["importance_cap"] is not None
     return {
-        "policy": layout,
+        "policy": {**layout, "lora": case["lora"] or {}},
         "rollout": {
             "temperature": case["temperature"],
             "max_response_tokens": case["max_response_tokens"],
@@ -78,7 +88,8 @@ def first_update(
     metrics = policy.update(part)
     batch = policy._machinery.align(part)
     idle = sum(not micro_batch.sequences for micro_batch in batch)
-    return _exact(metrics), hf_gradients(policy), [len(batch), idle]
+    gradients = adapter_gradients(policy) if case["lora"] else hf_gradients(policy)
+    return _exact(metrics), gradients, [len(batch), idle]
 
 
 def train(policy: Policy, directory: Path, plan: Any, case: dict[str, Any], layout: dict[str, Any]) -> Any:
@@ -92,7 +103,7 @@ def train(policy: Policy, directory: Path, plan: Any, case: dict[str, Any], layo
         policy.score(part)
         policy._freshly_scored = False
         trace.append(_exact(policy.update(part)))
-    return trace, hf_parameters(policy)
+    return trace, adapter_parameters(policy) if case["lora"] else hf_parameters(policy)
 
 
 def main(directory: Path, layouts: dict[str, dict[str, Any]], saved_path: Path) -> None:
@@ -102,10 +113,13 @@ def main(directory: Path, layouts: dict[str, dict[str, Any]], saved_path: Path) 
     saved: dict[str, Any] = {}
     for name, entry in layouts.items():
         plain = {**entry["layout"], "distributed_optimizer": False}
-        for family in dict.fromkeys(plan["cases"][c]["family"] for c in entry["cases"]):
-            cases = {c: plan["cases"][c] for c in entry["cases"] if plan["cases"][c]["family"] == family}
-            if not cases:
-                continue
+        # Those of one model, with adapters or without.
+        models: dict[str, dict[str, Any]] = {}
+        for label in entry["cases"]:
+            case = plan["cases"][label]
+            models.setdefault(f"{case['family']} {case['lora']}", {})[label] = case
+        for cases in models.values():
+            family = next(iter(cases.values()))["family"]
             with rendezvous.policy(directory / family, **sections(next(iter(cases.values())), plain, {})) as policy:
                 for label, case in cases.items():
                     metrics, saved[f"{name}/{label}"], counts = first_update(
