@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_entropic.checkpoints.hf import HfReader
 from megatron_entropic.checkpoints.torch_dist import Place, TorchDistReader, possible_places, split_pairs
 from megatron_entropic.errors import Problems, UserError
+from megatron_entropic.models.adapters import is_adapter
 from megatron_entropic.models.dimensions import read_dimensions
 from megatron_entropic.models.layouts import VocabularyShard
 from megatron_entropic.models.parameter_map import Entry, ParameterMap
@@ -76,7 +77,9 @@ class MegatronCheckpoint:
         return block.view(inner) if block.is_contiguous() else block.reshape(inner)
 
     def _find_prefix(self) -> str:
-        """Text before every name of a parameter; empty in most checkpoints."""
+        """Text before every name of a parameter; empty in most checkpoints, and in those of adapters."""
+        if self.parameter_map.entries[0].megatron_name != _EMBEDDING:
+            return ""
         prefixes = sorted(
             name.removesuffix(_EMBEDDING)
             for name in self._reader.tensors
@@ -84,6 +87,12 @@ class MegatronCheckpoint:
         )
         if len(prefixes) != 1:
             found = f"several times (behind {', '.join(map(repr, prefixes))})" if prefixes else "nowhere"
+            if any(is_adapter(name) for name in self._reader.tensors):
+                raise UserError(
+                    f"{self.directory}: a checkpoint of a run with policy.lora, which holds adapters and no weights: "
+                    "convert it with `megatron-entropic convert megatron-to-peft`, and merge the adapter with its "
+                    "model by `convert peft-to-hf`"
+                )
             raise UserError(f"{self.directory}: not a checkpoint of one GPT model: {_EMBEDDING} is {found} in it")
         return prefixes[0]
 

@@ -153,7 +153,7 @@ def _settings(directory: Path, problems: Problems) -> dict[str, Any]:
 def write_adapter(
     directory: Path, tensors: Mapping[str, Tensor], parameter_map: ParameterMap, lora: LoraConfig, base: str
 ) -> None:
-    """Write an adapter that peft reads, as a new directory.
+    """Write an adapter that peft reads, into a new directory or an empty one.
 
     Args:
         tensors: all matrices by peft's names, of one dtype.
@@ -166,7 +166,7 @@ def write_adapter(
     expected = adapter_map(parameter_map, lora).hf_tensors
     assert set(tensors) == set(expected), f"{len(tensors)} of {len(expected)} matrices were given"
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     writer = SafetensorsWriter(directory / WEIGHTS_FILE, expected, dtypes)
     for name, tensor in tensors.items():
         writer.write(name, tensor)

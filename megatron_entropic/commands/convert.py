@@ -2,6 +2,7 @@
 
     FILE.gguf --gguf-to-hf--> HF_DIR        with --verify: are they the same, as transformers reads them?
     HF_DIR --hf-to-megatron--> CHECKPOINT --megatron-to-hf--> HF_DIR        verify: are they the same, bit by bit?
+    CHECKPOINT of a run with policy.lora --megatron-to-peft--> ADAPTER_DIR --peft-to-hf, with its model--> HF_DIR
 
 Any tensor, pipeline or expert parallel layout loads a converted checkpoint. See docs/checkpoint_conversion.md.
 """
@@ -58,6 +59,18 @@ def add_parser(commands: Any) -> None:
     )
     back.add_argument("--workers", type=whole(1), default=2, help="threads that read and write (default: %(default)s)")
     back.set_defaults(command=_megatron_to_hf)
+
+    merged = directions.add_parser("peft-to-hf", help="a low-rank adapter of peft or of a run merged into its model")
+    merged.add_argument("--hf-dir", type=Path, required=True, help="the model that the adapter is for; only read")
+    merged.add_argument("--adapter-dir", type=Path, required=True, help="directory with adapter_config.json")
+    merged.add_argument("--output-dir", type=Path, required=True, help="new directory; appears when it is complete")
+    merged.set_defaults(command=_peft_to_hf)
+
+    adapter = directions.add_parser("megatron-to-peft", help="adapters of a run's checkpoint (policy.lora), for peft")
+    adapter.add_argument("--megatron-dir", type=Path, required=True, help="checkpoint, the folder with .metadata in it")
+    adapter.add_argument("--hf-dir", type=Path, required=True, help="the model that the run began with")
+    adapter.add_argument("--output-dir", type=Path, required=True, help="new directory; appears when it is complete")
+    adapter.set_defaults(command=_megatron_to_peft)
 
     gguf = directions.add_parser("gguf-to-hf", help="from a GGUF file, dequantised, with tokenizer and chat template")
     gguf.add_argument("--gguf-file", type=Path, required=True, metavar="FILE", help="model in one file; only read")
@@ -122,6 +135,22 @@ def _megatron_to_hf(options: argparse.Namespace) -> None:
             progress=progress,
         )
     _say(console, f"wrote {options.output_dir}")
+
+
+def _peft_to_hf(options: argparse.Namespace) -> None:
+    from megatron_entropic.checkpoints.convert_adapter import peft_to_hf
+
+    console = Console()
+    with TransferProgress("merging", console) as progress:
+        peft_to_hf(options.hf_dir, options.adapter_dir, options.output_dir, progress=progress)
+    _say(console, f"wrote {options.output_dir}")
+
+
+def _megatron_to_peft(options: argparse.Namespace) -> None:
+    from megatron_entropic.checkpoints.convert_adapter import megatron_to_peft
+
+    megatron_to_peft(options.megatron_dir, options.hf_dir, options.output_dir)
+    _say(Console(), f"wrote {options.output_dir}")
 
 
 def _gguf_to_hf(options: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from megatron_entropic.commands.options import number, whole
-from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.config.policy import LoraConfig, PolicyConfig
 from megatron_entropic.errors import UserError
 from megatron_entropic.observability.progress import PhaseDisplay
 
@@ -21,6 +21,7 @@ def add_parser(commands: Any) -> None:
     score.add_argument("--tokens", type=Path, required=True, help='JSON lines {"tokens": [...], "prompt_length": n}')
     score.add_argument("--output", type=Path, required=True, help="JSON lines with logprobs and entropies (nats) added")
     score.add_argument("--backend", choices=["megatron", "vllm", "transformers"], default="megatron")
+    score.add_argument("--adapter-dir", type=Path, metavar="DIR", help="adapter of peft or of a run on the model")
     for name in ("tensor", "pipeline", "data", "context", "expert"):
         score.add_argument(f"--{name}-parallel", type=whole(1), default=1, metavar="N")
     for name in ("first", "last"):
@@ -44,13 +45,25 @@ def _score(options: argparse.Namespace) -> None:
         expert_parallel=options.expert_parallel,
         sequence_parallel=options.sequence_parallel,
         tokens_per_microbatch=options.tokens_per_microbatch,
+        lora=LoraConfig() if options.adapter_dir is None else _lora(options.adapter_dir),
     )
     parallel = layout.world_size > 1 or layout.sequence_parallel or layout.expert_parallel > 1
     if options.backend != "megatron" and parallel:
         raise UserError(f"--backend {options.backend} runs in one process; parallel layouts need --backend megatron")
+    if options.backend != "megatron" and layout.lora.enabled:
+        raise UserError(
+            f"--backend {options.backend} takes no --adapter-dir: merge it first with `megatron-entropic convert "
+            f"peft-to-hf --hf-dir {options.hf_dir} --adapter-dir {options.adapter_dir} --output-dir MERGED`"
+        )
     with PhaseDisplay(Console(stderr=True)) as phases:
         phases.begin(f"scoring with {options.backend}")
         _score_with(options, layout)
+
+
+def _lora(adapter_dir: Path) -> LoraConfig:
+    from megatron_entropic.checkpoints.peft_adapter import read_lora_settings
+
+    return read_lora_settings(adapter_dir)
 
 
 def _score_with(options: argparse.Namespace, layout: PolicyConfig) -> None:

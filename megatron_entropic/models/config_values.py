@@ -51,6 +51,11 @@ def read_json(hf_dir: Path) -> dict[str, Any]:
     if not hf_dir.is_dir():
         raise UserError(missing_model(hf_dir))
     path = hf_dir / "config.json"
+    if not path.is_file() and (hf_dir / "adapter_config.json").is_file():
+        raise UserError(
+            f"{hf_dir}: an adapter without its model. Merge the two with `megatron-entropic convert peft-to-hf`, or "
+            "train on from it with policy.lora.adapter_dir"
+        )
     if not path.is_file():
         raise UserError(f"{hf_dir}: no config.json, so this is not a Hugging Face model directory")
     try:

@@ -96,8 +96,19 @@ def layer_bytes(
     norm_input = (_norm_item(item) if attention == "sdpa" else item) * width.hidden
     linear_inputs = 2 * item * width.hidden
     core = _core_attention(model, policy, width, item, attention)
-    around = _around_attention(model, width, item, attention)
+    around = _around_attention(model, policy, width, item, attention)
     feed_forward = _feed_forward(model, policy, width, item, attention, sparse)
+    final = norm_input + 4 + item * width.hidden
+    copies = 0.0
+    if policy.lora.enabled:
+        adapters = adapter_bytes(model, policy, item)
+        copies = adapters.copies
+        # Frozen norms keep their input alone, frozen linear layers nothing: what adapters read is kept for them.
+        norm_input = item * width.hidden
+        linear_inputs = item * width.hidden * sum(module in adapters.kept for module in ("linear_qkv", "linear_fc1"))
+        around += adapters.hidden - (0 if "linear_proj" in adapters.kept else item * width.attended)
+        feed_forward -= 0 if sparse or "linear_fc2" in adapters.kept else item * width.ffn
+        final = norm_input + 4 + item * width.hidden
     complete = 2 * (norm_input + 4) + linear_inputs + core + around + feed_forward
     saved = complete
     if policy.recompute == "full":
@@ -109,7 +120,46 @@ def layer_bytes(
         saved = complete - feed_forward - fused_norm
     elif policy.recompute == "selective":
         saved = complete - core + _core_attention_inputs(model, width, item)
-    return LayerBytes(own_tokens * saved, own_tokens * complete, own_tokens * (norm_input + 4 + item * width.hidden))
+    kept_copies = 0 if policy.recompute == "full" else copies
+    return LayerBytes(own_tokens * saved + kept_copies, own_tokens * complete + copies, own_tokens * final)
+
+
+@dataclass(frozen=True)
+class AdapterBytes:
+    """What the adapters of one layer keep on one rank."""
+
+    kept: frozenset[str]
+    """Names of the Megatron layers that have adapters, and so keep their inputs."""
+    hidden: float
+    """Bytes per token of A x."""
+    copies: float
+    """Bytes, whatever the number of tokens, of A and B of several matrices put together for one product."""
+
+
+def adapter_bytes(model: PlannedModel, policy: PolicyConfig, item: int) -> AdapterBytes:
+    """What the adapters of a layer keep of each token, and once.
+
+    Without sequence parallelism every tensor rank has A x of all tokens. With it so have layers cut along outputs, and
+    those cut along inputs that of the rank's part.
+    """
+    rank, ranks, targets = policy.lora.rank, policy.tensor_parallel, policy.lora.target_modules
+    size, hidden = model.dimensions.size, model.dimensions.hidden_size
+    layers = {
+        "linear_qkv": (("q_proj", "k_proj", "v_proj"), size("query") + 2 * size("key_value")),
+        "linear_proj": (("o_proj",), hidden),
+        "linear_fc1": (("gate_proj", "up_proj"), 2 * model.dimensions.ffn_hidden_size),
+        "linear_fc2": (("down_proj",), hidden),
+    }
+    counts = {name: sum(module in targets for module in modules) for name, (modules, _) in layers.items()}
+    parts = ranks if policy.sequence_parallel else 1
+    width = sum(
+        rank * count / (parts if name in ("linear_proj", "linear_fc2") else 1) for name, count in counts.items()
+    )
+    copies = sum(
+        rank * counts[name] * ((hidden if counts[name] > 1 else 0) + layers[name][1] / ranks)
+        for name in ("linear_qkv", "linear_fc1")
+    )
+    return AdapterBytes(frozenset(name for name, count in counts.items() if count), item * width, item * copies)
 
 
 def head_bytes(model: PlannedModel, policy: PolicyConfig, tokens: int, *, dtype: Dtype, head: HeadName) -> int:
@@ -153,11 +203,15 @@ def divergence_bytes(
 def backward_bytes(model: PlannedModel, policy: PolicyConfig, tokens: int, *, dtype: Dtype) -> int:
     """Bytes of gradients alive beside what is saved: of the widest activation, and of the largest matrix in `dtype`."""
     dimensions, item = model.dimensions, ITEM_BYTES[dtype]
+    if policy.lora.enabled:
+        largest_matrix = 0  # no gradient of a weight is ever made
+    else:
+        rows_of_vocabulary = dimensions.padded_vocab_size(policy.tensor_parallel) // policy.tensor_parallel
+        largest_matrix = rows_of_vocabulary * dimensions.hidden_size
     rows = rank_tokens(policy, tokens) * (model.experts.per_token if model.experts else 1)
     rows = round(rows * expert_token_share(model, policy))
     width = 3 * model.feed_forward_width // feed_forward_ranks(model, policy)
-    vocabulary = dimensions.padded_vocab_size(policy.tensor_parallel) // policy.tensor_parallel
-    return item * (rows * width + vocabulary * dimensions.hidden_size)
+    return item * (rows * width + largest_matrix)
 
 
 def feed_forward_ranks(model: PlannedModel, policy: PolicyConfig) -> int:
@@ -195,7 +249,9 @@ def _widths(model: PlannedModel, policy: PolicyConfig, sparse: bool) -> _Widths:
     )
 
 
-def _around_attention(model: PlannedModel, width: _Widths, item: int, attention: Attention) -> float:
+def _around_attention(
+    model: PlannedModel, policy: PolicyConfig, width: _Widths, item: int, attention: Attention
+) -> float:
     """Bytes per token of packed q, k, v, their norms, RoPE, and the output projection's input."""
     if model.dimensions.latent is not None:
         return _around_latent_attention(model.dimensions.latent, width, item, attention)
@@ -206,8 +262,11 @@ def _around_attention(model: PlannedModel, width: _Widths, item: int, attention:
     rope = 4 * item * model.dimensions.head_dim
     if not model.dimensions.qk_norm:
         return rope + projection
-    # In float32 the norms keep q as a copy and k as a view of the packed tensor; in bfloat16 copies of both.
-    norms = packed + 4 * (2 * width.query + width.key) if item == 4 else item * (width.query + width.key)
+    # In float32 the norms keep q as a copy, unless it is of one group, and k as a view of the packed tensor, and
+    # unless they are frozen the products of both; in bfloat16 copies of both.
+    copied = width.query if model.dimensions.num_query_groups > policy.tensor_parallel else 0
+    products = 0 if policy.lora.enabled else width.query + width.key
+    norms = packed + 4 * (copied + products) if item == 4 else item * (width.query + width.key)
     return norms + rope + projection
 
 

@@ -60,7 +60,8 @@ def gradient_traffic(step: PlannedStep) -> list[Traffic]:
     policy = step.policy
     per_stage = [list(_gradients(step, stage)) for stage in step.end_stages]
     found = max(per_stage, key=lambda rows: sum(row.sent_bytes for row in rows))
-    if step.table.model.dimensions.tie_word_embeddings and policy.pipeline_parallel > 1:
+    tied = step.table.model.dimensions.tie_word_embeddings and not policy.lora.enabled
+    if tied and policy.pipeline_parallel > 1:
         shard = next(s for s in step.table.stage(policy, 0).shards if s.part == "embedding")
         crosses = _crosses(policy, step.hardware, "pipeline")
         found.append(
@@ -89,7 +90,8 @@ def _tensor(step: PlannedStep, direction: Direction) -> Iterator[Traffic]:
     if direction == "update" and policy.recompute == "selective" and step.repeats_feed_forward:
         halves += blocks // 2 if shared or model.experts is None else 0
     if policy.sequence_parallel:
-        again = blocks if direction == "update" else 0
+        # Frozen weights need no gradient, for which their inputs would have to be there again.
+        again = blocks if direction == "update" and not policy.lora.enabled else 0
         count, share, operation = 2 * halves + again, 1, "all-gather and reduce-scatter of hidden states"
     else:
         count, share, operation = halves, 2, "all-reduce of hidden states"

@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_entropic.config.policy import LoraConfig
 from megatron_entropic.planning.activations import layer_bytes, rank_tokens
 from megatron_entropic.planning.parameters import ParameterTable
 from megatron_entropic.planning.step import PlannedStep
@@ -40,10 +41,12 @@ class Work:
     head: float
     feed_forward: float
     """Operations of the feed-forward parts, which `layers` includes."""
+    adapters: float = 0.0
+    """Operations of the adapters' matrices."""
 
 
-def work(table: ParameterTable, mean_tokens: float) -> Work:
-    """Operations of a token of a sequence of `mean_tokens` tokens."""
+def work(table: ParameterTable, mean_tokens: float, lora: LoraConfig | None = None) -> Work:
+    """Operations of a token of a sequence of `mean_tokens` tokens, with the adapters of `lora`."""
     dimensions = table.model.dimensions
     head = dimensions.vocab_size * dimensions.hidden_size
     width = dimensions.size("query") + dimensions.size("attended")
@@ -52,6 +55,7 @@ def work(table: ParameterTable, mean_tokens: float) -> Work:
         attention=mean_tokens * width * dimensions.num_layers,
         head=2 * head,
         feed_forward=2 * _feed_forward_elements(table),
+        adapters=0.0 if lora is None or not lora.enabled else 2 * table.trained(lora).elements,
     )
 
 
@@ -95,18 +99,21 @@ def _stage_s(step: PlannedStep, direction: Direction, stage: int) -> float:
 def _product_s(step: PlannedStep, direction: Direction, share: float, is_last: bool) -> float:
     """Seconds of the products of a share of the layers, and of the output layer."""
     hardware, policy, dtype = step.hardware, step.policy, step.dtype
-    done = work(step.table, step.schedule.mean_tokens)
-    layers, again, head = 1, 0.0, 1
+    done = work(step.table, step.schedule.mean_tokens, policy.lora)
+    layers, again, head, weights = 1, 0.0, 1, 0
     if direction == "update":
         layers = 4 if policy.recompute == "full" else 3
+        # Gradients of weights are a third of a step's products, which adapters leave out.
+        weights = 1 if policy.lora.enabled else 0
         again = done.feed_forward if policy.recompute == "selective" and step.repeats_feed_forward else 0.0
         head = 4 if step.config.output_head == "recompute" else 3
     wide = hardware.product_efficiency * hardware.flop_per_s(dtype)
     narrow = hardware.product_efficiency * hardware.flop_per_s(dtype, float8=policy.fp8 != "off")
     attention = hardware.attention_efficiency * hardware.flop_per_s(dtype)
-    per_token = share * ((layers * done.layers + again) / narrow + layers * done.attention / attention)
+    own_products = (layers - weights) * done.layers + layers * done.adapters + again
+    per_token = share * (own_products / narrow + layers * done.attention / attention)
     if is_last:
-        per_token += head * done.head / wide
+        per_token += (head - weights) * done.head / wide
     return step.schedule.tokens * per_token / (policy.tensor_parallel * policy.context_parallel)
 
 
@@ -117,8 +124,10 @@ def _memory_bytes(step: PlannedStep, direction: Direction, stage: int) -> float:
     update, again = direction == "update", policy.recompute == "full"
     passes = _FORWARD_PASSES if not update else _UPDATE_PASSES + (_FORWARD_PASSES if again else 0)
     sparse = dimensions.sparse_layers
+    # What frozen weights let autograd forget is written and read all the same.
+    layout = policy.without_adapters
     kept = sum(
-        count * layer_bytes(model, policy, tokens, dtype=dtype, attention=step.attention, experts=experts).complete
+        count * layer_bytes(model, layout, tokens, dtype=dtype, attention=step.attention, experts=experts).complete
         for experts, count in ((True, sparse), (False, dimensions.num_layers - sparse))
         if count
     )
@@ -127,7 +136,8 @@ def _memory_bytes(step: PlannedStep, direction: Direction, stage: int) -> float:
     if stage == policy.pipeline_parallel - 1:
         columns = dimensions.padded_vocab_size(policy.tensor_parallel) / policy.tensor_parallel
         logits = item * rank_tokens(policy, tokens) * columns
-    touched = item if not update else (3 if again else 2) * item + 8
+    gradients = 0 if policy.lora.enabled else 8
+    touched = item if not update else (3 if again else 2) * item + gradients
     return passes * (share * kept + logits) + touched * step.table.stage(policy, stage).elements
 
 

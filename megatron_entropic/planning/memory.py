@@ -78,6 +78,9 @@ def stage_memory(step: PlannedStep, stage: int) -> StageMemory:
     """Peak memory of one pipeline stage's GPUs."""
     policy, dtype, item, buffers = step.policy, step.dtype, step.item_bytes, step.buffers(stage)
     weights = sum(b.padded_elements if policy.distributed_optimizer else b.elements for b in buffers) * item
+    if policy.lora.enabled:
+        # The buffers are the adapters'; the model's own weights lie in none.
+        weights += step.table.stage(policy, stage).elements * item
     head = 0
     if stage == policy.pipeline_parallel - 1:
         model, tokens = step.table.model, step.schedule.largest_tokens
@@ -87,7 +90,7 @@ def stage_memory(step: PlannedStep, stage: int) -> StageMemory:
     return StageMemory(
         stage=stage,
         weights=weights,
-        frozen=item * sum(beside.stage(policy, stage).elements for beside in step.frozen.values()),
+        frozen=item * sum(step.frozen[name].stage(policy, stage).elements for name in step.config.frozen_copies),
         gradients=sum(buffer.padded_elements for buffer in buffers) * 4,
         optimizer=sum(buffer.owned_elements(0) for buffer in buffers) * optimizer_bytes_per_element(dtype),
         activations=_activation_bytes(step, stage),

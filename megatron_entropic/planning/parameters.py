@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_entropic.config.algorithm import AlgorithmConfig, FrozenName
-from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.config.policy import LoraConfig, PolicyConfig
 from megatron_entropic.config.run import Dtype
 from megatron_entropic.errors import UserError, reading
+from megatron_entropic.models.adapters import adapter_map
 from megatron_entropic.models.dimensions import ModelDimensions, read_dimensions
 from megatron_entropic.models.parameter_map import Entry, ParameterMap
 from megatron_entropic.models.read_config import ExpertDimensions
@@ -183,10 +184,20 @@ class ParameterTable:
         self._stages: dict[tuple[int, ...], StageParameters] = {}
         self._buffers: dict[tuple[Any, ...], tuple[GradientBuffer, ...]] = {}
         self._publish_plans: dict[tuple[Any, ...], PublishPlan] = {}
+        self._adapters: dict[tuple[Any, ...], ParameterTable] = {}
 
     def frozen(self, algorithm: AlgorithmConfig) -> dict[FrozenName, ParameterTable]:
         """Tables of the frozen models that the algorithm asks for; of the model itself where nothing else is known."""
         return {name: self.beside.get(name, self) for name in algorithm.frozen_dirs}
+
+    def trained(self, lora: LoraConfig) -> ParameterTable:
+        """The table of what is trained: the model itself, or its adapters."""
+        if not lora.enabled:
+            return self
+        key = (lora.rank, *lora.target_modules)
+        if key not in self._adapters:
+            self._adapters[key] = ParameterTable(self.model, adapter_map(self.map, lora))
+        return self._adapters[key]
 
     def stage(self, policy: PolicyConfig, stage: int) -> StageParameters:
         """Parameters of each rank of a pipeline stage; the layout must divide the model (`layout_problems`)."""
@@ -221,14 +232,17 @@ class ParameterTable:
     def buffers(self, policy: PolicyConfig, stage: int, *, overlap: bool) -> tuple[GradientBuffer, ...]:
         """The buffers of each rank of a stage: for each chunk of dense parameters, and of experts if it has any.
 
+        With adapters, of theirs alone.
+
         Args:
             stage: number of the pipeline stage, from 0.
             overlap: whether gradients travel during backward, as on a GPU; then the first stage has buckets.
         """
         dense_ranks = policy.data_parallel * policy.context_parallel
-        parameters = self.stage(policy, stage)
+        parameters = self.trained(policy.lora).stage(policy, stage)
         limit = max(BUCKET_ELEMENTS, 1_000_000 * dense_ranks) if overlap and stage == 0 else None
-        key = (self._key(policy, stage), dense_ranks, policy.distributed_optimizer, limit)
+        adapters = (policy.lora.rank, *policy.lora.target_modules)
+        key = (self._key(policy, stage), dense_ranks, policy.distributed_optimizer, limit, adapters)
         if key not in self._buffers:
             # Experts that every rank holds are summed with the rest.
             apart = policy.expert_parallel > 1
@@ -282,7 +296,7 @@ class ParameterTable:
                 "layers" if entry.layer is not None else "embedding" if entry.megatron_name == first else "output",
                 prod(self.map.shard_shape(entry, ranks)),
                 expert=expert,
-                shared_embedding=tied and entry.megatron_name in (first, last),
+                shared_embedding=tied and entry.layer is None and entry.megatron_name in (first, last),
                 chunk=self.map.chunk_of(entry, stages),
             )
 
@@ -291,7 +305,9 @@ def _registration(entry: Entry) -> tuple[int, int]:
     """Sort key of a stage's entries in the order in which megatron-core registers them; ties keep the map's order."""
     if entry.layer is None:
         return (-1 if entry.megatron_name.startswith("embedding") else 1 << 30, 0)
-    place = next((i for i, name in enumerate(_REGISTERED_FIRST) if f".{name}." in entry.megatron_name), 99)
+    own_name = entry.megatron_name.replace("_adapter.", ".")
+    # Adapters of attention come behind all of it, but before the feed-forward part.
+    place = next((i for i, name in enumerate(_REGISTERED_FIRST) if f".{name}." in own_name), 99)
     return entry.layer, place
 
 

@@ -221,7 +221,7 @@ def checkpoint_host_bytes(step: PlannedStep) -> int:
     copies_bytes = 2 * step.item_bytes if keeps else 0
     of_stage = [_stage_bytes(step, stage) for stage in range(policy.pipeline_parallel)]
     of_rank = [
-        _rank_bytes(policy, of_stage[stage], place) + copies_bytes * step.table.stage(policy, stage).elements
+        _rank_bytes(policy, of_stage[stage], place) + copies_bytes * step.trained(stage).elements
         for stage in range(policy.pipeline_parallel)
         for place in range(policy.stage_ranks)
     ]
@@ -244,7 +244,7 @@ class _StageBytes:
 
 
 def _stage_bytes(step: PlannedStep, stage: int) -> _StageBytes:
-    policy, item, parameters = step.policy, step.item_bytes, step.table.stage(step.policy, stage)
+    policy, item, parameters = step.policy, step.item_bytes, step.trained(stage)
     if policy.distributed_optimizer and step.config.checkpoint.format == "fully_reshardable":
         return _StageBytes(0, 0, WHOLE_BYTES_PER_PARAMETER * parameters.elements, None)
     dense, experts = parameters.elements - parameters.expert_elements, parameters.expert_elements

@@ -9,7 +9,7 @@ from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.config.run import ITEM_BYTES, Config, Dtype
 from megatron_entropic.planning.activations import Attention
 from megatron_entropic.planning.hardware import Hardware
-from megatron_entropic.planning.parameters import GradientBuffer, ParameterTable
+from megatron_entropic.planning.parameters import GradientBuffer, ParameterTable, StageParameters
 from megatron_entropic.planning.schedule import Schedule
 
 
@@ -67,6 +67,10 @@ class PlannedStep:
     def of(self, table: ParameterTable) -> PlannedStep:
         """The step with another model in the place of the policy."""
         return replace(self, table=table)
+
+    def trained(self, stage: int) -> StageParameters:
+        """Parameters of each rank of a pipeline stage that are trained: all, or the adapters."""
+        return self.table.trained(self.policy.lora).stage(self.policy, stage)
 
     def buffers(self, stage: int) -> tuple[GradientBuffer, ...]:
         """Gradient buffers of each rank of a pipeline stage."""

@@ -17,16 +17,19 @@ from typing import Any
 import torch
 
 from megatron_entropic.checkpoints.hf import HfReader
+from megatron_entropic.checkpoints.peft_adapter import PeftAdapter
 from megatron_entropic.config.policy import PolicyConfig
 from megatron_entropic.config.run import Dtype
 from megatron_entropic.data.token_file import TokenLine, read_token_file, write_scored_file
 from megatron_entropic.errors import UserError
 from megatron_entropic.models.dimensions import read_dimensions
+from megatron_entropic.models.parameter_map import ParameterMap
 from megatron_entropic.policy.batch.balance import attention_weight
 from megatron_entropic.policy.batch.prefix_sharing import deal, shares_prefixes
 from megatron_entropic.policy.local_ranks import run_as_rank, run_local_ranks, tell_phase
 from megatron_entropic.policy.megatron.parallel import ParallelState, initialise_model_parallel, layout_problems
 from megatron_entropic.policy.megatron.platform import Device, Platform, Rendezvous, select_platform
+from megatron_entropic.policy.model.adapters import fill_adapters
 from megatron_entropic.policy.model.load import load_weights
 from megatron_entropic.policy.step.forward import pack_alike
 from megatron_entropic.policy.step.score import score
@@ -63,7 +66,8 @@ def score_file(
         UserError: bad input (model, layout or lines), before any process starts.
         PeerDied, PhaseTimeout: a rank failed or all stood still for `policy.distributed_timeout_s`.
     """
-    dimensions = HfReader(hf_dir).parameter_map.dimensions
+    reader = HfReader(hf_dir)
+    dimensions = reader.parameter_map.dimensions
     lines = read_token_file(tokens_path, dimensions.vocab_size)
     problems = [
         *layout_problems(policy, policy.world_size),
@@ -73,11 +77,13 @@ def score_file(
         problems.append(f"temperature {temperature:g} must be positive")
     if policy.data_parallel > len(lines):
         problems.append(f"data_parallel={policy.data_parallel}, but there are {len(lines)} sequences")
+    if policy.lora.enabled and policy.lora.adapter_dir is not None:
+        PeftAdapter(policy.lora.adapter_dir, reader.parameter_map, policy.lora)
     if problems:
         raise UserError(f"{hf_dir} cannot be scored as asked:\n" + "\n".join(f"  - {p}" for p in problems))
     job = _Job(
         hf_dir=str(Path(hf_dir).absolute()),
-        policy=policy.model_dump(),
+        policy=policy.model_dump(mode="json"),
         temperature=temperature,
         dtype=dtype,
         device=device,
@@ -133,6 +139,8 @@ def _load_model(job: _Job, policy: PolicyConfig, platform: Platform, state: Para
     dimensions = HfReader(Path(job.hf_dir)).parameter_map.dimensions
     model = build_model(dimensions, policy, job.dtype, state, platform)
     load_weights(model, Path(job.hf_dir), state)
+    if policy.lora.enabled:
+        fill_adapters(model, ParameterMap(dimensions), policy.lora, state, seed=0)
     return model
 
 

@@ -14,6 +14,7 @@ from tiny_models import random_sequences, transformers_statistics, write_tiny_mo
 SCRIPT = Path(__file__).parent / "scripts" / "checkpoint_resume.py"
 PLAIN = {"distributed_optimizer": False}
 EXPERTS = {"family": "qwen3_moe"}
+LORA = {"lora": {"rank": 3, "alpha": 6.0, "target_modules": ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"]}}
 LOCAL = {"feedback": "microbatch_local"}
 
 
@@ -32,6 +33,13 @@ SAVED = {
     "experts tp2 sp": _run(
         "experts tp2 sp", "from_experts_tp2", {"tensor_parallel": 2, "sequence_parallel": True}, **EXPERTS
     ),
+    "adapters dp2": _run("adapters dp2", "from_adapters_dp2", LORA),
+    "adapters tp2 sp": _run(
+        "adapters tp2 sp",
+        "from_adapters_tp2",
+        {"tensor_parallel": 2, "sequence_parallel": True, **LORA},
+        dtype="bfloat16",
+    ),
     "dp2 local": _run("dp2 local", "from_dp2_local", control=LOCAL),
     "pp2 vpp2": _run("pp2 vpp2", "from_pp2_vpp2", {"pipeline_parallel": 2, "virtual_pipeline_parallel": 2}),
     "pp2 of 3 and 1": _run("pp2 of 3 and 1", "from_pp2_uneven", {"pipeline_parallel": 2, "first_stage_layers": 3}),
@@ -48,6 +56,8 @@ RESHARDED = {
         "dp2 to tp2 sp": _run("dp2 to tp2 sp", "from_dp2", {"tensor_parallel": 2, "sequence_parallel": True}),
         "ep2 to pp2": _run("ep2 to pp2", "from_ep2", {"pipeline_parallel": 2}, **EXPERTS),
         "experts tp2 sp to ep2": _run("experts tp2 sp to ep2", "from_experts_tp2", {"expert_parallel": 2}, **EXPERTS),
+        "adapters dp2 to tp2": _run("adapters dp2 to tp2", "from_adapters_dp2", {"tensor_parallel": 2, **LORA}),
+        "adapters dp2 to pp2": _run("adapters dp2 to pp2", "from_adapters_dp2", {"pipeline_parallel": 2, **LORA}),
         "dp2 whole to tp2": _run("dp2 whole to tp2", "from_dp2_whole", {"tensor_parallel": 2}),
         "dp2 plain to tp2": _run("dp2 plain to tp2", "from_dp2_plain", {"tensor_parallel": 2, **PLAIN}),
     },
@@ -148,7 +158,8 @@ def _compare(trained: dict[str, Any], resumed: dict[str, Any], work: Path, name:
 
 @pytest.mark.parametrize("name", SAVED)
 def test_the_export_is_the_trained_model_to_transformers(trained, work, name):
-    exported = safetensors.torch.load_file(work / f"{name}.hf" / "model.safetensors")
+    file = "adapter/adapter_model.safetensors" if "lora" in SAVED[name]["layout"] else "model.safetensors"
+    exported = safetensors.torch.load_file(work / f"{name}.hf" / file)
     parameters = torch.load(work / f"{name}.train.pt")["after"]
     assert set(exported) == set(parameters)
     assert all(torch.equal(exported[key], parameters[key]) for key in parameters)

@@ -23,6 +23,8 @@ def _case(family: str = "qwen3", dtype: str = "float32", lengths: Any = None, **
     return {"family": family, "dtype": dtype, "lengths": lengths, "policy": policy}
 
 
+LORA = {"rank": 5, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+FEWER_ADAPTERS = {"rank": 4, "target_modules": ["q_proj", "v_proj"]}
 CASES: dict[int, dict[str, dict[str, Any]]] = {
     1: {
         "tp1": _case(distributed_optimizer=False),
@@ -34,6 +36,10 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "saved bf16": _case(dtype="bfloat16", lengths=LENGTHS),
         "saved without qk norm": _case("qwen2", lengths=LENGTHS),
         "saved latent": _case("deepseek_v3", lengths=LENGTHS),
+        "saved adapters": _case(lengths=LENGTHS, lora=LORA),
+        "saved adapters bf16": _case("llama", dtype="bfloat16", lengths=LENGTHS, lora=LORA),
+        "saved few adapters tied": _case("qwen2", lengths=LENGTHS, lora=FEWER_ADAPTERS, distributed_optimizer=False),
+        "saved adapters full": _case(lengths=LENGTHS, lora=LORA, recompute="full"),
     },
     2: {
         "tp2": _case(tensor_parallel=2),
@@ -54,6 +60,10 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "saved tp2": _case(lengths=LENGTHS, tensor_parallel=2),
         "saved tp2 sp": _case(lengths=LENGTHS, tensor_parallel=2, sequence_parallel=True),
         "saved tp2 sp full": _case(lengths=LENGTHS, tensor_parallel=2, sequence_parallel=True, recompute="full"),
+        "saved adapters tp2": _case(lengths=LENGTHS, tensor_parallel=2, lora=LORA),
+        "saved adapters tp2 sp": _case(lengths=LENGTHS, tensor_parallel=2, sequence_parallel=True, lora=LORA),
+        "adapters pp2 tied": _case("qwen2", "bfloat16", pipeline_parallel=2, lora=LORA),
+        "adapters dp2": _case(lora=LORA),
         "saved experts ep2": _case("mixtral", "bfloat16", lengths=LENGTHS, expert_parallel=2),
         "saved experts tp2 ep2 etp1": _case(
             "mixtral",
@@ -108,13 +118,15 @@ def test_static_bytes_are_exact(ranks: int, name: str, models: Path, measured: d
     policy, item = _layout(case, ranks), ITEM_BYTES[case["dtype"]]
     table = ParameterTable(find_model(models / case["family"]))
     for report in (rank[name] for rank in measured[ranks]):
-        parameters = table.stage(policy, report["stage"])
+        parameters = table.stage(policy, report["stage"]).elements
+        if policy.lora.enabled:
+            parameters += table.trained(policy.lora).stage(policy, report["stage"]).elements
         buffers = table.buffers(policy, report["stage"], overlap=False)
         rank_of = {False: report["data_rank"], True: report["expert_data_rank"]}
         owned = sum(buffer.owned_elements(rank_of[buffer.expert]) for buffer in buffers)
         padded = sum(buffer.padded_elements for buffer in buffers)
         state = optimizer_bytes_per_element(case["dtype"])
-        assert report["parameters"] == parameters.elements * item
+        assert report["parameters"] == parameters * item
         assert report["parameter_buffer"] == (padded * item if policy.distributed_optimizer else 0)
         assert report["gradients"] == padded * 4
         assert report["moments"] + report["main_parameters"] == owned * state

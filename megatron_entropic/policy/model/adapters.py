@@ -77,7 +77,7 @@ class LinearAdapter(torch.nn.Module):
         """
         from megatron.core import tensor_parallel
 
-        hidden = _product(x, torch.cat(self._parts("a"))) * self._scale
+        hidden = _product(x, self._stacked_a()) * self._scale
         if self._inputs_cut and self._sequence_parallel:
             hidden = tensor_parallel.reduce_scatter_to_sequence_parallel_region(hidden, group=self._group)
         elif self._inputs_cut:
@@ -91,7 +91,7 @@ class LinearAdapter(torch.nn.Module):
     @torch.no_grad()
     def delta(self) -> torch.Tensor:
         """This rank's part of alpha/rank B A in the layer's weight, of the weight's shape, float32."""
-        return self._stacked_b().float() @ torch.cat(self._parts("a")).float() * self._scale
+        return self._stacked_b().float() @ self._stacked_a().float() * self._scale
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
@@ -115,6 +115,11 @@ class LinearAdapter(torch.nn.Module):
 
     def _parts(self, letter: str) -> list[torch.Tensor]:
         return [self.get_parameter(f"{matrix.module}_{letter}") for matrix in self._matrices]
+
+    def _stacked_a(self) -> torch.Tensor:
+        """All A as one matrix, [matrices * rank, the layer's inputs]."""
+        found = self._parts("a")
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _stacked_b(self) -> torch.Tensor:
         """All B as one matrix, [the layer's outputs, matrices * rank], each in its own rows and columns, else 0."""

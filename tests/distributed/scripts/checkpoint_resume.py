@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from policy_ranks import RANK, ProcessGroups, hf_parameters, replica_part
+from policy_ranks import RANK, ProcessGroups, adapter_parameters, hf_parameters, replica_part
 
 from megatron_entropic.errors import RunError
 from megatron_entropic.policy.policy import Policy
@@ -113,10 +113,11 @@ def resume(work: Path, run: dict[str, Any], rendezvous: ProcessGroups) -> dict[s
 
 def went_on(policy: Policy, part: list[Sequence], saved_path: Path) -> dict[str, Any]:
     before = adam_steps(policy)
-    parameters_before = hf_parameters(policy)
+    trained = adapter_parameters if policy.config.policy.lora.enabled else hf_parameters
+    parameters_before = trained(policy)
     numbers = random_numbers()
     trace = steps(policy, part, STEPS_AFTER)
-    parameters = hf_parameters(policy)
+    parameters = trained(policy)
     if RANK == 0:
         torch.save({"before": parameters_before, "after": parameters}, saved_path)
     return {"trace": trace, "random": numbers, "adam steps": [before, adam_steps(policy)]}
