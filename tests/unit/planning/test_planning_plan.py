@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).parent / "nemotron_1_5b.txt"
 PAPER_MODELS = {
     "nemotron_1_5b": "OpenReasoning-Nemotron-1.5B",
     **dict.fromkeys(("qwen3_8b", "qwen3_8b_colocated", "qwen3_8b_grpo", "qwen3_8b_offpolicy"), "Qwen3-8B"),
-    **dict.fromkeys(("qwen3_32b", "qwen3_32b_colocated"), "Qwen3-32B"),
+    **dict.fromkeys(("qwen3_32b", "qwen3_32b_colocated", "qwen3_32b_lora"), "Qwen3-32B"),
 }
 
 
@@ -90,6 +90,7 @@ def test_a_terminal_gets_drawn_tables() -> None:
         ("qwen3_8b_offpolicy", 16, 80),
         ("qwen3_32b", 64, 80),
         ("qwen3_32b_colocated", 32, 80),
+        ("qwen3_32b_lora", 8, 80),
     ],
 )
 def test_dense_examples_fit(name: str, gpus: int, gpu_memory_gb: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,6 +106,34 @@ def test_examples_with_experts_fit(name: str, model: str, gpus: int, gpu_memory_
     """Whether the rest of the project can run them yet is not the plan's question."""
     plan = make_plan(example(name), known(model), machine(gpu_memory_gb=gpu_memory_gb, gpus=gpus))
     assert plan.problems == ()
+
+
+def test_adapters_leave_gradients_optimizer_and_checkpoints_of_the_weights_out() -> None:
+    config, table = example("qwen3_32b_lora"), known("Qwen3-32B")
+    every_weight = config.model_copy(update={"policy": config.policy.without_adapters})
+    adapted, full = (make_plan(one, table, machine(gpus=8)).numbers for one in (config, every_weight))
+    assert adapted is not None
+    assert full is not None
+    trained = table.trained(config.policy.lora).elements
+    assert trained == 64 * 32 * sum(
+        inputs + outputs
+        for inputs, outputs in (
+            (5120, 8192),  # q
+            (5120, 1024),  # k
+            (5120, 1024),  # v
+            (8192, 5120),  # o
+            (5120, 25600),  # gate
+            (5120, 25600),  # up
+            (25600, 5120),  # down
+        )
+    )
+    (with_adapters,), (without,) = adapted.memory, full.memory
+    assert with_adapters.gradients < 0.03 * without.gradients
+    assert with_adapters.optimizer < 0.03 * without.optimizer
+    assert with_adapters.weights == pytest.approx(without.weights, rel=0.02)
+    assert adapted.checkpoint_host_bytes < 0.03 * full.checkpoint_host_bytes
+    assert adapted.time.score_s == pytest.approx(full.time.score_s, rel=0.02)
+    assert 0.6 < adapted.time.update_s / full.time.update_s < 0.8, "a third of the products falls away"
 
 
 def test_latent_attention_has_a_plan() -> None:
