@@ -132,9 +132,9 @@ def _settings(directory: Path, problems: Problems) -> dict[str, Any]:
         # Some of them change the weights beside the adapter.
         problems.add(f"{CONFIG_FILE}: init_lora_weights={config['init_lora_weights']!r} is not supported")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         problems.add(f"{CONFIG_FILE}: r={rank!r} is not a positive whole number")
-    elif type(alpha) not in (int, float) or not math.isfinite(alpha) or alpha <= 0:
+    elif isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
         problems.add(f"{CONFIG_FILE}: lora_alpha={alpha!r} is not a positive number")
     else:
         # Rank-stabilised adapters are scaled by alpha / sqrt(rank).

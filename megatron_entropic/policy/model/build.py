@@ -204,7 +204,7 @@ def _take_norms_out(spec: TransformerBlockSubmodules) -> None:
         attention = layer.self_attention.submodules
         if attention.linear_qkv is TELayerNormColumnParallelLinear:
             attention.linear_qkv, layer.input_layernorm = TEColumnParallelLinear, TENorm
-        feed_forward = getattr(layer.mlp, "submodules", None)
+        feed_forward: Any = getattr(layer.mlp, "submodules", None)
         if getattr(feed_forward, "linear_fc1", None) is TELayerNormColumnParallelLinear:
             feed_forward.linear_fc1, layer.pre_mlp_layernorm = TEColumnParallelLinear, TENorm
 
