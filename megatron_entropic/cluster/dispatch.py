@@ -23,7 +23,7 @@ import ray
 
 from megatron_entropic.cluster.cluster import Cluster
 from megatron_entropic.cluster.followed import Followed
-from megatron_entropic.cluster.waiting import HeadWatch, result_of
+from megatron_entropic.cluster.waiting import HeadWatch, all_ready, result_of
 from megatron_entropic.config.run import Config, Sampling
 from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError
 from megatron_entropic.rollout.in_flight import Report
@@ -308,9 +308,11 @@ class Dispatcher:
     def _hand_out(self) -> None:
         """Give engines with room what comes first in the queue. The least busy one has the most room."""
         left = []
+        least_busy = [(len(one.attempts), place, one) for place, one in enumerate(self._alive)] if self._queue else []
+        heapq.heapify(least_busy)
         while self._queue:
             order, ticket, ask = heapq.heappop(self._queue)
-            engine = self._engine_for(ask)
+            engine = self._engine_for(ask, least_busy)
             if engine is None:
                 left.append((order, ticket, ask))
                 if ask.engine is None:
@@ -339,13 +341,27 @@ class Dispatcher:
             if engine.outbox and len(engine.calls) < _CALLS_IN_FLIGHT:
                 self._call(engine)
 
-    def _engine_for(self, ask: Ask) -> _Engine | None:
-        working = {name: one for name, one in self._working.items() if one.lost is None}
-        if ask.engine is not None:
-            return working.get(ask.engine)
-        if self._followed is not None and (name := self._followed.engine(ask.group, next(iter(ask.requests)))):
-            return working.get(name)
-        engine = min(working.values(), key=lambda one: len(one.attempts), default=None)
+    @property
+    def _alive(self) -> list[_Engine]:
+        return [one for one in self._working.values() if one.lost is None]
+
+    def _engine_for(self, ask: Ask, least_busy: list[tuple[int, int, _Engine]]) -> _Engine | None:
+        """The engine that is to take an ask; None: none has room for it.
+
+        Args:
+            ask: what is to be handed out.
+            least_busy: heap of the engines that are not lost by the attempts they had; they have more by now.
+        """
+        name = ask.engine
+        if name is None and self._followed is not None:
+            name = self._followed.engine(ask.group, next(iter(ask.requests)))
+        if name:
+            named = self._working.get(name)
+            return named if named is not None and named.lost is None else None
+        while least_busy and least_busy[0][0] != len(least_busy[0][2].attempts):
+            _, place, one = least_busy[0]
+            heapq.heapreplace(least_busy, (len(one.attempts), place, one))
+        engine = least_busy[0][2] if least_busy else None
         # One group more than the engine can work on at a time: the next one is there when there is room.
         return engine if engine is not None and len(engine.attempts) < self._limit + len(ask.requests) else None
 
@@ -370,9 +386,10 @@ class Dispatcher:
                     if not calls:
                         self._changed.wait(_POLL_S)
                         continue
-                ready, _ = ray.wait(list(calls), num_returns=1, timeout=_POLL_S)
-                for reference in ready:
+                for reference in all_ready(list(calls), _POLL_S):
                     self._take_in(calls[reference], reference)
+                with self._changed:  # once for all of them: it looks at every engine
+                    self._hand_out()
                 self._look_for_silence()
         except BaseException as error:  # noqa: BLE001  whoever waits must hear of it
             with self._changed:
@@ -404,7 +421,6 @@ class Dispatcher:
                     self._arrived(engine, ticket, response)
                 for ticket in report.dropped:
                     del engine.attempts[ticket]
-                self._hand_out()
             self._changed.notify_all()
 
     def _arrived(self, engine: _Engine, ticket: int, response: Response) -> None:

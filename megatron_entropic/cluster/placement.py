@@ -113,7 +113,7 @@ def reserve(config: Config, device: Device, *, policy_ranks: int | None = None) 
         ranks = [slot for slot in slots[: len(nodes)] for _ in range(per_node)]
         served = slots[len(nodes) :]
     return Placement(
-        policy=tuple(sorted(ranks, key=_node_and_bundle)),
+        policy=_by_node(ranks),
         engines=tuple(served),
         device=device,
         engine_gpus=config.rollout.tensor_parallel,
@@ -132,9 +132,9 @@ def shared_bundles(config: Config, device: Device) -> list[dict[str, float]]:
 
 def _shared(config: Config, device: Device) -> Placement:
     """Reserve room in which policy ranks and engines lie together."""
-    slots = sorted(_reserve({"PACK": shared_bundles(config, device)}, config), key=_node_and_bundle)
+    slots = _by_node(_reserve({"PACK": shared_bundles(config, device)}, config))
     ranks = tuple(slot for slot in slots for _ in range(config.rollout.tensor_parallel))
-    return Placement(ranks, tuple(slots[: config.rollout.engines]), device, engine_gpus=0)
+    return Placement(ranks, slots[: config.rollout.engines], device, engine_gpus=0)
 
 
 def _reserve(
@@ -166,8 +166,12 @@ def _reserve(
     return [Slot(group, bundle) for group in groups for bundle in range(group.bundle_count)]
 
 
-def _node_and_bundle(slot: Slot) -> tuple[str, int]:
-    return placement_group_table(slot.group)["bundles_to_node_id"][slot.bundle], slot.bundle
+def _by_node(slots: list[Slot]) -> tuple[Slot, ...]:
+    """Slots ordered by node, then by bundle."""
+    # One table a group: Ray's lists every bundle, and takes 12 ms where there are 1,152.
+    groups = {slot.group.id: slot.group for slot in slots}
+    nodes = {key: placement_group_table(group)["bundles_to_node_id"] for key, group in groups.items()}
+    return tuple(sorted(slots, key=lambda slot: (nodes[slot.group.id][slot.bundle], slot.bundle)))
 
 
 def _total(bundles: list[dict[str, float]]) -> str:

@@ -33,8 +33,8 @@ def gather(
 ) -> dict[str, Any]:
     """Wait for the results of remote calls, by peer name.
 
-    Fails on the first peer that fails, without waiting for the others: when one rank is gone, the rest sit in a
-    collective until its own timeout.
+    Fails within about a second of the first peer that fails, without waiting for the others: when one rank is gone,
+    the rest sit in a collective until its own timeout.
 
     Args:
         calls: peer name ("policy rank 3") -> object reference.
@@ -49,8 +49,7 @@ def gather(
             it waited for another peer in vain.
         UserError: what a peer found is for the person to change.
     """
-    peer_of = {reference: peer for peer, reference in calls.items()}
-    pending = list(peer_of)
+    pending = {reference: peer for peer, reference in calls.items()}
     results: dict[str, Any] = {}
     head = HeadWatch(phase)
 
@@ -58,15 +57,15 @@ def gather(
         head.check()
         while_waiting()
 
-    for reference in _as_they_end(pending, timeout_s, watch):
+    for reference, peer in _as_they_end(pending, timeout_s, watch):
         try:
-            results[peer_of[reference]] = result_of(reference, peer_of[reference], phase)
+            results[peer] = result_of(reference, peer, phase)
         except RunError as error:
             if not _is_death_of_the_peer_itself(error):
-                _look_for_deaths({other: peer_of[other] for other in pending}, phase)
+                _look_for_deaths(pending, phase)
             raise
     if pending:
-        raise _silent(phase, timeout_s, [peer_of[reference] for reference in pending])
+        raise _silent(phase, timeout_s, list(pending.values()))
     return {peer: results[peer] for peer in calls}
 
 
@@ -92,19 +91,17 @@ def receive_streams(
     Raises:
         RunError: a peer raised.
     """
-    peer_of = {stream: peer for peer, stream in streams.items()}
-    pending = list(peer_of)
+    pending = {stream: peer for peer, stream in streams.items()}
     lost: dict[str, RunError] = {}
     deadline = time.monotonic() + timeout_s
     head = HeadWatch(phase)
     while pending and (left_s := deadline - time.monotonic()) > 0:
         head.check()
         while_waiting()
-        ready, _ = ray.wait(pending, num_returns=1, timeout=min(POLL_S, left_s))
-        for stream in ready:
-            peer, item = peer_of[stream], next(stream, None)
+        for stream in all_ready(list(pending), min(POLL_S, left_s)):
+            peer, item = pending[stream], next(stream, None)
             if item is None:
-                pending.remove(stream)
+                del pending[stream]
                 continue
             try:
                 take(peer, result_of(item, peer, phase))
@@ -112,13 +109,25 @@ def receive_streams(
                 if not _is_death_of_the_peer_itself(error):
                     raise
                 lost[peer] = error
-                pending.remove(stream)
-    return lost | {peer_of[stream]: _silent(phase, timeout_s, [peer_of[stream]]) for stream in pending}
+                del pending[stream]
+    return lost | {peer: _silent(phase, timeout_s, [peer]) for peer in pending.values()}
+
+
+def all_ready(waited_for: list[Any], timeout_s: float) -> list[Any]:
+    """Wait until one of some references or streams is ready; returns all that are by then, none after `timeout_s`.
+
+    A call of `ray.wait` looks at each of them: one call for each that is ready takes seconds with a thousand engines.
+    """
+    ready, rest = ray.wait(waited_for, num_returns=1, timeout=timeout_s)
+    if not ready or not rest:
+        return list(ready)
+    also, _ = ray.wait(rest, num_returns=len(rest), timeout=0)
+    return [*ready, *also]
 
 
 def answered(calls: Mapping[str, ray.ObjectRef]) -> dict[str, Any]:
     """Results, by peer name, of those calls that have ended without an error by now."""
-    ready, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=0)
+    ready = _ended(calls)
     results = {}
     for peer, reference in calls.items():
         if reference in ready:
@@ -132,7 +141,7 @@ def answered(calls: Mapping[str, ray.ObjectRef]) -> dict[str, Any]:
 def dead_peers(pings: Mapping[str, ray.ObjectRef]) -> list[str]:
     """Names of the peers whose process is known to be gone after GRACE_S; those that are busy do not count."""
     ray.wait(list(pings.values()), num_returns=len(pings), timeout=GRACE_S)
-    ready, _ = ray.wait(list(pings.values()), num_returns=len(pings), timeout=0)
+    ready = _ended(pings)
     dead = []
     for peer, reference in pings.items():
         if reference in ready:
@@ -143,21 +152,26 @@ def dead_peers(pings: Mapping[str, ray.ObjectRef]) -> list[str]:
     return dead
 
 
+def _ended(calls: Mapping[str, ray.ObjectRef]) -> set[ray.ObjectRef]:
+    """Those of some pending calls that have ended by now."""
+    ready, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=0)
+    return set(ready)
+
+
 def _as_they_end(
-    pending: list[ray.ObjectRef], timeout_s: float, while_waiting: Callable[[], None]
-) -> Iterator[ray.ObjectRef]:
-    """Yields references out of `pending` as their calls end; those left in it did not end in time."""
+    pending: dict[ray.ObjectRef, str], timeout_s: float, while_waiting: Callable[[], None]
+) -> Iterator[tuple[ray.ObjectRef, str]]:
+    """Yields pairs out of `pending` as their calls end; those left in it did not end in time."""
     deadline = time.monotonic() + timeout_s
     while pending:
         left_s = max(0.0, deadline - time.monotonic())
-        ready, _ = ray.wait(pending, num_returns=1, timeout=min(POLL_S, left_s))
-        if ready:
-            pending.remove(ready[0])
-            yield ready[0]
-        elif left_s > POLL_S:
-            while_waiting()
-        else:
+        # All in one call: each looks at every reference that is left, so one for each answer is quadratic in them.
+        ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=min(POLL_S, left_s))
+        for reference in ready:
+            yield reference, pending.pop(reference)
+        if not pending or left_s <= POLL_S:
             return
+        while_waiting()
 
 
 def _silent(phase: str, timeout_s: float, peers: list[str]) -> PhaseTimeout:
@@ -174,8 +188,8 @@ def _look_for_deaths(pending: dict[ray.ObjectRef, str], phase: str) -> None:
     deadline = time.monotonic() + GRACE_S
     waiting = list(pending)
     while waiting and (left_s := deadline - time.monotonic()) > 0:
-        ready, waiting = ray.wait(waiting, num_returns=1, timeout=left_s)
-        for reference in ready:
+        for reference in all_ready(waiting, left_s):
+            waiting.remove(reference)
             try:
                 result_of(reference, pending[reference], phase)
             except RunError as error:

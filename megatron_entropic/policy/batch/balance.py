@@ -5,6 +5,7 @@ Loss weights come from global counts (algorithms/aggregation), so no result depe
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -73,9 +74,9 @@ def data_parallel_shards(costs: Sequence[float], data_parallel: int) -> list[lis
 def spread(costs: Sequence[float], count: int) -> list[list[int]]:
     """Indices in `count` groups of close sums: the largest first, each to the group with the least; ties by order."""
     groups: list[list[int]] = [[] for _ in range(count)]
-    load = [0.0] * count
+    loads = [(0.0, 0, group) for group in range(count)]  # sum, number of members, number of the group: a heap
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        target = min(range(count), key=lambda group: (load[group], len(groups[group]), group))
+        load, members, target = loads[0]
         groups[target].append(index)
-        load[target] += costs[index]
+        heapq.heapreplace(loads, (load + costs[index], members + 1, target))
     return groups
