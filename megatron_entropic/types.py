@@ -11,7 +11,7 @@ policy: its response. Where no environment takes part, R is C.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cached_property
@@ -177,14 +177,24 @@ class Trajectory:
     segments: tuple[Segment, ...]
     finish_reason: str
     """Reason why the last segment that the policy wrote ended."""
-    text: str
-    """Text of what the policy wrote, without special tokens."""
+    wording: str | Callable[[list[int]], str]
+    """`text`, or the function that makes it of the tokens that the policy wrote, wherever it is read."""
     verdict: Verdict | None = None
     """What the environment says it is worth, or that nobody can say; None: verifiers judge the text."""
     ending: str = ""
     """Why a conversation with an environment ended, see `environments.conversation.Ending`; empty without one."""
     earlier: tuple[Trajectory, ...] = ()
     """The contexts that were replaced, in order: what was learned in them counts as much."""
+    whole: Tokens | None = None
+    """Prompt and continuation as one array, [L] int32, in which those of the segments lie; None: each has its own."""
+
+    @property
+    def text(self) -> str:
+        """Text of what the policy wrote, without special tokens."""
+        # Not kept where it can be made again: of long responses it takes as much memory as their tokens.
+        if isinstance(self.wording, str):
+            return self.wording
+        return self.wording(_joined([segment.tokens for segment in self.written], np.int32).tolist())
 
     @property
     def contexts(self) -> tuple[Trajectory, ...]:
@@ -196,6 +206,11 @@ class Trajectory:
         *earlier, (task, own) = _split(self.earlier[0].task if self.earlier else self.task, segments)
         before = tuple(replace(self, task=task, segments=own, earlier=()) for task, own in earlier)
         return replace(self, task=task, segments=own, earlier=before)
+
+    @property
+    def tokens(self) -> Tokens:
+        """Token ids of the prompt followed by those of all segments, [L] int32."""
+        return self.whole if self.whole is not None else np.concatenate([self.task.tokens, self.continuation])
 
     @property
     def continuation(self) -> Tokens:
@@ -303,7 +318,7 @@ class Sequence:
     """One prompt with what follows it; the policy scores and trains on what it wrote of that."""
 
     tokens: torch.Tensor
-    """Token ids of the prompt followed by those after it, [L] int64."""
+    """Token ids of the prompt followed by those after it, [L] int32 or int64; micro-batches have int64."""
     prompt_length: int
     advantages: torch.Tensor | None = None
     """Advantage of each response token, [R] float32."""
@@ -355,7 +370,10 @@ class Sequence:
         return self.old_logprobs if self.sampling_logprobs is None else self.sampling_logprobs
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel between processes as arrays: pickling a small tensor takes a hundred times as long."""
+        """Travel between processes as arrays: pickling a small tensor takes a hundred times as long.
+
+        A value that all tokens have, as an advantage, travels once.
+        """
         # Not __getstate__: dataclasses of Python 3.11.2 replace it where a class is frozen and has slots.
         return _rebuilt_sequence, tuple(_as_array(getattr(self, item.name)) for item in fields(self))
 
@@ -447,12 +465,26 @@ def _rebuilt_scores(*columns: list[Any]) -> Scores:
     return Scores(*([_as_tensor(value) for value in values] for values in columns))
 
 
+@dataclass(frozen=True, slots=True)
+class _Repeated:
+    """An array of equal values."""
+
+    value: npt.NDArray[Any]
+    """The value, [1]."""
+    size: int
+
+
 def _as_array(value: Any) -> Any:
-    return value if value is None or isinstance(value, int | float) else value.detach().cpu().numpy()
+    if value is None or isinstance(value, int | float):
+        return value
+    array = value.detach().cpu().numpy()
+    return _Repeated(array[:1].copy(), array.size) if array.strides == (0,) and array.size else array
 
 
 def _as_tensor(value: Any) -> Any:
     import torch
 
+    if isinstance(value, _Repeated):
+        return torch.tensor(value.value).expand(value.size)
     # A copy: arrays that come through shared memory are read-only.
     return torch.tensor(value) if isinstance(value, np.ndarray) else value

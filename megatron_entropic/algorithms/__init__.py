@@ -18,6 +18,7 @@ from megatron_entropic.algorithms.importance import (
     importance_ratios,
     importance_weights,
     mismatch_metrics,
+    mismatch_metrics_of,
 )
 from megatron_entropic.algorithms.losses import POLICY_LOSSES, PolicyLoss, find_policy_loss
 from megatron_entropic.algorithms.losses.policy_loss import PolicyLossTerms, entropic_term, kl_penalty, policy_loss
@@ -44,6 +45,7 @@ __all__ = [
     "importance_weights",
     "kl_penalty",
     "mismatch_metrics",
+    "mismatch_metrics_of",
     "policy_loss",
     "token_weights",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_entropic.algorithms.losses.policy_loss import MAX_LOG_RATIO
+from megatron_entropic.algorithms.token_sums import Sums, parts_of
 
 
 def importance_ratios(old_logprobs: Tensor, rollout_logprobs: Tensor, level: str) -> Tensor:
@@ -94,22 +95,28 @@ def corrections(importance: str, staleness: str) -> list[Correction]:
     return found
 
 
-def importance_metrics(ratios: Seq[Tensor], method: str, cap: float, prefix: str = "importance/") -> dict[str, float]:
+def importance_metrics(
+    ratios: Iterable[Tensor], method: str, cap: float, prefix: str = "importance/"
+) -> dict[str, float]:
     """Metrics of the rollout correction, from the ratios of all responses before truncation; names begin by `prefix`.
 
     importance/ratio_mean, importance/ratio_max   of w; the mean is 1 when both policies agree
     importance/cut_fraction                       share of tokens whose w was truncated or masked
     importance/effective_fraction                 (sum w)^2 / (T sum w^2): share of the sample that is left
     """
-    raw = torch.cat([torch.ones(0), *ratios]).double()
-    if raw.numel() == 0:
-        raw = torch.ones(1, dtype=torch.float64)
-    cut = importance_weights(raw, method, cap) != raw
+    sums = Sums()
+    for (ratio,) in parts_of((ratio,) for ratio in ratios):
+        raw = ratio.double()
+        sums.add("ratio", raw)
+        sums.add_highest("ratio", raw)
+        sums.add("cut", (importance_weights(raw, method, cap) != raw).double())
+        sums.add("square", raw.square())
+    tokens, total = sums.count("ratio"), sums.total("ratio")
     return {
-        f"{prefix}ratio_mean": float(raw.mean()),
-        f"{prefix}ratio_max": float(raw.max()),
-        f"{prefix}cut_fraction": float(cut.double().mean()),
-        f"{prefix}effective_fraction": float(raw.sum().square() / (raw.numel() * raw.square().sum())),
+        f"{prefix}ratio_mean": sums.mean("ratio", empty=1.0),
+        f"{prefix}ratio_max": sums.highest("ratio", empty=1.0),
+        f"{prefix}cut_fraction": sums.mean("cut", empty=0.0),
+        f"{prefix}effective_fraction": total * total / (tokens * sums.total("square")) if tokens else 1.0,
     }
 
 
@@ -138,13 +145,22 @@ def mismatch_metrics(policy_logprobs: Tensor, rollout_logprobs: Tensor, prefix: 
     """
     if policy_logprobs.shape != rollout_logprobs.shape:
         raise ValueError(f"policy log-probs {tuple(policy_logprobs.shape)}, rollout's {tuple(rollout_logprobs.shape)}")
-    d = (policy_logprobs.detach().double() - rollout_logprobs.detach().double()).flatten()
-    if d.numel() == 0:
-        d = torch.zeros(1, dtype=torch.float64)
-    bounded = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return mismatch_metrics_of([(policy_logprobs.flatten(), rollout_logprobs.flatten())], prefix)
+
+
+def mismatch_metrics_of(sequences: Iterable[tuple[Tensor, Tensor]], prefix: str = "mismatch/") -> dict[str, float]:
+    """`mismatch_metrics` over the tokens of all sequences, each a pair of policy's and rollout's log-probs, [R]."""
+    sums = Sums()
+    for policy, rollout in parts_of(sequences):
+        d = policy.detach().double() - rollout.detach().double()
+        distance, bounded = d.abs(), d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        sums.add("distance", distance)
+        sums.add_highest("distance", distance)
+        sums.add("k3", torch.expm1(bounded) - d)
+        sums.add("error", bounded.abs().exp())
     return {
-        f"{prefix}logprob_abs_mean": float(d.abs().mean()),
-        f"{prefix}logprob_abs_max": float(d.abs().max()),
-        f"{prefix}k3": float((torch.expm1(bounded) - d).mean()),
-        f"{prefix}token_probability_error_ratio": float(bounded.abs().exp().mean()),
+        f"{prefix}logprob_abs_mean": sums.mean("distance", empty=0.0),
+        f"{prefix}logprob_abs_max": sums.highest("distance", empty=0.0),
+        f"{prefix}k3": sums.mean("k3", empty=0.0),
+        f"{prefix}token_probability_error_ratio": sums.mean("error", empty=1.0),
     }

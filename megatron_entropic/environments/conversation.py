@@ -9,7 +9,7 @@ environment a conversation is over with its first turn.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -267,11 +267,22 @@ class Conversation:
 
     def trajectory(self, decode: Callable[[list[int]], str]) -> Trajectory:
         """The conversation as it is to be judged; `decode` makes text of tokens."""
+        if self.complete:
+            return self._single_answer(decode)
         written = [segment.tokens for segment in self.segments if segment.origin is Origin.POLICY]
         text = decode(np.concatenate([np.empty(0, np.int32), *written]).tolist())
         reason = self.finish_reason or "stop"
         whole = Trajectory(self.task, self.sample, (), reason, text, self.verdict, self.ending)
         return whole.with_segments(self.segments)
+
+    def _single_answer(self, decode: Callable[[list[int]], str]) -> Trajectory:
+        """Trajectory without an environment; its tokens lie in one array, as those who train on it want them."""
+        tokens, start = np.concatenate([self.task.tokens, *(s.tokens for s in self.segments)]), self.task.tokens.size
+        for number, segment in enumerate(self.segments):
+            end = start + segment.tokens.size
+            self.segments[number], start = replace(segment, tokens=tokens[start:end]), end
+        reason = self.finish_reason or "stop"
+        return Trajectory(self.task, self.sample, tuple(self.segments), reason, decode, whole=tokens)
 
     @property
     def _room(self) -> int:

@@ -66,7 +66,7 @@ def write_generations(path: Path, generations: Sequence[Generation], settings: d
         metadata={_SETTINGS_KEY: json.dumps(EVALUATION.stamp(settings), sort_keys=True).encode()},
     )
     table = pa.Table.from_pylist([asdict(generation) for generation in generations], schema=schema)
-    write_parquet(path, table)
+    write_parquet(path, [table])
 
 
 def read_generations(path: Path) -> tuple[list[Generation], dict[str, Any]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -101,9 +102,12 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
         file.write(text.encode("utf-8", errors="backslashreplace"))
 
 
-def write_parquet(path: Path, table: Any) -> None:
-    """Write a pyarrow table by `atomic_write`."""
+def write_parquet(path: Path, tables: Iterable[Any]) -> None:
+    """Write pyarrow tables of one schema, at least one, as the row groups of a file, by `atomic_write`."""
     import pyarrow.parquet
 
-    with atomic_write(path) as file:
-        pyarrow.parquet.write_table(table, file, compression="zstd")
+    others = iter(tables)
+    first = next(others)
+    with atomic_write(path) as file, pyarrow.parquet.ParquetWriter(file, first.schema, compression="zstd") as writer:
+        for table in chain([first], others):
+            writer.write_table(table)

@@ -23,6 +23,10 @@ from megatron_entropic.types import NO_VERSION, Group, Origin, Reward, Scores, S
 
 ROLLOUTS_FOLDER = "rollouts"
 _METADATA_KEY = b"megatron_entropic.rollouts"
+_ROW_GROUP_TOKENS = 1 << 22
+"""Tokens that are written together: about 130 MB before compression."""
+_Written = tuple[Trajectory, Reward, int, int | None]
+"""A context with its reward, its number within the attempt and the place of its sequence, None if it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +109,30 @@ def write_rollouts(path: Path, step: int, batch: TrainingBatch, scores: Scores, 
         scores: scores of its sequences, before the first update.
         metrics: metrics of the step.
     """
+    content = ROLLOUTS.stamp({"step": step, "metrics": dict(metrics)})
+    metadata = {_METADATA_KEY: json.dumps(content).encode()}
+    tables = (_table(rows, batch, scores).replace_schema_metadata(metadata) for rows in _row_groups(_rows(batch)))
+    write_parquet(path, tables)
+
+
+def _row_groups(rows: Iterable[_Written]) -> Iterator[list[_Written]]:
+    """Yields rows with _ROW_GROUP_TOKENS tokens or a little more, so that a long rollout is never copied whole."""
+    taken: list[_Written] = []
+    tokens = 0
+    for row in rows:
+        taken.append(row)
+        tokens += row[0].continuation_length
+        if tokens >= _ROW_GROUP_TOKENS:
+            yield taken
+            taken, tokens = [], 0
+    if taken:
+        yield taken
+
+
+def _table(rows: list[_Written], batch: TrainingBatch, scores: Scores) -> Any:
+    """Table of some rows."""
     import pyarrow as pa
 
-    rows = list(_rows(batch))
     trajectories, rewards, numbers, places = zip(*rows, strict=True)
     tasks = [trajectory.task for trajectory in trajectories]
 
@@ -117,38 +142,37 @@ def write_rollouts(path: Path, step: int, batch: TrainingBatch, scores: Scores, 
     def scored(values: Sequence[Any]) -> list[Any]:
         return [[] if place is None else _array(values[place]) for place in places]
 
-    columns = {
-        "prompt_index": pa.array([task.index for task in tasks], pa.int64()),
-        "sample_index": pa.array([one.sample_index for one in trajectories], pa.int32()),
-        "context": pa.array(numbers, pa.int32()),
-        "prompt": pa.array([_storable(task.text) for task in tasks], pa.string()),
-        "prompt_tokens": _lists([task.tokens for task in tasks], np.int32),
-        "ground_truth": pa.array([_json(task.ground_truth) for task in tasks], pa.string()),
-        "data_source": pa.array([task.data_source for task in tasks], pa.string()),
-        "extra_info": pa.array([_json(task.extra_info) for task in tasks], pa.string()),
-        "response": pa.array([_storable(one.text) for one in trajectories], pa.string()),
-        "response_tokens": _lists([one.continuation for one in trajectories], np.int32),
-        "finish_reason": pa.array([one.finish_reason for one in trajectories], pa.string()),
-        "ending": pa.array([one.ending for one in trajectories], pa.string()),
-        "weights_version": pa.array([one.weights_version for one in trajectories], pa.int64()),
-        "segment_versions": _lists([[s.weights_version for s in one.segments] for one in trajectories], np.int64),
-        "segment_tokens": _lists([[s.tokens.size for s in one.segments] for one in trajectories], np.int64),
-        "reward": pa.array([reward.value for reward in rewards], pa.float64()),
-        "verifier_reward": pa.array([reward.verifier for reward in rewards], pa.float64()),
-        "verifier_status": pa.array([reward.status for reward in rewards], pa.string()),
-        "rollout_logprobs": _lists([one.rollout_logprobs for one in trajectories], np.float32),
-        "advantages": _lists([[] if values is None else values for values in learned("advantages")], np.float32),
-        "old_logprobs": _lists(scored(scores.logprobs), np.float32),
-        "entropies": _lists(scored(scores.entropies), np.float32),
-        "reference_logprobs": _lists(learned("reference_logprobs"), np.float32),
-        "sampling_logprobs": _lists(learned("sampling_logprobs"), np.float32),
-    }
-    content = ROLLOUTS.stamp({"step": step, "metrics": dict(metrics)})
-    table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(content).encode()})
-    write_parquet(path, table)
+    return pa.table(
+        {
+            "prompt_index": pa.array([task.index for task in tasks], pa.int64()),
+            "sample_index": pa.array([one.sample_index for one in trajectories], pa.int32()),
+            "context": pa.array(numbers, pa.int32()),
+            "prompt": pa.array([_storable(task.text) for task in tasks], pa.string()),
+            "prompt_tokens": _lists([task.tokens for task in tasks], np.int32),
+            "ground_truth": pa.array([_json(task.ground_truth) for task in tasks], pa.string()),
+            "data_source": pa.array([task.data_source for task in tasks], pa.string()),
+            "extra_info": pa.array([_json(task.extra_info) for task in tasks], pa.string()),
+            "response": pa.array([_storable(one.text) for one in trajectories], pa.string()),
+            "response_tokens": _lists([one.continuation for one in trajectories], np.int32),
+            "finish_reason": pa.array([one.finish_reason for one in trajectories], pa.string()),
+            "ending": pa.array([one.ending for one in trajectories], pa.string()),
+            "weights_version": pa.array([one.weights_version for one in trajectories], pa.int64()),
+            "segment_versions": _lists([[s.weights_version for s in one.segments] for one in trajectories], np.int64),
+            "segment_tokens": _lists([[s.tokens.size for s in one.segments] for one in trajectories], np.int64),
+            "reward": pa.array([reward.value for reward in rewards], pa.float64()),
+            "verifier_reward": pa.array([reward.verifier for reward in rewards], pa.float64()),
+            "verifier_status": pa.array([reward.status for reward in rewards], pa.string()),
+            "rollout_logprobs": _lists([one.rollout_logprobs for one in trajectories], np.float32),
+            "advantages": _lists([[] if values is None else values for values in learned("advantages")], np.float32),
+            "old_logprobs": _lists(scored(scores.logprobs), np.float32),
+            "entropies": _lists(scored(scores.entropies), np.float32),
+            "reference_logprobs": _lists(learned("reference_logprobs"), np.float32),
+            "sampling_logprobs": _lists(learned("sampling_logprobs"), np.float32),
+        }
+    )
 
 
-def _rows(batch: TrainingBatch) -> Iterator[tuple[Trajectory, Reward, int, int | None]]:
+def _rows(batch: TrainingBatch) -> Iterator[_Written]:
     """Yields each context of each attempt with its reward, its number, and the place of its sequence.
 
     An attempt in which the policy wrote nothing has one without a sequence: its reward counted for the others.

@@ -6,6 +6,7 @@ The trainer does it with all ranks, `replay` with one rank in its own process.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import accumulate, chain
 from statistics import fmean
@@ -20,8 +21,9 @@ from megatron_entropic.algorithms import (
     distilled,
     importance_metrics,
     importance_ratios,
-    mismatch_metrics,
+    mismatch_metrics_of,
 )
+from megatron_entropic.algorithms.token_sums import Sums, parts_of
 from megatron_entropic.config.algorithm import AlgorithmConfig, DistillationConfig, FrozenName
 from megatron_entropic.config.run import Config, RolloutConfig
 from megatron_entropic.errors import RunError
@@ -113,12 +115,12 @@ def with_teacher(
     batch = TrainingBatch(batch.groups, tuple(sequences))
     if taught is None:
         return batch, {}
-    teacher = torch.cat(taught.logprobs).double()
-    own = _column(batch, "old_logprobs").double()
-    return batch, {
-        "distillation/kl": float((own - teacher).mean()),
-        "distillation/teacher_logprob": float(teacher.mean()),
-    }
+    sums = Sums()
+    olds = (sequence.old_logprobs for sequence in batch.sequences)
+    for own, teacher in parts_of((old, of) for old, of in zip(olds, taught.logprobs, strict=True) if old is not None):
+        sums.add("kl", own.double() - teacher.double())
+        sums.add("teacher_logprob", teacher.double())
+    return batch, {f"distillation/{name}": sums.mean(name) for name in ("kl", "teacher_logprob")}
 
 
 def update_policy(
@@ -179,7 +181,7 @@ def mismatch(batch: TrainingBatch) -> dict[str, float]:
 
     Where the policy was not asked for those of the weights that sampled, staleness is in them.
     """
-    return mismatch_metrics(_column(batch, "own_logprobs"), _column(batch, "rollout_logprobs"))
+    return mismatch_metrics_of(_pairs(batch, "own_logprobs", "rollout_logprobs"))
 
 
 def staleness(batch: TrainingBatch, version: int) -> dict[str, float]:
@@ -193,16 +195,16 @@ def staleness(batch: TrainingBatch, version: int) -> dict[str, float]:
     """
     trajectories = batch.trajectories
     segments = [segment for one in trajectories for segment in one.written]
-    ages = np.repeat([version - s.weights_version for s in segments], [s.tokens.size for s in segments])
+    ages = np.array([version - s.weights_version for s in segments])
+    tokens = np.array([s.tokens.size for s in segments])
     found = {
-        "staleness/versions_mean": float(ages.mean()),
-        "staleness/versions_max": float(ages.max()),
-        "staleness/stale_fraction": float((ages > 0).mean()),
+        "staleness/versions_mean": float((ages * tokens).sum() / tokens.sum()),
+        "staleness/versions_max": float(ages[tokens > 0].max()),
+        "staleness/stale_fraction": float(tokens[ages > 0].sum() / tokens.sum()),
         "staleness/mixed_fraction": fmean(len({s.weights_version for s in one.written}) > 1 for one in trajectories),
     }
     if any(s.sampling_logprobs is not None for s in batch.sequences):
-        old, own = _column(batch, "old_logprobs"), _column(batch, "own_logprobs")
-        found |= mismatch_metrics(old, own, prefix="staleness/")
+        found |= mismatch_metrics_of(_pairs(batch, "old_logprobs", "own_logprobs"), prefix="staleness/")
     return found
 
 
@@ -210,17 +212,18 @@ def importance(batch: TrainingBatch, rollout: RolloutConfig) -> dict[str, float]
     """Metrics importance/* of each of the rollout's `corrections`, before truncation; none without a correction."""
     found: dict[str, float] = {}
     for one in corrections(rollout.importance_correction, rollout.staleness_correction):
-        ratios = [
-            importance_ratios(getattr(s, one.above), getattr(s, one.below), rollout.importance_level)
-            for s in batch.sequences
-        ]
+        ratios = (
+            importance_ratios(above, below, rollout.importance_level)
+            for above, below in _pairs(batch, one.above, one.below)
+        )
         found |= importance_metrics(ratios, one.method, rollout.importance_cap, one.prefix)
     return found
 
 
-def _column(batch: TrainingBatch, name: str) -> torch.Tensor:
-    """Log-probs of all tokens of a scored batch, [T]."""
-    return torch.cat([getattr(sequence, name) for sequence in batch.sequences])
+def _pairs(batch: TrainingBatch, first: str, second: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields two kinds of log-probs of each sequence of a scored batch, [R] both."""
+    for sequence in batch.sequences:
+        yield getattr(sequence, first), getattr(sequence, second)
 
 
 def entropy_profile(batch: TrainingBatch, scores: Scores) -> dict[str, float]:
@@ -229,15 +232,18 @@ def entropy_profile(batch: TrainingBatch, scores: Scores) -> dict[str, float]:
     All are those of the policy before the step's first update. entropy/correct and entropy/wrong are left out where
     there is no such response, a quarter where no token falls.
     """
-    parts: dict[str, list[torch.Tensor]] = {}
+    pieces: dict[str, list[torch.Tensor]] = {}
     for reward, entropies in zip(batch.rewards, scores.entropies, strict=True):
         outcome = "correct" if reward.correct else "wrong"
-        parts.setdefault("entropy/rollout", []).append(entropies)
-        parts.setdefault(f"entropy/{outcome}", []).append(entropies)
+        pieces.setdefault("entropy/rollout", []).append(entropies)
+        pieces.setdefault(f"entropy/{outcome}", []).append(entropies)
         for quarter, piece in enumerate(entropies.tensor_split(4), start=1):
-            parts.setdefault(f"entropy/quarter_{quarter}", []).append(piece)
-    joined = {name: torch.cat(pieces).double() for name, pieces in parts.items()}
-    return {name: float(values.mean()) for name, values in joined.items() if values.numel()}
+            pieces.setdefault(f"entropy/quarter_{quarter}", []).append(piece)
+    sums = Sums()
+    for name, of_one in pieces.items():
+        for (values,) in parts_of((piece,) for piece in of_one):
+            sums.add(name, values.double())
+    return {name: sums.mean(name) for name in sums.names}
 
 
 def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:
@@ -252,11 +258,10 @@ def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:
 
 def _sequence(trajectory: Trajectory, advantage: torch.Tensor, success: float) -> Sequence:
     sampling = trajectory.sampling_logprobs
-    prompt, continuation = torch.from_numpy(trajectory.task.tokens), torch.from_numpy(trajectory.continuation)
     return Sequence(
-        tokens=torch.cat([prompt, continuation]).long(),
-        prompt_length=prompt.numel(),
-        advantages=advantage.expand(trajectory.response_length).clone(),
+        tokens=torch.from_numpy(trajectory.tokens),
+        prompt_length=trajectory.task.tokens.size,
+        advantages=advantage.expand(trajectory.response_length),
         rollout_logprobs=torch.from_numpy(trajectory.rollout_logprobs),
         sampling_logprobs=None if sampling is None else torch.from_numpy(sampling),
         success=success,

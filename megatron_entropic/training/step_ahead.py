@@ -61,7 +61,7 @@ class Attempt:
         """Sequence whose response is the segment `number`, after all that comes before it."""
         before = self.conversation.read(number)
         tokens = np.concatenate([*before, self.segments[number].tokens])
-        return Sequence(torch.from_numpy(tokens).long(), prompt_length=sum(part.size for part in before))
+        return Sequence(torch.from_numpy(tokens), prompt_length=sum(part.size for part in before))
 
 
 class StepAhead:

@@ -36,3 +36,11 @@ def test_scores_survive_pickling_with_their_order_and_empty_responses() -> None:
     (got_experts,) = pickle.loads(pickle.dumps(Scores([], [], [experts]))).experts
     assert torch.equal(got_experts, experts)
     assert got_experts.dtype == torch.uint8
+
+
+def test_an_advantage_that_all_tokens_have_travels_once() -> None:
+    alone = len(pickle.dumps(Sequence(torch.arange(3), 1, torch.tensor(0.25).expand(2))))
+    sent = Sequence(torch.arange(3), 1, torch.tensor(0.25).expand(1 << 14))
+    pickled = pickle.dumps(sent)
+    assert len(pickled) < alone + 16
+    assert torch.equal(pickle.loads(pickled).advantages, sent.advantages)

@@ -95,5 +95,5 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def _keys(sequence: Sequence, optimizer_step: int) -> Tensor:
     """Random numbers [R] that depend on the sequence's tokens and the step, not on where the sequence lies."""
-    seed = zlib.crc32(sequence.tokens.cpu().numpy().tobytes(), optimizer_step)
+    seed = zlib.crc32(sequence.tokens.long().cpu().numpy().tobytes(), optimizer_step)
     return torch.rand(sequence.response_length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from trajectories import task_of, trajectory_of
 
 from megatron_entropic.errors import UserError
 from megatron_entropic.files.formats import FileFormat
+from megatron_entropic.observability import records
 from megatron_entropic.observability.records import (
     read_rollouts,
     recorded_lengths,
@@ -128,3 +130,14 @@ def test_contexts_of_an_attempt_come_back_as_one(tmp_path: Path) -> None:
         assert now.advantages.tolist() == before.advantages.tolist()
     assert [len(one.earlier) for one in read.groups()[0].trajectories] == [1, 0]
     assert [reward.value for reward in again.rewards] == [1.0, 1.0, 0.0]
+
+
+def test_a_long_rollout_is_written_in_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text of more than 2 GB does not fit into one column of strings, nor a copy of all tokens into memory."""
+    batch, scores = step_of(5, 3, reference=True)
+    write_rollouts(rollouts_path(tmp_path, 1), 1, batch, scores, {})
+    monkeypatch.setattr(records, "_ROW_GROUP_TOKENS", 4)
+    write_rollouts(rollouts_path(tmp_path, 2), 2, batch, scores, {})
+    whole, parted = (pyarrow.parquet.ParquetFile(rollouts_path(tmp_path, step)) for step in (1, 2))
+    assert (whole.num_row_groups, parted.num_row_groups) == (1, 2)
+    assert parted.read().equals(whole.read())
