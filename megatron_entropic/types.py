@@ -177,7 +177,7 @@ class Trajectory:
     segments: tuple[Segment, ...]
     finish_reason: str
     """Reason why the last segment that the policy wrote ended."""
-    wording: str | Callable[[list[int]], str]
+    wording: str | Callable[[Tokens], str]
     """`text`, or the function that makes it of the tokens that the policy wrote, wherever it is read."""
     verdict: Verdict | None = None
     """What the environment says it is worth, or that nobody can say; None: verifiers judge the text."""
@@ -194,7 +194,8 @@ class Trajectory:
         # Not kept where it can be made again: of long responses it takes as much memory as their tokens.
         if isinstance(self.wording, str):
             return self.wording
-        return self.wording(_joined([segment.tokens for segment in self.written], np.int32).tolist())
+        # As an array: of a list, transformers looks at the type of each element, half of the time of decoding.
+        return self.wording(_joined([segment.tokens for segment in self.written], np.int32))
 
     @property
     def contexts(self) -> tuple[Trajectory, ...]:

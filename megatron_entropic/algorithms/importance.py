@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_entropic.algorithms.losses.policy_loss import MAX_LOG_RATIO
-from megatron_entropic.algorithms.token_sums import Sums, parts_of
+from megatron_entropic.algorithms.token_sums import Sums, summed
 
 
 def importance_ratios(old_logprobs: Tensor, rollout_logprobs: Tensor, level: str) -> Tensor:
@@ -104,13 +104,15 @@ def importance_metrics(
     importance/cut_fraction                       share of tokens whose w was truncated or masked
     importance/effective_fraction                 (sum w)^2 / (T sum w^2): share of the sample that is left
     """
-    sums = Sums()
-    for (ratio,) in parts_of((ratio,) for ratio in ratios):
-        raw = ratio.double()
+
+    def measure(sums: Sums, ratios: Tensor) -> None:
+        raw = ratios.double()
         sums.add("ratio", raw)
         sums.add_highest("ratio", raw)
         sums.add("cut", (importance_weights(raw, method, cap) != raw).double())
         sums.add("square", raw.square())
+
+    sums = summed(((ratio,) for ratio in ratios), measure)
     tokens, total = sums.count("ratio"), sums.total("ratio")
     return {
         f"{prefix}ratio_mean": sums.mean("ratio", empty=1.0),
@@ -150,14 +152,16 @@ def mismatch_metrics(policy_logprobs: Tensor, rollout_logprobs: Tensor, prefix: 
 
 def mismatch_metrics_of(sequences: Iterable[tuple[Tensor, Tensor]], prefix: str = "mismatch/") -> dict[str, float]:
     """`mismatch_metrics` over the tokens of all sequences, each a pair of policy's and rollout's log-probs, [R]."""
-    sums = Sums()
-    for policy, rollout in parts_of(sequences):
-        d = policy.detach().double() - rollout.detach().double()
+
+    def measure(sums: Sums, policy: Tensor, rollout: Tensor) -> None:
+        d = policy.detach().double().sub_(rollout.detach().double())
         distance, bounded = d.abs(), d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         sums.add("distance", distance)
         sums.add_highest("distance", distance)
-        sums.add("k3", torch.expm1(bounded) - d)
-        sums.add("error", bounded.abs().exp())
+        sums.add("k3", torch.expm1(bounded).sub_(d))
+        sums.add("error", bounded.abs_().exp_())
+
+    sums = summed(sequences, measure)
     return {
         f"{prefix}logprob_abs_mean": sums.mean("distance", empty=0.0),
         f"{prefix}logprob_abs_max": sums.highest("distance", empty=0.0),

@@ -265,17 +265,17 @@ class Conversation:
         """End a single answer, which no environment has a say in."""
         self.complete = True
 
-    def trajectory(self, decode: Callable[[list[int]], str]) -> Trajectory:
+    def trajectory(self, decode: Callable[[Tokens], str]) -> Trajectory:
         """The conversation as it is to be judged; `decode` makes text of tokens."""
         if self.complete:
             return self._single_answer(decode)
         written = [segment.tokens for segment in self.segments if segment.origin is Origin.POLICY]
-        text = decode(np.concatenate([np.empty(0, np.int32), *written]).tolist())
+        text = decode(np.concatenate([np.empty(0, np.int32), *written]))
         reason = self.finish_reason or "stop"
         whole = Trajectory(self.task, self.sample, (), reason, text, self.verdict, self.ending)
         return whole.with_segments(self.segments)
 
-    def _single_answer(self, decode: Callable[[list[int]], str]) -> Trajectory:
+    def _single_answer(self, decode: Callable[[Tokens], str]) -> Trajectory:
         """Trajectory without an environment; its tokens lie in one array, as those who train on it want them."""
         tokens, start = np.concatenate([self.task.tokens, *(s.tokens for s in self.segments)]), self.task.tokens.size
         for number, segment in enumerate(self.segments):

@@ -23,7 +23,7 @@ from megatron_entropic.algorithms import (
     importance_ratios,
     mismatch_metrics_of,
 )
-from megatron_entropic.algorithms.token_sums import Sums, parts_of
+from megatron_entropic.algorithms.token_sums import Sums, summed
 from megatron_entropic.config.algorithm import AlgorithmConfig, DistillationConfig, FrozenName
 from megatron_entropic.config.run import Config, RolloutConfig
 from megatron_entropic.errors import RunError
@@ -115,11 +115,13 @@ def with_teacher(
     batch = TrainingBatch(batch.groups, tuple(sequences))
     if taught is None:
         return batch, {}
-    sums = Sums()
-    olds = (sequence.old_logprobs for sequence in batch.sequences)
-    for own, teacher in parts_of((old, of) for old, of in zip(olds, taught.logprobs, strict=True) if old is not None):
+
+    def measure(sums: Sums, own: torch.Tensor, teacher: torch.Tensor) -> None:
         sums.add("kl", own.double() - teacher.double())
         sums.add("teacher_logprob", teacher.double())
+
+    olds = (sequence.old_logprobs for sequence in batch.sequences)
+    sums = summed(((old, of) for old, of in zip(olds, taught.logprobs, strict=True) if old is not None), measure)
     return batch, {f"distillation/{name}": sums.mean(name) for name in ("kl", "teacher_logprob")}
 
 
@@ -232,18 +234,17 @@ def entropy_profile(batch: TrainingBatch, scores: Scores) -> dict[str, float]:
     All are those of the policy before the step's first update. entropy/correct and entropy/wrong are left out where
     there is no such response, a quarter where no token falls.
     """
-    pieces: dict[str, list[torch.Tensor]] = {}
+    pieces: dict[str, list[tuple[torch.Tensor]]] = {}
     for reward, entropies in zip(batch.rewards, scores.entropies, strict=True):
         outcome = "correct" if reward.correct else "wrong"
-        pieces.setdefault("entropy/rollout", []).append(entropies)
-        pieces.setdefault(f"entropy/{outcome}", []).append(entropies)
+        pieces.setdefault("entropy/rollout", []).append((entropies,))
+        pieces.setdefault(f"entropy/{outcome}", []).append((entropies,))
         for quarter, piece in enumerate(entropies.tensor_split(4), start=1):
-            pieces.setdefault(f"entropy/quarter_{quarter}", []).append(piece)
-    sums = Sums()
-    for name, of_one in pieces.items():
-        for (values,) in parts_of((piece,) for piece in of_one):
-            sums.add(name, values.double())
-    return {name: sums.mean(name) for name in sums.names}
+            pieces.setdefault(f"entropy/quarter_{quarter}", []).append((piece,))
+    found = {
+        name: summed(of_one, lambda sums, values: sums.add("", values.double())) for name, of_one in pieces.items()
+    }
+    return {name: sums.mean("") for name, sums in found.items() if sums.count("")}
 
 
 def mean_of(updates: list[dict[str, float]]) -> dict[str, float]:

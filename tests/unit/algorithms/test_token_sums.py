@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_entropic.algorithms import importance_metrics, mismatch_metrics, mismatch_metrics_of, token_sums
-from megatron_entropic.algorithms.token_sums import Sums, parts_of
+from megatron_entropic.algorithms.token_sums import Sums, summed
 
 
 def sequences(count: int = 40) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -18,10 +18,12 @@ def sequences(count: int = 40) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def test_parts_are_whole_sequences_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_sums, "PART_TOKENS", 100)
     pairs = sequences()
-    parts = list(parts_of(iter(pairs)))
+    parts = [tuple(map(torch.cat, zip(*part, strict=True))) for part in token_sums._parts(iter(pairs))]
     assert all(100 <= first.numel() < 160 for first, _ in parts[:-1])
     for column in (0, 1):
         assert torch.equal(torch.cat([part[column] for part in parts]), torch.cat([pair[column] for pair in pairs]))
+    sums = summed(pairs, lambda sums, first, second: sums.add("x", (first * second).double()))
+    assert sums.count("x") == sum(first.numel() for first, _ in pairs)
 
 
 def test_one_part_has_the_bits_of_a_mean_over_all_tokens() -> None:

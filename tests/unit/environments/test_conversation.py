@@ -60,7 +60,7 @@ def test_what_engines_were_sent_is_what_is_trained_on(seed: int) -> None:
                 read[-1] += said
             else:
                 one.answered(Answer(None, call.last or "over", reward=1.0))
-    trajectory = one.trajectory(str)
+    trajectory = one.trajectory(lambda tokens: str(tokens.tolist()))
     assert len(set(seeds)) == len(seeds), "no two pieces are drawn from one seed"
     if not sampled[-1]:
         del sampled[-1], read[-1]
@@ -87,7 +87,7 @@ def test_a_single_answer_is_asked_for_as_before() -> None:
     assert not one.add(_part([4, 5], 1, CUT))
     assert one.add(_part([6], 2, "stop"))
     one.end()
-    trajectory = one.trajectory(str)
+    trajectory = one.trajectory(lambda tokens: str(tokens.tolist()))
     assert trajectory.mask is None
     assert (trajectory.text, trajectory.finish_reason, trajectory.ending) == ("[4, 5, 6]", "stop", "")
     assert conversation_metrics([trajectory]) == {}, "a run without an environment says nothing of conversations"
@@ -108,7 +108,7 @@ def test_each_turn_has_a_seed_and_a_name_of_its_own() -> None:
     one.add(_part([6], 3, "stop"))
     assert [answer.tolist() for answer in one.call.answers] == [[1, 2], [9, 9]]
     one.answered(Answer(None, "over", reward=0.5))
-    trajectory = one.trajectory(str)
+    trajectory = one.trajectory(lambda tokens: str(tokens.tolist()))
     assert [segment.origin for segment in trajectory.segments] == [
         Origin.POLICY,
         Origin.ENVIRONMENT,
@@ -146,7 +146,7 @@ def test_a_tool_that_fails_is_not_a_wrong_answer(ending: str, status: str) -> No
     one.add(_part([4], 1, "stop"))
     answer = Answer(None, ending, message="broken")  # type: ignore[arg-type]
     one.answered(answer)
-    verdict = one.trajectory(str).verdict
+    verdict = one.trajectory(lambda tokens: str(tokens.tolist())).verdict
     assert verdict is not None
     assert (verdict.status, verdict.message) == (status, "environment: broken")
 
@@ -158,7 +158,7 @@ def test_an_attempt_without_a_word_counts_and_is_not_learned() -> None:
     spoke.answered(Answer(_tokens(1)))
     spoke.add(_part([4], 1, "stop"))
     spoke.answered(Answer(None, "over", reward=1.0))
-    attempts = (failed.trajectory(str), spoke.trajectory(str))
+    attempts = (failed.trajectory(lambda tokens: str(tokens.tolist())), spoke.trajectory(str))
     batch = training_batch([Group(attempts, (reward_of(1.0, "error"), reward_of(1.0)))], "grpo_no_std")
     assert [one.tokens.tolist() for one in batch.sequences] == [[1, 4]]
     assert minibatches(batch, 1, None) == [list(batch.sequences)]
