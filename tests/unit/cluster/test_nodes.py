@@ -171,7 +171,7 @@ def test_engines_of_a_lost_node_go_on_on_another_and_do_not_count_as_replaced(
 
     elsewhere: Any = object()
     monkeypatch.setattr(placement, "_reserve", reserve)
-    monkeypatch.setattr(placement, "_node_and_bundle", lambda slot: ("id of host2", slot.bundle))
+    monkeypatch.setattr(placement, "_nodes", lambda slots: ["id of host2"] * len(slots))
     # Ray does not know of it yet: an engine that does not answer is not called dead.
     lost = engines.find_lost(PeerDied("publish: engine 3 died"))
     assert list(lost) == ["engine 2", "engine 3"]
