@@ -138,9 +138,13 @@ def _parameters(plan: Plan, numbers: Numbers) -> Section:
     )
     dimensions, ranks = plan.table.model.dimensions, plan.config.policy.tensor_parallel
     padded = dimensions.padded_vocab_size(ranks)
+    notes: tuple[str, ...] = ()
+    if (lora := plan.config.policy.lora).enabled:
+        trained = plan.table.trained(lora).elements
+        notes = (f"trained: {trained:,} parameters of adapters of rank {lora.rank}, beside these",)
     note = f"vocabulary {dimensions.vocab_size:,} padded to {padded:,} rows, {padded // ranks:,} on each tensor rank"
     header = ("stage", "layers", "embedding", "in layers", "norm and output", "on each GPU")
-    return Section("parameters of each policy GPU", header, rows, (note,))
+    return Section("parameters of each policy GPU", header, rows, (note, *notes))
 
 
 def _memory(plan: Plan, numbers: Numbers) -> Section:

@@ -11,6 +11,10 @@ import safetensors.torch
 import torch
 from tiny_models import random_sequences, transformers_statistics, write_tiny_model
 
+from megatron_entropic.checkpoints.convert import megatron_to_hf
+from megatron_entropic.checkpoints.convert_adapter import megatron_to_peft
+from megatron_entropic.errors import UserError
+
 SCRIPT = Path(__file__).parent / "scripts" / "checkpoint_resume.py"
 PLAIN = {"distributed_optimizer": False}
 EXPERTS = {"family": "qwen3_moe"}
@@ -169,6 +173,17 @@ def test_the_export_is_the_trained_model_to_transformers(trained, work, name):
     entropies = torch.cat([entropy for _, entropy in statistics])
     for report in trained:
         assert report[name]["entropy of the exported"] == pytest.approx(float(entropies.mean()), rel=1e-6)
+
+
+def test_adapters_of_a_checkpoint_become_peft_s(trained, work, tmp_path):
+    (checkpoint,) = work.glob("from_adapters_dp2/step_*")
+    megatron_to_peft(checkpoint, work / "qwen3", tmp_path / "adapter")
+    converted = safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    saved = torch.load(work / "adapters dp2.train.pt")["before"]
+    assert set(converted) == set(saved)
+    assert all(torch.equal(converted[key], saved[key]) for key in saved)
+    with pytest.raises(UserError, match=r"holds adapters and no weights.*megatron-to-peft"):
+        megatron_to_hf(checkpoint, tmp_path / "hf", template_dir=work / "qwen3")
 
 
 def test_a_save_that_fails_costs_nothing(run_ranks, work):

@@ -11,7 +11,7 @@ from tiny_models import write_tiny_model
 
 SCRIPT = Path(__file__).parent / "scripts" / "parameter_overlap.py"
 LEARNING_RATE = 1e-3
-CASES = [f"{layout}/{model}" for layout in ("pp1", "pp2") for model in ("untied", "tied")]
+CASES = [f"{layout}/{model}" for layout in ("pp1", "pp2") for model in ("untied", "tied")] + ["adapters/untied"]
 HEADS = ["logits", "recompute", "fused_loss"]
 
 

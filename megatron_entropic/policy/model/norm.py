@@ -54,7 +54,7 @@ class _RowNorm(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
         rows, incoming, dx = x.flatten(0, -2), gradients[0].flatten(0, -2), torch.empty_like(x)
         factor = weight.float()
@@ -64,11 +64,12 @@ class _RowNorm(torch.autograd.Function):
             unit, dy, product = buffers[:, : some.stop - some.start]
             unit.copy_(rows[some]).mul_(inverse[some])
             torch.mul(unit, dy.copy_(incoming[some]), out=product)
-            dweight += product.sum(0)
+            if ctx.needs_input_grad[1]:
+                dweight += product.sum(0)
             along = torch.mv(product, factor).div_(x.shape[-1]).unsqueeze(1)
             dy.mul_(factor).addcmul_(unit, along, value=-1).mul_(inverse[some])
             dx.flatten(0, -2)[some] = dy
-        return dx, dweight.to(weight.dtype), None
+        return dx, dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
 
 
 def _chunks(rows: Tensor) -> Iterator[slice]:

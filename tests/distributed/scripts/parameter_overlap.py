@@ -28,7 +28,7 @@ BUCKET_ELEMENTS = 20_000
 WARM_START_STEPS = 3
 STEPS_PER_ROLLOUT = (1, 2, 4)
 """Of three rollouts, one after the other."""
-LAYOUTS = {"pp1": {"pipeline_parallel": 1}, "pp2": {"pipeline_parallel": 2}}
+LAYOUTS = {"pp1": {"pipeline_parallel": 1}, "pp2": {"pipeline_parallel": 2}, "adapters": {"lora": {"rank": 24}}}
 WARM = {"steps": WARM_START_STEPS, "file": "unused", "learning_rate": 1e-3, "warmup_steps": 0}
 OPTIMIZER = {"learning_rate": 1e-3, "epsilon": 1e-5}
 Mode = Literal["overlap", "same buckets", "one bucket"]
@@ -104,7 +104,7 @@ def main(work: Path) -> None:
     rendezvous = ProcessGroups()
     report: dict[str, Any] = {}
     for layout_name, layout in LAYOUTS.items():
-        for model in ("untied", "tied"):
+        for model in ("untied", "tied") if layout_name != "adapters" else ("untied",):
             for mode in MODES if layout_name == "pp1" else MODES[:2]:
                 with gathering(mode), rendezvous.policy(work / model, policy=layout) as policy:
                     buckets = len(policy._wrapped[0].bucket_groups)
