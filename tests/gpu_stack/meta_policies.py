@@ -182,7 +182,7 @@ def _optimizer_shards(model: Any, optimizer: Any, policy: Any) -> dict[str, Any]
             },
             "elements of own buckets": sum(bucket.numel for bucket in buckets),
             "elements of their pieces": pieces,
-            "elements of parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "elements of parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }
     }
 

@@ -53,6 +53,8 @@ UPDATED: dict[str, dict[str, Any]] = {
     "tp2 sp": updates._layout(DENSE, tensor_parallel=2, sequence_parallel=True),
     "cp2": updates._layout((*DENSE, *updates.EXPERTS[:1]), context_parallel=2),
     "pp2": updates._layout(DENSE[:1], pipeline_parallel=2, recompute="full"),
+    "dp2, adapters": updates._adapters(),
+    "tp2 sp, adapters": updates._adapters((), tensor_parallel=2, sequence_parallel=True, recompute="selective"),
     "ep2": updates._experts(("distributed",), expert_parallel=2),
     "ep2 tp2 sp, experts whole": updates._experts(
         (), tensor_parallel=2, sequence_parallel=True, expert_parallel=2, expert_tensor_parallel=1

@@ -204,7 +204,7 @@ def _take_norms_out(spec: TransformerBlockSubmodules) -> None:
         attention = layer.self_attention.submodules
         if attention.linear_qkv is TELayerNormColumnParallelLinear:
             attention.linear_qkv, layer.input_layernorm = TEColumnParallelLinear, TENorm
-        feed_forward: Any = getattr(layer.mlp, "submodules", None)
+        feed_forward = _feed_forward_modules(layer.mlp)
         if getattr(feed_forward, "linear_fc1", None) is TELayerNormColumnParallelLinear:
             feed_forward.linear_fc1, layer.pre_mlp_layernorm = TEColumnParallelLinear, TENorm
 
@@ -233,8 +233,11 @@ def _plain_spec(config: Any, has_experts: list[bool]) -> TransformerBlockSubmodu
 
 
 def _with_router(spec: ModuleSpec) -> ModuleSpec:
-    """Put our router into a spec. The experts' part is a ModuleSpec in megatron-core 0.16, a partial in 0.19."""
-    mlp = spec.submodules.mlp
-    submodules = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
-    submodules.router = PolicyRouter
+    """Put our router into a spec."""
+    _feed_forward_modules(spec.submodules.mlp).router = PolicyRouter
     return spec
+
+
+def _feed_forward_modules(mlp: Any) -> Any:
+    """Modules of a spec's feed-forward part, which is a ModuleSpec in megatron-core 0.16, a partial in 0.19."""
+    return mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
