@@ -23,6 +23,7 @@ from megatron_entropic.config.names import (
     transports_for,
     unknown_name,
 )
+from megatron_entropic.config.policy import LoraConfig
 from megatron_entropic.config.reward_checks import benchmark_violations, reward_violations
 from megatron_entropic.config.run import Config, Device
 
@@ -127,7 +128,9 @@ def _lora(config: Config) -> Iterator[Violation]:
     """Yields keys of adapters that have no use, modules that are named twice, and what adapters do not go with."""
     lora, key = config.policy.lora, "policy.lora"
     if not lora.enabled:
-        if used := ", ".join(f"{key}.{name}" for name in sorted(lora.model_fields_set - {"rank"})):
+        # By value: a configuration that a run has written names every key.
+        before, now = LoraConfig().model_dump(), lora.model_dump()
+        if used := ", ".join(f"{key}.{name}" for name in sorted(now) if now[name] != before[name]):
             yield Violation((key,), f"{used} has no use with {key}.rank=0, which trains the weights themselves")
         return
     if twice := sorted({name for name in lora.target_modules if lora.target_modules.count(name) > 1}):
