@@ -42,7 +42,16 @@ def violations(config: Config) -> Iterator[Violation]:
             environment_violations,
             _policy_loss,
         ),
-        *(_distillation, entropy_violations, _placement, _colocation, _transport, _publish, benchmark_violations),
+        *(
+            _distillation,
+            entropy_violations,
+            _placement,
+            _colocation,
+            _megatron_options,
+            _transport,
+            _publish,
+            benchmark_violations,
+        ),
     )
     for check in checks:
         yield from check(config)
@@ -141,6 +150,36 @@ def _lora(config: Config) -> Iterator[Violation]:
             f"policy.fp8={config.policy.fp8} with {key}.rank={lora.rank}: 8-bit layers were not tried with adapters; "
             "use fp8=off",
         )
+
+
+def _megatron_options(config: Config) -> Iterator[Violation]:
+    """Yields what options of megatron-core need of other keys; what they need of the machine: `training.machine`."""
+    policy, dtype, on_cpu = config.policy, config.model.dtype, config.cluster.device == "cpu"
+    halved = {
+        "policy.gradient_dtype": policy.gradient_dtype,
+        "optimizer.state_dtype": config.optimizer.state_dtype,
+    }
+    for key, value in halved.items():
+        if value == "bfloat16" and dtype != "bfloat16":
+            yield Violation((key, "model.dtype"), f"{key}=bfloat16 needs model.dtype=bfloat16, it is {dtype}")
+    if config.optimizer.state_dtype == "bfloat16":
+        key = "optimizer.state_dtype"
+        if on_cpu:
+            yield Violation((key, "cluster.device"), f"{key}=bfloat16 needs a GPU, but cluster.device is cpu")
+        if not policy.distributed_optimizer:
+            yield Violation(
+                (key, "policy.distributed_optimizer"),
+                f"{key}=bfloat16 needs policy.distributed_optimizer=true: only that one of megatron-core has it",
+            )
+    if policy.moe_dispatcher != "alltoall":
+        key, named = "policy.moe_dispatcher", f"policy.moe_dispatcher={policy.moe_dispatcher}"
+        if on_cpu:
+            yield Violation((key, "cluster.device"), f"{named} needs GPUs, but cluster.device is cpu")
+        if policy.expert_parallel * policy.expert_tensor_size == 1:
+            yield Violation(
+                (key, "policy.expert_parallel"),
+                f"{named} needs policy.expert_parallel > 1: on one rank there is nobody to send tokens to",
+            )
 
 
 def _publish(config: Config) -> Iterator[Violation]:

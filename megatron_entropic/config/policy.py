@@ -86,6 +86,11 @@ class PolicyConfig(Section):
     moe_aux_loss_coefficient: float = Field(
         0.0, ge=0, description="Weight of the load-balancing loss of layers with experts; 0 switches it off."
     )
+    moe_dispatcher: Literal["alltoall", "deepep", "hybridep"] = Field(
+        "alltoall",
+        description="What brings tokens to their experts. alltoall: a copy for each expert. deepep, hybridep: DeepEP's "
+        "kernels, on GPUs; a token goes once to each node that needs it. They need the package deep_ep.",
+    )
     moe_router_replay: Annotated[Literal["off", "score"], BeforeValidator(off_is_a_word)] = Field(
         "off",
         description="score: updates send each token to the experts that the score pass chose, so that the ratio of new "
@@ -93,6 +98,11 @@ class PolicyConfig(Section):
     )
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
+    gradient_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Dtype in which gradients are added up over micro-batches and ranks. bfloat16 halves their memory "
+        "and traffic and rounds each sum to 8 bits; with model.dtype=bfloat16 only.",
+    )
     tokens_per_microbatch: Count = Field(
         16384, ge=1, description="Packed tokens of one forward; a longer sequence goes alone."
     )

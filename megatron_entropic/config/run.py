@@ -79,6 +79,12 @@ class OptimizerConfig(Section):
     beta2: float = Field(0.999, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0, le=1)
     gradient_clip: float = Field(1.0, ge=0, description="Global norm; 0 switches clipping off.")
+    state_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Dtype of Adam's moments. bfloat16: megatron-core's precision-aware optimizer, on GPUs with "
+        "Transformer Engine: main parameters are kept as what bfloat16 weights lack of float32, 6 bytes of state for a "
+        "parameter instead of 12. With policy.distributed_optimizer and model.dtype=bfloat16 only.",
+    )
 
 
 class RolloutConfig(Section):

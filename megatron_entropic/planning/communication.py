@@ -65,7 +65,14 @@ def gradient_traffic(step: PlannedStep) -> list[Traffic]:
         shard = next(s for s in step.table.stage(policy, 0).shards if s.part == "embedding")
         crosses = _crosses(policy, step.hardware, "pipeline")
         found.append(
-            Traffic("pipeline", "all-reduce of the tied embedding's gradient", 2, crosses, 1, 4 * shard.elements)
+            Traffic(
+                "pipeline",
+                "all-reduce of the tied embedding's gradient",
+                2,
+                crosses,
+                1,
+                step.gradient_bytes * shard.elements,
+            )
         )
     return [traffic for traffic in found if traffic.ranks > 1]
 
@@ -127,7 +134,7 @@ def _expert(step: PlannedStep, direction: Direction) -> Iterator[Traffic]:
     own = hidden / (policy.tensor_parallel if policy.sequence_parallel else 1)
     ranks = policy.expert_parallel
     nodes = -(-ranks * policy.expert_tensor_size // hardware.gpus_per_node)
-    if hardware.sends_once_per_node:
+    if step.sends_once_per_node:
         outside, inside = _reached(nodes, per_token), _reached(ranks, per_token)
     else:
         outside, inside = per_token * (nodes - 1) / nodes, per_token * (1 / nodes - 1 / ranks)
@@ -161,8 +168,8 @@ def _pipeline(step: PlannedStep, direction: Direction) -> Iterator[Traffic]:
 
 
 def _gradients(step: PlannedStep, stage: int) -> Iterator[Traffic]:
-    """Traffic of float32 gradients; the distributed optimizer sums them by parts and gathers what each rank updated."""
-    policy, hardware, item = step.policy, step.hardware, step.item_bytes
+    """Traffic of gradients; the distributed optimizer sums them by parts and gathers what each rank updated."""
+    policy, hardware, item, summed = step.policy, step.hardware, step.item_bytes, step.gradient_bytes
     for buffer in step.buffers(stage):
         ranks, count = buffer.data_ranks, len(buffer.buckets)
         share = (ranks - 1) / ranks
@@ -171,11 +178,11 @@ def _gradients(step: PlannedStep, stage: int) -> Iterator[Traffic]:
         stride = policy.expert_tensor_size * policy.expert_parallel if buffer.expert else policy.tensor_parallel
         members = max(1, hardware.gpus_per_node // stride)
         if policy.distributed_optimizer:
-            gradients, parameters = 4 * buffer.padded_elements * share, item * buffer.padded_elements * share
+            gradients, parameters = summed * buffer.padded_elements * share, item * buffer.padded_elements * share
             yield Traffic("data", "reduce-scatter of gradients", ranks, crosses, count, gradients, members)
             yield Traffic("data", "all-gather of parameters", ranks, crosses, count, parameters, members)
         else:
-            sent = 8 * buffer.elements * share
+            sent = 2 * summed * buffer.elements * share
             yield Traffic("data", "all-reduce of gradients", ranks, crosses, count, sent, members)
 
 

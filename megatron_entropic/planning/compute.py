@@ -10,7 +10,7 @@ L tokens under the causal mask (Kaplan et al. 2020, table 1, for the matrices).
 Bytes: a tensor that is kept for backward is written and read forward, read again backward, and its gradient is written
 and read: 5 passes; a forward pass alone writes and reads it. The same kernels' products with short sums are slow for
 this reason: their results take longer to write than to compute. A parameter is read forward and backward, and its
-gradient in float32 read and written, once a micro-batch: many experts on a rank with few tokens each cost time.
+gradient read and written, once a micro-batch: many experts on a rank with few tokens each cost time.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _memory_bytes(step: PlannedStep, direction: Direction, stage: int) -> float:
     if stage == policy.pipeline_parallel - 1:
         columns = dimensions.padded_vocab_size(policy.tensor_parallel) / policy.tensor_parallel
         logits = item * rank_tokens(policy, tokens) * columns
-    gradients = 0 if policy.lora.enabled else 8
+    gradients = 0 if policy.lora.enabled else 2 * step.gradient_bytes
     touched = item if not update else (3 if again else 2) * item + gradients
     return passes * (share * kept + logits) + touched * step.table.stage(policy, stage).elements
 

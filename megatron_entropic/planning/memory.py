@@ -34,9 +34,9 @@ class StageMemory:
     frozen: int
     """Bytes of the weights of frozen models: the KL penalty's reference, the teacher."""
     gradients: int
-    """Bytes of gradients: float32, whatever the dtype of the weights."""
+    """Bytes of gradients, in policy.gradient_dtype."""
     optimizer: int
-    """Bytes of two float32 moments and, for bfloat16 weights, a float32 copy of the parameters."""
+    """Bytes of two moments and, for bfloat16 weights, of main parameters."""
     activations: int
     """Bytes of all micro-batches in flight, with the gradients of the layer in its backward pass."""
     head: int
@@ -69,8 +69,14 @@ class RolloutMemory:
         return max(0, self.kv_cache // self.kv_bytes_per_token)
 
 
-def optimizer_bytes_per_element(dtype: Dtype) -> int:
-    """Bytes of optimizer state for each parameter that a rank owns: two moments, and a main copy of bfloat16."""
+def optimizer_bytes_per_element(dtype: Dtype, state_dtype: Dtype = "float32") -> int:
+    """Bytes of optimizer state for each parameter that a rank owns: two moments, and a main copy of bfloat16.
+
+    With moments in bfloat16 the main copy is what the weights lack of float32, 16 bits (Transformer Engine's FusedAdam,
+    `store_param_remainders`).
+    """
+    if state_dtype == "bfloat16":
+        return 6
     return 8 if dtype == "float32" else 12
 
 
@@ -91,8 +97,9 @@ def stage_memory(step: PlannedStep, stage: int) -> StageMemory:
         stage=stage,
         weights=weights,
         frozen=item * sum(step.frozen[name].stage(policy, stage).elements for name in step.config.frozen_copies),
-        gradients=sum(buffer.padded_elements for buffer in buffers) * 4,
-        optimizer=sum(buffer.owned_elements(0) for buffer in buffers) * optimizer_bytes_per_element(dtype),
+        gradients=sum(buffer.padded_elements for buffer in buffers) * step.gradient_bytes,
+        optimizer=sum(buffer.owned_elements(0) for buffer in buffers)
+        * optimizer_bytes_per_element(dtype, step.config.optimizer.state_dtype),
         activations=_activation_bytes(step, stage),
         head=head,
         runtime=RUNTIME_BYTES,

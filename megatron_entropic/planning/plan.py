@@ -248,6 +248,7 @@ def _stage_bytes(step: PlannedStep, stage: int) -> _StageBytes:
     if policy.distributed_optimizer and step.config.checkpoint.format == "fully_reshardable":
         return _StageBytes(0, 0, WHOLE_BYTES_PER_PARAMETER * parameters.elements, None)
     dense, experts = parameters.elements - parameters.expert_elements, parameters.expert_elements
+    # What a checkpoint holds is in float32, whatever the moments are kept in.
     state = optimizer_bytes_per_element(step.dtype)
     if not policy.distributed_optimizer:
         return _StageBytes(dense * item, experts * item, 0, state // item)

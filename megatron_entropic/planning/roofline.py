@@ -21,9 +21,6 @@ from megatron_entropic.planning.decoding import EngineLoad
 from megatron_entropic.planning.memory import stage_memory
 from megatron_entropic.planning.step import PlannedStep
 
-OPTIMIZER_BYTES_PER_ELEMENT = 32
-"""Bytes AdamW moves: gradient, parameter, two moments read in float32, the last three and a bfloat16 copy written."""
-
 
 @dataclass(frozen=True)
 class StepTime:
@@ -59,6 +56,17 @@ class StepTime:
         return ahead_time(load, learning, lag)
 
 
+def _adam_bytes(step: PlannedStep) -> int:
+    """Bytes that AdamW moves for an element: gradient read, moments and parameter read and written, a copy.
+
+    With 16-bit moments the precision-aware optimizer reads the gradient where it is summed; weight and what it lacks of
+    float32 are the parameter.
+    """
+    if step.config.optimizer.state_dtype == "bfloat16":
+        return step.gradient_bytes + 2 * (2 + 2 + 4)
+    return 4 + 2 * (4 + 4 + 4) + 4
+
+
 def score_time_s(step: PlannedStep) -> float:
     """Seconds of scoring all responses for their old log-probs, and of what else needs a pass without gradients.
 
@@ -92,7 +100,7 @@ def update_time_s(step: PlannedStep) -> float:
         traffic_s *= hardware.exposed_gradient_share
     ends = {0, policy.pipeline_parallel - 1}
     owned = max(sum(buffer.owned_elements(0) for buffer in step.buffers(stage)) for stage in ends)
-    adam_s = owned * OPTIMIZER_BYTES_PER_ELEMENT / (hardware.memory_efficiency * hardware.memory_bytes_per_s)
+    adam_s = owned * _adam_bytes(step) / (hardware.memory_efficiency * hardware.memory_bytes_per_s)
     turn_s = _turn_s(step, "update")
     if step.config.algorithm.distillation.as_loss:
         # The teacher's pass before the step; the blocks of both models' logits, computed twice and differentiated once.

@@ -38,6 +38,16 @@ class PlannedStep:
         return ITEM_BYTES[self.dtype]
 
     @property
+    def gradient_bytes(self) -> int:
+        """Bytes of one gradient as it is added up over micro-batches and ranks."""
+        return ITEM_BYTES[self.policy.gradient_dtype]
+
+    @property
+    def sends_once_per_node(self) -> bool:
+        """Whether a token goes once to each node that has experts for it, as DeepEP's dispatchers send it."""
+        return self.hardware.sends_once_per_node or self.policy.moe_dispatcher != "alltoall"
+
+    @property
     def end_stages(self) -> list[int]:
         """First, second and last pipeline stage: those between are like the second."""
         last = self.policy.pipeline_parallel - 1

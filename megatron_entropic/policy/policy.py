@@ -96,6 +96,7 @@ class Policy:
             self.model,
             distributed_optimizer=config.policy.distributed_optimizer,
             overlap=self.platform.backend == "nccl",
+            gradient_dtype=config.policy.gradient_dtype,
         )
         self._memory = DeviceMemory(self.platform, self._wrapped, self._frozen.values())
         self._kept = KeptWeights(self.model, self.platform)

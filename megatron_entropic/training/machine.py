@@ -5,6 +5,8 @@ Only names, sizes and config.json are looked at, which takes milliseconds. `prec
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 import resource
 from collections.abc import Iterable, Iterator
@@ -59,6 +61,7 @@ def machine_violations(config: Config) -> Iterator[Violation]:
         _devices,
         _address_space,
         _open_files,
+        _installed,
     ):
         yield from check(config)
 
@@ -98,6 +101,11 @@ def _model_directory(config: Config) -> Iterator[Violation]:
         yield Violation(
             (key, "policy.moe_router_replay"),
             f"policy.moe_router_replay={policy.moe_router_replay} needs a model with experts, and {path} has none",
+        )
+    if policy.moe_dispatcher != "alltoall" and dimensions.experts is None:
+        yield Violation(
+            (key, "policy.moe_dispatcher"),
+            f"policy.moe_dispatcher={policy.moe_dispatcher} needs a model with experts, and {path} has none",
         )
     latent = dimensions.latent
     if config.cluster.device == "cpu" and latent is not None:
@@ -272,6 +280,46 @@ def _devices(config: Config) -> Iterator[Violation]:
             f"cluster.device=cuda: {config.policy.world_size} policy ranks and {needed - config.policy.world_size} "
             f"rollout ranks need {needed} GPUs, this machine has {present}",
         )
+
+
+# What options of the policy need beside megatron-core: (package, name in it, where it is from).
+_TRANSFORMER_ENGINE = (
+    "transformer_engine",
+    "pytorch.optimizers.FusedAdam",
+    "bash tools/environment.sh gpu installs it",
+)
+_DEEP_EP = "it is built from https://github.com/deepseek-ai/DeepEP for the installed torch"
+_PACKAGES = {
+    "deepep": ("deep_ep", "Buffer", _DEEP_EP),
+    "hybridep": ("deep_ep", "HybridEPBuffer", f"{_DEEP_EP}, from its branch hybrid-ep"),
+}
+
+
+def _installed(config: Config) -> Iterator[Violation]:
+    """Yields packages that options of megatron-core need and that are not installed here, or too old."""
+    if config.cluster.device == "cpu":
+        return  # such options are refused there anyway
+    dispatcher, moments = config.policy.moe_dispatcher, config.optimizer.state_dtype
+    needed: list[tuple[str, str, tuple[str, str, str]]] = []
+    if dispatcher in _PACKAGES:
+        needed.append(("policy.moe_dispatcher", dispatcher, _PACKAGES[dispatcher]))
+    if moments != "float32":
+        needed.append(("optimizer.state_dtype", moments, _TRANSFORMER_ENGINE))
+    for key, value, (package, name, source) in needed:
+        if problem := _lacks(package, name):
+            yield Violation((key,), f"{key}={value} needs {package}, {problem}: {source}, or leave {key} as it was")
+
+
+def _lacks(package: str, name: str) -> str | None:
+    """Words for what keeps `package.name` from being used here; None if nothing does."""
+    if importlib.util.find_spec(package) is None:
+        return "which is not installed"
+    module, _, attribute = f"{package}.{name}".rpartition(".")
+    try:
+        found = importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:  # OSError: a library of CUDA that is not there
+        return f"which cannot be imported ({error})"
+    return None if hasattr(found, attribute) else f"whose installed version has no {attribute}"
 
 
 def _address_space(_config: Config) -> Iterator[Violation]:

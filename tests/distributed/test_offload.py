@@ -16,6 +16,8 @@ RUNS = {
     },
     2: {
         "float32, distributed": ("qwen2", "float32", {}, 0.0),
+        "bfloat16, distributed": ("qwen2", "bfloat16", {}, 0.0),
+        "bfloat16, gradients too": ("qwen2", "bfloat16", {"gradient_dtype": "bfloat16"}, 0.0),
         "bfloat16, plain": ("qwen3", "bfloat16", {"distributed_optimizer": False}, 0.0),
         "bfloat16, experts": ("qwen3_moe", "bfloat16", {"expert_parallel": 2}, 0.0),
         "bfloat16, stages": (
@@ -41,6 +43,8 @@ def test_training_does_not_depend_on_what_leaves_the_device(run_ranks, tmp_path,
         runs[-1]["folder"] = str(folder)
     outputs = run_ranks(SCRIPT, world_size, json.dumps(random_sequences()), json.dumps(runs))
     for report in (json.loads(output) for output in outputs):
+        if world_size == 2:
+            _compare_sums_of_gradients(report)
         for name in RUNS[world_size]:
             stayed, optimizer, everything = (
                 report[f"{name}/{parts}"] for parts in ("", "optimizer", "optimizer+gradients+parameters")
@@ -58,3 +62,12 @@ def test_training_does_not_depend_on_what_leaves_the_device(run_ranks, tmp_path,
                 assert found["after_score"] == {
                     part: 0 if part in parts and part != "parameters" else size for part, size in whole.items()
                 }, name
+
+
+def _compare_sums_of_gradients(report):
+    """Sums in bfloat16 are those in float32 rounded to 8 bits, and take half of their memory."""
+    exact, rounded = (report[f"bfloat16, {name}/"] for name in ("distributed", "gradients too"))
+    assert rounded["whole"]["gradients"] == exact["whole"]["gradients"] / 2
+    before, now = (float.fromhex(one["trace"][0]["grad_norm"]) for one in (exact, rounded))
+    assert now != before
+    assert now == pytest.approx(before, rel=0.01)

@@ -54,6 +54,8 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "dp2 distributed llama": _case("llama"),
         "dp2 plain": _case(distributed_optimizer=False),
         "dp2 plain bf16": _case(dtype="bfloat16", distributed_optimizer=False),
+        "dp2 gradients bf16": _case(dtype="bfloat16", gradient_dtype="bfloat16"),
+        "experts ep2 gradients bf16": _case("mixtral", "bfloat16", expert_parallel=2, gradient_dtype="bfloat16"),
         "experts ep2": _case("mixtral", expert_parallel=2),
         "experts dp2": _case("mixtral"),
         "latent tp2 sp": _case("deepseek_v3", tensor_parallel=2, sequence_parallel=True),
@@ -128,7 +130,7 @@ def test_static_bytes_are_exact(ranks: int, name: str, models: Path, measured: d
         state = optimizer_bytes_per_element(case["dtype"])
         assert report["parameters"] == parameters * item
         assert report["parameter_buffer"] == (padded * item if policy.distributed_optimizer else 0)
-        assert report["gradients"] == padded * 4
+        assert report["gradients"] == padded * ITEM_BYTES[policy.gradient_dtype]
         assert report["moments"] + report["main_parameters"] == owned * state
         assert report["moments"] == owned * 8
 

@@ -97,7 +97,12 @@ def _build(config: Any, state: Any) -> dict[str, Any]:
     platform.manual_seed(1)
     model = build_model(dimensions, config.policy, config.model.dtype, state, platform)
     found = _compare_with_map(model, dimensions, state)
-    wrapped = wrap_data_parallel(model, distributed_optimizer=config.policy.distributed_optimizer, overlap=True)
+    wrapped = wrap_data_parallel(
+        model,
+        distributed_optimizer=config.policy.distributed_optimizer,
+        overlap=True,
+        gradient_dtype=config.policy.gradient_dtype,
+    )
     optimizer = PolicyOptimizer(wrapped, config.optimizer, total_steps=10, dtype=DTYPES[config.model.dtype])
     found["classes"] = {
         type(module).__name__ for module in model.modules() if next(module.parameters(recurse=False), None) is not None

@@ -116,7 +116,7 @@ class OutputHead:
             vocab_size=self._vocab_size,
             sequence_parallel=self._sequence_parallel,
             rows=micro_batch.rows,
-            main_grad=None if stored or not torch.is_grad_enabled() else getattr(weight, "main_grad", None),
+            main_grad=None if stored else _gradient_buffer(weight),
         )
         loss = output.loss
         if loss is not None:
@@ -137,7 +137,7 @@ class OutputHead:
             "need_entropy": options.entropy,
             "sequence_parallel": self._sequence_parallel,
             "rows": micro_batch.rows,
-            "main_grad": getattr(weight, "main_grad", None) if torch.is_grad_enabled() else None,
+            "main_grad": _gradient_buffer(weight),
         }
         hidden = hidden_states.squeeze(1)
         if options.head == "recompute" or options.token_loss is None or not torch.is_grad_enabled():
@@ -170,6 +170,12 @@ class OutputHead:
             vocab_size=self._vocab_size,
         )
         return Output(logprobs, entropies, None)
+
+
+def _gradient_buffer(weight: torch.Tensor) -> torch.Tensor | None:
+    """Megatron's buffer of the weight's gradient, where it is in float32, in which the fused heads add."""
+    buffer = getattr(weight, "main_grad", None) if torch.is_grad_enabled() else None
+    return buffer if buffer is not None and buffer.dtype == torch.float32 else None
 
 
 def _no_loss(logprobs: torch.Tensor, entropies: torch.Tensor | None, tokens: slice) -> torch.Tensor:

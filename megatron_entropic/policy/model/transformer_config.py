@@ -55,8 +55,7 @@ def build_transformer_config(
         bf16=params_dtype is torch.bfloat16,
         # Micro-batches are packed without padding, so each has its own length, but for interleaved stages.
         variable_seq_lengths=not state.packing.equal_tokens,
-        # Looked at for dense models too: the default excludes variable lengths.
-        moe_token_dispatcher_type="alltoall",
+        **_dispatcher(policy),
         batch_p2p_comm=False,
         deallocate_pipeline_outputs=True,
         # Parameters stay uninitialised until `load_weights` has filled every one of them.
@@ -134,6 +133,14 @@ def _experts(dimensions: ModelDimensions, policy: PolicyConfig, platform: Platfo
         "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size or None,
         **_sigmoid(experts),
     }
+
+
+def _dispatcher(policy: PolicyConfig) -> dict[str, Any]:
+    """Settings of what brings tokens to experts."""
+    if policy.moe_dispatcher == "alltoall":
+        # Looked at for dense models too: the default excludes variable lengths.
+        return {"moe_token_dispatcher_type": "alltoall"}
+    return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": policy.moe_dispatcher}
 
 
 def _sigmoid(experts: ExpertDimensions) -> dict[str, Any]:

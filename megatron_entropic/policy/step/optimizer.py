@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_entropic.checkpoints.run_checkpoints import CheckpointError
-from megatron_entropic.config.run import OptimizerConfig
+from megatron_entropic.config.run import Dtype, OptimizerConfig
 from megatron_entropic.policy.megatron.parallel import all_ranks
 from megatron_entropic.policy.megatron.patches import apply_optimizer_patches
+from megatron_entropic.policy.model.transformer_config import DTYPES
 from megatron_entropic.policy.step.optimizer_shards import Shards, all_shards, can_write_shards, read_into_layout
 
 Format = Literal["dp_reshardable", "fully_reshardable"]
@@ -38,8 +39,10 @@ class StepOutcome:
     """Norm of all gradients before clipping; not finite when the step was refused."""
 
 
-def wrap_data_parallel(chunks: Iterable[Any], *, distributed_optimizer: bool, overlap: bool) -> torch.nn.ModuleList:
-    """Wrap model chunks so that gradients are summed in float32 over micro-batches and over data and context ranks.
+def wrap_data_parallel(
+    chunks: Iterable[Any], *, distributed_optimizer: bool, overlap: bool, gradient_dtype: Dtype = "float32"
+) -> torch.nn.ModuleList:
+    """Wrap model chunks so that gradients are summed over micro-batches and over data and context ranks.
 
     By default megatron-core divides the loss by the number of micro-batches and averages gradients over ranks. With
     `calculate_per_token_loss` it does neither and divides by a token count at the end; that division is left out here,
@@ -50,6 +53,7 @@ def wrap_data_parallel(chunks: Iterable[Any], *, distributed_optimizer: bool, ov
         distributed_optimizer: whether to shard optimizer state over data-parallel ranks.
         overlap: whether to communicate gradients during backward and, with the distributed optimizer, parameters during
             the next forward. Then parameters are stale after a step until `PolicyOptimizer.synchronize_parameters`.
+        gradient_dtype: dtype of the sums, float32 or that of the parameters.
 
     Returns:
         megatron DistributedDataParallel, one for each chunk.
@@ -57,7 +61,7 @@ def wrap_data_parallel(chunks: Iterable[Any], *, distributed_optimizer: bool, ov
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=gradient_dtype == "float32",
         use_distributed_optimizer=distributed_optimizer,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap and distributed_optimizer,
@@ -118,6 +122,7 @@ class PolicyOptimizer:
                 params_dtype=dtype,
                 use_distributed_optimizer=settings.use_distributed_optimizer,
                 overlap_param_gather=settings.overlap_param_gather,
+                **_precision(config),
             ),
             self._chunks,
             use_gloo_process_groups=False,
@@ -278,8 +283,10 @@ class PolicyOptimizer:
     def _clip(self, norm: float) -> None:
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
+        # The precision-aware optimizer reads the buffer's gradients, in the dtype that they have there.
+        decoupled = self.config.state_dtype != "float32"
         for part in self._parts():
-            clip_grad_by_total_norm_fp32(part.get_parameters(), self.config.gradient_clip, norm)
+            clip_grad_by_total_norm_fp32(part.get_parameters(), self.config.gradient_clip, norm, decoupled)
 
     def _overlapped(self) -> Iterator[Any]:
         """Groups of megatron-core's buckets whose parameters are gathered during the forward pass after a step."""
@@ -290,6 +297,14 @@ class PolicyOptimizer:
     def _parts(self) -> list[Any]:
         """Optimizers of dense and of expert parameters that hold something on this rank."""
         return [part for part in self.megatron.chained_optimizers if not part.is_stub_optimizer]
+
+
+def _precision(config: OptimizerConfig) -> dict[str, Any]:
+    """Settings of megatron-core's precision-aware optimizer; none for float32 moments."""
+    if config.state_dtype == "float32":
+        return {}
+    moments = DTYPES[config.state_dtype]
+    return {"use_precision_aware_optimizer": True, "exp_avg_dtype": moments, "exp_avg_sq_dtype": moments}
 
 
 def _finish_gather(bucket_group: Any) -> None:

@@ -95,6 +95,43 @@ def test_static_memory_of_one_gpu() -> None:
     assert stage_memory(planned(penalised, table), 0).frozen == 2 * table.elements
 
 
+def test_sixteen_bits_of_gradients_and_moments_are_counted() -> None:
+    """6 bytes of state a parameter: two moments, and what a bfloat16 weight lacks of float32."""
+    table = known("OpenReasoning-Nemotron-1.5B")
+    plain, halved = (
+        planned(example("nemotron_1_5b", *options), table)
+        for options in ([], ["policy.gradient_dtype=bfloat16", "optimizer.state_dtype=bfloat16"])
+    )
+    before, now = stage_memory(plain, 0), stage_memory(halved, 0)
+    assert (now.gradients, now.optimizer) == (before.gradients / 2, before.optimizer / 2)
+    assert now.weights == before.weights
+    sent = [
+        sum(one.sent_bytes for one in gradient_traffic(step) if "gradients" in one.operation)
+        for step in (plain, halved)
+    ]
+    assert sent[1] == sent[0] / 2
+    assert update_time_s(halved) < update_time_s(plain)
+    assert checkpoint_host_bytes(halved) == checkpoint_host_bytes(plain)
+
+
+def test_a_dispatcher_that_sends_once_to_each_node_takes_less_of_the_network() -> None:
+    table = known("Qwen3-30B-A3B")
+    layout = (
+        "policy.data_parallel=16",
+        "policy.expert_parallel=16",
+        "policy.tensor_parallel=1",
+        "policy.pipeline_parallel=1",
+    )
+    sent = {}
+    for dispatcher in ("alltoall", "deepep", "hybridep"):
+        step = planned(example("qwen3_30b_a3b", *layout, f"policy.moe_dispatcher={dispatcher}"), table)
+        rows = [row for row in microbatch_traffic(step, "update") if row.kind == "expert" and row.across_nodes]
+        sent[dispatcher] = sum(row.sent_bytes for row in rows)
+    # Two nodes: 8 experts of a token mean 4 copies to the other one, or 1 in 255 of 256 cases.
+    assert sent["alltoall"] / sent["deepep"] == pytest.approx(4 / (255 / 256))
+    assert sent["hybridep"] == sent["deepep"]
+
+
 def test_a_teacher_counts_with_its_own_sizes() -> None:
     policy, teacher = known("OpenReasoning-Nemotron-1.5B"), known("Qwen3-8B")
     table = ParameterTable(policy.model, beside={"teacher": teacher})
