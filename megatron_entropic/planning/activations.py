@@ -94,10 +94,14 @@ def layer_bytes(
     sparse = model.experts is not None if experts is None else experts
     width = _widths(model, policy, sparse)
     norm_input = (_norm_item(item) if attention == "sdpa" else item) * width.hidden
-    linear_inputs = 2 * item * width.hidden
+    # With 8-bit products a linear layer keeps its input in 8 bits alone; a layer with experts has the router's besides.
+    linear_item = 1 if policy.fp8 != "off" else item
+    linear_inputs = (linear_item + (item if sparse else linear_item)) * width.hidden
     core = _core_attention(model, policy, width, item, attention)
     around = _around_attention(model, policy, width, item, attention)
     feed_forward = _feed_forward(model, policy, width, item, attention, sparse)
+    around -= (item - linear_item) * width.attended
+    feed_forward -= (item - linear_item) * _linear_inputs(model, policy, width, sparse)
     final = norm_input + 4 + item * width.hidden
     copies = 0.0
     if policy.lora.enabled:
@@ -116,7 +120,7 @@ def layer_bytes(
     elif policy.recompute == "selective" and attention == "flash":
         # The feed-forward part is computed again from its input. Without experts its norm is fused into it, so that
         # the input is the norm's, which is counted there, and the norm's result and sum go too.
-        fused_norm = 0 if sparse else 4 + item * width.hidden
+        fused_norm = 0 if sparse else 4 + linear_item * width.hidden
         saved = complete - feed_forward - fused_norm
     elif policy.recompute == "selective":
         saved = complete - core + _core_attention_inputs(model, width, item)
@@ -312,6 +316,14 @@ def _core_attention_inputs(model: PlannedModel, width: _Widths, item: int) -> fl
     if model.dimensions.qk_norm and item == 4:
         return inputs
     return inputs + item * (width.query + 2 * width.key)
+
+
+def _linear_inputs(model: PlannedModel, policy: PolicyConfig, width: _Widths, sparse: bool) -> float:
+    """Elements per token of the inputs of products that `_feed_forward` counts."""
+    if model.experts is None or not sparse:
+        return width.ffn
+    received = expert_token_share(model, policy) * model.experts.per_token
+    return received * (model.dimensions.hidden_size + width.ffn) + width.shared
 
 
 def _feed_forward(

@@ -125,7 +125,8 @@ def _memory_bytes(step: PlannedStep, direction: Direction, stage: int) -> float:
     passes = _FORWARD_PASSES if not update else _UPDATE_PASSES + (_FORWARD_PASSES if again else 0)
     sparse = dimensions.sparse_layers
     # What frozen weights let autograd forget is written and read all the same.
-    layout = policy.without_adapters
+    # What is kept in 8 bits was computed, and is read to be rounded, in 16.
+    layout = policy.without_adapters.model_copy(update={"fp8": "off"})
     kept = sum(
         count * layer_bytes(model, layout, tokens, dtype=dtype, attention=step.attention, experts=experts).complete
         for experts, count in ((True, sparse), (False, dimensions.num_layers - sparse))

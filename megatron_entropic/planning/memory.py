@@ -33,6 +33,8 @@ class StageMemory:
     weights: int
     frozen: int
     """Bytes of the weights of frozen models: the KL penalty's reference, the teacher."""
+    float8: int
+    """Bytes of 8-bit copies of the layers' matrices beside the weights (policy.fp8), as they are and transposed."""
     gradients: int
     """Bytes of gradients, in policy.gradient_dtype."""
     optimizer: int
@@ -97,6 +99,8 @@ def stage_memory(step: PlannedStep, stage: int) -> StageMemory:
         stage=stage,
         weights=weights,
         frozen=item * sum(step.frozen[name].stage(policy, stage).elements for name in step.config.frozen_copies),
+        # Read in Transformer Engine: made in the first micro-batch of a step and kept, on Hopper both ways round.
+        float8=0 if policy.fp8 == "off" else 2 * step.table.stage(policy, stage).elements_of("layers"),
         gradients=sum(buffer.padded_elements for buffer in buffers) * step.gradient_bytes,
         optimizer=sum(buffer.owned_elements(0) for buffer in buffers)
         * optimizer_bytes_per_element(dtype, step.config.optimizer.state_dtype),

@@ -114,6 +114,25 @@ def test_sixteen_bits_of_gradients_and_moments_are_counted() -> None:
     assert checkpoint_host_bytes(halved) == checkpoint_host_bytes(plain)
 
 
+def test_inputs_of_8_bit_products_are_kept_in_8_bits_and_matrices_beside_the_weights() -> None:
+    """Counted by hand: inputs of qkv, the projection, fc1 and fc2; 2 bytes for each element of the layers' matrices."""
+    table, tokens = known("Qwen3-8B"), 1000
+    hidden, query, ffn = 4096, 4096, 12288
+    plain, float8 = (
+        layer_bytes(table.model, PolicyConfig(fp8=fp8), tokens, dtype="bfloat16", attention="flash").saved
+        for fp8 in ("off", "hybrid")
+    )
+    assert plain - float8 == tokens * (hidden + query + hidden + ffn)
+    before, now = (stage_memory(planned(example("qwen3_8b", f"policy.fp8={fp8}"), table), 1) for fp8 in ("off", "e4m3"))
+    assert (before.float8, now.weights) == (0, before.weights)
+    # Half of 36 layers, cut by two tensor ranks; norms are few.
+    matrices = 18 * (hidden * (query + 2 * 1024) + query * hidden + 3 * hidden * ffn) / 2
+    assert now.float8 == pytest.approx(2 * matrices, rel=1e-3)
+    experts = known("Qwen3-30B-A3B")
+    step = planned(example("qwen3_30b_a3b", "policy.fp8=e4m3"), experts)
+    assert 0 < stage_memory(step, 0).float8 < stage_memory(step, 0).weights * 1.01
+
+
 def test_a_dispatcher_that_sends_once_to_each_node_takes_less_of_the_network() -> None:
     table = known("Qwen3-30B-A3B")
     layout = (
