@@ -76,7 +76,7 @@ class NcclSender:
             raise UserError("rollout.publish=delta needs cluster.transport=gloo; over NCCL use full")
         self._receivers = receivers
         self._group: Any = None
-        self._listener = socket.create_server((host, 0))
+        self._listener = _claimed_port(host)
         self._address = (host, int(self._listener.getsockname()[1]))
 
     @property
@@ -116,15 +116,31 @@ class NcclSender:
         self._listener.close()
 
 
-def _open_group(listener: socket.socket, address: tuple[str, int], world_size: int) -> Any:
-    """Open the trainer's end of the group, rank 0, as vLLM's `trainer_init` does, on a port that is ours already."""
+def _takes_listener() -> bool:
+    """Whether vLLM's store is handed its listening socket; older versions open a port by its number."""
     from vllm.distributed.utils import StatelessProcessGroup
 
+    return "listen_socket" in signature(StatelessProcessGroup.create).parameters
+
+
+def _claimed_port(host: str) -> socket.socket:
+    """A socket with a port of its own, which listens if vLLM takes it over."""
+    if _takes_listener():
+        return socket.create_server((host, 0))
+    # Bound, but not listening: Linux gives the port to nobody but who names it and shares the address, as vLLM does.
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind((host, 0))
+    return holder
+
+
+def _open_group(listener: socket.socket, address: tuple[str, int], world_size: int) -> Any:
+    """Open the trainer's end of the group, rank 0, as vLLM's `trainer_init` does, on a port that is ours already."""
     host, port = address
-    if "listen_socket" not in signature(StatelessProcessGroup.create).parameters:
-        listener.close()
+    if not _takes_listener():
         return _trainer_init()({"master_address": host, "master_port": port, "world_size": world_size})
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+    from vllm.distributed.utils import StatelessProcessGroup
     from vllm.utils.nccl import unpinned_nccl_env
 
     store = StatelessProcessGroup.create(host=host, port=port, rank=0, world_size=world_size, listen_socket=listener)

@@ -164,6 +164,29 @@ def test_the_nccl_sender_keeps_its_port_from_choice_to_use_and_ends_its_communic
     assert ended == [group]
 
 
+def test_an_older_vllm_finds_the_port_that_the_nccl_sender_has_told_its_workers(monkeypatch):
+    """It opens the port by its number: between that and its choice another program could take it."""
+    prepare_environment("cpu")
+    from vllm.distributed.utils import StatelessProcessGroup
+
+    from megatron_entropic.rollout import nccl_transport
+
+    def initialise(info):
+        return StatelessProcessGroup.create(info["master_address"], info["master_port"], 0, info["world_size"])
+
+    monkeypatch.setattr(StatelessProcessGroup, "destroy", lambda group: None, raising=False)
+    monkeypatch.setattr(nccl_transport, "_takes_listener", lambda: False)
+    monkeypatch.setattr(nccl_transport, "_trainer_init", lambda: initialise)
+    sender = nccl_transport.NcclSender("127.0.0.1", 0, 5.0)
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(sender.address)
+    sender.accept()
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(sender.address)
+    socket.create_connection(sender.address, timeout=5).close()
+    sender.close()
+
+
 def test_what_is_imported_for_good_is_not_looked_at_again() -> None:
     before = gc.get_freeze_count()
     try:
