@@ -56,10 +56,17 @@ else
   options+=(--address="$head:$port")
 fi
 # A worker may come before the head can take it, and may lose its raylet: it joins again for as long as the job lasts.
-# Without its head the job is lost, which the driver notices.
+# Without its head the job is lost, which the driver notices. If the whole first node is, nobody is left there to notice,
+# and Slurm lets a job that was submitted with --no-kill stand on the other nodes until its time is over.
 status=0
+head_seen=$SECONDS
 while [ -z "$ended" ]; do
   if [ $role = worker ] && ! (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null; then
+    if [ $((SECONDS - head_seen)) -ge "${ME_HEAD_GONE_S:-300}" ]; then
+      echo "ray_node: nothing has answered at $head:$port for $((SECONDS - head_seen)) s; the job is queued again" >&2
+      scontrol requeue "$SLURM_JOB_ID" || true
+      head_seen=$SECONDS
+    fi
     sleep 0.5
     continue
   fi
@@ -70,6 +77,7 @@ while [ -z "$ended" ]; do
     wait "$child" || status=$?
   done
   child=
+  head_seen=$SECONDS
   [ $role = worker ] || break
   [ -n "$ended" ] || sleep 2
 done

@@ -12,7 +12,14 @@ from megatron_entropic.cluster.actors import EngineWorker, engine_environment
 from megatron_entropic.cluster.nodes import node_table
 from megatron_entropic.cluster.placement import Placement
 from megatron_entropic.cluster.processes import ActorProcess, kill_processes, write_stacks
-from megatron_entropic.cluster.waiting import answered, dead_peers, gather, receive_streams, require_raylet
+from megatron_entropic.cluster.waiting import (
+    answered,
+    dead_peers,
+    gather,
+    head_refusal,
+    receive_streams,
+    require_raylet,
+)
 from megatron_entropic.config.run import Config, Sampling
 from megatron_entropic.errors import PeerDied, PhaseTimeout, RunError
 from megatron_entropic.rollout.schedule import Admission, Moment
@@ -163,7 +170,9 @@ class EngineGroup:
         self.finish_start(starting)
 
     def _on_lost_nodes(self) -> set[str]:
-        """Names of the engines whose node is gone."""
+        """Names of the engines whose node is gone; none where Ray's head is, which alone knows the nodes."""
+        if head_refusal() is not None:
+            return set()
         gone = {node.id for node in node_table().gone}
         return {name for name, place in self.processes().items() if place.node_id in gone}
 

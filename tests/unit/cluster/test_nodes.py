@@ -154,6 +154,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> EngineGroup:
         monkeypatch.setattr(engine_group, name, lambda *_, **__: None)
     monkeypatch.setattr(engine_group.ray, "kill", lambda actor: None)
     monkeypatch.setattr(engine_group, "dead_peers", lambda pings: [])
+    monkeypatch.setattr(engine_group, "head_refusal", lambda: None)
     found = EngineGroup(config, slots, load_weights=False)
     found.made = made  # type: ignore[attr-defined]
     made.clear()
@@ -183,6 +184,13 @@ def test_engines_of_a_lost_node_go_on_on_another_and_do_not_count_as_replaced(
     assert told[0] == "publish: engine 3 died\nits node is gone; engine 2 goes on on host2"
     with pytest.raises(PeerDied, match="engine 0 hangs"):
         engines.replace({"engine 0": PeerDied("engine 0 hangs")})
+
+
+def test_without_rays_head_no_node_is_asked_for(monkeypatch: pytest.MonkeyPatch, engines: EngineGroup) -> None:
+    """Ray would look for its head for a minute, and then end the driver without a word."""
+    monkeypatch.setattr(engine_group, "head_refusal", lambda: ConnectionRefusedError("nobody"))
+    monkeypatch.setattr(engine_group, "node_table", lambda: pytest.fail("asked"))
+    assert engines.find_lost(PeerDied("Ray's head process, gcs_server, is gone")) == {}
 
 
 def test_without_room_elsewhere_the_loss_is_told(monkeypatch: pytest.MonkeyPatch, engines: EngineGroup) -> None:
