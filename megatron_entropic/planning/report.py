@@ -12,6 +12,7 @@ from rich.table import Table
 
 from megatron_entropic.config.run import Config
 from megatron_entropic.planning.communication import Traffic
+from megatron_entropic.planning.failures import checkpoints
 from megatron_entropic.planning.generation import engine_load
 from megatron_entropic.planning.memory import GIB, MEMORY_KINDS, sequences_that_fit, teacher_host_bytes
 from megatron_entropic.planning.plan import Numbers, Plan, gpus_in_use, gpus_of
@@ -45,6 +46,7 @@ def sections(plan: Plan, lags: Sequence[int] = ()) -> Iterator[Section]:
     yield _traffic(plan.numbers.traffic)
     yield _publication(plan.numbers)
     yield _time(plan, plan.numbers)
+    yield _checkpoints(plan, plan.numbers)
     if plan.config.rollout.lag or lags:
         yield _ahead(plan, plan.numbers, lags or (0, plan.config.rollout.lag))
     yield _assumptions(plan)
@@ -280,6 +282,24 @@ def _time(plan: Plan, numbers: Numbers) -> Section:
         notes.append(f"on {used} GPUs, as this layout needs them; --suggest lays it out on {plan.gpus}")
     notes += _slow_phases(plan.config, time)
     return Section("expected seconds of one training step", ("", "s", "share"), (*rows, total), tuple(notes))
+
+
+def _checkpoints(plan: Plan, numbers: Numbers) -> Section:
+    config, gpus = plan.config, gpus_in_use(plan.config)
+    found = checkpoints(numbers.step, gpus, numbers.time.total_s)
+    written = "in the background" if config.checkpoint.asynchronous else "while the run waits"
+    rows = (
+        ("size of a checkpoint", f"{_gb(found.size_bytes)} GB, written in {found.write_s:,.0f} s {written}"),
+        ("the run waits", f"{found.blocked_s:,.1f} s"),
+        ("a failure", f"every {found.hours_between_failures:,.0f} hours on {gpus} GPUs"),
+        ("best interval", f"{found.best_every_steps:,} steps, for least time lost"),
+        (
+            "lost time",
+            f"{100 * found.lost_share:.1f} % with checkpoint.every_steps={config.checkpoint.every_steps}, restarts not "
+            "counted",
+        ),
+    )
+    return Section("checkpoints and failures", (), rows)
 
 
 def _slow_phases(config: Config, time: StepTime) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 from planned import example, known, planned
@@ -12,6 +13,7 @@ from megatron_entropic.planning import activations
 from megatron_entropic.planning import plan as publishing
 from megatron_entropic.planning.activations import head_bytes, layer_bytes
 from megatron_entropic.planning.communication import gradient_traffic, microbatch_traffic
+from megatron_entropic.planning.failures import checkpoints
 from megatron_entropic.planning.memory import GIB, rollout_memory, stage_memory
 from megatron_entropic.planning.parameters import ParameterTable
 from megatron_entropic.planning.plan import checkpoint_host_bytes, publication
@@ -131,6 +133,22 @@ def test_inputs_of_8_bit_products_are_kept_in_8_bits_and_matrices_beside_the_wei
     experts = known("Qwen3-30B-A3B")
     step = planned(example("qwen3_30b_a3b", "policy.fp8=e4m3"), experts)
     assert 0 < stage_memory(step, 0).float8 < stage_memory(step, 0).weights * 1.01
+
+
+def test_checkpoints_are_as_far_apart_as_failures_ask_for() -> None:
+    """By hand: 14 bytes of each of 235 billion parameters; twice the GPUs fail twice as often."""
+    step = planned(example("qwen3_235b_a22b"), known("Qwen3-235B-A22B"), failure_gpu_hours=51_200)
+    few, many = (checkpoints(step, gpus, step_s=100.0) for gpus in (512, 1024))
+    assert few.size_bytes == 14 * step.table.elements
+    assert (few.hours_between_failures, many.hours_between_failures) == (100, 50)
+    assert few.best_every_steps == math.ceil((2 * few.blocked_s * 360_000) ** 0.5 / 100)
+    assert many.best_every_steps < few.best_every_steps
+    lost = few.blocked_s / 5000 + (2500 + few.write_s) / 360_000
+    assert few.lost_share == pytest.approx(lost), "50 steps of 100 s"
+    slow = planned(example("qwen3_235b_a22b"), known("Qwen3-235B-A22B"), storage_bytes_per_s=1e8)
+    assert checkpoints(slow, 512, step_s=100.0).best_every_steps == math.ceil(
+        checkpoints(slow, 512, 100.0).write_s / 100
+    )
 
 
 def test_a_dispatcher_that_sends_once_to_each_node_takes_less_of_the_network() -> None:
