@@ -9,7 +9,9 @@ process (`--processes`), since this is about the other side. Per response and pe
 a size that this machine does not hold where they stay the same from size to size; the table says whether they do.
 
 The driver's seconds are CPU time of its main thread, which is what a step waits for; waits for actors cost none.
-Those of `generate` are hidden behind the engines' work, the others are not.
+Those of `generate` are hidden behind the engines' work, the others are not. Metrics of tokens are computed by threads,
+one for each core: "all threads" has them, and Ray's own. Ray's objects are those of all processes of this machine;
+in a cluster each node has its own.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ PROMPT_TOKENS = 256
 GROUP = 16
 STEPS = 2
 HIDDEN = "generate"
+ALL_THREADS = "all threads"
 POLL_S = 0.02
 LAYER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 MODEL = LAYER | {
@@ -259,7 +262,8 @@ def measured(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         engine_group.EngineWorker, policy_group.PolicyWorker = stand_in(processes), stand_in(processes)  # type: ignore[misc]
         began = time.perf_counter()
         placement = launch.reserve(config, device)
-        policy, engines = policy_group.PolicyGroup(config, placement), engine_group.EngineGroup(config, placement)
+        policy = policy_group.PolicyGroup(config, placement)
+        engines = engine_group.EngineGroup(config, placement, load_weights=False)
         engines.finish_start(engines.begin_start())
         policy.start()
         started_s = time.perf_counter() - began
@@ -283,15 +287,20 @@ def measured(config: Config, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def by_phase(journal: Any) -> dict[str, float]:
-    """CPU seconds of this thread within each of the journal's phases, and between them ("rest"); filled as it works."""
+    """CPU seconds of this thread within each of the journal's phases, and between them ("rest"); filled as it works.
+
+    ALL_THREADS has those of all threads of the process, in all phases but HIDDEN.
+    """
     spent: dict[str, float] = {}
     running = ["rest"]
-    plain, mark = journal.phase, [time.thread_time()]
+    plain, mark = journal.phase, [time.thread_time(), time.process_time()]
 
     def account() -> None:
-        now = time.thread_time()
-        spent[running[-1]] = spent.get(running[-1], 0.0) + now - mark[0]
-        mark[0] = now
+        now = [time.thread_time(), time.process_time()]
+        spent[running[-1]] = spent.get(running[-1], 0.0) + now[0] - mark[0]
+        if running[-1] != HIDDEN:
+            spent[ALL_THREADS] = spent.get(ALL_THREADS, 0.0) + now[1] - mark[1]
+        mark[:] = now
 
     @contextmanager
     def phase(name: str) -> Iterator[None]:
@@ -336,7 +345,7 @@ def control(count: int) -> list[str]:
 def row(responses: int, found: dict[str, Any]) -> list[str]:
     """One line of the table."""
     parts = dict(found["parts"])
-    tokens = responses * parts.pop("tokens")
+    tokens, all_threads_s = responses * parts.pop("tokens"), parts.pop(ALL_THREADS)
     critical = sum(seconds for name, seconds in parts.items() if name != HIDDEN)
     shown = {name: parts.get(name, 0.0) for name in ("reward", "score", "update", "publish", "record")}
     shown["rest"] = critical - sum(shown.values())
@@ -348,6 +357,7 @@ def row(responses: int, found: dict[str, Any]) -> list[str]:
         f"{1e9 * parts.get(HIDDEN, 0.0) / tokens:.0f}",
         f"{critical:.2f}",
         f"{1e9 * critical / tokens:.1f}",
+        f"{1e9 * all_threads_s / tokens:.1f}",
         *(f"{1e9 * seconds / tokens:.1f}" for seconds in shown.values()),
     ]
 
@@ -356,10 +366,11 @@ HEADER = [
     "responses",
     "tokens, M",
     "own peak, B/token",
-    "object store, B/token",
+    "Ray's objects, B/token",
     "hidden, ns/token",
     "critical, s",
     "ns/token",
+    "all threads, ns/token",
     "reward",
     "score",
     "update",

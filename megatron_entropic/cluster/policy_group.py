@@ -6,6 +6,7 @@ sequences --split over data-parallel replicas--> ranks --statistics of last stag
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -36,6 +37,7 @@ class PolicyGroup:
         self._limits: ClusterConfig = config.cluster
         self._world_size = config.policy.world_size
         self._data_parallel = config.policy.data_parallel
+        self._measures_rollout = config.feedback == "sampling"
         dimensions = read_dimensions(config.model.hf_dir)
         self._attention_weight = attention_weight(dimensions)
         self._share_prefixes = shares_prefixes(config.policy, dimensions, on_cpu=placement.device == "cpu")
@@ -76,6 +78,8 @@ class PolicyGroup:
     def score(self, sequences: list[Sequence], *, frozen: FrozenName | None = None) -> Scores:
         """Log-probs and entropies of the response tokens under the policy (or a frozen model beside it), in nats."""
         shards = self._deal(sequences)
+        if not self._measures_rollout:  # what engines said is half of what would travel, and nobody reads it
+            sequences = [replace(sequence, rollout_logprobs=None) for sequence in sequences]
         timeout_s = self._limits.score_timeout_s
         answers = self._on_replicas(Policy.score, sequences, shards, timeout_s, frozen=frozen)
         return self._in_callers_order(answers, shards, len(sequences))
