@@ -11,11 +11,14 @@ there. So a node counts as gone, too, when its raylet's port takes no connection
 from __future__ import annotations
 
 import socket
+import time
 from dataclasses import dataclass
 
 import ray
 
+from megatron_entropic.cluster.waiting import GONE_AFTER_S, POLL_S, head_refusal
 from megatron_entropic.config.run import ClusterConfig
+from megatron_entropic.errors import PeerDied
 
 PROBE_TIMEOUT_S = 2.0
 
@@ -71,7 +74,12 @@ class NodeTable:
 
 
 def node_table() -> NodeTable:
-    """Ask Ray's head for all nodes, and each that it believes to be up whether it is."""
+    """Ask Ray's head for all nodes, and each that it believes to be up whether it is.
+
+    Raises:
+        PeerDied: the head is gone.
+    """
+    _require_head()
     up: list[Node] = []
     gone: list[Node] = []
     for entry in ray.nodes():
@@ -88,6 +96,15 @@ def nodes_to_avoid(cluster: ClusterConfig) -> list[str]:
         return []
     table = node_table()
     return [node.id for node in [*table.spare(cluster), *table.gone]]
+
+
+def _require_head() -> None:
+    # Ray 2.60 looks for a head that is gone for a minute, and then ends this process without a word.
+    deadline = time.monotonic() + GONE_AFTER_S
+    while (error := head_refusal()) is not None:
+        if time.monotonic() > deadline:
+            raise PeerDied(f"nodes: Ray's head process, gcs_server, is gone ({error})") from error
+        time.sleep(POLL_S)
 
 
 def _answers(host: str, port: int) -> bool:

@@ -70,12 +70,24 @@ def test_a_node_that_only_ray_believes_to_be_up_is_gone(monkeypatch: pytest.Monk
         entries = [entry("host0", raylet, alive=True), entry("host1", lost, alive=True)]
         entries.append(entry("host2", raylet, alive=False))
         monkeypatch.setattr(nodes.ray, "nodes", lambda: entries)
+        monkeypatch.setattr(nodes, "head_refusal", lambda: None)
         seen = node_table()
         assert [one.names for one in seen.up] == [("host0", "h", "127.0.0.1")]
         assert [one.names[0] for one in seen.gone] == ["host1", "host2"]
         cluster = ClusterConfig(nodes=["host0", "host1", "host2"], spare_nodes=2)
         assert nodes.nodes_to_avoid(cluster) == ["id of host1", "id of host2"]
         assert nodes.nodes_to_avoid(ClusterConfig()) == []
+
+
+def test_ray_is_not_asked_for_nodes_when_its_head_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job whose Ray was ended together with the driver ended with a stack of Ray's own, a minute later."""
+    now = [0.0]
+    monkeypatch.setattr(nodes.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(nodes.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(nodes, "head_refusal", lambda: ConnectionRefusedError("nobody listens"))
+    monkeypatch.setattr(nodes.ray, "nodes", lambda: pytest.fail("asked"))
+    with pytest.raises(PeerDied, match=r"Ray's head process, gcs_server, is gone \(nobody listens\)"):
+        node_table()
 
 
 @pytest.fixture
