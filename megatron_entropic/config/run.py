@@ -82,8 +82,8 @@ class OptimizerConfig(Section):
     state_dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="Dtype of Adam's moments. bfloat16: megatron-core's precision-aware optimizer, on GPUs with "
-        "Transformer Engine: main parameters are kept as what bfloat16 weights lack of float32, 6 bytes of state for a "
-        "parameter instead of 12. With policy.distributed_optimizer and model.dtype=bfloat16 only.",
+        "Transformer Engine: 8 bytes of state for a parameter instead of 12. With policy.distributed_optimizer and "
+        "model.dtype=bfloat16 only.",
     )
 
 

@@ -72,13 +72,9 @@ class RolloutMemory:
 
 
 def optimizer_bytes_per_element(dtype: Dtype, state_dtype: Dtype = "float32") -> int:
-    """Bytes of optimizer state for each parameter that a rank owns: two moments, and a main copy of bfloat16.
-
-    With moments in bfloat16 the main copy is what the weights lack of float32, 16 bits (Transformer Engine's FusedAdam,
-    `store_param_remainders`).
-    """
+    """Bytes of optimizer state for each parameter that a rank owns: two moments, and a main copy of bfloat16."""
     if state_dtype == "bfloat16":
-        return 6
+        return 8
     return 8 if dtype == "float32" else 12
 
 

@@ -59,11 +59,10 @@ class StepTime:
 def _adam_bytes(step: PlannedStep) -> int:
     """Bytes that AdamW moves for an element: gradient read, moments and parameter read and written, a copy.
 
-    With 16-bit moments the precision-aware optimizer reads the gradient where it is summed; weight and what it lacks of
-    float32 are the parameter.
+    With 16-bit moments the precision-aware optimizer reads the gradient where it is summed.
     """
     if step.config.optimizer.state_dtype == "bfloat16":
-        return step.gradient_bytes + 2 * (2 + 2 + 4)
+        return step.gradient_bytes + 2 * (2 + 2 + 4) + 2
     return 4 + 2 * (4 + 4 + 4) + 4
 
 

@@ -84,7 +84,9 @@ def test_a_policy_has_the_parameters_of_the_map(process: ProcessPoolExecutor, va
         # A checkpoint takes this rank's state as it is, once.
         assert shards["devices"] == {"meta"}
         assert found["state_bytes"] <= shards["bytes"] + 2**20
-        assert shards["bytes"] <= 1.01 * found["state_bytes"] + 2**20
+        # It is in float32, also of moments in 16 bits.
+        wider = 1.2 if "moments" in variant else 1.0
+        assert shards["bytes"] <= 1.01 * wider * found["state_bytes"] + 2**20
         if not last:  # the first of its data-parallel ranks says where each parameter lies
             assert shards["elements of parameters"] == shards["elements of their pieces"]
             assert shards["elements of parameters"] <= shards["elements of own buckets"]

@@ -271,6 +271,11 @@ class PolicyOptimizer:
         megatron's own initialisation leaves out the step count of torch's AdamW.
         """
         for part in self._parts():
+            if part.config.use_precision_aware_optimizer:
+                # megatron-core 0.19.2 leaves out the second argument, which Transformer Engine 2 wants.
+                for parameter in part.get_parameters():
+                    if not part.optimizer.state[parameter]:
+                        part.optimizer.initialize_state(parameter, part.config.store_param_remainders)
             part.init_state_fn(part.optimizer, part.config)
             if not isinstance(part.optimizer, torch.optim.Adam):
                 continue
@@ -304,7 +309,9 @@ def _precision(config: OptimizerConfig) -> dict[str, Any]:
     if config.state_dtype == "float32":
         return {}
     moments = DTYPES[config.state_dtype]
-    return {"use_precision_aware_optimizer": True, "exp_avg_dtype": moments, "exp_avg_sq_dtype": moments}
+    moments_of = {"exp_avg_dtype": moments, "exp_avg_sq_dtype": moments}
+    # Main parameters stay whole: of those that are kept as remainders a checkpoint got the rounded half only.
+    return {"use_precision_aware_optimizer": True, "store_param_remainders": False, **moments_of}
 
 
 def _finish_gather(bucket_group: Any) -> None:
