@@ -256,7 +256,7 @@ def write(path: Path, made: Sequence[Mapping[str, Any]]) -> None:
 
     from megatron_entropic.files.atomic import write_parquet
 
-    write_parquet(path, pyarrow.Table.from_pylist(list(made)))
+    write_parquet(path, [pyarrow.Table.from_pylist(list(made))])
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ def prepare(output: Path, seed: int = 1) -> int:
         generator = random.Random(f"{seed} {name}")
         generator.shuffle(found)
         rows = [{"prompt": prompt(largest, generator), "answer": str(number)} for largest, number in found]
-        write_parquet(output / f"{name}.parquet", pyarrow.Table.from_pylist(rows))
+        write_parquet(output / f"{name}.parquet", [pyarrow.Table.from_pylist(rows)])
     return sum(map(len, games.values()))
 
 

@@ -98,7 +98,7 @@ class RegretStudy(ControlStudy):
 
     def report(self, results: Results) -> Path:
         """All results as one parquet file, and the pages; returns the last page."""
-        write_parquet(self.output / "results.parquet", pyarrow.Table.from_pylist(results))
+        write_parquet(self.output / "results.parquet", [pyarrow.Table.from_pylist(results)])
         plan = self.plan
         settings = [f"{method.name}.{index}" for method in plan.methods for index in range(len(method.settings))]
         firsts = tuple(f"{constant}.0" for constant in plan.constants)

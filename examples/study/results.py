@@ -108,7 +108,7 @@ def write_results(path: Path, results: Results) -> None:
     numbers = {name: pyarrow.float64() for name in (*_METRICS, *_JUDGED)}
     kinds = {name: pyarrow.int64() for name in ("setting_index", "samples", "seed", "step")} | numbers
     schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in (*_KEYS, "step", *numbers)])
-    write_parquet(path, pyarrow.Table.from_pylist(results, schema=schema))
+    write_parquet(path, [pyarrow.Table.from_pylist(results, schema=schema)])
 
 
 def runs_of(results: Results) -> dict[RunKey, Results]:

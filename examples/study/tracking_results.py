@@ -123,7 +123,7 @@ def write_results(path: Path, results: Results) -> None:
     """All rows as one parquet file."""
     kinds = [(name, pyarrow.string()) for name in _WORDS] + [(name, pyarrow.int64()) for name in _NUMBERS]
     schema = pyarrow.schema([*kinds, *((name, pyarrow.float64()) for name in _METRICS)])
-    write_parquet(path, pyarrow.Table.from_pylist(results, schema=schema))
+    write_parquet(path, [pyarrow.Table.from_pylist(results, schema=schema)])
 
 
 def runs_of(results: Results) -> dict[RunKey, Results]:
