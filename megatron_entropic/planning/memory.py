@@ -106,6 +106,26 @@ def stage_memory(step: PlannedStep, stage: int) -> StageMemory:
     )
 
 
+DRIVER_BYTES_PER_TOKEN = 17
+"""Host bytes that the driver keeps of each token of a rollout: itself, log-probs of engine and policy, entropy, each of
+4 bytes. Measured with benchmarks/driver_scale.py."""
+AHEAD_BYTES_PER_TOKEN = 8
+"""Of a rollout that was not scored yet: tokens and the engine's log-probs."""
+STORE_BYTES_PER_TOKEN = 12
+"""Most that Ray's object store on the driver's node holds of a token on its way to the ranks; measured there too."""
+
+
+def driver_host_bytes(step: PlannedStep) -> tuple[int, int]:
+    """Host bytes of (the driver's process, Ray's object store on its node) while a rollout is trained on.
+
+    Of rollouts that run ahead, at most as many as the lag allows are whole beside it.
+    """
+    schedule = step.schedule
+    tokens = schedule.responses * schedule.mean_tokens
+    kept = DRIVER_BYTES_PER_TOKEN + step.config.rollout.lag * AHEAD_BYTES_PER_TOKEN
+    return round(tokens * kept), round(tokens * STORE_BYTES_PER_TOKEN / schedule.optimizer_steps)
+
+
 def teacher_host_bytes(step: PlannedStep) -> int:
     """Host bytes of the teacher's hidden states on a rank of the last stage; 0 unless it is part of the loss.
 

@@ -14,7 +14,13 @@ from megatron_entropic.config.run import Config
 from megatron_entropic.planning.communication import Traffic
 from megatron_entropic.planning.failures import checkpoints
 from megatron_entropic.planning.generation import engine_load
-from megatron_entropic.planning.memory import GIB, MEMORY_KINDS, sequences_that_fit, teacher_host_bytes
+from megatron_entropic.planning.memory import (
+    GIB,
+    MEMORY_KINDS,
+    driver_host_bytes,
+    sequences_that_fit,
+    teacher_host_bytes,
+)
 from megatron_entropic.planning.plan import Numbers, Plan, gpus_in_use, gpus_of
 from megatron_entropic.planning.roofline import StepTime
 from megatron_entropic.planning.schedule import MEAN_PROMPT_SHARE, MEAN_RESPONSE_SHARE, Schedule, in_flight
@@ -173,6 +179,11 @@ def _memory(plan: Plan, numbers: Numbers) -> Section:
         f"parallel {str(policy.sequence_parallel).lower()}; output head {plan.config.output_head}",
         f"host memory of a checkpoint: {_gb(numbers.checkpoint_host_bytes)} GB on the fullest node of "
         f"{plan.hardware.gpus_per_node} policy GPUs, checkpoint.format {plan.config.checkpoint.format}",
+    )
+    driver, store = driver_host_bytes(numbers.step)
+    notes += (
+        f"host memory of a rollout's {schedule.responses:,} responses: {_gb(driver)} GB of the driver, and at most "
+        f"{_gb(store)} GB of Ray's object store on its node",
     )
     if states := teacher_host_bytes(numbers.step):
         teacher = numbers.step.frozen["teacher"].model.name

@@ -14,7 +14,7 @@ from megatron_entropic.planning import plan as publishing
 from megatron_entropic.planning.activations import head_bytes, layer_bytes
 from megatron_entropic.planning.communication import gradient_traffic, microbatch_traffic
 from megatron_entropic.planning.failures import checkpoints
-from megatron_entropic.planning.memory import GIB, rollout_memory, stage_memory
+from megatron_entropic.planning.memory import GIB, driver_host_bytes, rollout_memory, stage_memory
 from megatron_entropic.planning.parameters import ParameterTable
 from megatron_entropic.planning.plan import checkpoint_host_bytes, publication
 from megatron_entropic.planning.roofline import score_time_s, update_time_s
@@ -54,6 +54,18 @@ def test_schedule_of_the_published_setting() -> None:
     assert (schedule.microbatches, schedule.microbatches_at_most) == (512, 1024)
     assert schedule.tokens == 4 * 4352
     assert schedule.bubble_fraction == pytest.approx(1 / 513)
+
+
+def test_host_memory_of_the_driver() -> None:
+    table = known("OpenReasoning-Nemotron-1.5B")
+
+    def bytes_of(*overrides: str) -> tuple[int, int]:
+        return driver_host_bytes(planned(example("nemotron_1_5b", *overrides), table, gpus_per_node=8))
+
+    schedule = make_schedule(example("nemotron_1_5b"))
+    tokens = schedule.responses * schedule.mean_tokens
+    assert bytes_of() == (17 * tokens, 12 * tokens)
+    assert bytes_of("rollout.lag=2", "algorithm.optimizer_steps_per_rollout=4") == ((17 + 2 * 8) * tokens, 3 * tokens)
 
 
 def test_host_memory_of_a_checkpoint() -> None:
