@@ -129,7 +129,7 @@ def test_each_thing_that_is_opened(
         (newest / "COMPLETE").write_text('{"files": {"x": 5}}')
     if overrides == ["train.steps=1"]:
         (newest / "COMPLETE").write_text('{"files": {}}')
-        (newest / "state.json").write_text("{}")
+        (newest / "state.json").write_text('{"state": {}}')
     assert check(files, *overrides) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert expected in told, told
