@@ -20,6 +20,7 @@ from megatron_entropic.checkpoints.safetensors_files import SafetensorsWriter, r
 from megatron_entropic.config.policy import AdaptedModule, LoraConfig
 from megatron_entropic.errors import Problems, UserError, reading
 from megatron_entropic.files.atomic import sync
+from megatron_entropic.files.jsonl import read_json_object
 from megatron_entropic.models.adapters import adapter_map
 from megatron_entropic.models.parameter_map import ParameterMap
 
@@ -116,13 +117,8 @@ def read_lora_settings(directory: Path) -> LoraConfig:
 def _settings(directory: Path, problems: Problems) -> dict[str, Any]:
     """Rank, alpha and target_modules (a set) of adapter_config.json, as far as they can be used."""
     path = directory / CONFIG_FILE
-    with reading(path):
-        text = path.read_text(encoding="utf-8")
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    config = read_json_object(path)
+    if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: not the configuration of a LoRA adapter (peft_type is not LORA)")
     found: dict[str, Any] = {}
     for key, plain in _WITHOUT_EFFECT.items():

@@ -1,4 +1,4 @@
-"""JSON lines that survive a kill: appended durably, read back with a torn last line, cut on resume."""
+"""JSON files: objects, and lines that survive a kill: appended durably, read with a torn last line, cut on resume."""
 
 from __future__ import annotations
 
@@ -98,6 +98,24 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
         rows.append(row)
     return rows
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object that a file holds as a whole.
+
+    Raises:
+        UserError: it cannot be read, or is no JSON object.
+        RunError: the disk or the machine failed meanwhile.
+    """
+    with reading(path):
+        text = path.read_text(encoding="utf-8")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
 
 
 def _lines(content: bytes) -> list[bytes]:

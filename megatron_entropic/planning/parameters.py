@@ -18,7 +18,8 @@ from typing import Any, Literal
 from megatron_entropic.config.algorithm import AlgorithmConfig, FrozenName
 from megatron_entropic.config.policy import LoraConfig, PolicyConfig
 from megatron_entropic.config.run import Dtype
-from megatron_entropic.errors import UserError, reading
+from megatron_entropic.errors import UserError
+from megatron_entropic.files.jsonl import read_json_object
 from megatron_entropic.models.adapters import adapter_map
 from megatron_entropic.models.dimensions import ModelDimensions, read_dimensions
 from megatron_entropic.models.parameter_map import Entry, ParameterMap
@@ -81,15 +82,7 @@ def read_model(path: Path, name: str) -> PlannedModel:
     Raises:
         UserError: not readable, or a model that cannot be planned for; all reasons in one message.
     """
-    with reading(path):
-        text = path.read_text(encoding="utf-8")
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    return PlannedModel(name, _dimensions(config, path), str(path))
+    return PlannedModel(name, _dimensions(read_json_object(path), path), str(path))
 
 
 def _dimensions(config: dict[str, Any], path: Path) -> ModelDimensions:
